@@ -1,0 +1,221 @@
+"""The KV cache as a value: a cache goes in, a longer one comes out, the old one stays valid.
+
+Read beside torch_gpt/cache.py.
+
+Dimension key: B batch, T new tokens, S cache slots, K kv heads, H head dim, R selected rows.
+
+Rows are ragged without holes: row b holds lengths_B[b] valid slots, counted from slot 0. What lies
+at and beyond a row's length is garbage that no query can see; the next append overwrites it.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_gpt.config import GPTConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer."""
+
+    keys_BKSH: jax.Array
+    values_BKSH: jax.Array
+
+    def append(
+        self, keys_BTKH: jax.Array, values_BTKH: jax.Array, slots_BT: jax.Array
+    ) -> "LayerCache":
+        """This layer with new tokens in their slots; a slot of NOWHERE is not written.
+
+        Args:
+            keys_BTKH: keys of the new tokens.
+            values_BTKH: values of the new tokens.
+            slots_BT: where each token goes, from `positions.place`.
+        """
+        # twin: jax makes the value cheap by donation at the jit site; torch by ownership: the
+        # newest handle writes in place past its own length, where no older handle can see, and
+        # a stale handle copies first.
+        rows_B1 = jnp.arange(slots_BT.shape[0])[:, None]
+        keys_BTKH = keys_BTKH.astype(self.keys_BKSH.dtype)
+        values_BTKH = values_BTKH.astype(self.values_BKSH.dtype)
+        keys_BKSH = self.keys_BKSH.at[rows_B1, :, slots_BT].set(keys_BTKH, mode="drop")
+        values_BKSH = self.values_BKSH.at[rows_B1, :, slots_BT].set(values_BTKH, mode="drop")
+        return LayerCache(keys_BKSH, values_BKSH)
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheBytes:
+    """Memory of one cache: what its slots take, and the part of it that holds tokens."""
+
+    allocated: int
+    valid: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of every layer, and how many slots of each row are valid.
+
+    Lengths, counts and rows are checked wherever their values can be read; under `jax.jit` they
+    cannot, and the caller has checked them before.
+
+    Attributes:
+        layers: one LayerCache per block, all of the same shape.
+        lengths_B: valid slots of each row. Moves in one place, `GPT.hidden`, once per call.
+    """
+
+    layers: tuple[LayerCache, ...]
+    lengths_B: jax.Array
+
+    @classmethod
+    def empty(
+        cls,
+        config: GPTConfig,
+        batch_size: int,
+        capacity: int,
+        dtype: str | None = None,
+        device: jax.Device | None = None,
+    ) -> "KVCache":
+        """A cache of length 0 in every row.
+
+        Args:
+            config: the model whose keys and values it will hold.
+            batch_size: B, rows.
+            capacity: S, slots allocated per row.
+            dtype: of keys and values, by name; the model's own when None.
+            device: where they live; the framework's default when None.
+
+        Raises:
+            ValueError: when there would be no row or no slot.
+        """
+        if batch_size < 1 or capacity < 1:
+            raise ValueError(
+                f"KVCache.empty: batch size {batch_size}, capacity {capacity}. Both must be at "
+                "least 1. Allocate a row per prompt and a slot per token."
+            )
+        # Zeros, never uninitialised memory, which may hold NaN.
+        shape = batch_size, config.num_heads, capacity, config.head_dim
+        dtype = jnp.dtype(dtype or config.dtype)
+        layers = tuple(
+            LayerCache(
+                keys_BKSH=jnp.zeros(shape, dtype, device=device),
+                values_BKSH=jnp.zeros(shape, dtype, device=device),
+            )
+            for _ in range(config.num_layers)
+        )
+        return cls(layers, jnp.zeros(batch_size, jnp.int32, device=device))
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, B."""
+        return self.lengths_B.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Slots allocated per row, S."""
+        return self.layers[0].keys_BKSH.shape[2]
+
+    @property
+    def num_bytes(self) -> CacheBytes:
+        """Bytes of keys and values: 2 * L * B * K * S * H * itemsize, and those of valid slots."""
+        allocated = sum(2 * layer.keys_BKSH.nbytes for layer in self.layers)
+        slot = allocated // (self.batch_size * self.capacity)
+        return CacheBytes(allocated, slot * int(np.sum(_read(self.lengths_B))))
+
+    def check_room(
+        self, num_tokens: int, counts_B: jax.Array | None = None, context_length: int | None = None
+    ) -> None:
+        """Refuses new tokens that would not fit.
+
+        Raises:
+            ValueError: when a row would grow past the capacity, or past `context_length`.
+        """
+        # twin: lengths traced by jax.jit cannot be read; a row that overflows gets NaN logits.
+        lengths_B = _read(self.lengths_B)
+        counts_B = np.asarray([num_tokens]) if counts_B is None else _read(counts_B)
+        if lengths_B is None or counts_B is None:
+            return
+        new_B = np.broadcast_to(counts_B, lengths_B.shape)
+        row = int(np.argmax(lengths_B + new_B))
+        total = lengths_B[row] + new_B[row]
+        held = f"KVCache: row {row} holds {lengths_B[row]} tokens + {new_B[row]} new = {total}"
+        if total > self.capacity:
+            raise ValueError(
+                f"{held} > capacity {self.capacity}. A cache never overwrites what it holds. Call "
+                "grow first."
+            )
+        if context_length is not None and total > context_length:
+            raise ValueError(
+                f"{held} > context_length {context_length}. The position table ends there. Call "
+                "truncate first or build a longer context."
+            )
+
+    def slots_to_read(self, num_tokens: int, counts_B: jax.Array | None = None) -> int:
+        """How many slots an attention over this cache and the new tokens must read."""
+        # twin: a compiled program has static shapes, so jax reads to the capacity, which the
+        # caller keeps near the length with grow; torch reads to the end of the longest row.
+        return self.capacity
+
+    def truncate(self, lengths_B: jax.Array) -> "KVCache":
+        """This cache cut back to `lengths_B` tokens per row.
+
+        Raises:
+            ValueError: when a new length is negative or beyond the row's own.
+        """
+        lengths_B = jnp.asarray(lengths_B, jnp.int32)
+        old_B, new_B = _read(self.lengths_B), _read(lengths_B)
+        if old_B is not None and new_B is not None:
+            if new_B.shape != old_B.shape or np.any(new_B < 0) or np.any(new_B > old_B):
+                raise ValueError(
+                    f"KVCache.truncate: lengths {old_B.tolist()} to {new_B.tolist()}. Each row "
+                    "can only be cut, to no less than 0. Give one length per row."
+                )
+        return KVCache(self.layers, lengths_B)
+
+    def select(self, rows_R: jax.Array) -> "KVCache":
+        """A cache of the given rows, in that order; a row may be taken more than once.
+
+        Raises:
+            ValueError: when a row does not exist.
+        """
+        rows_R = jnp.asarray(rows_R, jnp.int32)
+        chosen_R = _read(rows_R)
+        if chosen_R is not None and (np.any(chosen_R < 0) or np.any(chosen_R >= self.batch_size)):
+            raise ValueError(
+                f"KVCache.select: rows {chosen_R.tolist()} of a cache of {self.batch_size}. Rows "
+                f"count from 0. Take rows below {self.batch_size}."
+            )
+        layers = tuple(
+            LayerCache(layer.keys_BKSH[rows_R], layer.values_BKSH[rows_R]) for layer in self.layers
+        )
+        return KVCache(layers, self.lengths_B[rows_R])
+
+    def grow(self, capacity: int) -> "KVCache":
+        """This cache with `capacity` slots per row; nothing it holds changes.
+
+        Raises:
+            ValueError: when that is less than it has.
+        """
+        if capacity < self.capacity:
+            raise ValueError(
+                f"KVCache.grow: capacity {self.capacity} to {capacity}. A cache only grows. Call "
+                "truncate to drop tokens."
+            )
+        extra = capacity - self.capacity
+        layers = tuple(
+            LayerCache(_pad_slots(layer.keys_BKSH, extra), _pad_slots(layer.values_BKSH, extra))
+            for layer in self.layers
+        )
+        return KVCache(layers, self.lengths_B)
+
+
+def _pad_slots(x_BKSH: jax.Array, extra: int) -> jax.Array:
+    return jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, extra), (0, 0)))
+
+
+def _read(array: jax.Array) -> np.ndarray | None:
+    """The values of a small array on the host; None where jax.jit traces it."""
+    return None if isinstance(array, jax.core.Tracer) else np.asarray(array)

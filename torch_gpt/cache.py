@@ -1,0 +1,253 @@
+"""The KV cache as a value: a cache goes in, a longer one comes out, the old one stays valid.
+
+Read beside flax_gpt/cache.py.
+
+Dimension key: B batch, T new tokens, S cache slots, K kv heads, H head dim, R selected rows.
+
+Rows are ragged without holes: row b holds lengths_B[b] valid slots, counted from slot 0. What lies
+at and beyond a row's length is garbage that no query can see; the next append overwrites it.
+"""
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from torch_gpt.config import GPTConfig
+from torch_gpt.positions import NOWHERE
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer."""
+
+    keys_BKSH: torch.Tensor
+    values_BKSH: torch.Tensor
+    # The right to write in place past the length. An allocation makes it, the first append spends
+    # it and passes a new one to its result; a handle made in any other way has none.
+    _claim: list[bool] = dataclasses.field(default_factory=list, repr=False, compare=False)
+
+    def append(
+        self, keys_BTKH: torch.Tensor, values_BTKH: torch.Tensor, slots_BT: torch.Tensor
+    ) -> "LayerCache":
+        """This layer with new tokens in their slots; a slot of NOWHERE is not written.
+
+        Args:
+            keys_BTKH: keys of the new tokens.
+            values_BTKH: values of the new tokens.
+            slots_BT: where each token goes, from `positions.place`.
+        """
+        # twin: jax makes the value cheap by donation at the jit site; torch by ownership: the
+        # newest handle writes in place past its own length, where no older handle can see, and
+        # a stale handle copies first.
+        keys_BKSH, values_BKSH = self.keys_BKSH, self.values_BKSH
+        if self._must_copy(keys_BTKH) or not self._take_claim():
+            keys_BKSH, values_BKSH = keys_BKSH.clone(), values_BKSH.clone()
+        rows, steps = torch.nonzero(slots_BT != NOWHERE, as_tuple=True)
+        slots = slots_BT[rows, steps]
+        keys_BKSH[rows, :, slots] = keys_BTKH[rows, steps].to(keys_BKSH.dtype)
+        values_BKSH[rows, :, slots] = values_BTKH[rows, steps].to(values_BKSH.dtype)
+        return LayerCache(keys_BKSH, values_BKSH, [True])
+
+    def _must_copy(self, new: torch.Tensor) -> bool:
+        """True where torch forbids writing in place: on a backward graph, or outside the
+        inference mode that allocated the slots."""
+        if self.keys_BKSH.is_inference() and not torch.is_inference_mode_enabled():
+            return True
+        return torch.is_grad_enabled() and (new.requires_grad or self.keys_BKSH.requires_grad)
+
+    def _take_claim(self) -> bool:
+        """True for the first append to this handle, once; list.pop is atomic."""
+        try:
+            return self._claim.pop()
+        except IndexError:
+            return False
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheBytes:
+    """Memory of one cache: what its slots take, and the part of it that holds tokens."""
+
+    allocated: int
+    valid: int
+
+
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of every layer, and how many slots of each row are valid.
+
+    Lengths, counts and rows are checked wherever their values can be read; under `jax.jit` they
+    cannot, and the caller has checked them before.
+
+    Attributes:
+        layers: one LayerCache per block, all of the same shape.
+        lengths_B: valid slots of each row. Moves in one place, `GPT.hidden`, once per call.
+    """
+
+    layers: tuple[LayerCache, ...]
+    lengths_B: torch.Tensor
+
+    @classmethod
+    def empty(
+        cls,
+        config: GPTConfig,
+        batch_size: int,
+        capacity: int,
+        dtype: str | None = None,
+        device: torch.device | None = None,
+    ) -> "KVCache":
+        """A cache of length 0 in every row.
+
+        Args:
+            config: the model whose keys and values it will hold.
+            batch_size: B, rows.
+            capacity: S, slots allocated per row.
+            dtype: of keys and values, by name; the model's own when None.
+            device: where they live; the framework's default when None.
+
+        Raises:
+            ValueError: when there would be no row or no slot.
+        """
+        if batch_size < 1 or capacity < 1:
+            raise ValueError(
+                f"KVCache.empty: batch size {batch_size}, capacity {capacity}. Both must be at "
+                "least 1. Allocate a row per prompt and a slot per token."
+            )
+        # Zeros, never uninitialised memory, which may hold NaN.
+        shape = batch_size, config.num_heads, capacity, config.head_dim
+        dtype = getattr(torch, dtype or config.dtype)
+        layers = tuple(
+            LayerCache(
+                keys_BKSH=torch.zeros(shape, dtype=dtype, device=device),
+                values_BKSH=torch.zeros(shape, dtype=dtype, device=device),
+                _claim=[True],
+            )
+            for _ in range(config.num_layers)
+        )
+        return cls(layers, torch.zeros(batch_size, dtype=torch.int64, device=device))
+
+    @property
+    def batch_size(self) -> int:
+        """Rows, B."""
+        return self.lengths_B.shape[0]
+
+    @property
+    def capacity(self) -> int:
+        """Slots allocated per row, S."""
+        return self.layers[0].keys_BKSH.shape[2]
+
+    @property
+    def num_bytes(self) -> CacheBytes:
+        """Bytes of keys and values: 2 * L * B * K * S * H * itemsize, and those of valid slots."""
+        allocated = sum(2 * layer.keys_BKSH.nbytes for layer in self.layers)
+        slot = allocated // (self.batch_size * self.capacity)
+        return CacheBytes(allocated, slot * int(np.sum(_read(self.lengths_B))))
+
+    def check_room(
+        self,
+        num_tokens: int,
+        counts_B: torch.Tensor | None = None,
+        context_length: int | None = None,
+    ) -> None:
+        """Refuses new tokens that would not fit.
+
+        Raises:
+            ValueError: when a row would grow past the capacity, or past `context_length`.
+        """
+        # twin: lengths traced by jax.jit cannot be read; a row that overflows gets NaN logits.
+        lengths_B = _read(self.lengths_B)
+        counts_B = np.asarray([num_tokens]) if counts_B is None else _read(counts_B)
+        if lengths_B is None or counts_B is None:
+            return
+        new_B = np.broadcast_to(counts_B, lengths_B.shape)
+        row = int(np.argmax(lengths_B + new_B))
+        total = lengths_B[row] + new_B[row]
+        held = f"KVCache: row {row} holds {lengths_B[row]} tokens + {new_B[row]} new = {total}"
+        if total > self.capacity:
+            raise ValueError(
+                f"{held} > capacity {self.capacity}. A cache never overwrites what it holds. Call "
+                "grow first."
+            )
+        if context_length is not None and total > context_length:
+            raise ValueError(
+                f"{held} > context_length {context_length}. The position table ends there. Call "
+                "truncate first or build a longer context."
+            )
+
+    def slots_to_read(self, num_tokens: int, counts_B: torch.Tensor | None = None) -> int:
+        """How many slots an attention over this cache and the new tokens must read."""
+        # twin: a compiled program has static shapes, so jax reads to the capacity, which the
+        # caller keeps near the length with grow; torch reads to the end of the longest row.
+        new_B = num_tokens if counts_B is None else counts_B
+        return max(1, int((self.lengths_B + new_B).max()))
+
+    def truncate(self, lengths_B: torch.Tensor) -> "KVCache":
+        """This cache cut back to `lengths_B` tokens per row.
+
+        Raises:
+            ValueError: when a new length is negative or beyond the row's own.
+        """
+        lengths_B = torch.as_tensor(lengths_B, device=self.lengths_B.device).long()
+        old_B, new_B = _read(self.lengths_B), _read(lengths_B)
+        if old_B is not None and new_B is not None:
+            if new_B.shape != old_B.shape or np.any(new_B < 0) or np.any(new_B > old_B):
+                raise ValueError(
+                    f"KVCache.truncate: lengths {old_B.tolist()} to {new_B.tolist()}. Each row "
+                    "can only be cut, to no less than 0. Give one length per row."
+                )
+        layers = tuple(LayerCache(layer.keys_BKSH, layer.values_BKSH) for layer in self.layers)
+        return KVCache(layers, lengths_B)
+
+    def select(self, rows_R: torch.Tensor) -> "KVCache":
+        """A cache of the given rows, in that order; a row may be taken more than once.
+
+        Raises:
+            ValueError: when a row does not exist.
+        """
+        rows_R = torch.as_tensor(rows_R, device=self.lengths_B.device).long()
+        chosen_R = _read(rows_R)
+        if chosen_R is not None and (np.any(chosen_R < 0) or np.any(chosen_R >= self.batch_size)):
+            raise ValueError(
+                f"KVCache.select: rows {chosen_R.tolist()} of a cache of {self.batch_size}. Rows "
+                f"count from 0. Take rows below {self.batch_size}."
+            )
+        layers = tuple(
+            LayerCache(layer.keys_BKSH[rows_R], layer.values_BKSH[rows_R], [True])
+            for layer in self.layers
+        )
+        return KVCache(layers, self.lengths_B[rows_R])
+
+    def grow(self, capacity: int) -> "KVCache":
+        """This cache with `capacity` slots per row; nothing it holds changes.
+
+        Raises:
+            ValueError: when that is less than it has.
+        """
+        if capacity < self.capacity:
+            raise ValueError(
+                f"KVCache.grow: capacity {self.capacity} to {capacity}. A cache only grows. Call "
+                "truncate to drop tokens."
+            )
+        extra = capacity - self.capacity
+        layers = tuple(
+            LayerCache(
+                _pad_slots(layer.keys_BKSH, extra), _pad_slots(layer.values_BKSH, extra), [True]
+            )
+            for layer in self.layers
+        )
+        return KVCache(layers, self.lengths_B)
+
+
+def _pad_slots(x_BKSH: torch.Tensor, extra: int) -> torch.Tensor:
+    B, K, _, H = x_BKSH.shape
+    return torch.cat([x_BKSH, x_BKSH.new_zeros(B, K, extra, H)], dim=2)
+
+
+def _read(array: torch.Tensor) -> np.ndarray | None:
+    """The values of a small array on the host; None where jax.jit traces it."""
+    return array.detach().cpu().numpy()
+
+
+pytree.register_dataclass(LayerCache, drop_field_names=["_claim"])
+pytree.register_dataclass(KVCache)
