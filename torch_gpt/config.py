@@ -134,9 +134,9 @@ class TrainConfig:
 
     def __post_init__(self):
         problems = [
-            f"{name} is {getattr(self, name)}, it must be in [0, 1)"
+            f"{name} is {getattr(self, name)}, it must be in (0, 1)"
             for name in ("beta1", "beta2")
-            if not 0.0 <= getattr(self, name) < 1.0
+            if not 0.0 < getattr(self, name) < 1.0
         ]
         if not self.learning_rate > 0.0:
             problems.append(f"learning_rate is {self.learning_rate}, it must be positive")

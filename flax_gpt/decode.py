@@ -1,0 +1,230 @@
+"""Greedy decoding: the cache goes in, a longer cache comes out. Read beside torch_gpt/decode.py.
+
+Dimension key: B batch, T prompt tokens, S sequence slots, G generated tokens, V vocab.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from flax_gpt.cache import KVCache
+from flax_gpt.model import GPT
+
+NO_TOKEN = -1  # fills a generated row behind its stop
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` wrote.
+
+    Attributes:
+        tokens_BG: the new tokens; NO_TOKEN behind a row's stop.
+        counts_B: new tokens per row, the stop among them.
+    """
+
+    tokens_BG: jax.Array
+    counts_B: jax.Array
+
+
+def prefill(
+    model: GPT, tokens_BT: jax.Array, cache: KVCache, counts_B: jax.Array | None = None
+) -> tuple[jax.Array, KVCache]:
+    """Reads whole prompts in one forward pass.
+
+    Args:
+        tokens_BT: prompts, or the next part of them over a warm cache.
+        cache: left as it was, so one prompt can be continued twice.
+        counts_B: real tokens per row, at least 1, the rest is padding on the right; None for T.
+
+    Returns:
+        Logits (B, V) behind each row's last real token, and the cache with the prompts in it.
+    """
+    x_BTD, cache = model.hidden(tokens_BT, cache, counts_B)
+    return model.unembed(_last(x_BTD, counts_B))[:, 0], cache
+
+
+def decode_step(model: GPT, tokens_B: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    """Appends one token per row and scores the next.
+
+    Args:
+        tokens_B: the tokens to append, not yet in the cache.
+        cache: left as it was; needs one free slot per row.
+
+    Returns:
+        Logits (B, V), and the cache with the tokens in it.
+    """
+    logits_B1V, cache = model(tokens_B[:, None], cache)
+    return logits_B1V[:, 0], cache
+
+
+def generate(
+    model: GPT,
+    tokens_BT: jax.Array,
+    max_new_tokens: int,
+    counts_B: jax.Array | None = None,
+    stop_ids: Sequence[int] = (),
+    use_cache: bool = True,
+) -> Generation:
+    """Continues each prompt with the most likely token, again and again.
+
+    Ties go to the lowest id in both twins, which is what makes equal tokens a fair demand. A row
+    ends behind its first stop id; the call ends when every row has, or after `max_new_tokens`.
+
+    Args:
+        tokens_BT: prompts, padded on the right; `right_pad` converts padding on the left.
+        max_new_tokens: G.
+        counts_B: real tokens per prompt; None for T.
+        stop_ids: ids that end a row; a stop is part of the row's output.
+        use_cache: False computes every token from the whole sequence, as the reference.
+
+    Raises:
+        ValueError: on empty prompts, ids outside the vocabulary, or more tokens than the context
+            holds.
+    """
+    counts_B = _check_prompts(model, tokens_BT, counts_B, max_new_tokens)
+    # twin: jax compiles the whole loop once per shape, so it rounds the prompt length up to a
+    # power of two; torch takes one step after the other on the shape at hand.
+    length = min(1 << (tokens_BT.shape[1] - 1).bit_length(), model.config.context_length)
+    padding = max(length - tokens_BT.shape[1], 0)
+    graphdef, parameters = nnx.split(model)
+    tokens_BG, counts_B = _loop(
+        graphdef,
+        parameters,
+        jnp.pad(jnp.asarray(tokens_BT, jnp.int32), ((0, 0), (0, padding))),
+        jnp.asarray(counts_B, jnp.int32),
+        jnp.asarray(stop_ids, jnp.int32).reshape(-1),
+        max_new_tokens=max_new_tokens,
+        use_cache=use_cache,
+    )
+    return Generation(tokens_BG, counts_B)
+
+
+def right_pad(tokens_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Moves padding to the right: the door for Hugging Face tokenizers' left padding.
+
+    Args:
+        tokens_BT: rows padded on either side.
+        mask_BT: 1 for real tokens, 0 for padding.
+
+    Returns:
+        tokens_BT with each row's real tokens first, and counts_B.
+
+    Raises:
+        ValueError: when padding lies between real tokens.
+    """
+    real_BT = np.asarray(mask_BT).astype(bool)
+    starts_BT = real_BT & ~np.pad(real_BT, ((0, 0), (1, 0)))[:, :-1]
+    for row in np.flatnonzero(starts_BT.sum(axis=1) > 1)[:1]:
+        raise ValueError(
+            f"right_pad: row {row} has padding between its tokens. A row is one run of tokens. Pad "
+            "on one side or both."
+        )
+    order_BT = np.argsort(~real_BT, axis=1, kind="stable")
+    tokens_BT = jnp.take_along_axis(jnp.asarray(tokens_BT), jnp.asarray(order_BT), axis=1)
+    return tokens_BT, jnp.asarray(real_BT.sum(axis=1), jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "use_cache"))
+def _loop(
+    graphdef: nnx.GraphDef,
+    parameters: nnx.State,
+    tokens_BT: jax.Array,
+    counts_B: jax.Array,
+    stop_ids: jax.Array,
+    max_new_tokens: int,
+    use_cache: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """The whole of `generate` on the device."""
+    model = nnx.merge(graphdef, parameters)
+    B, T = tokens_BT.shape
+    num_slots = min(T + max_new_tokens, model.config.context_length)
+    rows_B = jnp.arange(B)
+
+    def read(state):
+        """Logits behind all of the sequences, from nothing but the tokens."""
+        sequences_BS, lengths_B = state
+        x_BTD, _ = model.hidden(sequences_BS, None, lengths_B)
+        return model.unembed(_last(x_BTD, lengths_B))[:, 0], state
+
+    def extend(tokens_B, state):
+        """Logits behind one more token per row."""
+        if use_cache:
+            return decode_step(model, tokens_B, state)
+        sequences_BS, lengths_B = state
+        return read((sequences_BS.at[rows_B, lengths_B].set(tokens_B), lengths_B + 1))
+
+    def choose(logits_BV, ended_B):
+        """The next token of each row, and whether the row is at its end."""
+        tokens_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        stops_B = jnp.any(tokens_B[:, None] == stop_ids[None, :], axis=1)
+        return tokens_B, jnp.where(ended_B, NO_TOKEN, tokens_B), ended_B | stops_B
+
+    def unfinished(carry):
+        step, _, _, ended_B, _, _ = carry
+        return (step < max_new_tokens) & ~jnp.all(ended_B)
+
+    def body(carry):
+        step, tokens_B, state, ended_B, tokens_BG, new_B = carry
+        logits_BV, state = extend(tokens_B, state)
+        new_B = new_B + ~ended_B
+        tokens_B, written_B, ended_B = choose(logits_BV, ended_B)
+        return step + 1, tokens_B, state, ended_B, tokens_BG.at[:, step].set(written_B), new_B
+
+    if use_cache:
+        cache = KVCache.empty(model.config, B, num_slots)
+        logits_BV, state = prefill(model, tokens_BT, cache, counts_B)
+    else:
+        sequences_BS = jnp.pad(tokens_BT, ((0, 0), (0, num_slots - T)))
+        logits_BV, state = read((sequences_BS, counts_B))
+    tokens_B, written_B, ended_B = choose(logits_BV, jnp.zeros(B, bool))
+    tokens_BG = jnp.full((B, max_new_tokens), NO_TOKEN, jnp.int32).at[:, 0].set(written_B)
+    carry = jnp.int32(1), tokens_B, state, ended_B, tokens_BG, jnp.ones(B, jnp.int32)
+    _, _, _, _, tokens_BG, new_B = jax.lax.while_loop(unfinished, body, carry)
+    return tokens_BG, new_B
+
+
+def _last(x_BTD: jax.Array, counts_B: jax.Array | None) -> jax.Array:
+    """The stream at each row's last real token, (B, 1, D)."""
+    if counts_B is None:
+        return x_BTD[:, -1:]
+    return jnp.take_along_axis(x_BTD, (counts_B - 1)[:, None, None], axis=1)
+
+
+def _check_prompts(
+    model: GPT, tokens_BT: jax.Array, counts_B: jax.Array | None, max_new_tokens: int
+) -> np.ndarray:
+    """counts_B on the host, after all that can be wrong with a request has been looked for."""
+    tokens_BT = np.asarray(tokens_BT)
+    if tokens_BT.ndim != 2 or 0 in tokens_BT.shape:
+        raise ValueError(
+            f"generate: prompts of shape {tokens_BT.shape}. A prompt is at least one token, and a "
+            "batch is (B, T). Give every row a token."
+        )
+    B, T = tokens_BT.shape
+    counts_B = np.full(B, T) if counts_B is None else np.asarray(counts_B)
+    problems = []
+    if max_new_tokens < 1:
+        problems.append(f"{max_new_tokens} new tokens are fewer than 1")
+    if counts_B.shape != (B,) or np.any(counts_B < 1) or np.any(counts_B > T):
+        problems.append(f"counts {counts_B.tolist()} are not {B} numbers from 1 to {T}")
+    else:
+        ids = tokens_BT[np.arange(T)[None, :] < counts_B[:, None]]
+        if ids.min() < 0 or ids.max() >= model.config.vocab_size:
+            problems.append(
+                f"ids {ids.min()} to {ids.max()} are not all in [0, {model.config.vocab_size})"
+            )
+        room = model.config.context_length - int(counts_B.max())
+        if max_new_tokens > room:
+            problems.append(
+                f"{counts_B.max()} prompt tokens + {max_new_tokens} new tokens = "
+                f"{counts_B.max() + max_new_tokens} > context_length "
+                f"{model.config.context_length}; ask for at most {max(room, 0)}"
+            )
+    if problems:
+        raise ValueError(f"generate: {'; '.join(problems)}.")
+    return counts_B

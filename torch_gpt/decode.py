@@ -1,0 +1,223 @@
+"""Greedy decoding: the cache goes in, a longer cache comes out. Read beside flax_gpt/decode.py.
+
+Dimension key: B batch, T prompt tokens, S sequence slots, G generated tokens, V vocab.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from torch_gpt.cache import KVCache
+from torch_gpt.model import GPT
+
+NO_TOKEN = -1  # fills a generated row behind its stop
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What `generate` wrote.
+
+    Attributes:
+        tokens_BG: the new tokens; NO_TOKEN behind a row's stop.
+        counts_B: new tokens per row, the stop among them.
+    """
+
+    tokens_BG: torch.Tensor
+    counts_B: torch.Tensor
+
+
+@torch.no_grad()
+def prefill(
+    model: GPT, tokens_BT: torch.Tensor, cache: KVCache, counts_B: torch.Tensor | None = None
+) -> tuple[torch.Tensor, KVCache]:
+    """Reads whole prompts in one forward pass.
+
+    Args:
+        tokens_BT: prompts, or the next part of them over a warm cache.
+        cache: left as it was, so one prompt can be continued twice.
+        counts_B: real tokens per row, at least 1, the rest is padding on the right; None for T.
+
+    Returns:
+        Logits (B, V) behind each row's last real token, and the cache with the prompts in it.
+    """
+    x_BTD, cache = model.hidden(tokens_BT, cache, counts_B)
+    return model.unembed(_last(x_BTD, counts_B))[:, 0], cache
+
+
+@torch.no_grad()
+def decode_step(model: GPT, tokens_B: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, KVCache]:
+    """Appends one token per row and scores the next.
+
+    Args:
+        tokens_B: the tokens to append, not yet in the cache.
+        cache: left as it was; needs one free slot per row.
+
+    Returns:
+        Logits (B, V), and the cache with the tokens in it.
+    """
+    logits_B1V, cache = model(tokens_B[:, None], cache)
+    return logits_B1V[:, 0], cache
+
+
+def generate(
+    model: GPT,
+    tokens_BT: torch.Tensor,
+    max_new_tokens: int,
+    counts_B: torch.Tensor | None = None,
+    stop_ids: Sequence[int] = (),
+    use_cache: bool = True,
+) -> Generation:
+    """Continues each prompt with the most likely token, again and again.
+
+    Ties go to the lowest id in both twins, which is what makes equal tokens a fair demand. A row
+    ends behind its first stop id; the call ends when every row has, or after `max_new_tokens`.
+
+    Args:
+        tokens_BT: prompts, padded on the right; `right_pad` converts padding on the left.
+        max_new_tokens: G.
+        counts_B: real tokens per prompt; None for T.
+        stop_ids: ids that end a row; a stop is part of the row's output.
+        use_cache: False computes every token from the whole sequence, as the reference.
+
+    Raises:
+        ValueError: on empty prompts, ids outside the vocabulary, or more tokens than the context
+            holds.
+    """
+    counts_B = _check_prompts(model, tokens_BT, counts_B, max_new_tokens)
+    # twin: jax compiles the whole loop once per shape, so it rounds the prompt length up to a
+    # power of two; torch takes one step after the other on the shape at hand.
+    device = model.token_embedding.weight.device
+    tokens_BG, counts_B = _loop(
+        model,
+        torch.as_tensor(tokens_BT, device=device).long(),
+        torch.as_tensor(counts_B, device=device).long(),
+        torch.as_tensor(stop_ids, device=device).long().reshape(-1),
+        max_new_tokens=max_new_tokens,
+        use_cache=use_cache,
+    )
+    return Generation(tokens_BG, counts_B)
+
+
+def right_pad(tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Moves padding to the right: the door for Hugging Face tokenizers' left padding.
+
+    Args:
+        tokens_BT: rows padded on either side.
+        mask_BT: 1 for real tokens, 0 for padding.
+
+    Returns:
+        tokens_BT with each row's real tokens first, and counts_B.
+
+    Raises:
+        ValueError: when padding lies between real tokens.
+    """
+    real_BT = np.asarray(torch.as_tensor(mask_BT).cpu()).astype(bool)
+    starts_BT = real_BT & ~np.pad(real_BT, ((0, 0), (1, 0)))[:, :-1]
+    for row in np.flatnonzero(starts_BT.sum(axis=1) > 1)[:1]:
+        raise ValueError(
+            f"right_pad: row {row} has padding between its tokens. A row is one run of tokens. Pad "
+            "on one side or both."
+        )
+    order_BT = np.argsort(~real_BT, axis=1, kind="stable")
+    tokens_BT = torch.as_tensor(tokens_BT)
+    order_BT = torch.as_tensor(order_BT, device=tokens_BT.device)
+    tokens_BT = torch.take_along_dim(tokens_BT, order_BT, dim=1)
+    return tokens_BT, torch.as_tensor(real_BT.sum(axis=1), device=tokens_BT.device)
+
+
+@torch.no_grad()
+def _loop(
+    model: GPT,
+    tokens_BT: torch.Tensor,
+    counts_B: torch.Tensor,
+    stop_ids: torch.Tensor,
+    max_new_tokens: int,
+    use_cache: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The whole of `generate` on the device."""
+    B, T = tokens_BT.shape
+    num_slots = min(T + max_new_tokens, model.config.context_length)
+    rows_B = torch.arange(B, device=tokens_BT.device)
+
+    def read(state):
+        """Logits behind all of the sequences, from nothing but the tokens."""
+        sequences_BS, lengths_B = state
+        x_BTD, _ = model.hidden(sequences_BS[:, : int(lengths_B.max())], None, lengths_B)
+        return model.unembed(_last(x_BTD, lengths_B))[:, 0], state
+
+    def extend(tokens_B, state):
+        """Logits behind one more token per row."""
+        if use_cache:
+            return decode_step(model, tokens_B, state)
+        sequences_BS, lengths_B = state
+        sequences_BS[rows_B, lengths_B] = tokens_B
+        return read((sequences_BS, lengths_B + 1))
+
+    def choose(logits_BV, ended_B):
+        """The next token of each row, and whether the row is at its end."""
+        tokens_B = torch.argmax(logits_BV, dim=-1)
+        stops_B = torch.any(tokens_B[:, None] == stop_ids[None, :], dim=1)
+        return tokens_B, torch.where(ended_B, NO_TOKEN, tokens_B), ended_B | stops_B
+
+    if use_cache:
+        cache = KVCache.empty(model.config, B, num_slots, device=tokens_BT.device)
+        logits_BV, state = prefill(model, tokens_BT, cache, counts_B)
+    else:
+        sequences_BS = torch.nn.functional.pad(tokens_BT, (0, num_slots - T))
+        logits_BV, state = read((sequences_BS, counts_B))
+    tokens_B, written_B, ended_B = choose(logits_BV, torch.zeros_like(rows_B, dtype=torch.bool))
+    tokens_BG = torch.full((B, max_new_tokens), NO_TOKEN, device=tokens_BT.device)
+    tokens_BG[:, 0] = written_B
+    new_B = torch.ones_like(rows_B)
+    for step in range(1, max_new_tokens):
+        if bool(torch.all(ended_B)):
+            break
+        logits_BV, state = extend(tokens_B, state)
+        new_B = new_B + ~ended_B
+        tokens_B, written_B, ended_B = choose(logits_BV, ended_B)
+        tokens_BG[:, step] = written_B
+    return tokens_BG, new_B
+
+
+def _last(x_BTD: torch.Tensor, counts_B: torch.Tensor | None) -> torch.Tensor:
+    """The stream at each row's last real token, (B, 1, D)."""
+    if counts_B is None:
+        return x_BTD[:, -1:]
+    return torch.take_along_dim(x_BTD, (counts_B - 1)[:, None, None], dim=1)
+
+
+def _check_prompts(
+    model: GPT, tokens_BT: torch.Tensor, counts_B: torch.Tensor | None, max_new_tokens: int
+) -> np.ndarray:
+    """counts_B on the host, after all that can be wrong with a request has been looked for."""
+    tokens_BT = np.asarray(torch.as_tensor(tokens_BT).cpu())
+    if tokens_BT.ndim != 2 or 0 in tokens_BT.shape:
+        raise ValueError(
+            f"generate: prompts of shape {tokens_BT.shape}. A prompt is at least one token, and a "
+            "batch is (B, T). Give every row a token."
+        )
+    B, T = tokens_BT.shape
+    counts_B = np.full(B, T) if counts_B is None else np.asarray(torch.as_tensor(counts_B).cpu())
+    problems = []
+    if max_new_tokens < 1:
+        problems.append(f"{max_new_tokens} new tokens are fewer than 1")
+    if counts_B.shape != (B,) or np.any(counts_B < 1) or np.any(counts_B > T):
+        problems.append(f"counts {counts_B.tolist()} are not {B} numbers from 1 to {T}")
+    else:
+        ids = tokens_BT[np.arange(T)[None, :] < counts_B[:, None]]
+        if ids.min() < 0 or ids.max() >= model.config.vocab_size:
+            problems.append(
+                f"ids {ids.min()} to {ids.max()} are not all in [0, {model.config.vocab_size})"
+            )
+        room = model.config.context_length - int(counts_B.max())
+        if max_new_tokens > room:
+            problems.append(
+                f"{counts_B.max()} prompt tokens + {max_new_tokens} new tokens = "
+                f"{counts_B.max() + max_new_tokens} > context_length "
+                f"{model.config.context_length}; ask for at most {max(room, 0)}"
+            )
+    if problems:
+        raise ValueError(f"generate: {'; '.join(problems)}.")
+    return counts_B
