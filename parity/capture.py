@@ -1,0 +1,110 @@
+"""Module inputs and outputs, captured from outside: the models know nothing of it."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from flax import nnx
+
+from parity.leaves import to_numpy
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """One call of one module.
+
+    Attributes:
+        path: the module's place in the model, "" for the model itself.
+        inputs: its array arguments.
+        output: its output, or the first array of it.
+    """
+
+    path: str
+    inputs: tuple[np.ndarray, ...]
+    output: np.ndarray
+
+
+def capture_torch(module: torch.nn.Module, call: Callable[[], Any]) -> list[Trace]:
+    """Runs `call` and lists what every submodule took and gave, in order of completion."""
+    traces: list[Trace] = []
+
+    def hook(path: str):
+        def record(_, inputs: tuple, output: Any) -> None:
+            _append(traces, path, inputs, output, torch.Tensor, to_numpy)
+
+        return record
+
+    handles = [
+        submodule.register_forward_hook(hook(path)) for path, submodule in module.named_modules()
+    ]
+    try:
+        with torch.no_grad():
+            call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return traces
+
+
+def capture_flax(module: nnx.Module, call: Callable[[], Any]) -> list[Trace]:
+    """Runs `call` and lists what every submodule took and gave, in order of completion."""
+    traces: list[Trace] = []
+    paths = {id(m): ".".join(map(str, path)) for path, m in nnx.iter_modules(module)}
+    running: set[int] = set()
+
+    def record(self: nnx.Module, inputs: tuple, output: Any) -> None:
+        _append(traces, paths[id(self)], inputs, output, jax.Array, np.asarray)
+
+    with _wrapped_calls({type(m) for _, m in nnx.iter_modules(module)}, paths, running, record):
+        call()
+    return traces
+
+
+@contextlib.contextmanager
+def _wrapped_calls(
+    classes: set[type], paths: dict[int, str], running: set[int], record: Callable
+) -> Iterator[None]:
+    """Replaces `__call__` where it is defined, and puts it back whatever happens."""
+    owners = {base for cls in classes for base in cls.__mro__ if "__call__" in vars(base)}
+    originals = {owner: vars(owner)["__call__"] for owner in owners if owner is not object}
+
+    def wrap(original: Callable) -> Callable:
+        def __call__(self, *args, **kwargs):
+            # A parent's __call__ reached through super() is not a call of its own.
+            if id(self) not in paths or id(self) in running:
+                return original(self, *args, **kwargs)
+            running.add(id(self))
+            try:
+                output = original(self, *args, **kwargs)
+            finally:
+                running.discard(id(self))
+            record(self, args, output)
+            return output
+
+        return __call__
+
+    try:
+        for owner, original in originals.items():
+            owner.__call__ = wrap(original)
+        yield
+    finally:
+        for owner, original in originals.items():
+            owner.__call__ = original
+
+
+def _append(
+    traces: list[Trace],
+    path: str,
+    inputs: tuple,
+    output: Any,
+    array_type: type,
+    convert: Callable[[Any], np.ndarray],
+) -> None:
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    if isinstance(first, array_type):
+        arrays = tuple(convert(x) for x in inputs if isinstance(x, array_type))
+        traces.append(Trace(path, arrays, convert(first)))

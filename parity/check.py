@@ -1,0 +1,88 @@
+"""Climbs the levels: are these two models the same function, and if not, where do they part?"""
+
+import time
+from collections.abc import Callable, Iterable
+
+from parity.compare import Record, Verdict
+from parity.environment import Devices, choose_devices, fingerprint, pinned_precision
+from parity.levels import LEVELS
+from parity.pair import Pair
+from parity.report import Divergence, Level, Report
+from parity.subject import Subject
+
+Progress = Callable[[str, float], None]
+
+
+def check(
+    pair: Pair,
+    *,
+    levels: Iterable[str] = tuple(LEVELS),
+    dtypes: tuple[str, ...] = ("float64", "float32"),
+    devices: Devices | None = None,
+    seed: int = 0,
+    steps: int = 100,
+    new_tokens: int = 256,
+    progress: Progress = lambda level, fraction: None,
+) -> Report:
+    """Compares a pair, level by level; a level that fails blocks those after it.
+
+    Args:
+        pair: the models, the weight map and the inputs.
+        levels: names from `LEVELS`; climbed in the order of the ladder.
+        dtypes: float64 first, which decides; float32 is judged by it.
+        devices: where to run; the CPU when None.
+        seed: of the random weights.
+        steps: of the trajectory.
+        new_tokens: to generate behind each prompt.
+        progress: called with a level's name and how far it is, from 0 to 1.
+
+    Returns:
+        A value that prints as a table and goes to JSON.
+
+    Raises:
+        ValueError: for a level that does not exist.
+    """
+    wanted = set(levels)
+    if unknown := wanted - set(LEVELS):
+        raise ValueError(
+            f"check: no level {', '.join(sorted(unknown))}. There are {', '.join(LEVELS)}."
+        )
+    devices = devices or choose_devices("cpu")
+    subject = Subject(pair, devices, dtypes=dtypes, seed=seed, steps=steps, new_tokens=new_tokens)
+    finished: list[Level] = []
+    divergence: Divergence | None = None
+    with pinned_precision():
+        for name, module in LEVELS.items():
+            if name not in wanted:
+                continue
+            if any(level.verdict in (Verdict.FAIL, Verdict.ERROR) for level in finished):
+                finished.append(Level(name, 0.0, (), blocked=True))
+                continue
+            subject.progress = lambda fraction, name=name: progress(name, fraction)
+            subject.progress(0.0)
+            level, divergence = _climb(name, module, subject)
+            finished.append(level)
+        environment = fingerprint(devices)
+    about = {
+        "torch": pair.torch.name,
+        "flax": pair.flax.name,
+        "num_params": subject.num_params,
+        "config": dict(pair.config),
+    }
+    return Report(environment, about, tuple(finished), divergence)
+
+
+def _climb(name: str, module, subject: Subject) -> tuple[Level, Divergence | None]:
+    """One level. A model that raises is an ERROR of its level, with the message kept."""
+    start = time.perf_counter()
+    records: list[Record] = []
+    divergence = None
+    try:
+        records.extend(module.records(subject))
+        if any(record.verdict is Verdict.FAIL for record in records):
+            divergence = module.locate(subject, records)
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        note = f"{type(error).__name__}: {first_line}"
+        records.append(Record(name, "", "ran", None, None, 0, Verdict.ERROR, note=note))
+    return Level(name, time.perf_counter() - start, tuple(records)), divergence

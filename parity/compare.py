@@ -1,0 +1,121 @@
+"""Comparisons as values: metrics, records and verdicts. No asserts, and no allclose."""
+
+import dataclasses
+import enum
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+
+class Verdict(enum.StrEnum):
+    """The outcome of a record, a level or a report, from best to worst."""
+
+    PASS = "PASS"
+    TIE = "TIE"  # a greedy token flipped where the float64 margin is below the measured error
+    ABSTAIN = "ABSTAIN"  # could not be compared; the note says why
+    BLOCKED = "BLOCKED"  # an earlier level failed
+    FAIL = "FAIL"
+    ERROR = "ERROR"  # the comparison itself went wrong, or compared nothing
+
+
+def worst(verdicts: Iterable[Verdict]) -> Verdict:
+    """The worst of several verdicts; ERROR when there is none, for nothing was compared."""
+    order = list(Verdict)
+    return max(verdicts, key=order.index, default=Verdict.ERROR)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One comparison.
+
+    Attributes:
+        name: what was compared.
+        dtype: of the computation.
+        metric: how value is measured.
+        value: what was measured; None when nothing could be.
+        bound: the largest value that passes, a constant of the level.
+        noise: a measured scale to read the value against, when the level has one.
+        count: elements compared.
+        verdict: of this comparison.
+        note: what was excluded, or why there is no value.
+    """
+
+    name: str
+    dtype: str
+    metric: str
+    value: float | None
+    bound: float | None
+    count: int
+    verdict: Verdict
+    noise: float | None = None
+    note: str | None = None
+
+
+def judge(
+    name: str,
+    dtype: str,
+    metric: str,
+    value: float,
+    bound: float,
+    count: int,
+    noise: float | None = None,
+    note: str | None = None,
+) -> Record:
+    """A record that passes when value <= bound. NaN fails, and nothing compared is an ERROR."""
+    verdict = Verdict.PASS if value <= bound else Verdict.FAIL
+    if count == 0:
+        verdict, note = Verdict.ERROR, note or "nothing was compared"
+    return Record(name, dtype, metric, float(value), bound, int(count), verdict, noise, note)
+
+
+def max_abs(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest absolute difference; NaN if there is one, infinite for unlike shapes."""
+    if a.shape != b.shape:
+        return math.inf
+    if a.size == 0:
+        return 0.0
+    with np.errstate(invalid="ignore"):  # inf - inf is NaN, which fails as it should
+        return float(np.max(np.abs(_wide(a) - _wide(b))))
+
+
+def rms_error(a: np.ndarray, b: np.ndarray) -> float:
+    """The root of the mean squared difference."""
+    if a.shape != b.shape:
+        return math.inf
+    with np.errstate(invalid="ignore"):
+        return float(np.sqrt(np.mean((_wide(a) - _wide(b)) ** 2))) if a.size else 0.0
+
+
+def relative_l2(a: np.ndarray, b: np.ndarray) -> float:
+    """|a - b| / max(|a|, |b|) in the Euclidean norm; 0 when both are zero."""
+    if a.shape != b.shape:
+        return math.inf
+    with np.errstate(invalid="ignore"):
+        gap = float(np.linalg.norm(_wide(a) - _wide(b)))
+        scale = max(float(np.linalg.norm(_wide(a))), float(np.linalg.norm(_wide(b))))
+    return gap / scale if scale else gap
+
+
+def different_bits(a: np.ndarray, b: np.ndarray) -> int:
+    """Elements whose bytes differ, so that NaN equals itself and 0 is not -0."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return max(a.size, b.size, 1)
+    words = f"u{a.dtype.itemsize}"
+    bits_a, bits_b = np.ascontiguousarray(a).view(words), np.ascontiguousarray(b).view(words)
+    return int(np.count_nonzero(bits_a != bits_b))
+
+
+def error_ratio(a: np.ndarray, b: np.ndarray, truth: np.ndarray) -> float:
+    """The larger of two RMS errors over the smaller, both against `truth`: 1 is a fair draw.
+
+    Errors below the rounding of `truth` to the narrower dtype count as that rounding, for a ratio
+    of two numbers that are both exact says nothing.
+    """
+    floor = float(np.finfo(a.dtype).eps) * float(np.sqrt(np.mean(_wide(truth) ** 2)))
+    errors = [max(rms_error(x, truth), floor) for x in (a, b)]
+    return max(errors) / min(errors) if min(errors) else math.nan
+
+
+def _wide(array: np.ndarray) -> np.ndarray:
+    return np.asarray(array, np.float64)

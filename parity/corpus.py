@@ -1,0 +1,70 @@
+"""Text in, token batches out: one id per character."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """A text as token ids.
+
+    Attributes:
+        source: where the text came from.
+        vocabulary: the characters, sorted; an id is an index into them.
+        ids: the text, int32.
+    """
+
+    source: str
+    vocabulary: str
+    ids: np.ndarray
+
+    @classmethod
+    def load(cls, path: Path | None = None) -> "Corpus":
+        """Reads a UTF-8 file, or the language reference that comes with every CPython.
+
+        Raises:
+            ValueError: when the file cannot be read, is not text, or is too short to learn from.
+        """
+        if path is None:
+            from pydoc_data.topics import topics
+
+            return cls.from_text("\n".join(topics[name] for name in sorted(topics)), "pydoc_data")
+        try:
+            return cls.from_text(path.read_text(encoding="utf-8"), str(path))
+        except OSError as error:
+            reason = error.strerror or error
+            raise ValueError(f"data file {path}: {reason}. Give a UTF-8 text file.") from error
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"data file {path}: byte {error.start} is not UTF-8. Give a UTF-8 text file."
+            ) from error
+
+    @classmethod
+    def from_text(cls, text: str, source: str) -> "Corpus":
+        """Numbers the characters of a text.
+
+        Raises:
+            ValueError: for fewer than 1,000 characters or fewer than two different ones.
+        """
+        vocabulary = "".join(sorted(set(text)))
+        if len(text) < 1000 or len(vocabulary) < 2:
+            raise ValueError(
+                f"data file {source}: {len(text)} characters, {len(vocabulary)} different ones. A "
+                "check needs 1,000 and 2. Give a longer text."
+            )
+        number = {character: index for index, character in enumerate(vocabulary)}
+        return cls(source, vocabulary, np.array([number[c] for c in text], np.int32))
+
+    def windows(self, num: int, length: int, *seed: int) -> np.ndarray:
+        """`num` passages of `length` tokens from random places, the same ones for the same seed.
+
+        A text shorter than a passage is read around its end.
+        """
+        starts = np.random.default_rng(seed).integers(0, len(self.ids), num)
+        return self.ids[(starts[:, None] + np.arange(length)) % len(self.ids)]
+
+    def decode(self, ids: np.ndarray) -> str:
+        """The text of ids."""
+        return "".join(self.vocabulary[index] for index in ids)

@@ -1,0 +1,115 @@
+"""A Flax NNX model with weights, a dtype and a device: it answers the levels in NumPy.
+
+Read beside parity/torch_run.py; the two classes have the same methods.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from parity.capture import Trace, capture_flax
+from parity.environment import jax_scope
+from parity.leaves import Leaves, cast, load_flax
+from parity.oracle import Purity, flax_purity
+from parity.pair import Batch, Side
+
+
+class FlaxRun:
+    """One model, loaded. Training and decoding start from fresh copies of it."""
+
+    def __init__(
+        self, side: Side, leaves: Mapping[str, np.ndarray], dtype: str, device: jax.Device
+    ):
+        self.name = side.name
+        self._side, self._leaves = side, cast(leaves, dtype)
+        self._dtype, self._device = dtype, device
+        self.module = self._load()
+        with self._scope():
+            self._graphdef, self._parameters, self._rest = nnx.split(self.module, nnx.Param, ...)
+        self._forward = jax.jit(self._call(side.forward))
+        self._loss_and_gradients = jax.jit(jax.value_and_grad(self._call(side.loss)))
+
+    def outputs(self, batch: Batch) -> np.ndarray:
+        """The model's output."""
+        with self._scope():
+            return np.asarray(self._forward(self._parameters, *_arrays(batch)))
+
+    def gradients(self, batch: Batch) -> tuple[float, Leaves]:
+        """The loss, and its gradient by leaf."""
+        with self._scope():
+            loss, gradients = self._loss_and_gradients(self._parameters, *_arrays(batch))
+            flat = nnx.to_flat_state(gradients)
+            return float(loss), {".".join(map(str, p)): np.asarray(g[...]) for p, g in flat}
+
+    def forward_purity(self, batch: Batch) -> Purity:
+        """What the forward pass is made of."""
+        with self._scope():
+            return flax_purity(self._forward, self._parameters, *_arrays(batch))
+
+    def gradient_purity(self, batch: Batch) -> Purity:
+        """What the forward and backward pass are made of."""
+        with self._scope():
+            return flax_purity(self._loss_and_gradients, self._parameters, *_arrays(batch))
+
+    def traces(self, batch: Batch) -> list[Trace]:
+        """Inputs and outputs of every module in a forward pass."""
+        with self._scope():
+            arrays = _arrays(batch)
+            return capture_flax(self.module, lambda: self._side.forward(self.module, *arrays))
+
+    def trainer(self) -> Any:
+        """The side's trainer, on weights of its own."""
+        with self._scope():
+            return _Scoped(self._side.trainer(self._load()), self._scope)
+
+    def decoder(self) -> Any:
+        """The side's decoder."""
+        with self._scope():
+            return _Scoped(self._side.decoder(self.module), self._scope)
+
+    def decoder_traces(self, call: Callable[[Any], Any]) -> list[Trace]:
+        """Inputs and outputs of every module while `call` uses the side's decoder."""
+        with self._scope(), jax.disable_jit():
+            return capture_flax(self.module, lambda: call(self._side.decoder(self.module)))
+
+    def _load(self) -> nnx.Module:
+        with self._scope():
+            module = self._side.build(self._dtype)
+            load_flax(module, self._leaves)
+            return module
+
+    def _scope(self) -> contextlib.AbstractContextManager:
+        return jax_scope(self._dtype, self._device)
+
+    def _call(self, function):
+        def call(parameters: nnx.State, *arrays: jax.Array):
+            return function(nnx.merge(self._graphdef, parameters, self._rest), *arrays)
+
+        return call
+
+
+class _Scoped:
+    """An object whose methods run inside a scope."""
+
+    def __init__(self, target: Any, scope):
+        self._target, self._scope = target, scope
+
+    def __getattr__(self, name: str):
+        method = getattr(self._target, name)
+
+        @functools.wraps(method)
+        def scoped(*args, **kwargs):
+            with self._scope():
+                return method(*args, **kwargs)
+
+        return scoped
+
+
+def _arrays(batch: Batch) -> tuple[jax.Array, ...]:
+    return tuple(jnp.asarray(array) for array in batch.inputs)

@@ -1,0 +1,92 @@
+"""The weights of a module as named NumPy arrays, read and written without changing a bit."""
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import torch
+from flax import nnx
+
+Leaves = dict[str, np.ndarray]
+
+
+def flax_leaves(module: nnx.Module) -> Leaves:
+    """Every variable of a module by its path, without the states of random streams."""
+    return {name: np.asarray(variable[...]) for name, variable in _variables(module).items()}
+
+
+def load_flax(module: nnx.Module, leaves: Mapping[str, np.ndarray]) -> None:
+    """Overwrites every variable of a module.
+
+    Raises:
+        ValueError: when names, shapes or dtypes are not exactly the module's.
+    """
+    variables = _variables(module)
+    _require_same("flax", flax_leaves(module), leaves)
+    for name, variable in variables.items():
+        variable[...] = jnp.asarray(leaves[name])
+
+
+def torch_leaves(module: torch.nn.Module) -> Leaves:
+    """Every parameter and persistent buffer of a module by its name."""
+    return {name: to_numpy(tensor) for name, tensor in module.state_dict().items()}
+
+
+def load_torch(module: torch.nn.Module, leaves: Mapping[str, np.ndarray]) -> None:
+    """Overwrites every parameter and persistent buffer of a module.
+
+    Raises:
+        ValueError: when names, shapes or dtypes are not exactly the module's.
+    """
+    tensors = module.state_dict()
+    _require_same("torch", torch_leaves(module), leaves)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(from_numpy(leaves[name]))
+
+
+def cast(leaves: Mapping[str, np.ndarray], dtype: str) -> Leaves:
+    """The same numbers with every float in the given dtype."""
+    return {
+        name: array.astype(dtype) if np.issubdtype(array.dtype, np.floating) else array
+        for name, array in leaves.items()
+    }
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A copy as an array of the same bits; torch itself refuses bfloat16."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
+    return tensor.numpy().copy()
+
+
+def from_numpy(array: np.ndarray) -> torch.Tensor:
+    """A tensor of the same bits, on the host."""
+    array = np.ascontiguousarray(array)
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def _variables(module: nnx.Module) -> dict[str, nnx.Variable]:
+    flat = nnx.to_flat_state(nnx.state(module))
+    return {
+        ".".join(map(str, path)): variable
+        for path, variable in flat
+        if not isinstance(variable, nnx.RngState)
+    }
+
+
+def _require_same(side: str, present: Leaves, given: Mapping[str, np.ndarray]) -> None:
+    problems = [f"{name} is missing" for name in present if name not in given]
+    problems += [f"{name} is unknown" for name in given if name not in present]
+    problems += [
+        f"{name} is {given[name].dtype}{list(given[name].shape)}, "
+        f"not {array.dtype}{list(array.shape)}"
+        for name, array in present.items()
+        if name in given and (given[name].shape != array.shape or given[name].dtype != array.dtype)
+    ]
+    if problems:
+        raise ValueError(f"load_{side}: {'; '.join(problems)}. Give exactly the module's leaves.")

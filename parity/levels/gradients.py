@@ -1,0 +1,53 @@
+"""The loss has the same gradient by every leaf."""
+
+from collections.abc import Iterator
+
+from parity.compare import Record, Verdict, judge, max_abs, relative_l2
+from parity.levels.logits import purity
+from parity.localize import model_name
+from parity.report import Divergence
+from parity.subject import Subject, gradient_norm
+
+# Relative L2 per leaf. A correct port was measured at 1.5e-15 to 1.6e-14 in float64 and 9e-7 to
+# 5e-6 in float32; the smallest gradient bug at 0.11.
+FLOAT64, FLOAT32 = 1e-12, 2e-5
+# Of the norm of the whole gradient, for a leaf whose own gradient is analytically zero: rounding
+# of either width, with room for long sums.
+NULL = {"float64": 1e-12, "float32": 1e-5}
+
+
+def records(subject: Subject) -> Iterator[Record]:
+    """One record per leaf; null leaves are judged absolutely and named."""
+    for number, dtype in enumerate(subject.dtypes):
+        (flax_loss, flax), (torch_loss, torch) = subject.gradients(dtype)
+        bound = FLOAT64 if dtype == "float64" else FLOAT32
+        for name in flax:
+            if name not in subject.null_leaves:
+                gap = relative_l2(flax[name], torch[name])
+                yield judge(name, dtype, "relative_l2", gap, bound, flax[name].size)
+        gap = abs(flax_loss - torch_loss) / max(abs(flax_loss), 1.0)
+        yield judge("loss", dtype, "relative", gap, bound, 1)
+        if subject.null_leaves:
+            scale = gradient_norm(flax)
+            gap = max(max_abs(flax[x], torch[x]) / scale for x in subject.null_leaves)
+            size = sum(flax[name].size for name in subject.null_leaves)
+            yield judge("null directions", dtype, "max_abs_of_norm", gap, NULL[dtype], size,
+                        note="zero by analysis, judged absolutely: " + ", ".join(
+                            subject.null_leaves))  # fmt: skip
+        subject.progress((number + 1) / len(subject.dtypes))
+    yield from purity(subject, "gradient_purity")
+
+
+def locate(subject: Subject, records: list[Record]) -> Divergence | None:
+    """The guilty leaf nearest to the loss: those before it only inherit its error."""
+    bad = {r.name: r for r in records if r.verdict is Verdict.FAIL}
+    order = [trace.path for trace in subject.runs("float64")[1].traces(subject.gradient_probe)]
+    leaves = [name for name in bad if name in subject.flax_leaves]
+    if not leaves:
+        name, record = next(iter(bad.items()))
+        where = model_name(subject) if name == "loss" else name
+        return Divergence(where, "backward", 0, record.value, detail=record.note or "")
+    owners = {name: name.rpartition(".")[0] for name in leaves}
+    last = max(leaves, key=lambda name: order.index(owners[name]) if owners[name] in order else -1)
+    detail = f"Its leaf {last.rpartition('.')[2]} has another gradient; all after it agree."
+    return Divergence(owners[last], "backward", 0, bad[last].value, detail=detail)

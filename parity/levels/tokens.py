@@ -1,0 +1,109 @@
+"""Greedy decoding chooses the same tokens: two frameworks, with and without the cache."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from parity.compare import Record, Verdict, max_abs
+from parity.pair import Batch
+from parity.report import Divergence
+from parity.subject import Subject
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flip:
+    """The first place where a row chose another token than the reference."""
+
+    row: int
+    index: int
+    margin: float
+
+
+def records(subject: Subject) -> Iterator[Record]:
+    """Each decoder against the first one in float64; the margins say whether equality is luck."""
+    if subject.pair.prompts is None:
+        yield Record("tokens", "float64", "different tokens", None, None, 0, Verdict.ABSTAIN,
+                     note="the pair declares no decoder")  # fmt: skip
+        return
+    tokens, counts = subject.pair.prompts
+    reference: np.ndarray | None = None
+    margins = errors = None
+    for number, dtype in enumerate(subject.dtypes):
+        for index, run in enumerate(subject.runs(dtype)):
+            for use_cache in (True, False):
+                written = run.decoder().generate(tokens, counts, subject.new_tokens, use_cache)
+                if reference is None:
+                    reference = written
+                    margins, errors = _margins(subject, tokens, counts, reference)
+                name = f"{run.name}, {'cached' if use_cache else 'uncached'}"
+                yield _record(name, dtype, reference, written, margins, errors[dtype])
+                done = number * 4 + index * 2 + (not use_cache) + 1
+                subject.progress(done / len(subject.dtypes) / 4)
+
+
+def _margins(
+    subject: Subject, tokens: np.ndarray, counts: np.ndarray, written: np.ndarray
+) -> tuple[np.ndarray, dict[str, float]]:
+    """Top-1 minus top-2 logit in float64 at each choice, and each dtype's measured logit error."""
+    width = int(counts.max()) + written.shape[1]
+    sequences = np.zeros((len(tokens), width), np.int32)
+    for row, count in enumerate(counts):
+        sequences[row, :count] = tokens[row, :count]
+        sequences[row, count : count + written.shape[1]] = written[row]
+    # The last token has been chosen but chooses nothing.
+    lengths = (counts + written.shape[1] - 1).astype(np.int32)
+    batch = Batch((sequences, lengths), np.arange(width) < lengths[:, None])
+    truth = subject.runs("float64")[0].outputs(batch)
+    errors = {
+        dtype: max(
+            max_abs(batch.select(run.outputs(batch)), batch.select(truth))
+            for run in subject.runs(dtype)
+        )
+        for dtype in subject.dtypes
+    }
+    top = np.sort(truth, axis=-1)[..., -2:]
+    margin = top[..., 1] - top[..., 0]
+    chosen = counts[:, None] - 1 + np.arange(written.shape[1])
+    return np.take_along_axis(margin, chosen, axis=1), errors
+
+
+def _record(
+    name: str, dtype: str, reference: np.ndarray, written: np.ndarray, margins: np.ndarray,
+    error: float,
+) -> Record:  # fmt: skip
+    """Counts the rows' tokens up to a first flip, which only a thin margin excuses."""
+    flips = [
+        _first_flip(row, reference[row], written[row], margins[row])
+        for row in range(len(reference))
+    ]
+    flips = [flip for flip in flips if flip is not None]
+    # Two logits that err by e each can trade places when they are less than 2e apart.
+    verdict = Verdict.PASS
+    if flips:
+        excused = all(flip.margin <= 2 * error for flip in flips)
+        verdict = Verdict.TIE if excused else Verdict.FAIL
+    different = int(np.count_nonzero(reference != written))
+    note = f"smallest margin {margins.min():.1e}, logit error {error:.1e}"
+    if flips:
+        flip = flips[0]
+        note = (
+            f"row {flip.row} flips at token {flip.index + 1}, margin {flip.margin:.1e}, logit error "
+            f"{error:.1e}"
+        )
+    if reference.size == 0:
+        verdict = Verdict.ERROR
+    return Record(name, dtype, "different tokens", different, 0, written.size, verdict,
+                  noise=float(margins.min()), note=note)  # fmt: skip
+
+
+def _first_flip(row: int, a: np.ndarray, b: np.ndarray, margins: np.ndarray) -> _Flip | None:
+    places = np.flatnonzero(a != b)
+    return _Flip(row, int(places[0]), float(margins[places[0]])) if places.size else None
+
+
+def locate(subject: Subject, records: list[Record]) -> Divergence | None:
+    """The decoder and the token that flipped."""
+    bad = next(record for record in records if record.verdict is Verdict.FAIL)
+    step = int(bad.note.split("token ")[1].split(",")[0])
+    return Divergence(bad.name, "decode", step, bad.value, detail=f"In {bad.dtype}: {bad.note}.")

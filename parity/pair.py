@@ -1,0 +1,81 @@
+"""What the harness may ask of a pair of models. Nothing here knows the twins.
+
+The two sides have the same fields and their runs the same methods; what passes between them and the
+levels is NumPy. A third-party pair is checked by filling in the fields.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from parity.rules import Rules
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Inputs of one call.
+
+    Attributes:
+        inputs: arrays, passed on in this order.
+        real: True for output rows that count, over the leading axes; None for all.
+    """
+
+    inputs: tuple[np.ndarray, ...]
+    real: np.ndarray | None = None
+
+    def select(self, outputs: np.ndarray) -> np.ndarray:
+        """The part of an output that counts."""
+        return outputs if self.real is None else outputs[self.real]
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One framework's half of a pair, as functions of its module.
+
+    Attributes:
+        name: what the report calls this side.
+        build: a module of the given dtype name, on the host; its weights will be overwritten.
+        forward: (module, *inputs) to the output compared.
+        loss: (module, *inputs) to a scalar.
+        trainer: a module to a trainer: `step(*inputs)` to the loss before the update,
+            `parameters()` and `moments()` to the module's leaves and the optimizer's
+            (first, second, count).
+        decoder: a module to a decoder: `chunks(calls, capacity)` and `generate(...)`; None for a
+            model without a cache.
+    """
+
+    name: str
+    build: Callable[[str], Any]
+    forward: Callable[..., Any]
+    loss: Callable[..., Any]
+    trainer: Callable[[Any], Any]
+    decoder: Callable[[Any], Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two models that claim to be one function, and the inputs that put the claim to the test.
+
+    Attributes:
+        flax: the Flax NNX side.
+        torch: the PyTorch side.
+        rules: the weight map.
+        probes: named inputs for logits and gradients; the first is the one for gradients.
+        training_batch: the batch of a training step, by its number.
+        learning_rate: of both trainers, the unit in which null updates are judged.
+        prompts: tokens (B, T) and counts (B,) to continue greedily; None without a decoder.
+        sequences: tokens (B, T) and counts (B,) to read in chunks; None without a decoder.
+        config: what the report says of the models.
+    """
+
+    flax: Side
+    torch: Side
+    rules: Rules
+    probes: Mapping[str, Batch]
+    training_batch: Callable[[int], Batch]
+    learning_rate: float
+    prompts: tuple[np.ndarray, np.ndarray] | None = None
+    sequences: tuple[np.ndarray, np.ndarray] | None = None
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)

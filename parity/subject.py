@@ -1,0 +1,127 @@
+"""A pair under test: its randomized weights, its four runs, and what levels learn about it."""
+
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+from parity.environment import Devices
+from parity.flax_run import FlaxRun
+from parity.leaves import Leaves, flax_leaves, torch_leaves
+from parity.pair import Batch, Pair
+from parity.torch_run import TorchRun
+from parity.transplant import WeightMap, resolve
+
+# A gradient this far below the whole gradient is rounding: 1e4 units of float64's last place.
+_NULL = 1e-12
+
+
+class Subject:
+    """What every level works on.
+
+    Attributes:
+        pair: the models and inputs.
+        devices: where they run.
+        dtypes: of the runs, float64 first.
+        steps: of the trajectory.
+        new_tokens: to generate behind each prompt.
+        progress: told how far the present level is, from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        pair: Pair,
+        devices: Devices,
+        *,
+        dtypes: tuple[str, ...] = ("float64", "float32"),
+        seed: int = 0,
+        steps: int = 100,
+        new_tokens: int = 256,
+        progress: Callable[[float], None] = lambda fraction: None,
+    ):
+        self.pair, self.devices, self.dtypes = pair, devices, dtypes
+        self.steps, self.new_tokens, self.progress = steps, new_tokens, progress
+        self._seed = seed
+        self.runs = functools.cache(self._make_runs)
+        self.gradients = functools.cache(self._make_gradients)
+
+    @functools.cached_property
+    def flax_leaves(self) -> Leaves:
+        """The weights under test, in float32: initial weights hide forgotten biases and norms."""
+        return randomized(flax_leaves(self.pair.flax.build("float32")), self._seed)
+
+    @functools.cached_property
+    def weight_map(self) -> WeightMap:
+        """The rules resolved for this pair.
+
+        Raises:
+            TransplantError: when they do not fit it.
+        """
+        return resolve(
+            self.pair.rules, torch_leaves(self.pair.torch.build("float32")), self.flax_leaves
+        )
+
+    @functools.cached_property
+    def torch_leaves(self) -> Leaves:
+        """The same weights for torch."""
+        unmapped = torch_leaves(self.pair.torch.build("float32")) if self.weight_map.ignored else {}
+        kept = {name: unmapped[name] for name in self.weight_map.ignored}
+        return self.weight_map.to_torch(self.flax_leaves) | kept
+
+    @property
+    def num_params(self) -> int:
+        """Weights of the model, tied ones once."""
+        return sum(leaf.size for leaf in self.flax_leaves.values())
+
+    def _make_runs(self, dtype: str) -> tuple[FlaxRun, TorchRun]:
+        return (
+            FlaxRun(self.pair.flax, self.flax_leaves, dtype, self.devices.flax),
+            TorchRun(self.pair.torch, self.torch_leaves, dtype, self.devices.torch),
+        )
+
+    @property
+    def gradient_probe(self) -> Batch:
+        """The batch that gradients are taken on."""
+        return next(iter(self.pair.probes.values()))
+
+    def _make_gradients(self, dtype: str) -> tuple[tuple[float, Leaves], tuple[float, Leaves]]:
+        flax, torch = self.runs(dtype)
+        loss, gradients = torch.gradients(self.gradient_probe)
+        return flax.gradients(self.gradient_probe), (loss, self.weight_map.to_flax(gradients))
+
+    @functools.cached_property
+    def null_leaves(self) -> tuple[str, ...]:
+        """Leaves whose gradient is analytically zero, found in float64 in both frameworks.
+
+        A key bias shifts all scores of a query alike and softmax does not see it. What remains is
+        rounding, so relative tests of such a leaf compare noise with noise.
+        """
+        (_, flax), (_, torch) = self.gradients("float64")
+        scale = gradient_norm(flax)
+        return tuple(
+            name
+            for name in flax
+            if max(np.linalg.norm(flax[name]), np.linalg.norm(torch[name])) <= _NULL * scale
+        )
+
+
+def randomized(leaves: Leaves, seed: int) -> Leaves:
+    """New numbers for every leaf, so that each one matters.
+
+    Matrices are drawn with the deviation that keeps a signal's size, 1 / sqrt(shorter side);
+    vectors keep their value (zero biases, unit norms) and get noise of 0.2.
+    """
+    rng = np.random.default_rng(seed)
+    return {
+        name: (
+            rng.normal(0.0, min(leaf.shape) ** -0.5, leaf.shape)
+            if leaf.ndim >= 2
+            else leaf + rng.normal(0.0, 0.2, leaf.shape)
+        ).astype(leaf.dtype)
+        for name, leaf in leaves.items()
+    }
+
+
+def gradient_norm(gradients: Leaves) -> float:
+    """The Euclidean norm of a whole gradient."""
+    return float(np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in gradients.values())))

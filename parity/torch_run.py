@@ -1,0 +1,86 @@
+"""A PyTorch model with weights, a dtype and a device: it answers the levels in NumPy.
+
+Read beside parity/flax_run.py; the two classes have the same methods.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from parity.capture import Trace, capture_torch
+from parity.leaves import Leaves, cast, from_numpy, load_torch, to_numpy
+from parity.oracle import Purity, torch_purity
+from parity.pair import Batch, Side
+
+
+class TorchRun:
+    """One model, loaded. Training and decoding start from fresh copies of it."""
+
+    def __init__(
+        self, side: Side, leaves: Mapping[str, np.ndarray], dtype: str, device: torch.device
+    ):
+        self.name = side.name
+        self._side, self._leaves = side, cast(leaves, dtype)
+        self._dtype, self._device = dtype, device
+        self.module = self._load()
+
+    def outputs(self, batch: Batch) -> np.ndarray:
+        """The model's output."""
+        with torch.no_grad():
+            return to_numpy(self._side.forward(self.module, *self._arrays(batch)))
+
+    def gradients(self, batch: Batch) -> tuple[float, Leaves]:
+        """The loss, and its gradient by leaf."""
+        loss, gradients = self._loss_and_gradients(batch)
+        names = dict(self.module.named_parameters())
+        return float(loss), dict(zip(names, map(to_numpy, gradients), strict=True))
+
+    def forward_purity(self, batch: Batch) -> Purity:
+        """What the forward pass is made of."""
+        return torch_purity(self._side.forward, self.module, *self._arrays(batch))
+
+    def gradient_purity(self, batch: Batch) -> Purity:
+        """What the forward and backward pass are made of."""
+        return torch_purity(self._loss_and_gradients, batch)
+
+    def traces(self, batch: Batch) -> list[Trace]:
+        """Inputs and outputs of every module in a forward pass."""
+        arrays = self._arrays(batch)
+        return capture_torch(self.module, lambda: self._side.forward(self.module, *arrays))
+
+    def trainer(self) -> Any:
+        """The side's trainer, on weights of its own."""
+        return self._side.trainer(self._load())
+
+    def decoder(self) -> Any:
+        """The side's decoder."""
+        return self._side.decoder(self.module)
+
+    def decoder_traces(self, call: Callable[[Any], Any]) -> list[Trace]:
+        """Inputs and outputs of every module while `call` uses the side's decoder."""
+        return capture_torch(self.module, lambda: call(self.decoder()))
+
+    def _load(self) -> torch.nn.Module:
+        module = self._side.build(self._dtype)
+        load_torch(module, self._leaves)
+        return module.to(self._device)
+
+    def _loss_and_gradients(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        loss = self._side.loss(self.module, *self._arrays(batch))
+        parameters = list(self.module.parameters())
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return loss.detach(), [
+            torch.zeros_like(parameter) if gradient is None else gradient
+            for parameter, gradient in zip(parameters, gradients, strict=True)
+        ]
+
+    def _arrays(self, batch: Batch) -> tuple[torch.Tensor, ...]:
+        return tuple(_tensor(array).to(self._device) for array in batch.inputs)
+
+
+def _tensor(array: np.ndarray) -> torch.Tensor:
+    """Integers become int64, the only type torch takes as an index everywhere."""
+    tensor = from_numpy(array)
+    return tensor.long() if tensor.dtype == torch.int32 else tensor
