@@ -53,20 +53,33 @@ def capture_torch(module: torch.nn.Module, call: Callable[[], Any]) -> list[Trac
 def capture_flax(module: nnx.Module, call: Callable[[], Any]) -> list[Trace]:
     """Runs `call` and lists what every submodule took and gave, in order of completion."""
     traces: list[Trace] = []
-    paths = {id(m): ".".join(map(str, path)) for path, m in nnx.iter_modules(module)}
+    paths: dict[int, str] = {}
+    known: list[nnx.Module] = []  # keeps what is in paths alive, since ids are used again
     running: set[int] = set()
+
+    def learn(root: nnx.Module) -> None:
+        for path, submodule in nnx.iter_modules(root):
+            paths[id(submodule)] = ".".join(map(str, path))
+            known.append(submodule)
 
     def record(self: nnx.Module, inputs: tuple, output: Any) -> None:
         _append(traces, paths[id(self)], inputs, output, jax.Array, np.asarray)
 
-    with _wrapped_calls({type(m) for _, m in nnx.iter_modules(module)}, paths, running, record):
+    learn(module)
+    classes = {type(submodule) for submodule in known}
+    with _wrapped_calls(classes, type(module), learn, paths, running, record):
         call()
     return traces
 
 
 @contextlib.contextmanager
 def _wrapped_calls(
-    classes: set[type], paths: dict[int, str], running: set[int], record: Callable
+    classes: set[type],
+    root: type,
+    learn: Callable[[nnx.Module], None],
+    paths: dict[int, str],
+    running: set[int],
+    record: Callable,
 ) -> Iterator[None]:
     """Replaces `__call__` where it is defined, and puts it back whatever happens."""
     owners = {base for cls in classes for base in cls.__mro__ if "__call__" in vars(base)}
@@ -74,6 +87,9 @@ def _wrapped_calls(
 
     def wrap(original: Callable) -> Callable:
         def __call__(self, *args, **kwargs):
+            # nnx.merge makes a new model of the same type with every call of a pure function.
+            if id(self) not in paths and type(self) is root and not running:
+                learn(self)
             # A parent's __call__ reached through super() is not a call of its own.
             if id(self) not in paths or id(self) in running:
                 return original(self, *args, **kwargs)

@@ -35,8 +35,8 @@ def choose_devices(wanted: str) -> Devices:
     if wanted == "cuda" and not (have_torch and have_flax):
         blind = [name for name, has in (("torch", have_torch), ("jax", have_flax)) if not has]
         raise ValueError(
-            f"--device cuda: {' and '.join(blind)} can use no GPU here. Both twins must run on one. "
-            "Install the extra 'cuda' or choose --device cpu."
+            f"--device cuda: {' and '.join(blind)} can use no GPU here. Both must run on "
+            "one. Install the extra 'cuda' or choose --device cpu."
         )
     if wanted != "cpu" and have_torch and have_flax:
         return Devices(_jax_gpus()[0], torch.device("cuda", 0))

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -118,35 +119,29 @@ class Report:
         return json.dumps(_finite(document), indent=1, allow_nan=False) + "\n"
 
     def __rich__(self) -> RenderableType:
-        """One row per level: what was measured, what is allowed, in each dtype."""
-        dtypes = list(dict.fromkeys(r.dtype for level in self.levels for r in level.records))
-        dtypes = [dtype for dtype in ("float64", "float32") if dtype in dtypes]
-        table = Table(
-            title=f"{self.subject['torch']} = {self.subject['flax']}?", title_justify="left"
-        )
+        """One row per level, in each dtype: what was measured against what is allowed."""
+        dtypes = [
+            dtype
+            for dtype in ("float64", "float32")
+            if any(level.headline(dtype) for level in self.levels)
+        ]
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         table.add_column("level")
-        table.add_column("measure")
         for dtype in dtypes:
-            table.add_column(dtype, justify="right")
-            table.add_column("bound", justify="right", style="dim")
+            table.add_column(dtype)
         table.add_column("compared", justify="right")
         table.add_column("verdict")
         table.add_column("seconds", justify="right")
         for level in self.levels:
-            heads = [level.headline(dtype) for dtype in dtypes]
-            measures = dict.fromkeys(head.metric for head in heads if head)
-            cells = [cell for head in heads for cell in _cells(head)]
             compared = sum(record.count for record in level.records)
             table.add_row(
                 level.name,
-                "\n".join(measures),
-                *cells,
+                *(_cell(level.headline(dtype)) for dtype in dtypes),
                 f"{compared:,}" if compared else "",
                 Text(level.verdict, style=_COLOURS[level.verdict]),
                 f"{level.seconds:.1f}" if not level.blocked else "",
             )
-        lines = [table, *self._notes()]
-        return Group(*lines, Text(self._summary(), style=_COLOURS[self.verdict]))
+        return Group(table, *self._notes(), Text(self._summary(), style=_COLOURS[self.verdict]))
 
     def _notes(self) -> list[Text]:
         notes = []
@@ -155,7 +150,8 @@ class Report:
                 if record.verdict is not Verdict.PASS:
                     value = "" if record.value is None else f" {record.value:.3g}"
                     bound = "" if record.bound is None else f" > {record.bound:.0e}"
-                    text = f"{level.name}: {record.name}, {record.dtype}, {record.metric}{value}{bound}"
+                    text = f"{level.name}: {record.name}, {record.dtype}, {record.metric}"
+                    text += value + bound
                     text += f" ({record.note})" if record.note else ""
                     notes.append(Text(text, style=_COLOURS[record.verdict]))
         hidden = len(notes) - 12
@@ -199,16 +195,21 @@ def write_atomically(path: Path, text: str) -> None:
         raise
 
 
-def _cells(record: Record | None) -> tuple[str, str]:
+def _cell(record: Record | None) -> Text:
+    """A measurement, its bound, and below them how it is measured."""
     if record is None or record.value is None:
-        return "", ""
-    return _number(record.value), _number(record.bound) if record.bound is not None else ""
+        return Text("")
+    sign = "<=" if record.verdict is Verdict.PASS else "> "
+    bound = "" if record.bound is None else f" {sign} {_number(record.bound)}"
+    return Text.assemble(
+        _number(record.value), bound, "\n", (record.metric.replace("_", " "), "dim")
+    )
 
 
 def _number(value: float) -> str:
     if value == 0 or (float(value).is_integer() and abs(value) < 1e6):
         return f"{value:.0f}"
-    return f"{value:.2f}" if 0.1 <= abs(value) < 100 else f"{value:.1e}"
+    return f"{value:.2f}" if 0.1 <= abs(value) < 100 else f"{value:.1e}".replace("1.0e", "1e")
 
 
 def _finite(value: Any) -> Any:

@@ -1,6 +1,7 @@
 """The harness's first client: flax_gpt and torch_gpt as a pair."""
 
 import dataclasses
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -20,61 +21,92 @@ Calls = list[tuple[np.ndarray, np.ndarray]]
 
 _PROBE_SIZE = 1 << 26  # logits of one probe at most, half a gigabyte in float64
 _PROMPT_LENGTH = 64
+_SEQUENCE_LENGTH = 96
+_TRAINING_BATCH = 8, 64
 
 
-def twins(corpus: Corpus, preset: str = "tiny", seed: int = 0, max_new_tokens: int = 256) -> Pair:
-    """The two GPTs at a preset's size, with probes cut from a text.
-
-    Args:
-        corpus: the text; `tiny` takes its vocabulary size from it.
-        preset: one of `flax_gpt.PRESETS`.
-        seed: of the passages.
-        max_new_tokens: tokens to generate behind each prompt; the prompts leave room for them.
+def preset_config(corpus: Corpus, preset: str) -> flax_gpt.GPTConfig:
+    """A preset's sizes; `tiny` takes its vocabulary size from the text.
 
     Raises:
-        ValueError: for an unknown preset, a vocabulary it cannot hold, or too many new tokens.
+        ValueError: for an unknown preset.
     """
     changes = {"vocab_size": len(corpus.vocabulary)} if preset == "tiny" else {}
-    config = flax_gpt.GPTConfig.preset(preset, **changes)
-    train_config = flax_gpt.TrainConfig()
+    return flax_gpt.GPTConfig.preset(preset, **changes)
+
+
+def twins(
+    corpus: Corpus,
+    config: flax_gpt.GPTConfig | None = None,
+    *,
+    seed: int = 0,
+    max_new_tokens: int = 256,
+    flax_package: ModuleType = flax_gpt,
+    torch_package: ModuleType = torch_gpt,
+) -> Pair:
+    """The two GPTs as a pair, with probes cut from a text.
+
+    Args:
+        corpus: the text.
+        config: their sizes; the `tiny` preset when None.
+        seed: of the passages.
+        max_new_tokens: tokens to generate behind each prompt; the prompts leave room for them.
+        flax_package: the Flax twin, or a changed copy of it.
+        torch_package: the PyTorch twin, or a changed copy of it.
+
+    Raises:
+        ValueError: for a vocabulary that the model cannot hold, or too many new tokens.
+    """
+    config = config or preset_config(corpus, "tiny")
+    sizes, context = dataclasses.asdict(config), config.context_length
+    training = dataclasses.asdict(flax_gpt.TrainConfig())
     if len(corpus.vocabulary) > config.vocab_size:
         raise ValueError(
             f"check: {len(corpus.vocabulary)} different characters in {corpus.source} > vocabulary "
-            f"{config.vocab_size} of {preset}. Each needs an id. Give another text or preset."
+            f"size {config.vocab_size}. Each needs an id. Give another text or a larger model."
         )
-    context = config.context_length
-    prompt_length = min(_PROMPT_LENGTH, context - max_new_tokens)
-    if not 4 <= prompt_length:
+    room = context - max_new_tokens
+    if room < 4:
         raise ValueError(
-            f"check: {max_new_tokens} new tokens leave {context - max_new_tokens} of context "
-            f"{context} for the prompts, which need 4. Ask for at most {context - 4}."
+            f"check: {max_new_tokens} new tokens leave {room} of context {context} for prompts. "
+            f"They need 4. Ask for at most {context - 4}."
         )
-    counts = np.array([prompt_length, prompt_length * 3 // 4, prompt_length // 2, 1], np.int32)
-    sequence_counts = np.array([96, 95, 33, 1], np.int32)
+
+    flax_side = Side(
+        name="flax_gpt",
+        build=lambda dtype: flax_package.GPT(flax_package.GPTConfig(**sizes | {"dtype": dtype})),
+        forward=_forward,
+        loss=lambda *args: _loss(flax_package, *args),
+        trainer=lambda model: FlaxTrainer(flax_package, model, training),
+        decoder=lambda model: FlaxDecoder(flax_package, model),
+    )
+    torch_side = Side(
+        name="torch_gpt",
+        build=lambda dtype: torch_package.GPT(torch_package.GPTConfig(**sizes | {"dtype": dtype})),
+        forward=_forward,
+        loss=lambda *args: _loss(torch_package, *args),
+        trainer=lambda model: TorchTrainer(torch_package, model, training),
+        decoder=lambda model: TorchDecoder(torch_package, model),
+    )
+    rows, width = _TRAINING_BATCH
+    width = min(width, context)
+    prompt, length = min(_PROMPT_LENGTH, room), min(_SEQUENCE_LENGTH, context)
     return Pair(
-        flax=Side(
-            name="flax_gpt",
-            build=lambda dtype: flax_gpt.GPT(dataclasses.replace(config, dtype=dtype)),
-            forward=_flax_forward,
-            loss=_flax_loss,
-            trainer=lambda model: FlaxTrainer(model, train_config),
-            decoder=FlaxDecoder,
-        ),
-        torch=Side(
-            name="torch_gpt",
-            build=lambda dtype: torch_gpt.GPT(_torch_config(config, dtype)),
-            forward=_torch_forward,
-            loss=_torch_loss,
-            trainer=lambda model: TorchTrainer(model, train_config),
-            decoder=TorchDecoder,
-        ),
+        flax=flax_side,
+        torch=torch_side,
         rules=TWINS,
         probes=_probes(corpus, config, seed),
-        training_batch=lambda step: Batch((corpus.windows(8, 64, seed, 1, step),)),
-        learning_rate=train_config.learning_rate,
-        prompts=(corpus.windows(4, prompt_length, seed, 2), counts),
-        sequences=(corpus.windows(4, 96, seed, 3), sequence_counts),
-        config=dataclasses.asdict(config) | {"preset": preset, "data": corpus.source},
+        training_batch=lambda step: Batch((corpus.windows(rows, width, seed, 1, step),)),
+        learning_rate=training["learning_rate"],
+        prompts=(
+            corpus.windows(4, prompt, seed, 2),
+            np.array([prompt, prompt * 3 // 4, prompt // 2, 1], np.int32),
+        ),
+        sequences=(
+            corpus.windows(4, length, seed, 3),
+            np.array([length, length - 1, length // 3, 1], np.int32),
+        ),
+        config=sizes | {"data": corpus.source},
     )
 
 
@@ -93,43 +125,26 @@ def _probes(corpus: Corpus, config: flax_gpt.GPTConfig, seed: int) -> dict[str, 
     }
 
 
-def _flax_forward(
-    model: flax_gpt.GPT, tokens: jax.Array, counts: jax.Array | None = None
-) -> jax.Array:
+def _forward(model: Any, tokens: Any, counts: Any = None) -> Any:
+    """Logits of either twin."""
     return model(tokens, counts_B=counts)[0]
 
 
-def _torch_forward(
-    model: torch_gpt.GPT, tokens: torch.Tensor, counts: torch.Tensor | None = None
-) -> torch.Tensor:
-    return model(tokens, counts_B=counts)[0]
-
-
-def _flax_loss(
-    model: flax_gpt.GPT, tokens: jax.Array, counts: jax.Array | None = None
-) -> jax.Array:
-    return flax_gpt.next_token_loss(_flax_forward(model, tokens, counts), tokens, counts).mean
-
-
-def _torch_loss(
-    model: torch_gpt.GPT, tokens: torch.Tensor, counts: torch.Tensor | None = None
-) -> torch.Tensor:
-    return torch_gpt.next_token_loss(_torch_forward(model, tokens, counts), tokens, counts).mean
-
-
-def _torch_config(config: flax_gpt.GPTConfig, dtype: str) -> torch_gpt.GPTConfig:
-    return torch_gpt.GPTConfig(**dataclasses.asdict(config) | {"dtype": dtype})
+def _loss(package: ModuleType, model: Any, tokens: Any, counts: Any = None) -> Any:
+    """Mean loss of either twin."""
+    return package.next_token_loss(_forward(model, tokens, counts), tokens, counts).mean
 
 
 class FlaxTrainer:
     """Training by flax_gpt.train_step."""
 
-    def __init__(self, model: flax_gpt.GPT, config: flax_gpt.TrainConfig):
-        self._state = flax_gpt.TrainState.create(model, config)
+    def __init__(self, package: ModuleType, model: nnx.Module, constants: dict[str, float]):
+        self._package = package
+        self._state = package.TrainState.create(model, package.TrainConfig(**constants))
 
     def step(self, tokens: np.ndarray) -> float:
         """One step; the loss before it."""
-        loss, self._state = flax_gpt.train_step(jnp.asarray(tokens), self._state)
+        loss, self._state = self._package.train_step(jnp.asarray(tokens), self._state)
         return float(loss.mean)
 
     def parameters(self) -> Leaves:
@@ -145,15 +160,15 @@ class FlaxTrainer:
 class TorchTrainer:
     """Training by torch_gpt.train_step."""
 
-    def __init__(self, model: torch_gpt.GPT, config: flax_gpt.TrainConfig):
-        config = torch_gpt.TrainConfig(**dataclasses.asdict(config))
-        self._state = torch_gpt.TrainState.create(model, config)
+    def __init__(self, package: ModuleType, model: torch.nn.Module, constants: dict[str, float]):
+        self._package = package
+        self._state = package.TrainState.create(model, package.TrainConfig(**constants))
 
     def step(self, tokens: np.ndarray) -> float:
         """One step; the loss before it."""
         device = self._state.model.token_embedding.weight.device
         tokens = torch.from_numpy(tokens).long().to(device)
-        loss, self._state = torch_gpt.train_step(tokens, self._state)
+        loss, self._state = self._package.train_step(tokens, self._state)
         return float(loss.mean)
 
     def parameters(self) -> Leaves:
@@ -175,14 +190,14 @@ class TorchTrainer:
 class FlaxDecoder:
     """Decoding by flax_gpt's cache."""
 
-    def __init__(self, model: flax_gpt.GPT):
-        self._model = model
+    def __init__(self, package: ModuleType, model: nnx.Module):
+        self._package, self._model = package, model
         graphdef, self._parameters = nnx.split(model)
         self._call = jax.jit(lambda parameters, *args: nnx.merge(graphdef, parameters)(*args))
 
     def chunks(self, calls: Calls, capacity: int) -> list[np.ndarray]:
         """Logits of each call (tokens (B, T), counts (B,)), one cache through all of them."""
-        cache = flax_gpt.KVCache.empty(self._model.config, len(calls[0][0]), capacity)
+        cache = self._package.KVCache.empty(self._model.config, len(calls[0][0]), capacity)
         logits = []
         for tokens, counts in calls:
             cache.check_room(tokens.shape[1], jnp.asarray(counts))
@@ -194,7 +209,7 @@ class FlaxDecoder:
         self, tokens: np.ndarray, counts: np.ndarray, max_new_tokens: int, use_cache: bool
     ) -> np.ndarray:
         """Greedy tokens (B, G)."""
-        generation = flax_gpt.generate(
+        generation = self._package.generate(
             self._model, tokens, max_new_tokens, counts, use_cache=use_cache
         )
         return np.asarray(generation.tokens_BG)
@@ -203,14 +218,14 @@ class FlaxDecoder:
 class TorchDecoder:
     """Decoding by torch_gpt's cache."""
 
-    def __init__(self, model: torch_gpt.GPT):
-        self._model = model
+    def __init__(self, package: ModuleType, model: torch.nn.Module):
+        self._package, self._model = package, model
         self._device = model.token_embedding.weight.device
 
     def chunks(self, calls: Calls, capacity: int) -> list[np.ndarray]:
         """Logits of each call (tokens (B, T), counts (B,)), one cache through all of them."""
         batch_size = len(calls[0][0])
-        cache = torch_gpt.KVCache.empty(
+        cache = self._package.KVCache.empty(
             self._model.config, batch_size, capacity, device=self._device
         )
         logits = []
@@ -227,7 +242,7 @@ class TorchDecoder:
         self, tokens: np.ndarray, counts: np.ndarray, max_new_tokens: int, use_cache: bool
     ) -> np.ndarray:
         """Greedy tokens (B, G)."""
-        generation = torch_gpt.generate(
+        generation = self._package.generate(
             self._model, tokens, max_new_tokens, counts, use_cache=use_cache
         )
         return to_numpy(generation.tokens_BG).astype(np.int32)

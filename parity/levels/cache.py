@@ -63,7 +63,8 @@ def ragged_calls(tokens: np.ndarray, counts: np.ndarray) -> list[tuple[np.ndarra
 
 def assemble(calls: list, outputs: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
     """Puts the outputs of calls back into the order of the sequence; NaN where none belongs."""
-    whole = np.full(shape, np.nan, outputs[0].dtype)
+    filler = np.nan if np.issubdtype(outputs[0].dtype, np.floating) else -1
+    whole = np.full(shape, filler, outputs[0].dtype)
     done = np.zeros(shape[0], int)
     for (_, taken), output in zip(calls, outputs, strict=True):
         for row, number in enumerate(taken):

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 from parity.compare import Record, Verdict, judge, max_abs, relative_l2
 from parity.levels.logits import purity
-from parity.localize import model_name
 from parity.report import Divergence
 from parity.subject import Subject, gradient_norm
 
@@ -39,15 +38,18 @@ def records(subject: Subject) -> Iterator[Record]:
 
 
 def locate(subject: Subject, records: list[Record]) -> Divergence | None:
-    """The guilty leaf nearest to the loss: those before it only inherit its error."""
-    bad = {r.name: r for r in records if r.verdict is Verdict.FAIL}
-    order = [trace.path for trace in subject.runs("float64")[1].traces(subject.gradient_probe)]
+    """The loss itself, or the guilty leaf nearest to it: those before only inherit its error."""
+    bad = {record.name: record for record in records if record.verdict is Verdict.FAIL}
+    if "loss" in bad:
+        detail = "The logits agree, so it is the loss that is computed in another way."
+        return Divergence("loss", "forward", 0, bad["loss"].value, detail=detail)
     leaves = [name for name in bad if name in subject.flax_leaves]
     if not leaves:
         name, record = next(iter(bad.items()))
-        where = model_name(subject) if name == "loss" else name
-        return Divergence(where, "backward", 0, record.value, detail=record.note or "")
-    owners = {name: name.rpartition(".")[0] for name in leaves}
-    last = max(leaves, key=lambda name: order.index(owners[name]) if owners[name] in order else -1)
-    detail = f"Its leaf {last.rpartition('.')[2]} has another gradient; all after it agree."
-    return Divergence(owners[last], "backward", 0, bad[last].value, detail=detail)
+        return Divergence(name, "backward", 0, record.value, detail=record.note or "")
+    traces = subject.runs("float64")[1].traces(subject.gradient_probe)
+    order = {trace.path: place for place, trace in enumerate(traces)}
+    last = max(leaves, key=lambda leaf: order.get(leaf.rpartition(".")[0], -1))
+    owner, _, leaf = last.rpartition(".")
+    detail = f"Its leaf {leaf} has another gradient; all between it and the loss agree."
+    return Divergence(owner, "backward", 0, bad[last].value, detail=detail)

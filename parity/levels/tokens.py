@@ -84,12 +84,12 @@ def _record(
         excused = all(flip.margin <= 2 * error for flip in flips)
         verdict = Verdict.TIE if excused else Verdict.FAIL
     different = int(np.count_nonzero(reference != written))
-    note = f"smallest margin {margins.min():.1e}, logit error {error:.1e}"
+    note = f"smallest margin {margins.min():.1e}, {dtype} logit error {error:.1e}"
     if flips:
         flip = flips[0]
         note = (
-            f"row {flip.row} flips at token {flip.index + 1}, margin {flip.margin:.1e}, logit error "
-            f"{error:.1e}"
+            f"row {flip.row} flips at token {flip.index + 1}, margin {flip.margin:.1e}, "
+            f"logit error {error:.1e}"
         )
     if reference.size == 0:
         verdict = Verdict.ERROR

@@ -115,5 +115,7 @@ def _flax_owner(module: nnx.Module, leaf: str) -> Any:
 def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     """The leaf whose comparison failed."""
     bad = next(record for record in records if record.verdict is Verdict.FAIL)
-    where = bad.name.split(" acts as ")[0]
+    # An orientation record starts with its leaf; the others are about the whole map.
+    where, found, _ = bad.name.partition(" acts as ")
+    where = where if found else "the weight map"
     return Divergence(where, "weights", 0, bad.value, detail=bad.note or "")

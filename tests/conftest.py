@@ -1,0 +1,122 @@
+"""Strict flags, and the fixture that runs a test once on each twin."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two busy cores: waiting threads must sleep
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+import flax_gpt
+import flax_gpt.random
+import torch_gpt
+import torch_gpt.random
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+torch.set_num_threads(1)
+torch.use_deterministic_algorithms(True)
+
+hypothesis.settings.register_profile("here", deadline=None, derandomize=True, max_examples=15)
+hypothesis.settings.load_profile("here")
+
+# All sizes differ, so that no axis can stand in for another.
+SIZES = dict(
+    vocab_size=61, context_length=29, embed_dim=15, num_layers=2, num_heads=3, mlp_dim=23
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Twin:
+    """One of the two packages, and how tests speak to it."""
+
+    name: str
+    package: ModuleType
+    random: ModuleType
+    ints: Callable[[Any], Any]
+    floats: Callable[[Any], Any]
+
+    def config(self, **changes) -> Any:
+        """A small float64 config with sizes that all differ."""
+        sizes = SIZES | dict(dtype="float64", init_std=0.5)
+        return self.package.GPTConfig(**(sizes | changes))
+
+    def model(self, seed: int = 1, **changes) -> Any:
+        """A model with weights from a seed, large enough for every one of them to matter."""
+        return self.package.GPT(self.config(**changes), self.random.key(seed))
+
+    def numpy(self, array: Any) -> np.ndarray:
+        """Any of the twin's arrays on the host."""
+        return array.detach().numpy() if isinstance(array, torch.Tensor) else np.asarray(array)
+
+
+TWINS = {
+    "flax": Twin(
+        "flax",
+        flax_gpt,
+        flax_gpt.random,
+        lambda x: jnp.asarray(np.asarray(x), jnp.int32),
+        lambda x: jnp.asarray(np.asarray(x)),
+    ),
+    "torch": Twin(
+        "torch",
+        torch_gpt,
+        torch_gpt.random,
+        lambda x: torch.from_numpy(np.asarray(x)).long(),
+        lambda x: torch.from_numpy(np.array(x)),
+    ),
+}
+
+
+@contextlib.contextmanager
+def float64() -> Iterator[None]:
+    """64-bit types in jax, and no gradients in torch."""
+    # Promotion stays standard here: in float64 nnx.LayerNorm itself promotes with float32.
+    with jax.enable_x64(True), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
+def float32() -> Iterator[None]:
+    """32-bit types with strict promotion in jax, and no gradients in torch."""
+    with jax.numpy_dtype_promotion("strict"), torch.no_grad():
+        yield
+
+
+@pytest.fixture(params=list(TWINS))
+def gpt(request) -> Iterator[Twin]:
+    """Each twin in turn, in float64."""
+    with float64():
+        yield TWINS[request.param]
+
+
+@pytest.fixture
+def twins() -> Iterator[tuple[Twin, Twin]]:
+    """Both twins at once, in float64."""
+    with float64():
+        yield TWINS["flax"], TWINS["torch"]
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """The same numbers in every run."""
+    return np.random.default_rng(0)
+
+
+def parameters(twin: Twin, model: Any) -> dict[str, np.ndarray]:
+    """Weights by path, in each framework's own layout."""
+    if twin.name == "torch":
+        return {name: twin.numpy(p) for name, p in model.named_parameters()}
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in flat}
