@@ -10,7 +10,7 @@ import torch_gpt.random
 
 SEEDS = st.integers(0, 2**64 - 1)
 # A fixed set, because jax compiles once per shape; a scalar and an empty array among them.
-SHAPES = st.sampled_from([(), (0,), (1,), (7,), (3, 5), (2, 3, 11)])
+SHAPES = st.sampled_from([(), (0,), (7,), (3, 5)])
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 # The fixture only turns 64-bit types on, so every example may share it.
@@ -176,8 +176,8 @@ def test_normals_are_near_those_of_jax_random(gpt, dtype, seed):
 def test_a_normal_is_finite_for_the_lowest_and_the_highest_uniform(gpt, dtype, monkeypatch):
     extremes = np.array([0.0, np.nextafter(np.asarray(1.0, dtype), np.asarray(0.0, dtype))], dtype)
     monkeypatch.setattr(gpt.random, "uniform", lambda *_: gpt.floats(extremes))
-    # A shape that no other test draws: jax would answer from the program it has compiled.
-    low, high = gpt.numpy(gpt.random.normal(gpt.random.key(0), (2,), dtype))
+    with jax.disable_jit():  # jax would keep a program with these extremes in it
+        low, high = gpt.numpy(gpt.random.normal(gpt.random.key(0), (2,), dtype))
     assert np.isfinite([low, high]).all()
     assert low < -5 and high > 5
 
@@ -186,7 +186,7 @@ def test_a_normal_is_finite_for_the_lowest_and_the_highest_uniform(gpt, dtype, m
 def test_normals_have_the_moments_of_the_standard_normal(gpt, dtype):
     count = 100_003
     x = gpt.numpy(gpt.random.normal(gpt.random.key(2), (count,), dtype)).astype("float64")
-    # Five standard errors; those of the powers 1 to 4 are 1, 2, 15 and 96 over the count.
+    # Within five standard errors, by the variances of x, x**2, x**3 and x**4.
     for power, (moment, variance) in enumerate([(0, 1), (1, 2), (0, 15), (3, 96)], start=1):
         assert abs(np.mean(x**power) - moment) <= 5 * (variance / count) ** 0.5
 

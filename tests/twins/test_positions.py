@@ -1,0 +1,98 @@
+"""Where tokens stand and what they see, against a loop that asks each slot in turn."""
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+B, T, S = 3, 5, 13
+
+examples = hypothesis.settings(
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
+
+
+def sees(slot: int, step: int, length: int, count: int) -> bool:
+    """Whether the query at `step` of a call may see a slot: the past, and real tokens up to it."""
+    if slot < length:
+        return True
+    arrived = slot - length
+    return arrived <= step and arrived < count
+
+
+def place(gpt, num_tokens, num_slots, lengths, counts=None):
+    """The twin's placement on the host."""
+    placement = gpt.package.model.place(
+        num_tokens, num_slots, gpt.ints(lengths), None if counts is None else gpt.ints(counts)
+    )
+    return {name: gpt.numpy(array) for name, array in vars(placement).items()}
+
+
+@pytest.mark.parametrize("num_tokens", [1, T])
+@examples
+@hypothesis.given(data=st.data())
+def test_a_query_sees_the_past_and_the_real_tokens_up_to_itself(gpt, num_tokens, data):
+    lengths = data.draw(st.lists(st.integers(0, S - T), min_size=B, max_size=B))
+    counts = data.draw(st.lists(st.integers(0, num_tokens), min_size=B, max_size=B))
+    placement = place(gpt, num_tokens, S, lengths, counts)
+    expected = [
+        [[sees(s, t, lengths[b], counts[b]) for s in range(S)] for t in range(num_tokens)]
+        for b in range(B)
+    ]
+    np.testing.assert_array_equal(placement["mask_BTS"], expected)
+
+
+@examples
+@hypothesis.given(data=st.data())
+def test_real_tokens_stand_behind_the_past_and_padding_stands_nowhere(gpt, data):
+    lengths = data.draw(st.lists(st.integers(0, S - T), min_size=B, max_size=B))
+    counts = data.draw(st.lists(st.integers(0, T), min_size=B, max_size=B))
+    placement = place(gpt, T, S, lengths, counts)
+    nowhere = gpt.package.positions.NOWHERE
+    for b in range(B):
+        for t in range(T):
+            is_real = t < counts[b]
+            assert placement["real_BT"][b, t] == is_real
+            assert placement["slots_BT"][b, t] == (lengths[b] + t if is_real else nowhere)
+            assert placement["positions_BT"][b, t] == (lengths[b] + t if is_real else 0)
+
+
+def test_padding_is_never_seen(gpt):
+    lengths, counts = [2, 0, 7], [3, 1, 0]
+    mask = place(gpt, T, S, lengths, counts)["mask_BTS"]
+    for b, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        assert not mask[b, :, length + count :].any()
+        assert mask[b, -1].sum() == length + count
+
+
+def test_without_counts_every_token_is_real(gpt):
+    given = place(gpt, T, S, [2, 0, 7], [T, T, T])
+    for name, array in place(gpt, T, S, [2, 0, 7]).items():
+        np.testing.assert_array_equal(np.broadcast_to(array, given[name].shape), given[name])
+
+
+def test_a_single_token_builds_a_single_row(gpt):
+    mask = place(gpt, 1, S, [2, 0, 7])["mask_BTS"]
+    assert mask.shape == (B, 1, S)
+    np.testing.assert_array_equal(mask.sum(axis=2), [[3], [1], [8]])
+
+
+def test_a_sequence_that_starts_here_has_one_causal_mask_for_all_rows(gpt):
+    placement = place(gpt, T, T, [0])
+    np.testing.assert_array_equal(placement["mask_BTS"], [np.tri(T, dtype=bool)])
+    np.testing.assert_array_equal(placement["positions_BT"], [range(T)])
+
+
+def test_no_cache_has_the_slot_nowhere(gpt):
+    # An index is a 32-bit number, and no cache and no position table reaches this far.
+    assert gpt.package.positions.NOWHERE == np.iinfo(np.int32).max
+
+
+def test_a_real_token_without_a_slot_has_no_position_either(gpt):
+    nowhere = gpt.package.positions.NOWHERE
+    placement = place(gpt, T, S, [S - 2, 0, S], [T, T, 1])
+    overflowed = np.zeros((B, T), bool)
+    overflowed[0, 2:], overflowed[2, 0] = True, True
+    assert (placement["positions_BT"][overflowed] == nowhere).all()
+    assert (placement["slots_BT"][overflowed] == nowhere).all()
+    assert (placement["positions_BT"][~overflowed] < S).all()
