@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -83,6 +84,9 @@ def check(
     json: Annotated[
         str | None, typer.Option(help="Write the report to this file; - for standard output.")
     ] = None,
+    markdown: Annotated[
+        str | None, typer.Option(help="Write the table to this file, for a README; - as above.")
+    ] = None,
 ) -> None:
     """Prove that the Flax twin and the PyTorch twin are the same function.
 
@@ -104,20 +108,17 @@ def check(
 
     parity check --level logits --level gradients --dtype float64
     """
-    to_stdout = json == "-"
     errors = Console(stderr=True)
+    files = {"--json": json, "--markdown": markdown}
     try:
-        if json and not to_stdout and not Path(json).parent.is_dir():
-            folder = Path(json).parent
-            raise ValueError(f"--json {json}: no folder {folder}. Make it or name another file.")
+        for option, name in files.items():
+            if name not in (None, "-") and not Path(name).parent.is_dir():
+                folder = Path(name).parent
+                raise ValueError(f"{option} {name}: no folder {folder}. Make it or name another.")
         report = _run_check(errors, data, preset, level, dtype, steps, tokens, seed, device)
-        Console(stderr=to_stdout).print(report)
-        if to_stdout:
-            typer.echo(report.to_json(), nl=False)
-        elif json:
-            from parity.report import write_atomically
-
-            write_atomically(Path(json), report.to_json())
+        Console(stderr="-" in files.values()).print(report)
+        _write(json, report.to_json)
+        _write(markdown, report.to_markdown)
     except (ValueError, OSError) as error:
         errors.print(f"parity: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
@@ -125,6 +126,16 @@ def check(
         errors.print("parity: interrupted, nothing was written.", style="red")
         raise typer.Exit(130) from stop
     raise typer.Exit(report.exit_code)
+
+
+def _write(name: str | None, text: Callable[[], str]) -> None:
+    """Writes a form of the report where it was asked for."""
+    from parity.report import write_atomically
+
+    if name == "-":
+        typer.echo(text(), nl=False)
+    elif name is not None:
+        write_atomically(Path(name), text())
 
 
 def _run_check(errors: Console, data, preset, level, dtype, steps, tokens, seed, device):

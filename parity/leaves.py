@@ -13,7 +13,7 @@ Leaves = dict[str, np.ndarray]
 
 def flax_leaves(module: nnx.Module) -> Leaves:
     """Every variable of a module by its path, without the states of random streams."""
-    return {name: np.asarray(variable[...]) for name, variable in _variables(module).items()}
+    return {name: np.array(variable[...]) for name, variable in _variables(module).items()}
 
 
 def load_flax(module: nnx.Module, leaves: Mapping[str, np.ndarray]) -> None:

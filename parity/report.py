@@ -118,6 +118,21 @@ class Report:
         }
         return json.dumps(_finite(document), indent=1, allow_nan=False) + "\n"
 
+    def to_markdown(self) -> str:
+        """The table of the levels for a README: each value with its bound in brackets."""
+        rows = ["| level | float64 | float32 | compared | verdict |", "|---|---|---|---|---|"]
+        for level in self.levels:
+            heads = [level.headline(dtype) for dtype in ("float64", "float32")]
+            cells = [
+                ""
+                if head is None or head.value is None
+                else f"{head.metric.replace('_', ' ')} {_number(head.value)} ({_number(head.bound)})"
+                for head in heads
+            ]
+            compared = sum(record.count for record in level.records)
+            rows.append(f"| {level.name} | {' | '.join(cells)} | {compared:,} | {level.verdict} |")
+        return "\n".join(rows) + "\n"
+
     def __rich__(self) -> RenderableType:
         """One row per level, in each dtype: what was measured against what is allowed."""
         dtypes = [

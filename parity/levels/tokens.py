@@ -37,7 +37,7 @@ def records(subject: Subject) -> Iterator[Record]:
                     reference = written
                     margins, errors = _margins(subject, tokens, counts, reference)
                 name = f"{run.name}, {'cached' if use_cache else 'uncached'}"
-                yield _record(name, dtype, reference, written, margins, errors[dtype])
+                yield record(name, dtype, reference, written, margins, errors[dtype])
                 done = number * 4 + index * 2 + (not use_cache) + 1
                 subject.progress(done / len(subject.dtypes) / 4)
 
@@ -68,7 +68,7 @@ def _margins(
     return np.take_along_axis(margin, chosen, axis=1), errors
 
 
-def _record(
+def record(
     name: str, dtype: str, reference: np.ndarray, written: np.ndarray, margins: np.ndarray,
     error: float,
 ) -> Record:  # fmt: skip

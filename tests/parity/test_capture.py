@@ -1,0 +1,129 @@
+"""Capture from outside: complete, in order, and without a trace left behind."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from parity.capture import Trace, capture_flax, capture_torch
+from parity.compare import max_abs
+from parity.localize import first_divergence, float64_gap
+
+
+class Inner(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return self.linear(x), None
+
+
+class Outer(Inner):
+    def __init__(self, rngs):
+        super().__init__(rngs)
+        self.parts = nnx.List([Inner(rngs), Inner(rngs)])
+
+    def __call__(self, x):
+        x, _ = super().__call__(x)
+        for part in self.parts:
+            x, _ = part(x)
+        return x
+
+
+class TorchInner(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x), None
+
+
+class TorchOuter(TorchInner):
+    def __init__(self):
+        super().__init__()
+        self.parts = torch.nn.ModuleList([TorchInner(), TorchInner()])
+
+    def forward(self, x):
+        x, _ = super().forward(x)
+        for part in self.parts:
+            x, _ = part(x)
+        return x
+
+
+ORDER = ["linear", "parts.0.linear", "parts.0", "parts.1.linear", "parts.1", ""]
+
+
+def test_both_frameworks_list_the_same_calls_in_order_of_completion():
+    flax, port = Outer(nnx.Rngs(0)), TorchOuter()
+    flax_traces = capture_flax(flax, lambda: flax(jnp.ones((2, 4))))
+    torch_traces = capture_torch(port, lambda: port(torch.ones(2, 4)))
+    assert [trace.path for trace in flax_traces] == ORDER
+    assert [trace.path for trace in torch_traces] == ORDER
+    assert np.array_equal(flax_traces[0].inputs[0], np.ones((2, 4)))
+    assert max_abs(flax_traces[0].output, flax_traces[1].inputs[0]) == 0
+
+
+def test_capture_changes_no_result_and_restores_every_call():
+    model = Outer(nnx.Rngs(0))
+    calls = {cls: vars(cls)["__call__"] for cls in (Outer, Inner, nnx.Linear)}
+    x = jnp.ones((2, 4))
+    before = np.asarray(model(x))
+    traces = capture_flax(model, lambda: model(x))
+    assert np.array_equal(traces[-1].output, before)
+    assert {cls: vars(cls)["__call__"] for cls in calls} == calls
+
+
+def test_capture_restores_every_call_when_the_model_raises():
+    model, port = Outer(nnx.Rngs(0)), TorchOuter()
+    original = vars(nnx.Linear)["__call__"]
+    with pytest.raises(TypeError):
+        capture_flax(model, lambda: model(jnp.ones((2, 3))))
+    assert vars(nnx.Linear)["__call__"] is original
+    with pytest.raises(RuntimeError):
+        capture_torch(port, lambda: port(torch.ones(2, 3)))
+    assert not port._forward_hooks and not port.linear._forward_hooks
+
+
+def test_models_that_are_merged_anew_in_every_call_are_captured():
+    model = Outer(nnx.Rngs(0))
+    graphdef, state = nnx.split(model)
+    traces = capture_flax(
+        model, lambda: [nnx.merge(graphdef, state)(jnp.ones((2, 4))) for _ in range(2)]
+    )
+    assert [trace.path for trace in traces] == ORDER * 2
+
+
+def trace(path: str, x: float, y: float) -> Trace:
+    """A call that took x and gave y."""
+    return Trace(path, (np.array([x]),), np.array([y]))
+
+
+def test_the_guilty_module_is_named_and_not_its_victims():
+    a = [trace("p.0", 1, 2), trace("p.1", 2, 3), trace("p.2", 3, 4), trace("", 1, 4)]
+    b = [trace("p.0", 1, 2), trace("p.1", 2, 9), trace("p.2", 9, 8), trace("", 1, 8)]
+    found = first_divergence(a, b, float64_gap, "Model", "forward")
+    assert (found.where, found.value) == ("p.1", 6.0)
+
+
+def test_wrong_code_between_modules_is_laid_to_the_parent():
+    a = [trace("p.0.q", 1, 2), trace("p.0.r", 2, 3), trace("p.0", 1, 3), trace("", 1, 3)]
+    b = [trace("p.0.q", 1, 2), trace("p.0.r", 5, 6), trace("p.0", 1, 6), trace("", 1, 6)]
+    found = first_divergence(a, b, float64_gap, "Model", "forward")
+    assert found.where == "p.0" and "before p.0.r is called" in found.detail
+    found = first_divergence(a[1:2] + a[3:], b[1:2] + b[3:], float64_gap, "Model", "forward")
+    assert found.where == "Model"
+
+
+def test_equal_traces_have_no_divergence_and_a_nan_is_one():
+    a = [trace("p", 1, 2), trace("", 1, 2)]
+    assert first_divergence(a, a, float64_gap, "Model", "forward") is None
+    b = [trace("p", 1, np.nan), trace("", 1, np.nan)]
+    assert first_divergence(a, b, float64_gap, "Model", "forward").where == "p"
+
+
+def test_the_second_call_of_a_module_is_compared_with_the_second():
+    a = [trace("p", 1, 2), trace("p", 2, 3), trace("", 1, 3)]
+    b = [trace("p", 1, 2), trace("p", 2, 7), trace("", 1, 7)]
+    assert first_divergence(a, b, float64_gap, "Model", "forward").value == 4.0

@@ -1,0 +1,120 @@
+"""The command as a user meets it: in a process of its own, with its exit codes."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flax_gpt import PRESETS
+from parity import cli
+from parity.levels import LEVELS
+
+ROOT = Path(__file__).parents[2]
+
+
+def parity(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    """Runs the command; the folder it runs in comes first on the path."""
+    return subprocess.run(
+        [sys.executable, "-m", "parity", *arguments],
+        cwd=cwd, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_a_small_check_passes_and_writes_the_schema(tmp_path):
+    path = tmp_path / "out.json"
+    done = parity("check", "--level", "weights", "--level", "cache", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    assert "PASS: the same function" in done.stdout
+    document = json.loads(path.read_text())
+    assert document["schema"] == 1 and document["verdict"] == "PASS"
+    assert [level["name"] for level in document["levels"]] == ["weights", "cache"]
+    assert {"python", "jax", "flax", "torch", "devices", "precision", "threads"} <= set(
+        document["environment"]
+    )
+    assert document["subject"]["num_params"] > 100_000 and document["divergence"] is None
+
+
+def test_json_on_standard_output_is_nothing_but_json(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog\n" * 60)
+    done = parity("check", "--level", "weights", "--data", str(text), "--json", "-")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["subject"]["config"]["data"] == str(text)
+    assert "PASS" in done.stderr
+
+
+def test_a_broken_twin_exits_1_and_names_the_module(tmp_path):
+    for package in ("flax_gpt", "torch_gpt", "parity"):
+        shutil.copytree(ROOT / package, tmp_path / package)
+    model = tmp_path / "torch_gpt" / "model.py"
+    right, wrong = 'approximate="tanh"', 'approximate="none"'
+    assert right in model.read_text()
+    model.write_text(model.read_text().replace(right, wrong))
+    done = parity("check", "--dtype", "float64", "--json", "out.json", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "first differs at blocks.0.mlp (forward)" in done.stdout.replace("\n", " ")
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert document["verdict"] == "FAIL" and document["divergence"]["where"] == "blocks.0.mlp"
+    verdicts = [level["verdict"] for level in document["levels"]]
+    assert verdicts == ["PASS", "FAIL", "BLOCKED", "BLOCKED", "BLOCKED", "BLOCKED", "BLOCKED"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "missing.txt"], "data file missing.txt: no such file"),
+        (["--json", "no/folder/out.json"], "--json no/folder/out.json: no folder no/folder"),
+        (["--preset", "huge"], "no preset 'huge'. Choose one of tiny, gpt2"),
+        (["--level", "logit"], "no level logit. There are weights"),
+        (["--dtype", "float16"], "--dtype float16: choose float64"),
+        (["--device", "tpu"], "--device tpu: there are auto, cpu and cuda"),
+        (["--tokens", "381"], "381 new tokens leave 3 of context 384"),
+    ],
+)
+def test_bad_input_exits_2_with_one_line(arguments, message, tmp_path):
+    done = parity("check", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("parity: ") and message in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_option_exits_2_and_shows_the_way():
+    done = parity("check", "--stepz", "3")
+    assert done.returncode == 2 and "--steps" in done.stderr
+
+
+def test_an_interrupt_exits_130_with_one_line_and_no_file(tmp_path):
+    path = tmp_path / "out.json"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "parity", "check", "--json", str(path)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    seen = process.stderr.readline()
+    time.sleep(1.0)
+    os.kill(process.pid, signal.SIGINT)
+    _, rest = process.communicate(timeout=120)
+    assert process.returncode == 130, rest
+    assert "weights" in seen and "interrupted, nothing was written" in rest
+    assert "Traceback" not in rest and not path.exists()
+
+
+def test_help_is_instant_and_teaches():
+    start = time.perf_counter()
+    top, check = parity("--help"), parity("check", "--help")
+    assert time.perf_counter() - start < 5
+    assert top.returncode == check.returncode == 0
+    plain = re.sub(r"\s+", " ", check.stdout)
+    assert all(level in plain for level in LEVELS) and "Examples" in plain
+    assert "Exit codes: 0" in top.stdout
+
+
+def test_the_command_names_the_levels_and_presets_that_exist():
+    assert tuple(LEVELS) == cli.LEVELS and PRESETS == cli.PRESETS

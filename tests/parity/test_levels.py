@@ -1,0 +1,86 @@
+"""Parts of levels that a whole check does not bring into every state."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from parity.check import check
+from parity.compare import Verdict
+from parity.levels import LEVELS
+from parity.levels.cache import assemble, ragged_calls
+from parity.levels.tokens import record
+
+
+def margins(*rows):
+    return np.array(rows)
+
+
+def test_a_flipped_token_is_excused_only_by_a_margin_within_the_error():
+    reference, written = np.array([[1, 2, 3]]), np.array([[1, 5, 6]])
+    thin, wide = margins([1.0, 1e-7, 1.0]), margins([1.0, 1e-3, 1.0])
+    tie = record("x", "float32", reference, written, thin, error=1e-6)
+    assert tie.verdict is Verdict.TIE and tie.value == 2
+    assert "row 0 flips at token 2, margin 1.0e-07" in tie.note
+    assert record("x", "float32", reference, written, wide, error=1e-6).verdict is Verdict.FAIL
+
+
+def test_one_thin_margin_does_not_excuse_another_row():
+    reference, written = np.array([[1, 2], [3, 4]]), np.array([[1, 9], [8, 4]])
+    both = margins([1.0, 1e-9], [0.5, 1.0])
+    failed = record("x", "float32", reference, written, both, error=1e-6)
+    assert failed.verdict is Verdict.FAIL and "row 1 flips at token 1" in failed.note
+
+
+def test_equal_tokens_print_the_smallest_margin():
+    reference = np.array([[1, 2]])
+    equal = record("x", "float64", reference, reference, margins([0.25, 0.125]), error=1e-15)
+    assert equal.verdict is Verdict.PASS and equal.noise == 0.125
+    empty = record("x", "float64", np.empty((0, 0)), np.empty((0, 0)), np.empty((0, 0)), error=0.0)
+    assert empty.verdict is Verdict.ERROR
+
+
+def test_ragged_calls_read_every_token_once_and_in_order():
+    tokens = np.arange(4 * 40).reshape(4, 40).astype(np.int32)
+    counts = np.array([40, 39, 7, 1], np.int32)
+    calls = ragged_calls(tokens, counts)
+    assert {part.shape[1] for part, _ in calls} == {32, 8, 1}
+    assert any(0 in taken for _, taken in calls), "some calls give a row nothing"
+    outputs = [np.stack([part, part], axis=-1).astype(float) for part, _ in calls]
+    whole = assemble(calls, outputs, (4, 40, 2))
+    real = np.arange(40) < counts[:, None]
+    assert np.array_equal(whole[real][:, 0], tokens[real])
+    assert np.all(np.isnan(whole[~real]))
+
+
+def test_a_pair_without_a_decoder_abstains_with_the_reason(small):
+    pair = dataclasses.replace(small(), prompts=None, sequences=None)
+    report = check(pair, levels=["cache", "tokens"], dtypes=("float64",))
+    assert [level.verdict for level in report.levels] == [Verdict.ABSTAIN, Verdict.ABSTAIN]
+    assert "declares no decoder" in report.levels[0].records[0].note
+    assert report.exit_code == 2, "nothing was compared"
+
+
+def test_a_model_that_raises_is_an_error_with_its_words_and_blocks_the_rest(small):
+    def broken(model, *inputs):
+        raise RuntimeError("no such thing\nas a second line")
+
+    pair = small()
+    pair = dataclasses.replace(pair, torch=dataclasses.replace(pair.torch, forward=broken))
+    report = check(pair, levels=["logits", "cache"], dtypes=("float64",))
+    assert [level.verdict for level in report.levels] == [Verdict.ERROR, Verdict.BLOCKED]
+    assert report.levels[0].records[-1].note == "RuntimeError: no such thing"
+    assert report.exit_code == 2
+
+
+def test_an_unknown_level_is_refused_with_the_known_ones(small):
+    with pytest.raises(ValueError, match=r"no level logit\. There are weights, logits"):
+        check(small(), levels=["logit"])
+
+
+def test_progress_reaches_the_end_of_every_level(small):
+    seen = {}
+    check(small(), steps=3, new_tokens=4, progress=lambda name, share: seen.update({name: share}))
+    assert list(seen) == list(LEVELS)
+    assert all(share >= 0.5 for share in seen.values()), seen
+    assert all(seen[name] == 1.0 for name in LEVELS if name != "weights"), seen
