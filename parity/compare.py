@@ -39,6 +39,8 @@ class Record:
         count: elements compared.
         verdict: of this comparison.
         note: what was excluded, or why there is no value.
+        where: the leaf or module that the value was found at; "" for the whole.
+        step: of training or decoding that it was found at; 0 where there is none.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Record:
     verdict: Verdict
     noise: float | None = None
     note: str | None = None
+    where: str = ""
+    step: int = 0
 
 
 def judge(
@@ -59,14 +63,19 @@ def judge(
     value: float,
     bound: float,
     count: int,
+    *,
     noise: float | None = None,
     note: str | None = None,
+    where: str = "",
+    step: int = 0,
 ) -> Record:
     """A record that passes when value <= bound. NaN fails, and nothing compared is an ERROR."""
     verdict = Verdict.PASS if value <= bound else Verdict.FAIL
     if count == 0:
         verdict, note = Verdict.ERROR, note or "nothing was compared"
-    return Record(name, dtype, metric, float(value), bound, int(count), verdict, noise, note)
+    return Record(
+        name, dtype, metric, float(value), bound, int(count), verdict, noise, note, where, step
+    )
 
 
 def max_abs(a: np.ndarray, b: np.ndarray) -> float:

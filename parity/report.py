@@ -91,7 +91,10 @@ class Report:
     def verdict(self) -> Verdict:
         """PASS unless a level failed, went wrong, or compared nothing."""
         found = worst(level.verdict for level in self.levels if not level.blocked)
-        return found if found in (Verdict.FAIL, Verdict.ERROR) else Verdict.PASS
+        if found in (Verdict.FAIL, Verdict.ERROR):
+            return found
+        compared = any(record.count for level in self.levels for record in level.records)
+        return Verdict.PASS if compared else Verdict.ERROR
 
     @property
     def exit_code(self) -> int:
@@ -123,14 +126,9 @@ class Report:
         rows = ["| level | float64 | float32 | compared | verdict |", "|---|---|---|---|---|"]
         for level in self.levels:
             heads = [level.headline(dtype) for dtype in ("float64", "float32")]
-            cells = [
-                ""
-                if head is None or head.value is None
-                else f"{head.metric.replace('_', ' ')} {_number(head.value)} ({_number(head.bound)})"
-                for head in heads
-            ]
+            cells = " | ".join("" if head is None else _measured(head) for head in heads)
             compared = sum(record.count for record in level.records)
-            rows.append(f"| {level.name} | {' | '.join(cells)} | {compared:,} | {level.verdict} |")
+            rows.append(f"| {level.name} | {cells} | {compared:,} | {level.verdict} |")
         return "\n".join(rows) + "\n"
 
     def __rich__(self) -> RenderableType:
@@ -166,6 +164,7 @@ class Report:
                     value = "" if record.value is None else f" {record.value:.3g}"
                     bound = "" if record.bound is None else f" > {record.bound:.0e}"
                     text = f"{level.name}: {record.name}, {record.dtype}, {record.metric}"
+                    text += f" at {record.where}" if record.where else ""
                     text += value + bound
                     text += f" ({record.note})" if record.note else ""
                     notes.append(Text(text, style=_COLOURS[record.verdict]))
@@ -219,6 +218,13 @@ def _cell(record: Record | None) -> Text:
     return Text.assemble(
         _number(record.value), bound, "\n", (record.metric.replace("_", " "), "dim")
     )
+
+
+def _measured(record: Record) -> str:
+    """A measurement in one line, its bound in brackets."""
+    if record.value is None:
+        return ""
+    return f"{record.metric.replace('_', ' ')} {_number(record.value)} ({_number(record.bound)})"
 
 
 def _number(value: float) -> str:

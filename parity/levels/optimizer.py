@@ -25,6 +25,10 @@ RATIO = 4.0
 NULL = {"float64": 1e-4, "float32": 2.0}
 
 
+# What is compared of a step, and what to call it.
+_QUANTITIES = {"update": "update", "first": "first moment", "second": "second moment"}
+
+
 @dataclasses.dataclass(frozen=True)
 class _Step:
     """What one optimizer step did, by leaf."""
@@ -41,21 +45,28 @@ def records(subject: Subject) -> Iterator[Record]:
     for number, dtype in enumerate(subject.dtypes):
         flax_steps, torch_steps = _steps(subject, dtype)
         for index, (flax, torch) in enumerate(zip(flax_steps, torch_steps, strict=True)):
-            for quantity in ("update", "first", "second"):
+            step = index + 1
+            for quantity in _QUANTITIES:
                 a, b = getattr(flax, quantity), getattr(torch, quantity)
-                yield (
-                    _worst_leaf(subject, f"step {index + 1} {quantity}", a, b)
-                    if dtype == "float64"
-                    else _ratio(subject, f"step {index + 1} {quantity}", a, b,
-                                getattr(exact[index], quantity))
-                )  # fmt: skip
-            yield judge(f"step {index + 1} count", dtype, "difference",
-                        abs(flax.count - torch.count), 0, 1)  # fmt: skip
+                if dtype == "float64":
+                    yield _worst_leaf(subject, step, quantity, a, b)
+                else:
+                    truth = getattr(exact[index], quantity)
+                    yield _ratio(subject, step, quantity, a, b, truth)
+            gap = abs(flax.count - torch.count)
+            yield judge(f"step {step} count", dtype, "difference", gap, 0, 1, step=step)
             if subject.null_leaves:
                 rate = subject.pair.learning_rate
                 gap = max(max_abs(flax.update[x], torch.update[x]) for x in subject.null_leaves)
-                yield judge(f"step {index + 1} null directions", dtype, "learning_rates",
-                            gap / rate, NULL[dtype], len(subject.null_leaves))  # fmt: skip
+                yield judge(
+                    f"step {step} null directions",
+                    dtype,
+                    "learning_rates",
+                    gap / rate,
+                    NULL[dtype],
+                    sum(flax.update[x].size for x in subject.null_leaves),
+                    step=step,
+                )
         exact = exact or flax_steps
         subject.progress((number + 1) / len(subject.dtypes))
 
@@ -77,28 +88,30 @@ def _steps(subject: Subject, dtype: str) -> tuple[list[_Step], list[_Step]]:
     return steps[0], steps[1]
 
 
-def _worst_leaf(subject: Subject, name: str, a: Leaves, b: Leaves) -> Record:
+def _worst_leaf(subject: Subject, step: int, quantity: str, a: Leaves, b: Leaves) -> Record:
     gaps = {x: relative_l2(a[x], b[x]) for x in a if x not in subject.null_leaves}
     # NaN has no order, so it must not hide behind a max.
-    leaf = max(gaps, key=lambda x: gaps[x] if gaps[x] == gaps[x] else np.inf)
+    leaf = max(gaps, key=lambda x: np.inf if np.isnan(gaps[x]) else gaps[x])
     size = sum(a[x].size for x in gaps)
-    return judge(f"{name}, worst at {leaf}", "float64", "relative_l2", gaps[leaf], FLOAT64, size)
+    name = f"step {step} {_QUANTITIES[quantity]}"
+    return judge(name, "float64", "relative_l2", gaps[leaf], FLOAT64, size, where=leaf, step=step)
 
 
-def _ratio(subject: Subject, name: str, a: Leaves, b: Leaves, truth: Leaves) -> Record:
-    flat_a, flat_b, flat_truth = (
+def _ratio(
+    subject: Subject, step: int, quantity: str, a: Leaves, b: Leaves, truth: Leaves
+) -> Record:
+    flat = [
         np.concatenate([x[leaf].ravel() for leaf in a if leaf not in subject.null_leaves])
         for x in (a, b, truth)
-    )
-    ratio = error_ratio(flat_a, flat_b, flat_truth)
-    return judge(name, "float32", "error_ratio", ratio, RATIO, flat_a.size)
+    ]
+    name = f"step {step} {_QUANTITIES[quantity]}"
+    ratio = error_ratio(*flat)
+    return judge(name, "float32", "error_ratio", ratio, RATIO, flat[0].size, step=step)
 
 
 def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     """The first step and quantity that part, and the leaf where most."""
     bad = next(record for record in records if record.verdict is Verdict.FAIL)
-    step = int(bad.name.split()[1])
-    leaf = bad.name.partition(" worst at ")[2]
-    quantity = bad.name.split()[2].rstrip(",")
-    return Divergence(leaf or "the optimizer", "optimizer", step, bad.value,
-                      detail=f"Of the {quantity}.")  # fmt: skip
+    where = bad.where or "the optimizer"
+    detail = f"Seen in {bad.name}, {bad.dtype}; all before it agrees."
+    return Divergence(where, "optimizer", bad.step, bad.value, detail=detail)

@@ -72,29 +72,29 @@ def record(
     name: str, dtype: str, reference: np.ndarray, written: np.ndarray, margins: np.ndarray,
     error: float,
 ) -> Record:  # fmt: skip
-    """Counts the rows' tokens up to a first flip, which only a thin margin excuses."""
+    """Counts different tokens; a row's first flip is excused only by a thin margin."""
     flips = [
-        _first_flip(row, reference[row], written[row], margins[row])
-        for row in range(len(reference))
+        _first_flip(*row)
+        for row in zip(range(len(reference)), reference, written, margins, strict=True)
     ]
     flips = [flip for flip in flips if flip is not None]
     # Two logits that err by e each can trade places when they are less than 2e apart.
-    verdict = Verdict.PASS
-    if flips:
-        excused = all(flip.margin <= 2 * error for flip in flips)
-        verdict = Verdict.TIE if excused else Verdict.FAIL
-    different = int(np.count_nonzero(reference != written))
-    note = f"smallest margin {margins.min():.1e}, {dtype} logit error {error:.1e}"
-    if flips:
-        flip = flips[0]
+    real = [flip for flip in flips if not flip.margin <= 2 * error]
+    verdict = Verdict.FAIL if real else Verdict.TIE if flips else Verdict.PASS
+    smallest = float(np.min(margins, initial=np.inf))
+    note = f"smallest margin {smallest:.1e}, {dtype} logit error {error:.1e}"
+    step = 0
+    for flip in (real + flips)[:1]:
+        step = flip.index + 1
         note = (
-            f"row {flip.row} flips at token {flip.index + 1}, margin {flip.margin:.1e}, "
+            f"row {flip.row} flips at token {step}, margin {flip.margin:.1e}, "
             f"logit error {error:.1e}"
         )
     if reference.size == 0:
-        verdict = Verdict.ERROR
+        verdict, note = Verdict.ERROR, "nothing was compared"
+    different = int(np.count_nonzero(reference != written))
     return Record(name, dtype, "different tokens", different, 0, written.size, verdict,
-                  noise=float(margins.min()), note=note)  # fmt: skip
+                  noise=smallest, note=note, step=step)  # fmt: skip
 
 
 def _first_flip(row: int, a: np.ndarray, b: np.ndarray, margins: np.ndarray) -> _Flip | None:
@@ -105,5 +105,5 @@ def _first_flip(row: int, a: np.ndarray, b: np.ndarray, margins: np.ndarray) -> 
 def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     """The decoder and the token that flipped."""
     bad = next(record for record in records if record.verdict is Verdict.FAIL)
-    step = int(bad.note.split("token ")[1].split(",")[0])
-    return Divergence(bad.name, "decode", step, bad.value, detail=f"In {bad.dtype}: {bad.note}.")
+    detail = f"In {bad.dtype}: {bad.note}."
+    return Divergence(bad.name, "decode", bad.step, bad.value, detail=detail)

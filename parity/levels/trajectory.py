@@ -34,12 +34,18 @@ def records(subject: Subject) -> Iterator[Record]:
         flax, torch = curves
         bound = FLOAT64 if dtype == "float64" else FLOAT32
         past = np.flatnonzero(~(np.abs(flax - torch) <= bound))
-        note = (
-            f"first past the bound at step {past[0] + 1} of {subject.steps}" if past.size else None
+        first = int(past[0]) + 1 if past.size else 0
+        yield judge(
+            f"loss over {subject.steps} steps",
+            dtype,
+            "max_abs",
+            max_abs(flax, torch),
+            bound,
+            subject.steps,
+            noise=None if exact is None else max_abs(torch, exact),
+            note=f"first past the bound at step {first} of {subject.steps}" if first else None,
+            step=first,
         )
-        noise = None if exact is None else max_abs(torch, exact)
-        yield judge(f"loss over {subject.steps} steps", dtype, "max_abs", max_abs(flax, torch),
-                    bound, subject.steps, noise=noise, note=note)  # fmt: skip
         if exact is None:
             exact = torch
             yield _final_parameters(subject, finals[0], subject.weight_map.to_flax(finals[1]))
@@ -48,16 +54,25 @@ def records(subject: Subject) -> Iterator[Record]:
 def _final_parameters(subject: Subject, flax: dict, torch: dict) -> Record:
     gaps = {name: max_abs(flax[name], torch[name]) for name in flax}
     judged = [name for name in gaps if name not in subject.null_leaves]
-    leaf = max(judged, key=lambda name: gaps[name] if gaps[name] == gaps[name] else np.inf)
+    leaf = max(judged, key=lambda name: np.inf if np.isnan(gaps[name]) else gaps[name])
     drift = max((gaps[name] for name in subject.null_leaves), default=None)
     note = None if drift is None else f"null directions drift by {drift:.1e}, not judged"
-    return judge(f"final parameters, worst at {leaf}", "float64", "max_abs_parameters", gaps[leaf],
-                 PARAMETERS, sum(flax[name].size for name in judged), note=note)  # fmt: skip
+    return judge(
+        "final parameters",
+        "float64",
+        "max_abs_parameters",
+        gaps[leaf],
+        PARAMETERS,
+        sum(flax[name].size for name in judged),
+        note=note,
+        where=leaf,
+        step=subject.steps,
+    )
 
 
 def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     """The first step past the bound."""
     bad = next(record for record in records if record.verdict is Verdict.FAIL)
-    step = int(bad.note.split("step ")[1].split()[0]) if bad.note and "step " in bad.note else 0
-    return Divergence("the loss curve", "optimizer", step, bad.value,
-                      detail=f"In {bad.dtype}; {subject.steps} steps were taken.")  # fmt: skip
+    where = bad.where or "the loss curve"
+    detail = f"In {bad.dtype}, of {subject.steps} steps."
+    return Divergence(where, "optimizer", bad.step, bad.value, detail=detail)

@@ -74,11 +74,16 @@ def _orientations(subject: Subject) -> Iterator[Record]:
             device = next(torch_owner.parameters()).device
             tensor = from_numpy(x).to(device)
             torch_output = to_numpy(torch_owner(tensor))
-        gap = max_abs(torch_output, outputs)
         yield judge(
-            f"{link.torch} acts as {', '.join(link.flax)}", "float64", "max_abs", gap, _ORIENTATION,
-            outputs.size, noise=_transposed_gap(subject, link, x, outputs),
-        )  # fmt: skip
+            f"{link.torch} acts as {', '.join(link.flax)}",
+            "float64",
+            "max_abs",
+            max_abs(torch_output, outputs),
+            _ORIENTATION,
+            outputs.size,
+            noise=_transposed_gap(subject, link, x, outputs),
+            where=link.torch,
+        )
     if unknown:
         yield Record("orientation of " + ", ".join(unknown), "float64", "max_abs", None, None, 0,
                      Verdict.ABSTAIN, note="no way known to run these modules alone")  # fmt: skip
@@ -115,7 +120,4 @@ def _flax_owner(module: nnx.Module, leaf: str) -> Any:
 def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     """The leaf whose comparison failed."""
     bad = next(record for record in records if record.verdict is Verdict.FAIL)
-    # An orientation record starts with its leaf; the others are about the whole map.
-    where, found, _ = bad.name.partition(" acts as ")
-    where = where if found else "the weight map"
-    return Divergence(where, "weights", 0, bad.value, detail=bad.note or "")
+    return Divergence(bad.where or "the weight map", "weights", 0, bad.value, detail=bad.note or "")

@@ -1,5 +1,6 @@
 """The report as a value: verdicts, exit codes, JSON, and files that are whole or not there."""
 
+import io
 import json
 import math
 
@@ -44,7 +45,7 @@ def test_json_has_the_schema_and_holds_nan():
     assert (level["name"], level["verdict"], level["seconds"]) == ("logits", "FAIL", 2.123)
     assert level["records"][0] == {
         "name": "probe", "dtype": "float64", "metric": "max_abs", "value": 3.1e-15, "bound": 1e-12,
-        "count": 100, "verdict": "PASS", "noise": None, "note": None,
+        "count": 100, "verdict": "PASS", "noise": None, "note": None, "where": "", "step": 0,
     }  # fmt: skip
     assert level["records"][1]["value"] == "nan"
     assert document["divergence"]["where"] == "blocks.1.mlp"
@@ -62,10 +63,9 @@ def test_the_table_fits_a_terminal_and_names_what_failed():
     made = report(
         Level("logits", 2.0, (GOOD, BAD)), Level("cache", 0.0, (), blocked=True), divergence=parted
     )
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    with console.file:
-        console.print(made)
-    text = console.export_text()
+    console = Console(width=80, file=io.StringIO())
+    console.print(made)
+    text = console.file.getvalue()
     assert all(len(line) <= 80 for line in text.splitlines())
     for words in ("FAIL", "BLOCKED", "a reason", "blocks.1.mlp", "exact GELU", "nan"):
         assert words in text
