@@ -52,10 +52,10 @@ class Attention(nnx.Module):
         else:
             layer = layer.append(k_BTKH, v_BTKH, placement.slots_BT)
             num_slots = mask_BTS.shape[-1]
-            keys_BKSH = layer.keys_BKSH[:, :, :num_slots]
+            keys_BKSH = layer.keys_BKSH[:, :, :num_slots].astype(q_BTKH.dtype)
             # Garbage is zeroed as well as masked, because a weight of 0 times NaN is NaN.
             seen_BS = mask_BTS[:, -1, :]
-            values_BKSH = layer.values_BKSH[:, :, :num_slots]
+            values_BKSH = layer.values_BKSH[:, :, :num_slots].astype(q_BTKH.dtype)
             values_BKSH = jnp.where(seen_BS[:, None, :, None], values_BKSH, 0.0)
         scores_BKTS = jnp.einsum("BTKH,BKSH->BKTS", q_BTKH, keys_BKSH) * q_BTKH.shape[-1] ** -0.5
         # Not -inf: a row that sees nothing, such as padding, must stay finite.

@@ -138,7 +138,7 @@ class Report:
             for dtype in ("float64", "float32")
             if any(level.headline(dtype) for level in self.levels)
         ]
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("level")
         for dtype in dtypes:
             table.add_column(dtype)
@@ -230,7 +230,7 @@ def _measured(record: Record) -> str:
 def _number(value: float) -> str:
     if value == 0 or (float(value).is_integer() and abs(value) < 1e6):
         return f"{value:.0f}"
-    return f"{value:.2f}" if 0.1 <= abs(value) < 100 else f"{value:.1e}".replace("1.0e", "1e")
+    return f"{value:.2f}" if 0.1 <= abs(value) < 100 else f"{value:.1e}".replace(".0e", "e")
 
 
 def _finite(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """A small GPT with an immutable KV cache. Its twin is flax_gpt; the two read side by side."""
 
+from torch_gpt import random
 from torch_gpt.cache import KVCache, LayerCache
 from torch_gpt.config import PRESETS, GPTConfig, TrainConfig
 from torch_gpt.decode import NO_TOKEN, Generation, decode_step, generate, prefill, right_pad
@@ -29,6 +30,7 @@ __all__ = [
     "generate",
     "next_token_loss",
     "prefill",
+    "random",
     "right_pad",
     "train_step",
 ]

@@ -74,7 +74,7 @@ def test_the_table_fits_a_terminal_and_names_what_failed():
 def test_markdown_has_one_row_per_level():
     made = report(Level("logits", 2.0, (GOOD, CLOSE)), Level("cache", 1.0, (GOOD,)))
     lines = made.to_markdown().splitlines()
-    assert len(lines) == 4 and "9.0e-13 (1e-12)" in lines[2] and lines[3].startswith("| cache |")
+    assert len(lines) == 4 and "9e-13 (1e-12)" in lines[2] and lines[3].startswith("| cache |")
 
 
 def test_a_file_is_replaced_whole_or_left_as_it_was(tmp_path):

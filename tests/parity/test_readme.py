@@ -1,0 +1,58 @@
+"""The README is true: its code runs, its output is what it prints, its numbers come out again."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(PYTHON)))
+def test_every_python_block_runs_and_prints_what_it_says(number):
+    code, printed = PYTHON[number]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == printed
+
+
+def test_the_first_commands_are_the_ones_that_ci_runs():
+    commands = re.search(r"```sh\n(.*?)```", README, re.DOTALL)[1].splitlines()
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert len(commands) == 2
+    for step in ("python3 -m venv .venv", "-c constraints.txt -e '.[test]'", ".venv/bin/pytest"):
+        assert step in commands[1] and step in ci
+    assert ".venv/bin/parity check" in commands[0] and ".venv/bin/parity check" in ci
+
+
+def test_every_file_of_the_twins_is_in_the_reading_list():
+    listed = set(re.findall(r"^\| `(\w+\.py)` \|", README, re.MULTILINE))
+    for package in ("flax_gpt", "torch_gpt"):
+        assert listed == {path.name for path in (ROOT / package).glob("*.py")} - {"__init__.py"}
+
+
+def test_the_table_of_numbers_comes_out_again():
+    done = subprocess.run(
+        [sys.executable, "-m", "parity", "check", "--markdown", "-"],
+        cwd=ROOT, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    table = re.search(r"<!-- numbers -->\n(.*?)\n\n", README, re.DOTALL)[1]
+    ours, theirs = table.splitlines(), done.stdout.splitlines()
+    assert len(ours) == len(theirs)
+    for line, measured in zip(ours, theirs, strict=True):
+        # The texts of different Pythons differ, so counts may; all else must be the same words.
+        assert re.sub(NUMBER, "#", line) == re.sub(NUMBER, "#", measured)
+        numbers = zip(re.findall(NUMBER, line), re.findall(NUMBER, measured), strict=True)
+        for said, found in numbers:
+            said, found = (float(x.replace(",", "")) for x in (said, found))
+            assert said == found or 0.1 <= said / found <= 10, (line, measured)
+
+
+NUMBER = r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e-\d+)?(?!\w)"

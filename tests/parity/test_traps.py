@@ -1,0 +1,151 @@
+"""The README's table of traps, row by row: what each framework really does, unasked."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+from torch.nn import functional as F
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def norm_epsilon():
+    """LayerNorm epsilon"""
+    assert nnx.LayerNorm(3, rngs=nnx.Rngs(0)).epsilon == 1e-6
+    assert torch.nn.LayerNorm(3).eps == 1e-5
+
+
+def norm_variance():
+    """LayerNorm variance"""
+    x = np.float32(1000.0) + np.linspace(-1, 1, 8, dtype=np.float32)[None]
+    truth = (x.astype(np.float64) - x.mean(dtype=np.float64)) / x.std(dtype=np.float64)
+    fast = np.asarray(nnx.LayerNorm(8, epsilon=1e-12, rngs=nnx.Rngs(0))(jnp.asarray(x)))
+    two_pass = torch.nn.LayerNorm(8, eps=1e-12)(torch.from_numpy(x)).detach().numpy()
+    assert np.abs(fast - truth).max() > 100 * np.abs(two_pass - truth).max()
+
+
+def gelu():
+    """GELU"""
+    x = np.linspace(-3, 3, 101, dtype=np.float32)
+    tanh = F.gelu(torch.from_numpy(x), approximate="tanh").numpy()
+    exact = F.gelu(torch.from_numpy(x)).numpy()
+    assert np.abs(np.asarray(jax.nn.gelu(jnp.asarray(x))) - tanh).max() < 1e-6
+    assert np.abs(exact - tanh).max() > 1e-4
+
+
+def linear_layout():
+    """Linear weight"""
+    assert nnx.Linear(3, 5, rngs=nnx.Rngs(0)).kernel[...].shape == (3, 5)
+    assert torch.nn.Linear(3, 5).weight.shape == (5, 3)
+
+
+def weight_decay():
+    """AdamW weight decay"""
+    update, _ = optax.adamw(1.0).update(0.0, optax.adamw(1.0).init(0.0), 1.0)
+    assert float(update) == pytest.approx(-1e-4)
+    assert torch.optim.AdamW([torch.ones(1)]).defaults["weight_decay"] == 1e-2
+
+
+def clip_epsilon():
+    """Gradient clipping"""
+    gradient = np.array([3.0, 4.0], np.float32)
+    clip = optax.clip_by_global_norm(1.0)
+    ours, _ = clip.update(jnp.asarray(gradient), clip.init(None))
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.from_numpy(gradient.copy())
+    torch.nn.utils.clip_grad_norm_([parameter], 1.0)
+    norms = np.linalg.norm(ours), np.linalg.norm(parameter.grad.numpy())
+    assert norms[0] == pytest.approx(1.0, abs=6e-8) and 1e-7 < norms[0] - norms[1] < 1e-6
+
+
+def ignored_label():
+    """Label -100"""
+    logits, labels = np.zeros((2, 3), np.float32), np.array([1, -100])
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        jnp.asarray(logits), jnp.asarray(labels)
+    )
+    assert np.isnan(np.asarray(losses)).tolist() == [False, True]
+    assert torch.isfinite(F.cross_entropy(torch.from_numpy(logits), torch.from_numpy(labels)))
+
+
+def unknown_id():
+    """Id outside the embedding"""
+    table = nnx.Embed(3, 2, rngs=nnx.Rngs(0))
+    assert np.isnan(np.asarray(table(jnp.array([7])))).all()
+    assert np.array_equal(np.asarray(table(jnp.array([-1]))), np.asarray(table(jnp.array([2]))))
+    with pytest.raises(IndexError):
+        torch.nn.Embedding(3, 2)(torch.tensor([7]))
+
+
+def past_the_end():
+    """Write past a buffer's end"""
+    written = jax.lax.dynamic_update_slice(jnp.zeros(4), jnp.ones(2), (3,))
+    assert np.asarray(written).tolist() == [0, 0, 1, 1], "clamped, over what was there"
+    with pytest.raises(IndexError):
+        torch.zeros(4).index_copy_(0, torch.tensor([3, 4]), torch.ones(2))
+
+
+def embedding_dtype():
+    """Embedding compute dtype"""
+    with jax.enable_x64(True):
+        table = nnx.Embed(3, 2, rngs=nnx.Rngs(0), param_dtype=jnp.float32)
+        table.embedding.set_value(jnp.full((3, 2), 0.1, jnp.float64))
+        assert table(jnp.array([0])).dtype == jnp.float32
+    assert torch.nn.Embedding(3, 2).double()(torch.tensor([0])).dtype == torch.float64
+
+
+def library_attention():
+    """Library attention in float64"""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(1, 5, 2, 4)) for _ in range(3))
+    scores = np.einsum("btkh,bskh->bkts", q, k) / 2.0
+    weights = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
+    truth = np.einsum("bkts,bskh->btkh", weights, v)
+    with jax.enable_x64(True):
+        stock = np.asarray(jax.nn.dot_product_attention(*map(jnp.asarray, (q, k, v))))
+    heads_first = [torch.from_numpy(x).transpose(1, 2) for x in (q, k, v)]
+    fused = F.scaled_dot_product_attention(*heads_first).transpose(1, 2).numpy()
+    assert np.abs(stock - truth).max() > 1e-9 and np.abs(fused - truth).max() < 1e-14
+
+
+def masked_row():
+    """Row that sees nothing"""
+    x = np.arange(8, dtype=np.float32).reshape(1, 4, 1, 2)
+    none = np.zeros((1, 1, 4, 4), bool)
+    stock = jax.nn.dot_product_attention(*[jnp.asarray(x)] * 3, mask=jnp.asarray(none))
+    assert np.allclose(np.asarray(stock), x.mean(axis=1, keepdims=True))
+    heads_first = torch.from_numpy(x).transpose(1, 2)
+    fused = F.scaled_dot_product_attention(*[heads_first] * 3, attn_mask=torch.from_numpy(none))
+    assert torch.count_nonzero(fused) == 0
+
+
+def wrong_shape():
+    """Loading a wrong shape"""
+    linear = nnx.Linear(3, 5, rngs=nnx.Rngs(0))
+    linear.kernel.set_value(jnp.zeros((2, 2)))
+    assert linear.kernel[...].shape == (2, 2)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        torch.nn.Linear(3, 5).load_state_dict({"weight": torch.zeros(2, 2)}, strict=False)
+
+
+TRAPS = [
+    norm_epsilon, norm_variance, gelu, linear_layout, weight_decay, clip_epsilon, ignored_label,
+    unknown_id, past_the_end, embedding_dtype, library_attention, masked_row, wrong_shape,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("trap", TRAPS, ids=lambda trap: trap.__name__)
+def test_the_frameworks_differ_as_the_readme_says(trap):
+    with jax.numpy_rank_promotion("allow"):
+        trap()
+
+
+def test_the_readme_lists_exactly_these_traps():
+    table = re.search(r"<!-- traps -->\n(.*?)\n\n", README, re.DOTALL)[1].splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in table] == [trap.__doc__ for trap in TRAPS]
