@@ -168,9 +168,9 @@ class Report:
                     text += value + bound
                     text += f" ({record.note})" if record.note else ""
                     notes.append(Text(text, style=_COLOURS[record.verdict]))
-        hidden = len(notes) - 12
+        hidden = len(notes) - 5
         if hidden > 0:
-            notes = [*notes[:12], Text(f"... and {hidden} more records, see --json", style="dim")]
+            notes = [*notes[:5], Text(f"... and {hidden} more records, see --json", style="dim")]
         excluded = dict.fromkeys(
             f"{level.name}: {record.note}"
             for level in self.levels

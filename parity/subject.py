@@ -4,8 +4,9 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
+from flax import nnx
 
-from parity.environment import Devices
+from parity.environment import Devices, jax_scope
 from parity.flax_run import FlaxRun
 from parity.leaves import Leaves, flax_leaves, torch_leaves
 from parity.pair import Batch, Pair
@@ -48,7 +49,7 @@ class Subject:
     @functools.cached_property
     def flax_leaves(self) -> Leaves:
         """The weights under test, in float32: initial weights hide forgotten biases and norms."""
-        return randomized(flax_leaves(self.pair.flax.build("float32")), self._seed)
+        return randomized(flax_leaves(self.build_flax()), self._seed)
 
     @functools.cached_property
     def weight_map(self) -> WeightMap:
@@ -67,6 +68,11 @@ class Subject:
         unmapped = torch_leaves(self.pair.torch.build("float32")) if self.weight_map.ignored else {}
         kept = {name: unmapped[name] for name in self.weight_map.ignored}
         return self.weight_map.to_torch(self.flax_leaves) | kept
+
+    def build_flax(self) -> nnx.Module:
+        """A float32 model of the flax side, on its device."""
+        with jax_scope("float32", self.devices.flax):
+            return self.pair.flax.build("float32")
 
     @property
     def num_params(self) -> int:

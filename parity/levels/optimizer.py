@@ -2,6 +2,11 @@
 
 One step cannot see a wrong beta, because with bias correction Adam's first step does not depend on
 them; and parameters hide an update a thousand times smaller than themselves.
+
+AdamW divides by the root of the second moment. Where a gradient is nearly zero by cancellation,
+that makes a visible part of an update out of rounding, on a correct port. So updates are compared
+times that root, which undoes the division; and no single update may be off by much of a learning
+rate.
 """
 
 import dataclasses
@@ -9,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from parity.compare import Record, Verdict, error_ratio, judge, max_abs, relative_l2
+from parity.compare import Record, Verdict, judge, max_abs, relative_l2
 from parity.leaves import Leaves
 from parity.report import Divergence
 from parity.subject import Subject
@@ -20,13 +25,9 @@ STEPS = 3
 FLOAT64 = 1e-12
 # As for logits: the larger error over the smaller.
 RATIO = 4.0
-# Largest update of a null leaf, in learning rates. AdamW divides rounding noise by its own size:
-# in float32 that makes steps of up to one rate, in float64 epsilon = 1e-8 swallows it.
-NULL = {"float64": 1e-4, "float32": 2.0}
-
-
-# What is compared of a step, and what to call it.
-_QUANTITIES = {"update": "update", "first": "first moment", "second": "second moment"}
+# Largest gap of a single update, in learning rates, null leaves included. AdamW makes steps of up
+# to one rate out of rounding; in float64 its epsilon of 1e-8 swallows noise of 1e-16.
+SINGLE = {"float64": 1e-4, "float32": 2.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,44 +39,59 @@ class _Step:
     second: Leaves
     count: int
 
+    def comparable(self, truth: "_Step", excluded: tuple[str, ...]) -> dict[str, Leaves]:
+        """What is compared, by name; updates are weighted by the root of the true second moment."""
+        names = [name for name in self.update if name not in excluded]
+        return {
+            "update": {x: self.update[x] * np.sqrt(truth.second[x]) for x in names},
+            "first moment": {x: self.first[x] for x in names},
+            "root of second moment": {x: np.sqrt(self.second[x]) for x in names},
+        }
+
 
 def records(subject: Subject) -> Iterator[Record]:
     """Quantities by step; float64 names the worst leaf, float32 is judged by ratio to it."""
     exact: list[_Step] = []
     for number, dtype in enumerate(subject.dtypes):
         flax_steps, torch_steps = _steps(subject, dtype)
+        exact = exact or torch_steps
         for index, (flax, torch) in enumerate(zip(flax_steps, torch_steps, strict=True)):
             step = index + 1
-            for quantity in _QUANTITIES:
-                a, b = getattr(flax, quantity), getattr(torch, quantity)
+            a, b, truth = (
+                x.comparable(exact[index], subject.null_leaves) for x in (flax, torch, exact[index])
+            )
+            for quantity in truth:
+                name, leaves = f"step {step} {quantity}", truth[quantity]
+                size = sum(leaf.size for leaf in leaves.values())
                 if dtype == "float64":
-                    yield _worst_leaf(subject, step, quantity, a, b)
+                    leaf, gap = _worst_leaf(a[quantity], b[quantity])
+                    yield judge(
+                        name, dtype, "relative_l2", gap, FLOAT64, size, where=leaf, step=step
+                    )
                 else:
-                    truth = getattr(exact[index], quantity)
-                    yield _ratio(subject, step, quantity, a, b, truth)
+                    ratio = _error_ratio(a[quantity], b[quantity], leaves)
+                    yield judge(name, dtype, "error_ratio", ratio, RATIO, size, step=step)
+            gaps = {x: max_abs(flax.update[x], torch.update[x]) for x in flax.update}
+            leaf = _largest(gaps)
+            yield judge(
+                f"step {step} largest gap of a single update",
+                dtype,
+                "learning_rates",
+                gaps[leaf] / subject.pair.learning_rate,
+                SINGLE[dtype],
+                sum(update.size for update in flax.update.values()),
+                where=leaf,
+                step=step,
+            )
             gap = abs(flax.count - torch.count)
             yield judge(f"step {step} count", dtype, "difference", gap, 0, 1, step=step)
-            if subject.null_leaves:
-                rate = subject.pair.learning_rate
-                gap = max(max_abs(flax.update[x], torch.update[x]) for x in subject.null_leaves)
-                yield judge(
-                    f"step {step} null directions",
-                    dtype,
-                    "learning_rates",
-                    gap / rate,
-                    NULL[dtype],
-                    sum(flax.update[x].size for x in subject.null_leaves),
-                    step=step,
-                )
-        exact = exact or flax_steps
         subject.progress((number + 1) / len(subject.dtypes))
 
 
 def _steps(subject: Subject, dtype: str) -> tuple[list[_Step], list[_Step]]:
     flax, torch = (run.trainer() for run in subject.runs(dtype))
-    to_flax = subject.weight_map.to_flax
     steps = []
-    for trainer, convert in ((flax, dict), (torch, to_flax)):
+    for trainer, convert in ((flax, dict), (torch, subject.weight_map.to_flax)):
         taken, before = [], convert(trainer.parameters())
         for index in range(STEPS):
             trainer.step(*subject.pair.training_batch(index).inputs)
@@ -88,25 +104,28 @@ def _steps(subject: Subject, dtype: str) -> tuple[list[_Step], list[_Step]]:
     return steps[0], steps[1]
 
 
-def _worst_leaf(subject: Subject, step: int, quantity: str, a: Leaves, b: Leaves) -> Record:
-    gaps = {x: relative_l2(a[x], b[x]) for x in a if x not in subject.null_leaves}
-    # NaN has no order, so it must not hide behind a max.
-    leaf = max(gaps, key=lambda x: np.inf if np.isnan(gaps[x]) else gaps[x])
-    size = sum(a[x].size for x in gaps)
-    name = f"step {step} {_QUANTITIES[quantity]}"
-    return judge(name, "float64", "relative_l2", gaps[leaf], FLOAT64, size, where=leaf, step=step)
+def _worst_leaf(a: Leaves, b: Leaves) -> tuple[str, float]:
+    gaps = {name: relative_l2(a[name], b[name]) for name in a}
+    leaf = _largest(gaps)
+    return leaf, gaps[leaf]
 
 
-def _ratio(
-    subject: Subject, step: int, quantity: str, a: Leaves, b: Leaves, truth: Leaves
-) -> Record:
-    flat = [
-        np.concatenate([x[leaf].ravel() for leaf in a if leaf not in subject.null_leaves])
-        for x in (a, b, truth)
+def _largest(gaps: dict[str, float]) -> str:
+    """The key of the largest value; NaN has no order, so it must not hide behind a max."""
+    return max(gaps, key=lambda name: np.inf if np.isnan(gaps[name]) else gaps[name])
+
+
+def _error_ratio(a: Leaves, b: Leaves, truth: Leaves) -> float:
+    """The larger error over the smaller: each the RMS over leaves of the relative L2 error.
+
+    Leaves count alike, so that one wrong leaf is not lost among large ones.
+    """
+    floor = float(np.finfo(np.float32).eps)
+    errors = [
+        max(float(np.sqrt(np.mean([relative_l2(x[n], truth[n]) ** 2 for n in truth]))), floor)
+        for x in (a, b)
     ]
-    name = f"step {step} {_QUANTITIES[quantity]}"
-    ratio = error_ratio(*flat)
-    return judge(name, "float32", "error_ratio", ratio, RATIO, flat[0].size, step=step)
+    return max(errors) / min(errors)
 
 
 def locate(subject: Subject, records: list[Record]) -> Divergence | None:

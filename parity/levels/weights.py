@@ -34,10 +34,7 @@ def records(subject: Subject) -> Iterator[Record]:
     yield judge("every leaf once", "float32", "problems", 0, 0, used, note=note)
     subject.progress(0.2)
 
-    flax_model, torch_model = (
-        subject.pair.flax.build("float32"),
-        subject.pair.torch.build("float32"),
-    )
+    flax_model, torch_model = subject.build_flax(), subject.pair.torch.build("float32")
     start = subject.flax_leaves
     load_torch(torch_model, subject.torch_leaves)
     there = torch_leaves(torch_model)
