@@ -87,10 +87,11 @@ def generate(
             holds.
     """
     counts_B = _check_prompts(model, tokens_BT, counts_B, max_new_tokens)
+    tokens_BT = tokens_BT[:, : model.config.context_length]  # what lies beyond is padding
     # twin: jax compiles the whole loop once per shape, so it rounds the prompt length up to a
     # power of two; torch takes one step after the other on the shape at hand.
     length = min(1 << (tokens_BT.shape[1] - 1).bit_length(), model.config.context_length)
-    padding = max(length - tokens_BT.shape[1], 0)
+    padding = length - tokens_BT.shape[1]
     graphdef, parameters = nnx.split(model)
     tokens_BG, counts_B = _loop(
         graphdef,

@@ -143,6 +143,9 @@ def _run_check(errors: Console, data, preset, level, dtype, steps, tokens, seed,
     dtypes = tuple(name.strip() for name in dtype.split(","))
     if dtypes not in (("float64",), ("float64", "float32")):
         raise ValueError(f"--dtype {dtype}: choose float64 or float64,float32.")
+    if unknown := set(level or ()) - set(LEVELS):
+        raise ValueError(f"--level {min(unknown)}: no such level. Choose {', '.join(LEVELS)}.")
+    levels = [name for name in LEVELS if not level or name in level]
     if data is not None and not data.is_file():
         raise ValueError(f"data file {data}: no such file. Give a UTF-8 text file.")
     with errors.status("loading jax and torch"):
@@ -157,10 +160,10 @@ def _run_check(errors: Console, data, preset, level, dtype, steps, tokens, seed,
         pair = twins(corpus, config, seed=seed, max_new_tokens=tokens)
     from parity.progress import shown
 
-    with shown(errors) as progress:
+    with shown(errors, levels) as progress:
         return run(
             pair,
-            levels=level or LEVELS,
+            levels=levels,
             dtypes=dtypes,
             devices=devices,
             seed=seed,

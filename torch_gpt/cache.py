@@ -51,11 +51,11 @@ class LayerCache:
         return LayerCache(keys_BKSH, values_BKSH, [True])
 
     def _must_copy(self, new: torch.Tensor) -> bool:
-        """True where torch forbids writing in place: on a backward graph, or outside the
-        inference mode that allocated the slots."""
+        """True where torch forbids writing in place: in a backward graph, or outside of the
+        inference mode that the slots were allocated in."""
         if self.keys_BKSH.is_inference() and not torch.is_inference_mode_enabled():
             return True
-        return torch.is_grad_enabled() and (new.requires_grad or self.keys_BKSH.requires_grad)
+        return self.keys_BKSH.requires_grad or (torch.is_grad_enabled() and new.requires_grad)
 
     def _take_claim(self) -> bool:
         """True for the first append to this handle, once; list.pop is atomic."""

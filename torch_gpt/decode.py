@@ -86,6 +86,7 @@ def generate(
             holds.
     """
     counts_B = _check_prompts(model, tokens_BT, counts_B, max_new_tokens)
+    tokens_BT = tokens_BT[:, : model.config.context_length]  # what lies beyond is padding
     # twin: jax compiles the whole loop once per shape, so it rounds the prompt length up to a
     # power of two; torch takes one step after the other on the shape at hand.
     device = model.token_embedding.weight.device

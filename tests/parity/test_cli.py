@@ -72,7 +72,7 @@ def test_a_broken_twin_exits_1_and_names_the_module(tmp_path):
         (["--data", "missing.txt"], "data file missing.txt: no such file"),
         (["--json", "no/folder/out.json"], "--json no/folder/out.json: no folder no/folder"),
         (["--preset", "huge"], "no preset 'huge'. Choose one of tiny, gpt2"),
-        (["--level", "logit"], "no level logit. There are weights"),
+        (["--level", "logit"], "--level logit: no such level. Choose weights"),
         (["--dtype", "float16"], "--dtype float16: choose float64"),
         (["--device", "tpu"], "--device tpu: there are auto, cpu and cuda"),
         (["--tokens", "381"], "381 new tokens leave 3 of context 384"),

@@ -22,7 +22,7 @@ def sees(slot: int, step: int, length: int, count: int) -> bool:
 
 def place(gpt, num_tokens, num_slots, lengths, counts=None):
     """The twin's placement on the host."""
-    placement = gpt.package.model.place(
+    placement = gpt.package.positions.place(
         num_tokens, num_slots, gpt.ints(lengths), None if counts is None else gpt.ints(counts)
     )
     return {name: gpt.numpy(array) for name, array in vars(placement).items()}

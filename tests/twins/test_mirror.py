@@ -1,0 +1,378 @@
+"""The twins are still twins: one outline, one set of words, and names that tell the shapes."""
+
+import ast
+import functools
+import io
+import re
+import sys
+import tokenize
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+import flax_gpt
+import torch_gpt
+
+FOLDERS = {"flax": Path(flax_gpt.__file__).parent, "torch": Path(torch_gpt.__file__).parent}
+FILES = sorted(path.name for path in FOLDERS["flax"].glob("*.py"))
+
+# What the twins may differ in, besides `__call__` and `forward`, and why.
+ONE_SIDED = {
+    ("flax", "optimizer.py", "scale_by_adam"): "optax's own is off in float32, torch's is exact",
+    ("flax", "train.py", "TrainState.model"): "jax keeps weights outside the model; merged here",
+    ("flax", "train.py", "TrainState.graphdef"): "the model without its weights",
+    ("flax", "train.py", "TrainState.parameters"): "the weights without their model",
+    ("torch", "train.py", "TrainState.model"): "a torch model holds its weights",
+}
+OTHER_PARAMETERS = {
+    ("optimizer.py", "adamw"): "torch's optimizer holds the parameters that it will change",
+}
+OTHER_DOCSTRINGS = {
+    ("optimizer.py", "adamw"): "flax says why it does not use optax.adamw",
+}
+OTHER_ERRORS = {
+    ("model.py", "parameter_dtype"): "only jax turns float64 into float32 on the quiet",
+}
+
+# What the shape audit lets pass: (function, name) and the letter that is not what it is elsewhere.
+OTHER_SIZES = {
+    ("next_token_loss", "labels_BT", "T"): "the shift drops one position of everything else",
+}
+
+
+@functools.cache
+def source(side: str, file: str) -> str:
+    """The text of one file of one twin."""
+    return (FOLDERS[side] / file).read_text()
+
+
+@functools.cache
+def definitions(side: str, file: str) -> dict[str, ast.AST]:
+    """Everything that a file defines, by dotted name and in order; `forward` goes as `__call__`."""
+
+    def walk(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.AST]]:
+        for node in body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef):
+                name = prefix + ("__call__" if node.name == "forward" else node.name)
+                yield name, node
+                yield from walk(node.body, f"{name}.")
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                yield prefix + node.target.id, node
+            elif (
+                isinstance(node, ast.Assign)
+                and isinstance(node.targets[0], ast.Name)
+                and not prefix
+            ):
+                yield node.targets[0].id, node
+
+    return dict(walk(ast.parse(source(side, file)).body, ""))
+
+
+def is_public(name: str) -> bool:
+    """Neither it nor what it is in is private; special methods are public."""
+    return not any(re.match(r"_(?!_)", part) for part in name.split("."))
+
+
+def public(side: str, file: str) -> dict[str, ast.AST]:
+    """What a reader of both files expects to meet in both."""
+    found = definitions(side, file)
+    # A function's own functions are its private matter.
+    inside = [f"{name}." for name, node in found.items() if isinstance(node, ast.FunctionDef)]
+    return {
+        name: node
+        for name, node in found.items()
+        if is_public(name)
+        and not name.startswith(tuple(inside))
+        and (side, file, name) not in ONE_SIDED
+    }
+
+
+def shared(file: str) -> list[tuple[str, ast.AST, ast.AST]]:
+    """Definitions in both twins, private ones too."""
+    flax, torch = definitions("flax", file), definitions("torch", file)
+    return [
+        (name, flax[name], torch[name])
+        for name in flax
+        if name in torch and ("torch", file, name) not in ONE_SIDED
+    ]
+
+
+def signature(node: ast.FunctionDef) -> list[tuple[str, str]]:
+    """Parameters with their defaults, in order."""
+    arguments = node.args
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
+    pairs = [
+        *zip(positional, defaults, strict=True),
+        *zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True),
+    ]
+    return [(a.arg, "" if d is None else ast.unparse(d)) for a, d in pairs]
+
+
+def plain(text: str | None) -> str | None:
+    """Words with the names of the twins and of the call taken out."""
+    if text is None:
+        return None
+    return (
+        text.replace("torch_gpt", "TWIN")
+        .replace("flax_gpt", "TWIN")
+        .replace("`forward`", "`__call__`")
+    )
+
+
+def test_the_twins_have_the_same_files():
+    assert len(FILES) >= 10
+    assert FILES == sorted(path.name for path in FOLDERS["torch"].glob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_same_things_are_defined_in_the_same_order(file):
+    flax, torch = (
+        [(name, type(node)) for name, node in public(side, file).items()] for side in FOLDERS
+    )
+    assert flax == torch
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_functions_have_the_same_parameters_and_defaults(file):
+    for name, ours, theirs in shared(file):
+        if isinstance(ours, ast.FunctionDef) and is_public(name):
+            same = signature(ours) == signature(theirs)
+            assert same != ((file, name) in OTHER_PARAMETERS), name
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_docstrings_are_the_same_words(file):
+    modules = [ast.parse(source(side, file)) for side in FOLDERS]
+    pairs = [("the module", *modules), *shared(file)]
+    for name, ours, theirs in pairs:
+        if isinstance(ours, ast.Module | ast.ClassDef | ast.FunctionDef):
+            one, two = (plain(ast.get_docstring(node)) for node in (ours, theirs))
+            assert (one == two) != ((file, name) in OTHER_DOCSTRINGS), (name, one, two)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_errors_have_the_same_texts(file):
+    for name, ours, theirs in shared(file):
+        if isinstance(ours, ast.FunctionDef):
+            one, two = (
+                [ast.unparse(x.exc) for x in ast.walk(node) if isinstance(x, ast.Raise) and x.exc]
+                for node in (ours, theirs)
+            )
+            assert (one == two) != ((file, name) in OTHER_ERRORS), name
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_what_cannot_be_mirrored_is_explained_by_the_same_comment(file):
+    flax, torch = (explanations(source(side, file)) for side in FOLDERS)
+    assert flax == torch
+
+
+def test_some_things_cannot_be_mirrored():
+    assert sum(len(explanations(source("flax", file))) for file in FILES) >= 5
+
+
+def explanations(text: str) -> list[str]:
+    """The comments that begin with `twin:`, each with the comment lines right behind it."""
+    found, last = [], None
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            words, line = token.string.removeprefix("# "), token.start[0]
+            if words.startswith("twin:"):
+                found.append(words)
+                last = line
+            elif last is not None and line == last + 1:
+                found[-1] += " " + words
+                last = line
+    return found
+
+
+def test_every_licence_is_in_use():
+    for side, file, name in ONE_SIDED:
+        assert name in definitions(side, file)
+    for file, name in OTHER_PARAMETERS | OTHER_DOCSTRINGS | OTHER_ERRORS:
+        assert name in definitions("flax", file) and name in definitions("torch", file)
+
+
+def test_the_public_names_are_the_same():
+    assert flax_gpt.__all__ == torch_gpt.__all__
+    assert all(hasattr(package, x) for package in (flax_gpt, torch_gpt) for x in flax_gpt.__all__)
+
+
+# --- shapes in names ---
+
+SUFFIX = re.compile(r"_(?!1$)([1BTSDKHFVGR]+)$")  # norm_1 is a number, not an axis
+
+
+def letters(name: str) -> str | None:
+    """The axes that a name promises; None for a name without a suffix."""
+    found = SUFFIX.search(name)
+    return found.group(1) if found else None
+
+
+def einsums(side: str) -> Iterator[tuple[str, list[ast.expr], str | None]]:
+    """The spec and the operands of every einsum, and the name its result is given."""
+    for file in FILES:
+        for node in ast.walk(ast.parse(source(side, file))):
+            if isinstance(node, ast.Assign | ast.Return):
+                for call in ast.walk(node):
+                    if isinstance(call, ast.Call) and ast.unparse(call.func).endswith(".einsum"):
+                        target = node.targets[0].id if isinstance(node, ast.Assign) else None
+                        yield ast.literal_eval(call.args[0]), call.args[1:], target
+
+
+@pytest.mark.parametrize("side", FOLDERS)
+def test_an_einsum_says_what_the_names_of_its_operands_say(side):
+    checked = 0
+    for spec, operands, target in einsums(side):
+        inputs, output = spec.split("->")
+        for axes, operand in zip(inputs.split(","), operands, strict=True):
+            if isinstance(operand, ast.Name):
+                assert letters(operand.id) == axes, (spec, operand.id)
+                checked += 1
+        if target is not None:
+            assert letters(target) == output, (spec, target)
+            checked += 1
+    assert checked >= 7
+
+
+def test_the_twins_write_the_same_einsums():
+    specs = [[spec for spec, _, _ in einsums(side)] for side in FOLDERS]
+    assert specs[0] == specs[1] and len(specs[0]) >= 3
+
+
+# Sizes that all differ, so that no axis can stand in for another; T and S are what a call makes
+# them. The MLP has a width that no other test uses: jax runs no Python for a shape that it knows.
+SIZES = dict(B=2, K=3, H=5, D=15, F=31, V=61)
+T, S, G, R = 7, 19, 4, 6
+
+# Where an axis B of size 1 stands for every row, and where the code says so.
+ONE_FOR_EVERY_ROW = {
+    "place": "its docstring",
+    "Attention.__call__": "it reads what place wrote",
+    "KVCache.check_room": "counts of None are the same number in every row",
+}
+
+
+def expected_names(side: str) -> set[tuple[str, str]]:
+    """Every function of a twin with the names in it that promise a shape."""
+    names = set()
+
+    def visit(node: ast.AST, function: str, path: str) -> None:
+        if isinstance(node, ast.FunctionDef):
+            function = path + ("__call__" if node.name == "forward" else node.name)
+            path = f"{function}.<locals>."
+        elif isinstance(node, ast.ClassDef):
+            path = f"{path}{node.name}."
+        elif isinstance(node, ast.ListComp | ast.GeneratorExp):
+            return  # has a frame of its own, or none at all, by version of Python
+        name = node.arg if isinstance(node, ast.arg) else None
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            name = node.id
+        if function and name and letters(name):
+            names.add((function, name))
+        for child in ast.iter_child_nodes(node):
+            visit(child, function, path)
+
+    for file in FILES:
+        visit(ast.parse(source(side, file)), "", "")
+    return names
+
+
+def test_every_licence_of_the_audit_is_in_use():
+    names = expected_names("flax")
+    assert {(function, name) for function, name, _ in OTHER_SIZES} <= names
+    assert set(ONE_FOR_EVERY_ROW) <= {function for function, _ in names}
+
+
+def audited(side: str, run: Callable[[], None]) -> tuple[set[tuple[str, str]], list[str]]:
+    """Runs code and looks at the locals of every function of a twin as it returns.
+
+    Returns:
+        Functions and names whose arrays were looked at, and what is wrong with them.
+    """
+    seen, problems = set(), []
+    paths = {str(FOLDERS[side] / file) for file in FILES}
+
+    def look(frame, event, _):
+        if event != "return" or frame.f_code.co_filename not in paths:
+            return
+        function = re.sub(r"\bforward\b", "__call__", frame.f_code.co_qualname)
+        sizes = dict(SIZES)
+        for name, value in frame.f_locals.items():
+            axes = letters(name)
+            if axes is None or not hasattr(value, "shape"):
+                continue
+            seen.add((function, name))
+            shape = tuple(value.shape)
+            if len(shape) != len(axes):
+                problems.append(f"{function}: {name} has shape {shape}")
+                continue
+            for axis, size in zip(axes, shape, strict=True):
+                if axis == "B" and size == 1 and function in ONE_FOR_EVERY_ROW:
+                    continue
+                if (function, name, axis) in OTHER_SIZES:
+                    continue
+                if size != (1 if axis == "1" else sizes.setdefault(axis, size)):
+                    problems.append(f"{function}: {axis} of {name} is {size}, not {sizes[axis]}")
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        run()
+    finally:
+        sys.setprofile(before)
+    return seen, problems
+
+
+def test_every_array_has_the_axes_in_its_name(gpt):
+    package = gpt.package
+    assert len({*SIZES.values(), T, S, G, R}) == len(SIZES) + 4
+    model = gpt.model(mlp_dim=SIZES["F"], num_layers=1, dropout=0.1)
+    key, counts = gpt.random.key(0), gpt.ints((7, 3))
+    tokens = gpt.ints(np.random.default_rng(0).integers(0, SIZES["V"], (SIZES["B"], T)))
+    state = package.TrainState.create(model, package.TrainConfig())
+    filled = package.KVCache(package.KVCache.empty(model.config, SIZES["B"], S).layers, counts)
+
+    def compute():
+        for numbers in (None, counts):
+            cache = package.KVCache.empty(model.config, SIZES["B"], S)
+            _, cache = package.prefill(model, tokens, cache, numbers)
+            package.decode_step(model, tokens[:, 0], cache)
+            logits, _ = model(tokens, None, numbers, key)
+            package.next_token_loss(logits, tokens, numbers)
+        package.train_step(tokens, state, counts, key)
+        for use_cache in (True, False):
+            package.generate(model, tokens, G, counts, (5,), use_cache)
+        package.evaluate(model, [tokens])
+
+    def run():
+        # Tracing is enough for jax: it runs all of the Python and compiles nothing.
+        if gpt.name == "flax":
+            jax.eval_shape(compute)
+        else:
+            with torch.enable_grad():
+                compute()
+        filled.check_room(T, counts, model.config.context_length)
+        filled.truncate(gpt.ints((4, 0))).grow(S + 1).select(gpt.ints([1] * R))
+        package.right_pad(tokens, gpt.ints(np.ones((SIZES["B"], T))))
+
+    seen, problems = audited(gpt.name, run)
+    assert not problems
+    assert seen >= expected_names(gpt.name)  # not one name was left out
+    assert len(seen) > 80
+
+
+def test_the_shape_audit_sees_a_wrong_name(gpt):
+    _, problems = audited(
+        gpt.name, lambda: gpt.package.cache._pad_slots(gpt.floats(np.zeros((2, 3, 7, 4))), 1)
+    )
+    assert problems == ["_pad_slots: H of x_BKSH is 4, not 5"]
+    _, problems = audited(
+        gpt.name, lambda: gpt.package.decode._last(gpt.floats(np.zeros((2, 7, 15, 1))), None)
+    )
+    assert problems == ["_last: x_BTD has shape (2, 7, 15, 1)"]
