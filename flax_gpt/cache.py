@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_gpt.config import GPTConfig
+from flax_gpt.positions import Placement, read
 
 
 @jax.tree_util.register_dataclass
@@ -26,18 +27,19 @@ class LayerCache:
     values_BKSH: jax.Array
 
     def append(
-        self, keys_BTKH: jax.Array, values_BTKH: jax.Array, slots_BT: jax.Array
+        self, keys_BTKH: jax.Array, values_BTKH: jax.Array, placement: Placement
     ) -> "LayerCache":
-        """This layer with new tokens in their slots; a slot of NOWHERE is not written.
+        """This layer with new tokens in their slots; padding is not written.
 
         Args:
             keys_BTKH: keys of the new tokens.
             values_BTKH: values of the new tokens.
-            slots_BT: where each token goes, from `positions.place`.
+            placement: where each token goes.
         """
         # twin: jax makes the value cheap by donation at the jit site; torch by ownership: the
         # newest handle writes in place past its own length, where no older handle can see, and
         # a stale handle copies first.
+        slots_BT = placement.slots_BT
         rows_B1 = jnp.arange(slots_BT.shape[0])[:, None]
         keys_BTKH = keys_BTKH.astype(self.keys_BKSH.dtype)
         values_BTKH = values_BTKH.astype(self.values_BKSH.dtype)
@@ -123,7 +125,7 @@ class KVCache:
         """Bytes of keys and values: 2 * L * B * K * S * H * itemsize, and those of valid slots."""
         allocated = sum(2 * layer.keys_BKSH.nbytes for layer in self.layers)
         slot = allocated // (self.batch_size * self.capacity)
-        return CacheBytes(allocated, slot * int(np.sum(_read(self.lengths_B))))
+        return CacheBytes(allocated, slot * int(np.sum(read(self.lengths_B))))
 
     def check_room(
         self, num_tokens: int, counts_B: jax.Array | None = None, context_length: int | None = None
@@ -134,8 +136,8 @@ class KVCache:
             ValueError: when a row would grow past the capacity, or past `context_length`.
         """
         # twin: lengths traced by jax.jit cannot be read; a row that overflows gets NaN logits.
-        lengths_B = _read(self.lengths_B)
-        counts_B = np.asarray([num_tokens]) if counts_B is None else _read(counts_B)
+        lengths_B = read(self.lengths_B)
+        counts_B = np.asarray([num_tokens]) if counts_B is None else read(counts_B)
         if lengths_B is None or counts_B is None:
             return
         new_B = np.broadcast_to(counts_B, lengths_B.shape)
@@ -166,7 +168,7 @@ class KVCache:
             ValueError: when a new length is negative or beyond the row's own.
         """
         lengths_B = jnp.asarray(lengths_B, jnp.int32)
-        old_B, new_B = _read(self.lengths_B), _read(lengths_B)
+        old_B, new_B = read(self.lengths_B), read(lengths_B)
         if old_B is not None and new_B is not None:
             if new_B.shape != old_B.shape or np.any(new_B < 0) or np.any(new_B > old_B):
                 raise ValueError(
@@ -182,7 +184,7 @@ class KVCache:
             ValueError: when a row does not exist.
         """
         rows_R = jnp.asarray(rows_R, jnp.int32)
-        chosen_R = _read(rows_R)
+        chosen_R = read(rows_R)
         if chosen_R is not None and (np.any(chosen_R < 0) or np.any(chosen_R >= self.batch_size)):
             raise ValueError(
                 f"KVCache.select: rows {chosen_R.tolist()} of a cache of {self.batch_size}. Rows "
@@ -214,8 +216,3 @@ class KVCache:
 
 def _pad_slots(x_BKSH: jax.Array, extra: int) -> jax.Array:
     return jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, extra), (0, 0)))
-
-
-def _read(array: jax.Array) -> np.ndarray | None:
-    """The values of a small array on the host; None where jax.jit traces it."""
-    return None if isinstance(array, jax.core.Tracer) else np.asarray(array)

@@ -14,6 +14,7 @@ from flax import nnx
 
 from flax_gpt.cache import KVCache
 from flax_gpt.model import GPT
+from flax_gpt.positions import check_counts
 
 NO_TOKEN = -1  # fills a generated row behind its stop
 
@@ -43,7 +44,11 @@ def prefill(
 
     Returns:
         Logits (B, V) behind each row's last real token, and the cache with the prompts in it.
+
+    Raises:
+        ValueError: for an empty prompt, or one that does not fit.
     """
+    check_counts(counts_B, *tokens_BT.shape, least=1)
     x_BTD, cache = model.hidden(tokens_BT, cache, counts_B)
     return model.unembed(_last(x_BTD, counts_B))[:, 0], cache
 
@@ -172,7 +177,7 @@ def _loop(
     def body(carry):
         step, tokens_B, state, ended_B, tokens_BG, new_B = carry
         logits_BV, state = extend(tokens_B, state)
-        new_B = new_B + ~ended_B
+        new_B = jnp.where(ended_B, new_B, new_B + 1)
         tokens_B, written_B, ended_B = choose(logits_BV, ended_B)
         return step + 1, tokens_B, state, ended_B, tokens_BG.at[:, step].set(written_B), new_B
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from torch_gpt.config import GPTConfig
-from torch_gpt.positions import NOWHERE
+from torch_gpt.positions import NOWHERE, Placement, read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,45 +24,57 @@ class LayerCache:
 
     keys_BKSH: torch.Tensor
     values_BKSH: torch.Tensor
-    # The right to write in place past the length. An allocation makes it, the first append spends
-    # it and passes a new one to its result; a handle made in any other way has none.
-    _claim: list[bool] = dataclasses.field(default_factory=list, repr=False, compare=False)
+    # The right to write in place past the length, as the very lengths tensor that it goes with. An
+    # allocation makes it, the first append spends it and passes a new one to its result. A handle
+    # made in any other way, or with lengths of its own, has none and copies.
+    _claim: list[torch.Tensor] = dataclasses.field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
 
     def append(
-        self, keys_BTKH: torch.Tensor, values_BTKH: torch.Tensor, slots_BT: torch.Tensor
+        self, keys_BTKH: torch.Tensor, values_BTKH: torch.Tensor, placement: Placement
     ) -> "LayerCache":
-        """This layer with new tokens in their slots; a slot of NOWHERE is not written.
+        """This layer with new tokens in their slots; padding is not written.
 
         Args:
             keys_BTKH: keys of the new tokens.
             values_BTKH: values of the new tokens.
-            slots_BT: where each token goes, from `positions.place`.
+            placement: where each token goes.
         """
         # twin: jax makes the value cheap by donation at the jit site; torch by ownership: the
         # newest handle writes in place past its own length, where no older handle can see, and
         # a stale handle copies first.
         keys_BKSH, values_BKSH = self.keys_BKSH, self.values_BKSH
-        if self._must_copy(keys_BTKH) or not self._take_claim():
+        if self._must_copy() or not self._take_claim(placement.lengths_B):
             keys_BKSH, values_BKSH = keys_BKSH.clone(), values_BKSH.clone()
-        rows, steps = torch.nonzero(slots_BT != NOWHERE, as_tuple=True)
-        slots = slots_BT[rows, steps]
+        rows, steps = torch.nonzero(placement.slots_BT != NOWHERE, as_tuple=True)
+        slots = placement.slots_BT[rows, steps]
         keys_BKSH[rows, :, slots] = keys_BTKH[rows, steps].to(keys_BKSH.dtype)
         values_BKSH[rows, :, slots] = values_BTKH[rows, steps].to(values_BKSH.dtype)
-        return LayerCache(keys_BKSH, values_BKSH, [True])
+        return LayerCache(keys_BKSH, values_BKSH)._owned(placement.ends_B)
 
-    def _must_copy(self, new: torch.Tensor) -> bool:
-        """True where torch forbids writing in place: in a backward graph, or outside of the
-        inference mode that the slots were allocated in."""
+    def _owned(self, lengths: torch.Tensor) -> "LayerCache":
+        """This handle with the right to write behind these lengths; for its maker alone."""
+        self._claim.append(lengths)
+        return self
+
+    def _must_copy(self) -> bool:
+        """True where a write in place could reach a backward graph, or slots that were allocated
+        in an inference mode now over."""
         if self.keys_BKSH.is_inference() and not torch.is_inference_mode_enabled():
             return True
-        return self.keys_BKSH.requires_grad or (torch.is_grad_enabled() and new.requires_grad)
+        held = self.keys_BKSH.requires_grad or self.values_BKSH.requires_grad
+        return torch.is_grad_enabled() or held
 
-    def _take_claim(self) -> bool:
-        """True for the first append to this handle, once; list.pop is atomic."""
+    def _take_claim(self, lengths_B: torch.Tensor) -> bool:
+        """True for the first append behind the lengths that the claim goes with."""
+        if not self._claim or self._claim[0] is not lengths_B:
+            return False
         try:
-            return self._claim.pop()
+            self._claim.pop()  # atomic, so of two threads one gets it
         except IndexError:
             return False
+        return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,15 +129,15 @@ class KVCache:
         # Zeros, never uninitialised memory, which may hold NaN.
         shape = batch_size, config.num_heads, capacity, config.head_dim
         dtype = getattr(torch, dtype or config.dtype)
+        lengths_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
         layers = tuple(
             LayerCache(
                 keys_BKSH=torch.zeros(shape, dtype=dtype, device=device),
                 values_BKSH=torch.zeros(shape, dtype=dtype, device=device),
-                _claim=[True],
-            )
+            )._owned(lengths_B)
             for _ in range(config.num_layers)
         )
-        return cls(layers, torch.zeros(batch_size, dtype=torch.int64, device=device))
+        return cls(layers, lengths_B)
 
     @property
     def batch_size(self) -> int:
@@ -142,7 +154,7 @@ class KVCache:
         """Bytes of keys and values: 2 * L * B * K * S * H * itemsize, and those of valid slots."""
         allocated = sum(2 * layer.keys_BKSH.nbytes for layer in self.layers)
         slot = allocated // (self.batch_size * self.capacity)
-        return CacheBytes(allocated, slot * int(np.sum(_read(self.lengths_B))))
+        return CacheBytes(allocated, slot * int(np.sum(read(self.lengths_B))))
 
     def check_room(
         self,
@@ -156,8 +168,8 @@ class KVCache:
             ValueError: when a row would grow past the capacity, or past `context_length`.
         """
         # twin: lengths traced by jax.jit cannot be read; a row that overflows gets NaN logits.
-        lengths_B = _read(self.lengths_B)
-        counts_B = np.asarray([num_tokens]) if counts_B is None else _read(counts_B)
+        lengths_B = read(self.lengths_B)
+        counts_B = np.asarray([num_tokens]) if counts_B is None else read(counts_B)
         if lengths_B is None or counts_B is None:
             return
         new_B = np.broadcast_to(counts_B, lengths_B.shape)
@@ -188,16 +200,15 @@ class KVCache:
         Raises:
             ValueError: when a new length is negative or beyond the row's own.
         """
-        lengths_B = torch.as_tensor(lengths_B, device=self.lengths_B.device).long()
-        old_B, new_B = _read(self.lengths_B), _read(lengths_B)
+        lengths_B = torch.as_tensor(lengths_B, device=self.lengths_B.device).long().clone()
+        old_B, new_B = read(self.lengths_B), read(lengths_B)
         if old_B is not None and new_B is not None:
             if new_B.shape != old_B.shape or np.any(new_B < 0) or np.any(new_B > old_B):
                 raise ValueError(
                     f"KVCache.truncate: lengths {old_B.tolist()} to {new_B.tolist()}. Each row "
                     "can only be cut, to no less than 0. Give one length per row."
                 )
-        layers = tuple(LayerCache(layer.keys_BKSH, layer.values_BKSH) for layer in self.layers)
-        return KVCache(layers, lengths_B)
+        return KVCache(self.layers, lengths_B)
 
     def select(self, rows_R: torch.Tensor) -> "KVCache":
         """A cache of the given rows, in that order; a row may be taken more than once.
@@ -206,17 +217,18 @@ class KVCache:
             ValueError: when a row does not exist.
         """
         rows_R = torch.as_tensor(rows_R, device=self.lengths_B.device).long()
-        chosen_R = _read(rows_R)
+        chosen_R = read(rows_R)
         if chosen_R is not None and (np.any(chosen_R < 0) or np.any(chosen_R >= self.batch_size)):
             raise ValueError(
                 f"KVCache.select: rows {chosen_R.tolist()} of a cache of {self.batch_size}. Rows "
                 f"count from 0. Take rows below {self.batch_size}."
             )
+        lengths_R = self.lengths_B[rows_R]
         layers = tuple(
-            LayerCache(layer.keys_BKSH[rows_R], layer.values_BKSH[rows_R], [True])
+            LayerCache(layer.keys_BKSH[rows_R], layer.values_BKSH[rows_R])._owned(lengths_R)
             for layer in self.layers
         )
-        return KVCache(layers, self.lengths_B[rows_R])
+        return KVCache(layers, lengths_R)
 
     def grow(self, capacity: int) -> "KVCache":
         """This cache with `capacity` slots per row; nothing it holds changes.
@@ -232,8 +244,8 @@ class KVCache:
         extra = capacity - self.capacity
         layers = tuple(
             LayerCache(
-                _pad_slots(layer.keys_BKSH, extra), _pad_slots(layer.values_BKSH, extra), [True]
-            )
+                _pad_slots(layer.keys_BKSH, extra), _pad_slots(layer.values_BKSH, extra)
+            )._owned(self.lengths_B)
             for layer in self.layers
         )
         return KVCache(layers, self.lengths_B)
@@ -244,10 +256,7 @@ def _pad_slots(x_BKSH: torch.Tensor, extra: int) -> torch.Tensor:
     return torch.cat([x_BKSH, x_BKSH.new_zeros(B, K, extra, H)], dim=2)
 
 
-def _read(array: torch.Tensor) -> np.ndarray | None:
-    """The values of a small array on the host; None where jax.jit traces it."""
-    return array.detach().cpu().numpy()
-
-
-pytree.register_dataclass(LayerCache, drop_field_names=["_claim"])
+pytree.register_dataclass(
+    LayerCache, field_names=["keys_BKSH", "values_BKSH"], drop_field_names=["_claim"]
+)
 pytree.register_dataclass(KVCache)

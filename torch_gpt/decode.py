@@ -11,6 +11,7 @@ import torch
 
 from torch_gpt.cache import KVCache
 from torch_gpt.model import GPT
+from torch_gpt.positions import check_counts
 
 NO_TOKEN = -1  # fills a generated row behind its stop
 
@@ -41,7 +42,11 @@ def prefill(
 
     Returns:
         Logits (B, V) behind each row's last real token, and the cache with the prompts in it.
+
+    Raises:
+        ValueError: for an empty prompt, or one that does not fit.
     """
+    check_counts(counts_B, *tokens_BT.shape, least=1)
     x_BTD, cache = model.hidden(tokens_BT, cache, counts_B)
     return model.unembed(_last(x_BTD, counts_B))[:, 0], cache
 
@@ -176,7 +181,7 @@ def _loop(
         if bool(torch.all(ended_B)):
             break
         logits_BV, state = extend(tokens_B, state)
-        new_B = new_B + ~ended_B
+        new_B = torch.where(ended_B, new_B, new_B + 1)
         tokens_B, written_B, ended_B = choose(logits_BV, ended_B)
         tokens_BG[:, step] = written_B
     return tokens_BG, new_B

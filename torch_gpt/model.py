@@ -14,7 +14,7 @@ from torch.nn.utils import skip_init
 from torch_gpt import random
 from torch_gpt.cache import KVCache, LayerCache
 from torch_gpt.config import GPTConfig
-from torch_gpt.positions import Placement, place
+from torch_gpt.positions import NOWHERE, Placement, check_counts, place
 
 
 class Attention(nn.Module):
@@ -52,13 +52,14 @@ class Attention(nn.Module):
             keys_BKSH = torch.swapaxes(k_BTKH, 1, 2)
             values_BKSH = torch.swapaxes(v_BTKH, 1, 2)
         else:
-            layer = layer.append(k_BTKH, v_BTKH, placement.slots_BT)
+            layer = layer.append(k_BTKH, v_BTKH, placement)
             num_slots = mask_BTS.shape[-1]
             keys_BKSH = layer.keys_BKSH[:, :, :num_slots].to(q_BTKH.dtype)
-            # Garbage is zeroed as well as masked, because a weight of 0 times NaN is NaN.
-            seen_BS = mask_BTS[:, -1, :]
             values_BKSH = layer.values_BKSH[:, :, :num_slots].to(q_BTKH.dtype)
-            values_BKSH = torch.where(seen_BS[:, None, :, None], values_BKSH, 0.0)
+            # Garbage is zeroed as well as masked, because 0 times NaN is NaN.
+            seen_B1S1 = mask_BTS[:, -1, None, :, None]
+            keys_BKSH = torch.where(seen_B1S1, keys_BKSH, 0.0)
+            values_BKSH = torch.where(seen_B1S1, values_BKSH, 0.0)
         scores_BKTS = torch.einsum("BTKH,BKSH->BKTS", q_BTKH, keys_BKSH) * q_BTKH.shape[-1] ** -0.5
         # Not -inf: a row that sees nothing, such as padding, must stay finite.
         lowest = torch.finfo(scores_BKTS.dtype).min
@@ -147,13 +148,14 @@ class GPT(nn.Module):
             tokens_BT: ids in [0, V).
             cache: what came before; None for a sequence that starts here.
             counts_B: real tokens per row, the rest is padding on the right; None for T.
-            key: active dropout; None for evaluation.
+            key: active dropout, in calls without a cache; None for evaluation.
 
         Returns:
             Logits (B, T, V), and the cache with the real tokens in it (None without a cache).
 
         Raises:
-            ValueError: when a row would outgrow the cache or the context.
+            ValueError: when a row would outgrow the cache or the context, when rows or counts do
+                not fit the call, or for a key together with a cache.
         """
         x_BTD, cache = self.hidden(tokens_BT, cache, counts_B, key)
         return self.unembed(x_BTD), cache
@@ -166,7 +168,8 @@ class GPT(nn.Module):
         key: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, KVCache | None]:
         """The normed stream (B, T, D) that `unembed` reads, and the cache. See `forward`."""
-        num_tokens = tokens_BT.shape[1]
+        batch_size, num_tokens = tokens_BT.shape
+        check_counts(counts_B, batch_size, num_tokens)
         subkeys = split_or_none(key, len(self.blocks) + 1)
         if cache is None:
             if num_tokens > self.config.context_length:
@@ -177,18 +180,30 @@ class GPT(nn.Module):
             placement = place(num_tokens, num_tokens, tokens_BT.new_zeros(1), counts_B)
             layers = [None] * len(self.blocks)
         else:
+            if batch_size != cache.batch_size:
+                raise ValueError(
+                    f"GPT: {batch_size} rows of tokens and a cache of {cache.batch_size}. Each "
+                    "row continues its own. Select as many rows of the cache."
+                )
+            if key is not None:
+                raise ValueError(
+                    "GPT: a key and a cache. Dropout is for training, which reads whole sequences. "
+                    "Leave one of them out."
+                )
             cache.check_room(num_tokens, counts_B, self.config.context_length)
             num_slots = cache.slots_to_read(num_tokens, counts_B)
+            num_slots = min(num_slots, self.config.context_length)
             placement = place(num_tokens, num_slots, cache.lengths_B, counts_B)
             layers = list(cache.layers)
-        tokens_BT = torch.where(placement.real_BT, tokens_BT, 0)  # whatever the padding id is
+        # Padding may be any id; a negative one elsewhere must not wrap around.
+        tokens_BT = torch.where(tokens_BT < 0, NOWHERE, tokens_BT)
+        tokens_BT = torch.where(placement.real_BT, tokens_BT, 0)
         x_BTD = self.token_embedding(tokens_BT) + self.position_embedding(placement.positions_BT)
         x_BTD = dropout(x_BTD, self.config.dropout, subkeys[0])
         for index, block in enumerate(self.blocks):
             x_BTD, layers[index] = block(x_BTD, placement, layers[index], subkeys[index + 1])
         if cache is not None:
-            new_B = num_tokens if counts_B is None else counts_B
-            cache = KVCache(tuple(layers), cache.lengths_B + new_B)
+            cache = KVCache(tuple(layers), placement.ends_B)
         return self.norm(x_BTD), cache
 
     def unembed(self, x_BTD: torch.Tensor) -> torch.Tensor:
@@ -203,7 +218,7 @@ def dropout(x: torch.Tensor, rate: float, key: torch.Tensor | None) -> torch.Ten
     """
     if key is None or rate == 0.0:
         return x
-    kept = random.bernoulli(key, 1.0 - rate, x.shape)
+    kept = random.bernoulli(key.to(x.device), 1.0 - rate, x.shape)
     return torch.where(kept, x / (1.0 - rate), 0.0)
 
 
@@ -252,7 +267,6 @@ def parameter_dtype(config: GPTConfig) -> torch.dtype:
     Raises:
         ValueError: where the framework would silently compute in another one.
     """
-    # twin: jax makes float64 into float32 unless told otherwise; torch needs no switch.
     # twin: jax makes float64 into float32 unless told otherwise; torch needs no switch.
     return getattr(torch, config.dtype)
 

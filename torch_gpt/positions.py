@@ -7,6 +7,7 @@ Dimension key: B batch, T new tokens, S cache slots.
 
 import dataclasses
 
+import numpy as np
 import torch
 
 NOWHERE = 2**31 - 1  # a slot that no cache has and a position that no table holds
@@ -18,12 +19,16 @@ class Placement:
 
     Attributes:
         real_BT: False where a token is padding.
+        lengths_B: valid slots of each row before the call.
+        ends_B: and after it.
         positions_BT: index into the position table; 0 for padding.
         slots_BT: cache slot to write; NOWHERE for padding.
         mask_BTS: True where query t of row b sees slot s.
     """
 
     real_BT: torch.Tensor
+    lengths_B: torch.Tensor
+    ends_B: torch.Tensor
     positions_BT: torch.Tensor
     slots_BT: torch.Tensor
     mask_BTS: torch.Tensor
@@ -63,4 +68,29 @@ def place(
     slots_BT = torch.where(slots_BT < num_slots, slots_BT, NOWHERE)
     positions_BT = torch.where(real_BT, slots_BT, 0)
     seen_BT = lengths_B1 + torch.minimum(steps_1T + 1, counts_B1)
-    return Placement(real_BT, positions_BT, slots_BT, slots_11S < seen_BT[:, :, None])
+    ends_B = lengths_B + counts_B1[:, 0]
+    mask_BTS = slots_11S < seen_BT[:, :, None]
+    return Placement(real_BT, lengths_B, ends_B, positions_BT, slots_BT, mask_BTS)
+
+
+def check_counts(
+    counts_B: torch.Tensor | None, batch_size: int, num_tokens: int, least: int = 0
+) -> None:
+    """Refuses counts that a call cannot have, wherever they can be read.
+
+    Raises:
+        ValueError: unless there is one per row, from `least` to `num_tokens`.
+    """
+    found_B = None if counts_B is None else read(counts_B)
+    if found_B is None:
+        return
+    if found_B.shape != (batch_size,) or np.any(found_B < least) or np.any(found_B > num_tokens):
+        raise ValueError(
+            f"counts {found_B.tolist()} of a call with {batch_size} rows of {num_tokens} tokens. "
+            f"Each row has from {least} to {num_tokens} real ones. Give one count per row."
+        )
+
+
+def read(array: torch.Tensor) -> np.ndarray | None:
+    """The values of a small array on the host; None where jax.jit traces it."""
+    return array.detach().cpu().numpy()

@@ -394,6 +394,35 @@ def test_counts_that_the_call_does_not_have_are_refused(gpt, counts):
         model_of(gpt)(gpt.ints(tokens_of()[:, :3]), prompt(gpt), gpt.ints(counts))
 
 
+def test_a_prefill_of_an_empty_row_is_refused(gpt):
+    with pytest.raises(ValueError, match=r"counts \[3, 0, 3\] .* from 1 to 3 real ones"):
+        gpt.package.prefill(
+            model_of(gpt), gpt.ints(tokens_of()[:, :3]), empty(gpt), gpt.ints((3, 0, 3))
+        )
+
+
+def test_dropout_through_a_cache_is_refused(gpt):
+    with pytest.raises(ValueError, match=r"a key and a cache\. Dropout is for training"):
+        model_of(gpt)(gpt.ints(tokens_of()[:, :3]), empty(gpt), key=gpt.random.key(0))
+
+
+def test_a_negative_id_never_reads_another_tokens_row(gpt):
+    tokens = gpt.ints([[-1], [-1], [-1]])
+    if gpt.name == "torch":
+        with pytest.raises(IndexError):
+            model_of(gpt)(tokens, prompt(gpt))
+    else:
+        assert np.isnan(np.asarray(model_of(gpt)(tokens, prompt(gpt))[0])).all()
+
+
+def test_the_lengths_that_truncate_was_given_can_change_afterwards(twins):
+    _, gpt = twins
+    lengths = gpt.ints((2, 0, 1))
+    cut = prompt(gpt).truncate(lengths)
+    lengths += 1
+    assert cut.lengths_B.tolist() == [2, 0, 1]
+
+
 def test_a_cache_for_another_number_of_rows_is_refused(gpt):
     with pytest.raises(ValueError, match=r"\b3\b.*\b1\b"):
         model_of(gpt)(gpt.ints(tokens_of()[:, :3]), empty(gpt, batch_size=1))
@@ -548,7 +577,9 @@ def test_a_torch_cache_in_slots_of_its_own_writes_in_place(twins, derive):
 
 
 # Names of the weights that are trained: all, or only those behind the keys or the values.
-TRAINED = pytest.mark.parametrize("trained", ["", "attention.key", "attention.value"])
+TRAINED = pytest.mark.parametrize(
+    "trained", ["", "attention.key", "attention.value", "attention.query"]
+)
 
 
 def trainable(gpt, trained):
