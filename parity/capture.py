@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -33,13 +33,14 @@ def capture_torch(module: torch.nn.Module, call: Callable[[], Any]) -> list[Trac
     traces: list[Trace] = []
 
     def hook(path: str):
-        def record(_, inputs: tuple, output: Any) -> None:
-            _append(traces, path, inputs, output, torch.Tensor, to_numpy)
+        def record(_, inputs: tuple, keywords: dict, output: Any) -> None:
+            _append(traces, path, (inputs, keywords), output, torch.Tensor, to_numpy)
 
         return record
 
     handles = [
-        submodule.register_forward_hook(hook(path)) for path, submodule in module.named_modules()
+        submodule.register_forward_hook(hook(path), with_kwargs=True)
+        for path, submodule in module.named_modules()
     ]
     try:
         with torch.no_grad():
@@ -98,7 +99,7 @@ def _wrapped_calls(
                 output = original(self, *args, **kwargs)
             finally:
                 running.discard(id(self))
-            record(self, args, output)
+            record(self, (args, kwargs), output)
             return output
 
         return __call__
@@ -120,7 +121,20 @@ def _append(
     array_type: type,
     convert: Callable[[Any], np.ndarray],
 ) -> None:
-    first = output[0] if isinstance(output, tuple | list) and output else output
-    if isinstance(first, array_type):
-        arrays = tuple(convert(x) for x in inputs if isinstance(x, array_type))
-        traces.append(Trace(path, arrays, convert(first)))
+    arrays = [x for x in _leaves(inputs) if isinstance(x, array_type)]
+    outputs = [x for x in _leaves(output) if isinstance(x, array_type)]
+    if outputs:
+        traces.append(Trace(path, tuple(map(convert, arrays)), convert(outputs[0])))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    """What a call takes or gives, opened up to its arrays; keywords come sorted by name."""
+    if isinstance(value, tuple | list):
+        children = value
+    elif isinstance(value, Mapping):
+        children = [value[key] for key in sorted(value, key=str)]
+    else:
+        yield value
+        return
+    for child in children:
+        yield from _leaves(child)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable
 
-from parity.compare import Record, Verdict
+from parity.compare import BAD, Record, Verdict
 from parity.environment import Devices, choose_devices, fingerprint, pinned_precision
 from parity.levels import LEVELS
 from parity.pair import Pair
@@ -21,7 +21,6 @@ def check(
     devices: Devices | None = None,
     seed: int = 0,
     steps: int = 100,
-    new_tokens: int = 256,
     progress: Progress = lambda level, fraction: None,
 ) -> Report:
     """Compares a pair, level by level; a level that fails blocks those after it.
@@ -33,29 +32,33 @@ def check(
         devices: where to run; the CPU when None.
         seed: of the random weights.
         steps: of the trajectory.
-        new_tokens: to generate behind each prompt.
         progress: called with a level's name and how far it is, from 0 to 1.
 
     Returns:
         A value that prints as a table and goes to JSON.
 
     Raises:
-        ValueError: for a level that does not exist.
+        ValueError: for a level that does not exist, or dtypes that do not start with float64.
     """
     wanted = set(levels)
     if unknown := wanted - set(LEVELS):
         raise ValueError(
             f"check: no level {', '.join(sorted(unknown))}. There are {', '.join(LEVELS)}."
         )
+    if dtypes not in (("float64",), ("float64", "float32")):
+        raise ValueError(
+            f"check: dtypes {', '.join(dtypes)}. float64 is the truth that judges float32. "
+            "Ask for float64, or for float64 and float32."
+        )
     devices = devices or choose_devices("cpu")
-    subject = Subject(pair, devices, dtypes=dtypes, seed=seed, steps=steps, new_tokens=new_tokens)
+    subject = Subject(pair, devices, dtypes=dtypes, seed=seed, steps=steps)
     finished: list[Level] = []
     divergence: Divergence | None = None
     with pinned_precision():
         for name, module in LEVELS.items():
             if name not in wanted:
                 continue
-            if any(level.verdict in (Verdict.FAIL, Verdict.ERROR) for level in finished):
+            if any(level.verdict in BAD for level in finished):
                 finished.append(Level(name, 0.0, (), blocked=True))
                 continue
             subject.progress = lambda fraction, name=name: progress(name, fraction)
@@ -73,16 +76,30 @@ def check(
 
 
 def _climb(name: str, module, subject: Subject) -> tuple[Level, Divergence | None]:
-    """One level. A model that raises is an ERROR of its level, with the message kept."""
+    """One level. A model that raises is an ERROR of its level, with the message kept.
+
+    What failed before it raised is still known to differ.
+    """
     start = time.perf_counter()
     records: list[Record] = []
     divergence = None
     try:
-        records.extend(module.records(subject))
-        if any(record.verdict is Verdict.FAIL for record in records):
-            divergence = module.locate(subject, records)
+        for record in module.records(subject):
+            records.append(record)
     except Exception as error:
-        first_line = str(error).strip().partition("\n")[0]
-        note = f"{type(error).__name__}: {first_line}"
-        records.append(Record(name, "", "ran", None, None, 0, Verdict.ERROR, note=note))
+        records.append(_error(name, error))
+    if any(record.verdict is Verdict.FAIL for record in records):
+        try:
+            divergence = module.locate(subject, records)
+        except Exception as error:
+            # That they differ is known; where, is not.
+            detail = f"The search for the place ended with {_error(name, error).note}."
+            divergence = Divergence("an unknown place", "", 0, float("nan"), detail=detail)
     return Level(name, time.perf_counter() - start, tuple(records)), divergence
+
+
+def _error(name: str, error: Exception) -> Record:
+    """An exception as a record, in one line."""
+    first_line = str(error).strip().partition("\n")[0]
+    note = f"{type(error).__name__}: {first_line}"
+    return Record(name, "", "ran", None, None, 0, Verdict.ERROR, note=note)

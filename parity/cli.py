@@ -65,7 +65,13 @@ def check(
         Path | None,
         typer.Option(help="UTF-8 text to test on; without it, Python's own language reference."),
     ] = None,
-    preset: Annotated[str, typer.Option(help=f"Model size: {', '.join(PRESETS)}.")] = "tiny",
+    preset: Annotated[
+        str,
+        typer.Option(
+            help=f"Model size: {', '.join(PRESETS)}. Beyond tiny, a CPU takes hours unless --steps "
+            "and --tokens are small."
+        ),
+    ] = "tiny",
     level: Annotated[
         list[str] | None,
         typer.Option(help=f"Climb only this level; repeat for more: {', '.join(LEVELS)}."),
@@ -77,7 +83,9 @@ def check(
     tokens: Annotated[
         int, typer.Option(min=1, help="Tokens to generate behind each of four prompts.")
     ] = 256,
-    seed: Annotated[int, typer.Option(min=0, help="Of the weights and the passages.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the weights and of the text passages.")
+    ] = 0,
     device: Annotated[
         str, typer.Option(help="auto (GPUs if both frameworks have one), cpu or cuda.")
     ] = "auto",
@@ -85,7 +93,8 @@ def check(
         str | None, typer.Option(help="Write the report to this file; - for standard output.")
     ] = None,
     markdown: Annotated[
-        str | None, typer.Option(help="Write the table to this file, for a README; - as above.")
+        str | None,
+        typer.Option(help="Write the table to this file, for a README; - for standard output."),
     ] = None,
 ) -> None:
     """Prove that the Flax twin and the PyTorch twin are the same function.
@@ -112,6 +121,8 @@ def check(
     files = {"--json": json, "--markdown": markdown}
     try:
         for option, name in files.items():
+            if name not in (None, "-") and Path(name).is_dir():
+                raise ValueError(f"{option} {name}: that is a folder. Name a file in it.")
             if name not in (None, "-") and not Path(name).parent.is_dir():
                 folder = Path(name).parent
                 raise ValueError(f"{option} {name}: no folder {folder}. Make it or name another.")
@@ -168,6 +179,5 @@ def _run_check(errors: Console, data, preset, level, dtype, steps, tokens, seed,
             devices=devices,
             seed=seed,
             steps=steps,
-            new_tokens=tokens,
             progress=progress,
         )

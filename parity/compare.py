@@ -3,7 +3,7 @@
 import dataclasses
 import enum
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 
@@ -15,8 +15,11 @@ class Verdict(enum.StrEnum):
     TIE = "TIE"  # a greedy token flipped where the float64 margin is below the measured error
     ABSTAIN = "ABSTAIN"  # could not be compared; the note says why
     BLOCKED = "BLOCKED"  # an earlier level failed
-    FAIL = "FAIL"
     ERROR = "ERROR"  # the comparison itself went wrong, or compared nothing
+    FAIL = "FAIL"  # worse than ERROR: what was found to differ differs, whatever else happened
+
+
+BAD = Verdict.ERROR, Verdict.FAIL
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
@@ -78,6 +81,24 @@ def judge(
     )
 
 
+def abstain(name: str, reason: str) -> Record:
+    """A record of what could not be compared, and why."""
+    return Record(name, "float64", "none", None, None, 0, Verdict.ABSTAIN, note=reason)
+
+
+def largest(values: Mapping[str, float]) -> str:
+    """The key of the largest value; NaN, which has no order, counts as larger than all."""
+    return max(values, key=lambda key: math.inf if math.isnan(values[key]) else values[key])
+
+
+def ratio(a: float, b: float, floor: float) -> float:
+    """The larger error over the smaller, neither below `floor`; NaN if either is."""
+    if math.isnan(a) or math.isnan(b):
+        return math.nan
+    a, b = max(a, floor), max(b, floor)
+    return max(a, b) / min(a, b) if min(a, b) else math.nan
+
+
 def max_abs(a: np.ndarray, b: np.ndarray) -> float:
     """The largest absolute difference; NaN if there is one, infinite for unlike shapes."""
     if a.shape != b.shape:
@@ -122,8 +143,7 @@ def error_ratio(a: np.ndarray, b: np.ndarray, truth: np.ndarray) -> float:
     of two numbers that are both exact says nothing.
     """
     floor = float(np.finfo(a.dtype).eps) * float(np.sqrt(np.mean(_wide(truth) ** 2)))
-    errors = [max(rms_error(x, truth), floor) for x in (a, b)]
-    return max(errors) / min(errors) if min(errors) else math.nan
+    return ratio(rms_error(a, truth), rms_error(b, truth), floor)
 
 
 def _wide(array: np.ndarray) -> np.ndarray:

@@ -53,13 +53,15 @@ def _jax_gpus() -> list[jax.Device]:
 @contextlib.contextmanager
 def pinned_precision() -> Iterator[None]:
     """Full float32 products in both frameworks: jax defaults to TF32 on recent GPUs."""
-    before = torch.get_float32_matmul_precision()
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     try:
         with jax.default_matmul_precision("highest"):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from flax import nnx
 
 from parity.capture import Trace, capture_flax
 from parity.environment import jax_scope
-from parity.leaves import Leaves, cast, load_flax
+from parity.leaves import Leaves, cast, cast_array, load_flax
 from parity.oracle import Purity, flax_purity
 from parity.pair import Batch, Side
 
@@ -38,29 +38,29 @@ class FlaxRun:
     def outputs(self, batch: Batch) -> np.ndarray:
         """The model's output."""
         with self._scope():
-            return np.asarray(self._forward(self._parameters, *_arrays(batch)))
+            return np.asarray(self._forward(self._parameters, *self._arrays(batch)))
 
     def gradients(self, batch: Batch) -> tuple[float, Leaves]:
         """The loss, and its gradient by leaf."""
         with self._scope():
-            loss, gradients = self._loss_and_gradients(self._parameters, *_arrays(batch))
+            loss, gradients = self._loss_and_gradients(self._parameters, *self._arrays(batch))
             flat = nnx.to_flat_state(gradients)
             return float(loss), {".".join(map(str, p)): np.asarray(g[...]) for p, g in flat}
 
     def forward_purity(self, batch: Batch) -> Purity:
         """What the forward pass is made of."""
         with self._scope():
-            return flax_purity(self._forward, self._parameters, *_arrays(batch))
+            return flax_purity(self._forward, self._parameters, *self._arrays(batch))
 
     def gradient_purity(self, batch: Batch) -> Purity:
         """What the forward and backward pass are made of."""
         with self._scope():
-            return flax_purity(self._loss_and_gradients, self._parameters, *_arrays(batch))
+            return flax_purity(self._loss_and_gradients, self._parameters, *self._arrays(batch))
 
     def traces(self, batch: Batch) -> list[Trace]:
         """Inputs and outputs of every module in a forward pass."""
         with self._scope():
-            arrays = _arrays(batch)
+            arrays = self._arrays(batch)
             return capture_flax(self.module, lambda: self._side.forward(self.module, *arrays))
 
     def trainer(self) -> Any:
@@ -82,7 +82,11 @@ class FlaxRun:
         with self._scope():
             module = self._side.build(self._dtype)
             load_flax(module, self._leaves)
+            module.eval()
             return module
+
+    def _arrays(self, batch: Batch) -> tuple[jax.Array, ...]:
+        return tuple(jnp.asarray(cast_array(array, self._dtype)) for array in batch.inputs)
 
     def _scope(self) -> contextlib.AbstractContextManager:
         return jax_scope(self._dtype, self._device)
@@ -109,7 +113,3 @@ class _Scoped:
                 return method(*args, **kwargs)
 
         return scoped
-
-
-def _arrays(batch: Batch) -> tuple[jax.Array, ...]:
-    return tuple(jnp.asarray(array) for array in batch.inputs)

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-import jax.numpy as jnp
+import jax
 import ml_dtypes
 import numpy as np
 import torch
@@ -24,8 +24,11 @@ def load_flax(module: nnx.Module, leaves: Mapping[str, np.ndarray]) -> None:
     """
     variables = _variables(module)
     _require_same("flax", flax_leaves(module), leaves)
-    for name, variable in variables.items():
-        variable[...] = jnp.asarray(leaves[name])
+    # Without 64-bit types jax would round a float64 leaf to float32 on its way in.
+    wide = any(leaf.dtype.itemsize == 8 for leaf in leaves.values())
+    with jax.enable_x64(wide or jax.config.jax_enable_x64):
+        for name, variable in variables.items():
+            variable.set_value(jax.device_put(leaves[name], variable[...].sharding))
 
 
 def torch_leaves(module: torch.nn.Module) -> Leaves:
@@ -48,10 +51,12 @@ def load_torch(module: torch.nn.Module, leaves: Mapping[str, np.ndarray]) -> Non
 
 def cast(leaves: Mapping[str, np.ndarray], dtype: str) -> Leaves:
     """The same numbers with every float in the given dtype."""
-    return {
-        name: array.astype(dtype) if np.issubdtype(array.dtype, np.floating) else array
-        for name, array in leaves.items()
-    }
+    return {name: cast_array(array, dtype) for name, array in leaves.items()}
+
+
+def cast_array(array: np.ndarray, dtype: str) -> np.ndarray:
+    """The same numbers in the given dtype, if they are floats."""
+    return array.astype(dtype) if np.issubdtype(array.dtype, np.floating) else array
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -65,7 +65,7 @@ def first_divergence(
         inputs = itertools.zip_longest(trace.inputs, twin.inputs)
         if trace.path and any(x is None or y is None or gap(x, y) is not None for x, y in inputs):
             parent = trace.path.rpartition(".")[0]
-            while parent not in paths:
+            while parent and parent not in paths:
                 parent = parent.rpartition(".")[0]
             detail = f"Its own code parts before {trace.path} is called; all before that agrees."
             return Divergence(parent or root, phase, step, found, detail=detail)
@@ -77,7 +77,8 @@ def first_divergence(
 def float64_gap(a: np.ndarray, b: np.ndarray) -> float | None:
     """The largest difference where it is more than rounding, else None."""
     gap = max_abs(a, b)
-    scale = max(1.0, float(np.max(np.abs(a), initial=0.0)))
+    sizes = np.abs(a[np.isfinite(a)])
+    scale = max(1.0, float(np.max(sizes, initial=0.0)))
     return None if gap <= _FLOAT64 * scale else gap
 
 

@@ -17,6 +17,9 @@ import torch
 from flax import nnx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+# They round without a narrow type, or hide what they do.
+_OPAQUE = {"reduce_precision", "pure_callback", "io_callback"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Purity:
@@ -24,7 +27,8 @@ class Purity:
 
     Attributes:
         num_operations: operations looked at.
-        impure: operations that took or gave a float narrower than 64 bits, with their counts.
+        impure: operations that took or gave a float narrower than 64 bits, or hide what they do,
+            with their counts.
     """
 
     num_operations: int
@@ -40,13 +44,17 @@ def flax_purity(function: Callable[..., Any], *args: Any) -> Purity:
     impure = Counter(
         name
         for name, equation in seen
-        if any(_is_narrow_jax(v.aval) for v in (*equation.invars, *equation.outvars))
+        if equation.primitive.name in _OPAQUE
+        or any(_is_narrow_jax(v.aval) for v in (*equation.invars, *equation.outvars))
     )
     return Purity(len(seen), dict(impure))
 
 
 def torch_purity(function: Callable[..., Any], *args: Any) -> Purity:
-    """Watches every operation that function(*args) dispatches, backward passes included."""
+    """Watches every operation that function(*args) dispatches, backward passes included.
+
+    What leaves torch, for NumPy say, is not seen.
+    """
     with _Watch() as watch:
         function(*args)
     return Purity(watch.num_operations, dict(watch.impure))

@@ -26,8 +26,10 @@ class Batch:
     real: np.ndarray | None = None
 
     def select(self, outputs: np.ndarray) -> np.ndarray:
-        """The part of an output that counts."""
-        return outputs if self.real is None else outputs[self.real]
+        """The part of an output that counts; all of it if it does not have the axes it should."""
+        if self.real is None or outputs.shape[: self.real.ndim] != self.real.shape:
+            return outputs
+        return outputs[self.real]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Side:
         loss: (module, *inputs) to a scalar.
         trainer: a module to a trainer: `step(*inputs)` to the loss before the update,
             `parameters()` and `moments()` to the module's leaves and the optimizer's
-            (first, second, count).
+            (first, second, count); None for a model that is not to be trained.
         decoder: a module to a decoder: `chunks(calls, capacity)` and `generate(...)`; None for a
             model without a cache.
     """
@@ -50,7 +52,7 @@ class Side:
     build: Callable[[str], Any]
     forward: Callable[..., Any]
     loss: Callable[..., Any]
-    trainer: Callable[[Any], Any]
+    trainer: Callable[[Any], Any] | None = None
     decoder: Callable[[Any], Any] | None = None
 
 
@@ -66,6 +68,7 @@ class Pair:
         training_batch: the batch of a training step, by its number.
         learning_rate: of both trainers, the unit in which null updates are judged.
         prompts: tokens (B, T) and counts (B,) to continue greedily; None without a decoder.
+        new_tokens: how many to generate behind each prompt.
         sequences: tokens (B, T) and counts (B,) to read in chunks; None without a decoder.
         config: what the report says of the models.
     """
@@ -75,7 +78,8 @@ class Pair:
     rules: Rules
     probes: Mapping[str, Batch]
     training_batch: Callable[[int], Batch]
-    learning_rate: float
+    learning_rate: float = 1e-3
     prompts: tuple[np.ndarray, np.ndarray] | None = None
+    new_tokens: int = 0
     sequences: tuple[np.ndarray, np.ndarray] | None = None
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -13,7 +13,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from parity.compare import Record, Verdict, worst
+from parity.compare import BAD, Record, Verdict, worst
 
 _COLOURS = {
     Verdict.PASS: "green",
@@ -91,7 +91,7 @@ class Report:
     def verdict(self) -> Verdict:
         """PASS unless a level failed, went wrong, or compared nothing."""
         found = worst(level.verdict for level in self.levels if not level.blocked)
-        if found in (Verdict.FAIL, Verdict.ERROR):
+        if found in BAD:
             return found
         compared = any(record.count for level in self.levels for record in level.records)
         return Verdict.PASS if compared else Verdict.ERROR

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from parity.capture import Trace, capture_torch
-from parity.leaves import Leaves, cast, from_numpy, load_torch, to_numpy
+from parity.leaves import Leaves, cast, cast_array, from_numpy, load_torch, to_numpy
 from parity.oracle import Purity, torch_purity
 from parity.pair import Batch, Side
 
@@ -65,7 +65,7 @@ class TorchRun:
     def _load(self) -> torch.nn.Module:
         module = self._side.build(self._dtype)
         load_torch(module, self._leaves)
-        return module.to(self._device)
+        return module.to(self._device).eval()
 
     def _loss_and_gradients(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
         loss = self._side.loss(self.module, *self._arrays(batch))
@@ -77,7 +77,9 @@ class TorchRun:
         ]
 
     def _arrays(self, batch: Batch) -> tuple[torch.Tensor, ...]:
-        return tuple(_tensor(array).to(self._device) for array in batch.inputs)
+        return tuple(
+            _tensor(cast_array(array, self._dtype)).to(self._device) for array in batch.inputs
+        )
 
 
 def _tensor(array: np.ndarray) -> torch.Tensor:

@@ -102,6 +102,7 @@ def twins(
             corpus.windows(4, prompt, seed, 2),
             np.array([prompt, prompt * 3 // 4, prompt // 2, 1], np.int32),
         ),
+        new_tokens=max_new_tokens,
         sequences=(
             corpus.windows(4, length, seed, 3),
             np.array([length, length - 1, length // 3, 1], np.int32),

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from parity.capture import Trace
-from parity.compare import Record, Verdict, judge, max_abs
+from parity.compare import Record, Verdict, abstain, judge, max_abs
 from parity.localize import first_divergence, float64_gap, model_name
 from parity.pair import Batch
 from parity.report import Divergence
@@ -22,11 +22,10 @@ WIDTHS = 32, (8, 1)
 def records(subject: Subject) -> Iterator[Record]:
     """Cached against uncached inside each framework, and cached against cached across."""
     if subject.pair.sequences is None:
-        yield Record("cache", "float64", "max_abs", None, None, 0, Verdict.ABSTAIN,
-                     note="the pair declares no decoder")  # fmt: skip
+        yield abstain("cache", "the pair declares no decoder")
         return
     tokens, counts = subject.pair.sequences
-    calls = ragged_calls(tokens, counts)
+    calls = ragged_calls(tokens, counts, subject.seed)
     real = np.arange(tokens.shape[1]) < counts[:, None]
     for number, dtype in enumerate(subject.dtypes):
         cached = []
@@ -42,12 +41,14 @@ def records(subject: Subject) -> Iterator[Record]:
         subject.progress((number + 1) / len(subject.dtypes))
 
 
-def ragged_calls(tokens: np.ndarray, counts: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def ragged_calls(
+    tokens: np.ndarray, counts: np.ndarray, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """A sequence of calls (tokens (B, T), counts (B,)) that reads every row to its count.
 
     Each call has its own share of real tokens per row, none included; the rest is padding.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     first, others = WIDTHS
     done, calls = np.zeros_like(counts), []
     while np.any(done < counts):
@@ -80,7 +81,7 @@ def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     if run is None or bad.dtype != "float64":
         return Divergence(bad.name, "decode", 0, bad.value)
     tokens, counts = subject.pair.sequences
-    calls = ragged_calls(tokens, counts)
+    calls = ragged_calls(tokens, counts, subject.seed)
     real = np.arange(tokens.shape[1]) < counts[:, None]
     whole = _by_token(run.traces(Batch((tokens, counts))), real)
     pieces = run.decoder_traces(lambda decoder: decoder.chunks(calls, tokens.shape[1]))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from parity.compare import Record, Verdict, judge, max_abs, relative_l2
+from parity.compare import Record, Verdict, judge, largest, max_abs, relative_l2
 from parity.levels.logits import purity
 from parity.report import Divergence
 from parity.subject import Subject, gradient_norm
@@ -28,10 +28,11 @@ def records(subject: Subject) -> Iterator[Record]:
         yield judge("loss", dtype, "relative", gap, bound, 1)
         if subject.null_leaves:
             scale = gradient_norm(flax)
-            gap = max(max_abs(flax[x], torch[x]) / scale for x in subject.null_leaves)
+            gaps = {x: max_abs(flax[x], torch[x]) / scale for x in subject.null_leaves}
+            gap = gaps[largest(gaps)]
             size = sum(flax[name].size for name in subject.null_leaves)
             yield judge("null directions", dtype, "max_abs_of_norm", gap, NULL[dtype], size,
-                        note="zero by analysis, judged absolutely: " + ", ".join(
+                        note="zero up to rounding, judged absolutely: " + ", ".join(
                             subject.null_leaves))  # fmt: skip
         subject.progress((number + 1) / len(subject.dtypes))
     yield from purity(subject, "gradient_purity")

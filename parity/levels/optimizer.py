@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from parity.compare import Record, Verdict, judge, max_abs, relative_l2
+from parity.compare import Record, Verdict, abstain, judge, largest, max_abs, ratio, relative_l2
 from parity.leaves import Leaves
 from parity.report import Divergence
 from parity.subject import Subject
@@ -51,6 +51,9 @@ class _Step:
 
 def records(subject: Subject) -> Iterator[Record]:
     """Quantities by step; float64 names the worst leaf, float32 is judged by ratio to it."""
+    if subject.pair.flax.trainer is None or subject.pair.torch.trainer is None:
+        yield abstain("optimizer", "the pair declares no trainer")
+        return
     exact: list[_Step] = []
     for number, dtype in enumerate(subject.dtypes):
         flax_steps, torch_steps = _steps(subject, dtype)
@@ -69,10 +72,10 @@ def records(subject: Subject) -> Iterator[Record]:
                         name, dtype, "relative_l2", gap, FLOAT64, size, where=leaf, step=step
                     )
                 else:
-                    ratio = _error_ratio(a[quantity], b[quantity], leaves)
-                    yield judge(name, dtype, "error_ratio", ratio, RATIO, size, step=step)
+                    gap = _error_ratio(a[quantity], b[quantity], leaves)
+                    yield judge(name, dtype, "error_ratio", gap, RATIO, size, step=step)
             gaps = {x: max_abs(flax.update[x], torch.update[x]) for x in flax.update}
-            leaf = _largest(gaps)
+            leaf = largest(gaps)
             yield judge(
                 f"step {step} largest gap of a single update",
                 dtype,
@@ -106,13 +109,8 @@ def _steps(subject: Subject, dtype: str) -> tuple[list[_Step], list[_Step]]:
 
 def _worst_leaf(a: Leaves, b: Leaves) -> tuple[str, float]:
     gaps = {name: relative_l2(a[name], b[name]) for name in a}
-    leaf = _largest(gaps)
+    leaf = largest(gaps)
     return leaf, gaps[leaf]
-
-
-def _largest(gaps: dict[str, float]) -> str:
-    """The key of the largest value; NaN has no order, so it must not hide behind a max."""
-    return max(gaps, key=lambda name: np.inf if np.isnan(gaps[name]) else gaps[name])
 
 
 def _error_ratio(a: Leaves, b: Leaves, truth: Leaves) -> float:
@@ -120,12 +118,11 @@ def _error_ratio(a: Leaves, b: Leaves, truth: Leaves) -> float:
 
     Leaves count alike, so that one wrong leaf is not lost among large ones.
     """
-    floor = float(np.finfo(np.float32).eps)
     errors = [
-        max(float(np.sqrt(np.mean([relative_l2(x[n], truth[n]) ** 2 for n in truth]))), floor)
+        float(np.sqrt(np.mean([relative_l2(x[name], truth[name]) ** 2 for name in truth])))
         for x in (a, b)
     ]
-    return max(errors) / min(errors)
+    return ratio(*errors, floor=float(np.finfo(np.float32).eps))
 
 
 def locate(subject: Subject, records: list[Record]) -> Divergence | None:

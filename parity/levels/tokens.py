@@ -5,10 +5,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from parity.compare import Record, Verdict, max_abs
+from parity.compare import Record, Verdict, abstain, max_abs
+from parity.levels import logits
 from parity.pair import Batch
 from parity.report import Divergence
 from parity.subject import Subject
+
+# Logit errors within which a flip can be an accident, as for logits.
+ERROR = {"float64": logits.FLOAT64_LARGE, "float32": logits.FLOAT32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,8 +27,7 @@ class _Flip:
 def records(subject: Subject) -> Iterator[Record]:
     """Each decoder against the first one in float64; the margins say whether equality is luck."""
     if subject.pair.prompts is None:
-        yield Record("tokens", "float64", "different tokens", None, None, 0, Verdict.ABSTAIN,
-                     note="the pair declares no decoder")  # fmt: skip
+        yield abstain("tokens", "the pair declares no decoder")
         return
     tokens, counts = subject.pair.prompts
     reference: np.ndarray | None = None
@@ -32,7 +35,7 @@ def records(subject: Subject) -> Iterator[Record]:
     for number, dtype in enumerate(subject.dtypes):
         for index, run in enumerate(subject.runs(dtype)):
             for use_cache in (True, False):
-                written = run.decoder().generate(tokens, counts, subject.new_tokens, use_cache)
+                written = run.decoder().generate(tokens, counts, subject.pair.new_tokens, use_cache)
                 if reference is None:
                     reference = written
                     margins, errors = _margins(subject, tokens, counts, reference)
@@ -56,9 +59,13 @@ def _margins(
     batch = Batch((sequences, lengths), np.arange(width) < lengths[:, None])
     truth = subject.runs("float64")[0].outputs(batch)
     errors = {
-        dtype: max(
-            max_abs(batch.select(run.outputs(batch)), batch.select(truth))
-            for run in subject.runs(dtype)
+        dtype: float(
+            np.max(
+                [
+                    max_abs(batch.select(run.outputs(batch)), batch.select(truth))
+                    for run in subject.runs(dtype)
+                ]
+            )
         )
         for dtype in subject.dtypes
     }
@@ -72,16 +79,22 @@ def record(
     name: str, dtype: str, reference: np.ndarray, written: np.ndarray, margins: np.ndarray,
     error: float,
 ) -> Record:  # fmt: skip
-    """Counts different tokens; a row's first flip is excused only by a thin margin."""
+    """Counts different tokens; a row's first flip is excused only by a thin margin.
+
+    And only where the logits are as exact as they should be: a fault must not widen its own excuse.
+    """
     flips = [
         _first_flip(*row)
         for row in zip(range(len(reference)), reference, written, margins, strict=True)
     ]
     flips = [flip for flip in flips if flip is not None]
     # Two logits that err by e each can trade places when they are less than 2e apart.
-    real = [flip for flip in flips if not flip.margin <= 2 * error]
+    sound = error <= ERROR[dtype]
+    real = [flip for flip in flips if not (sound and flip.margin <= 2 * error)]
     verdict = Verdict.FAIL if real else Verdict.TIE if flips else Verdict.PASS
-    smallest = float(np.min(margins, initial=np.inf))
+    if not np.all(np.isfinite(margins)):  # equal, but the first of all NaN is no choice
+        verdict = Verdict.FAIL
+    smallest = float(np.min(margins)) if margins.size else 0.0
     note = f"smallest margin {smallest:.1e}, {dtype} logit error {error:.1e}"
     step = 0
     for flip in (real + flips)[:1]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from parity.compare import Record, Verdict, judge, max_abs
+from parity.compare import Record, Verdict, abstain, judge, largest, max_abs
 from parity.report import Divergence
 from parity.subject import Subject
 
@@ -17,6 +17,9 @@ PARAMETERS = 1e-11
 
 def records(subject: Subject) -> Iterator[Record]:
     """The two loss curves in each dtype, and in float64 the weights they end at."""
+    if subject.pair.flax.trainer is None or subject.pair.torch.trainer is None:
+        yield abstain("trajectory", "the pair declares no trainer")
+        return
     parts = 2 * len(subject.dtypes) * subject.steps
     done = 0
     exact: np.ndarray | None = None
@@ -54,7 +57,7 @@ def records(subject: Subject) -> Iterator[Record]:
 def _final_parameters(subject: Subject, flax: dict, torch: dict) -> Record:
     gaps = {name: max_abs(flax[name], torch[name]) for name in flax}
     judged = [name for name in gaps if name not in subject.null_leaves]
-    leaf = max(judged, key=lambda name: np.inf if np.isnan(gaps[name]) else gaps[name])
+    leaf = largest({name: gaps[name] for name in judged})
     drift = max((gaps[name] for name in subject.null_leaves), default=None)
     note = None if drift is None else f"null directions drift by {drift:.1e}, not judged"
     return judge(

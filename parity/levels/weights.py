@@ -38,7 +38,8 @@ def records(subject: Subject) -> Iterator[Record]:
     start = subject.flax_leaves
     load_torch(torch_model, subject.torch_leaves)
     there = torch_leaves(torch_model)
-    load_flax(flax_model, subject.weight_map.to_flax(there))
+    with jax_scope("float32", subject.devices.flax):
+        load_flax(flax_model, subject.weight_map.to_flax(there))
     back = flax_leaves(flax_model)
     bits = sum(different_bits(start[name], back[name]) for name in start)
     size = sum(leaf.size for leaf in start.values())
@@ -58,7 +59,11 @@ def _orientations(subject: Subject) -> Iterator[Record]:
     unknown = []
     for link in subject.weight_map.links:
         owners = [_flax_owner(flax_run.module, name) for name in link.flax]
-        if not all(isinstance(owner, nnx.Linear | nnx.Embed) for owner in owners):
+        torch_owner = torch_run.module.get_submodule(link.torch.rpartition(".")[0])
+        alone = isinstance(torch_owner, torch.nn.Linear | torch.nn.Embedding) or (
+            type(torch_owner).__name__ == "Conv1D"  # transformers' linear layer of GPT-2
+        )
+        if not alone or not all(isinstance(owner, nnx.Linear | nnx.Embed) for owner in owners):
             if subject.flax_leaves[link.flax[0]].ndim >= 2:
                 unknown.append(link.torch)
             continue
@@ -66,7 +71,6 @@ def _orientations(subject: Subject) -> Iterator[Record]:
             continue
         with jax_scope("float64", subject.devices.flax):
             x, outputs = _drive_flax(owners, rng)
-        torch_owner = torch_run.module.get_submodule(link.torch.rpartition(".")[0])
         with torch.no_grad():
             device = next(torch_owner.parameters()).device
             tensor = from_numpy(x).to(device)
@@ -78,7 +82,7 @@ def _orientations(subject: Subject) -> Iterator[Record]:
             max_abs(torch_output, outputs),
             _ORIENTATION,
             outputs.size,
-            noise=_transposed_gap(subject, link, x, outputs),
+            noise=_transposed_gap(subject, link, x),
             where=link.torch,
         )
     if unknown:
@@ -95,16 +99,13 @@ def _drive_flax(owners: list[Any], rng: np.random.Generator) -> tuple[np.ndarray
     return x, np.concatenate([np.asarray(owner(jnp.asarray(x))) for owner in owners], axis=-1)
 
 
-def _transposed_gap(
-    subject: Subject, link: Link, x: np.ndarray, outputs: np.ndarray
-) -> float | None:
+def _transposed_gap(subject: Subject, link: Link, x: np.ndarray) -> float | None:
     """What a square kernel turned the wrong way would have shown."""
     kernel = subject.flax_leaves[link.flax[0]]
     if len(link.flax) > 1 or x.ndim < 2 or kernel.shape[0] != kernel.shape[1]:
         return None
-    return max_abs(
-        outputs - x @ kernel.astype(np.float64), outputs - x @ kernel.T.astype(np.float64)
-    )
+    wide = kernel.astype(np.float64)
+    return max_abs(x @ wide, x @ wide.T)
 
 
 def _flax_owner(module: nnx.Module, leaf: str) -> Any:

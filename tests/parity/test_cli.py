@@ -71,6 +71,7 @@ def test_a_broken_twin_exits_1_and_names_the_module(tmp_path):
     [
         (["--data", "missing.txt"], "data file missing.txt: no such file"),
         (["--json", "no/folder/out.json"], "--json no/folder/out.json: no folder no/folder"),
+        (["--json", "."], "--json .: that is a folder. Name a file in it"),
         (["--preset", "huge"], "no preset 'huge'. Choose one of tiny, gpt2"),
         (["--level", "logit"], "--level logit: no such level. Choose weights"),
         (["--dtype", "float16"], "--dtype float16: choose float64"),

@@ -10,6 +10,7 @@ from parity.compare import (
     different_bits,
     error_ratio,
     judge,
+    largest,
     max_abs,
     relative_l2,
     rms_error,
@@ -36,7 +37,7 @@ def test_nothing_compared_is_an_error_and_not_a_pass():
 def test_the_worst_verdict_wins():
     assert worst([Verdict.PASS, Verdict.TIE]) is Verdict.TIE
     assert worst([Verdict.FAIL, Verdict.PASS, Verdict.ABSTAIN]) is Verdict.FAIL
-    assert worst([Verdict.FAIL, Verdict.ERROR]) is Verdict.ERROR
+    assert worst([Verdict.FAIL, Verdict.ERROR]) is Verdict.FAIL
 
 
 @pytest.mark.parametrize("metric", [max_abs, relative_l2, rms_error])
@@ -78,4 +79,15 @@ def test_the_error_ratio_is_fair_whichever_side_is_worse():
 def test_two_errors_below_rounding_are_a_fair_draw():
     truth = np.linspace(1.0, 2.0, 100)
     assert error_ratio(truth.astype(np.float32), truth + 1e-16, truth) == 1.0
-    assert not error_ratio(np.full(100, np.nan, np.float32), truth, truth) <= 4.0
+
+
+def test_a_nan_on_either_side_is_no_fair_draw():
+    truth = np.linspace(1.0, 2.0, 100)
+    good, bad = truth.astype(np.float32), np.full(100, np.nan, np.float32)
+    assert math.isnan(error_ratio(good, bad, truth)) and math.isnan(error_ratio(bad, good, truth))
+
+
+@pytest.mark.parametrize("order", [(math.nan, 1.0), (1.0, math.nan)])
+def test_nan_is_the_largest_wherever_it_stands(order):
+    values = dict(zip("ab", order, strict=True))
+    assert math.isnan(values[largest(values)])

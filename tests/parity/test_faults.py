@@ -120,14 +120,14 @@ DECODE = [
     Fault("values written from keys", T, "cache.py",
           "= values_BTKH[rows, steps]", "= keys_BTKH[rows, steps]", "cache", "blocks.0.attention"),
     Fault("written one slot late", T, "cache.py",
-          "slots = slots_BT[rows, steps]",
-          "slots = (slots_BT[rows, steps] + 1).clamp(max=self.keys_BKSH.shape[2] - 1)",
+          "slots = placement.slots_BT[rows, steps]",
+          "slots = (placement.slots_BT[rows, steps] + 1).clamp(max=keys_BKSH.shape[2] - 1)",
           "cache", "blocks.0.attention"),
     Fault("old keys are overwritten", F, "cache.py",
           "self.values_BKSH.at[rows_B1, :, slots_BT]",
           "self.values_BKSH.at[rows_B1, :, slots_BT - 1]", "cache", "blocks.0.attention"),
-    Fault("lengths do not move", F, "model.py",
-          "cache.lengths_B + new_B)", "cache.lengths_B + 0 * new_B)", "cache", "GPT"),
+    Fault("lengths do not move", F, "model.py", "KVCache(tuple(layers), placement.ends_B)",
+          "KVCache(tuple(layers), placement.lengths_B)", "cache", "GPT"),
     Fault("least likely token", T, "decode.py",
           "torch.argmax(logits_BV, dim=-1)", "torch.argmin(logits_BV, dim=-1)",
           "tokens", "torch_gpt, cached", 1),
@@ -152,7 +152,7 @@ def test_a_planted_fault_is_caught_and_located(fault, plant, small):
     broken = plant(fault.package, fault.file, fault.right, fault.wrong)
     pair = small(**{fault.package.replace("gpt", "package"): broken})
     dtypes = ("float64", "float32") if fault in FLOAT32 else ("float64",)
-    report = check(pair, dtypes=dtypes, steps=6, new_tokens=16)
+    report = check(pair, dtypes=dtypes, steps=6)
     failed = [level.name for level in report.levels if level.verdict is Verdict.FAIL]
     assert failed == [fault.level], report
     assert report.exit_code == 1
@@ -162,7 +162,7 @@ def test_a_planted_fault_is_caught_and_located(fault, plant, small):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_clean_pair_raises_no_alarm(seed, small):
-    report = check(small(), seed=seed, steps=6, new_tokens=16)
+    report = check(small(), seed=seed, steps=6)
     assert {level.verdict for level in report.levels} <= {Verdict.PASS, Verdict.TIE}, report
     assert report.exit_code == 0 and report.divergence is None
 

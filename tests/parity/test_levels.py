@@ -32,6 +32,18 @@ def test_one_thin_margin_does_not_excuse_another_row():
     assert failed.verdict is Verdict.FAIL and "row 1 flips at token 1" in failed.note
 
 
+def test_a_fault_does_not_widen_its_own_excuse():
+    reference, written = np.array([[1, 2]]), np.array([[1, 9]])
+    wrong = record("x", "float64", reference, written, margins([1.0, 0.36]), error=3.2)
+    assert wrong.verdict is Verdict.FAIL
+
+
+def test_equal_tokens_of_models_that_give_nan_are_no_pass():
+    reference = np.array([[0, 0]])
+    nan = record("x", "float64", reference, reference, margins([np.nan, np.nan]), error=np.nan)
+    assert nan.verdict is Verdict.FAIL
+
+
 def test_equal_tokens_print_the_smallest_margin():
     reference = np.array([[1, 2]])
     equal = record("x", "float64", reference, reference, margins([0.25, 0.125]), error=1e-15)
@@ -43,7 +55,7 @@ def test_equal_tokens_print_the_smallest_margin():
 def test_ragged_calls_read_every_token_once_and_in_order():
     tokens = np.arange(4 * 40).reshape(4, 40).astype(np.int32)
     counts = np.array([40, 39, 7, 1], np.int32)
-    calls = ragged_calls(tokens, counts)
+    calls = ragged_calls(tokens, counts, seed=0)
     assert {part.shape[1] for part, _ in calls} == {32, 8, 1}
     assert any(0 in taken for _, taken in calls), "some calls give a row nothing"
     outputs = [np.stack([part, part], axis=-1).astype(float) for part, _ in calls]
@@ -80,7 +92,7 @@ def test_an_unknown_level_is_refused_with_the_known_ones(small):
 
 def test_progress_reaches_the_end_of_every_level(small):
     seen = {}
-    check(small(), steps=3, new_tokens=4, progress=lambda name, share: seen.update({name: share}))
+    check(small(), steps=3, progress=lambda name, share: seen.update({name: share}))
     assert list(seen) == list(LEVELS)
     assert all(share >= 0.5 for share in seen.values()), seen
     assert all(seen[name] == 1.0 for name in LEVELS if name != "weights"), seen

@@ -39,6 +39,18 @@ def test_a_narrow_operation_inside_a_loop_inside_jit_is_found():
         assert flax_purity(loop, jnp.ones(3)).impure
 
 
+def test_rounding_without_a_narrow_type_and_callbacks_are_found():
+    def rounded(x):
+        return jax.lax.reduce_precision(x, 8, 23)
+
+    def outside(x):
+        return jax.pure_callback(lambda y: y, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+
+    with jax_scope("float64", CPU):
+        assert flax_purity(rounded, jnp.ones(3)).impure
+        assert flax_purity(outside, jnp.ones(3)).impure
+
+
 def test_a_narrow_operation_in_a_torch_backward_pass_is_found():
     class Narrow(torch.autograd.Function):
         @staticmethod

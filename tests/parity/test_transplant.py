@@ -173,7 +173,9 @@ def test_randomizing_changes_every_element_and_keeps_the_size_of_signals():
     assert all(random[name].dtype == np.float32 for name in leaves)
 
 
-def test_a_flax_leaf_lands_on_the_device_and_in_the_dtype_it_had():
-    linear = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
-    load_flax(linear, {"kernel": np.ones((3, 2), np.float32), "bias": np.ones(2, np.float32)})
-    assert isinstance(linear.kernel[...], jax.Array) and linear.kernel[...].dtype == jnp.float32
+def test_float64_weights_keep_their_bits_outside_of_64_bit_mode():
+    with jax.enable_x64(True):
+        linear = nnx.Linear(3, 2, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    leaves = {"kernel": np.full((3, 2), 1 / 3), "bias": np.full(2, 1 / 7)}
+    load_flax(linear, leaves)
+    assert all(different_bits(flax_leaves(linear)[name], leaves[name]) == 0 for name in leaves)
