@@ -1,7 +1,7 @@
 """GPT-2 class model: learned positions, pre-norm blocks, tied head. Read beside torch_gpt/model.py.
 
-Dimension key: B batch, T new tokens, S cache slots, D embed dim, K heads, H head dim, F mlp dim,
-V vocab.
+Dimension key: B batch, T new tokens, S cache slots, D embed dim, K kv heads, H head dim,
+F mlp dim, V vocab.
 
 A call without a key is an evaluation: dropout is active only where a key says which elements fall.
 """

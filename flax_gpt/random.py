@@ -33,7 +33,10 @@ def split(key: jax.Array, num: int = 2) -> jax.Array:
 
 
 def fold_in(key: jax.Array, data: int | jax.Array) -> jax.Array:
-    """The key for item `data` of a series (a step, a row), 0 <= data < 2**32."""
+    """The key for item `data` of a series (a step, a row), 0 <= data < 2**32.
+
+    fold_in(key, i) is split(key, n)[i]: give one key to one of the two.
+    """
     with jax.threefry_partitionable(True):
         return jax.random.key_data(jax.random.fold_in(_typed(key), data))
 

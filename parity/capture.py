@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from flax import nnx
 
-from parity.leaves import to_numpy
+from parity.leaves import dotted, to_numpy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def capture_flax(module: nnx.Module, call: Callable[[], Any]) -> list[Trace]:
 
     def learn(root: nnx.Module) -> None:
         for path, submodule in nnx.iter_modules(root):
-            paths[id(submodule)] = ".".join(map(str, path))
+            paths[id(submodule)] = dotted(path)
             known.append(submodule)
 
     def record(self: nnx.Module, inputs: tuple, output: Any) -> None:

@@ -169,9 +169,9 @@ def _run_check(errors: Console, data, preset, level, dtype, steps, tokens, seed,
         corpus = Corpus.load(data)
         config = preset_config(corpus, preset)
         pair = twins(corpus, config, seed=seed, max_new_tokens=tokens)
-    from parity.progress import shown
+    from parity.progress import interruptible, shown
 
-    with shown(errors, levels) as progress:
+    with shown(errors, levels) as show, interruptible(show) as progress:
         return run(
             pair,
             levels=levels,

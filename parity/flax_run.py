@@ -15,7 +15,7 @@ from flax import nnx
 
 from parity.capture import Trace, capture_flax
 from parity.environment import jax_scope
-from parity.leaves import Leaves, cast, cast_array, load_flax
+from parity.leaves import Leaves, cast, cast_array, dotted, load_flax
 from parity.oracle import Purity, flax_purity
 from parity.pair import Batch, Side
 
@@ -45,7 +45,7 @@ class FlaxRun:
         with self._scope():
             loss, gradients = self._loss_and_gradients(self._parameters, *self._arrays(batch))
             flat = nnx.to_flat_state(gradients)
-            return float(loss), {".".join(map(str, p)): np.asarray(g[...]) for p, g in flat}
+            return float(loss), {dotted(p): np.asarray(g[...]) for p, g in flat}
 
     def forward_purity(self, batch: Batch) -> Purity:
         """What the forward pass is made of."""

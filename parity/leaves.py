@@ -75,12 +75,15 @@ def from_numpy(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(array.copy())
 
 
+def dotted(path: tuple) -> str:
+    """A path in a Flax module as a name, spelt as torch spells names."""
+    return ".".join(map(str, path))
+
+
 def _variables(module: nnx.Module) -> dict[str, nnx.Variable]:
     flat = nnx.to_flat_state(nnx.state(module))
     return {
-        ".".join(map(str, path)): variable
-        for path, variable in flat
-        if not isinstance(variable, nnx.RngState)
+        dotted(path): variable for path, variable in flat if not isinstance(variable, nnx.RngState)
     }
 
 

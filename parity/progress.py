@@ -1,6 +1,7 @@
 """Tells a person how far a check is: a live line on a terminal, a line per level in a log."""
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
@@ -30,3 +31,28 @@ def shown(console: Console, levels: Sequence[str]) -> Iterator[Callable[[str, fl
             bar.update(task, description=labels[level], completed=fraction)
 
         yield show
+
+
+@contextlib.contextmanager
+def interruptible(progress: Callable[[str, float], None]) -> Iterator[Callable[[str, float], None]]:
+    """Yields `progress`, which raises KeyboardInterrupt if an interrupt came since.
+
+    Python drops an interrupt that arrives inside a garbage collection, where jax has a callback, so
+    that Ctrl-C would now and then do nothing.
+    """
+    came: list[int] = []
+
+    def interrupt(number: int, _) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    def checked(level: str, fraction: float) -> None:
+        if came:
+            raise KeyboardInterrupt
+        progress(level, fraction)
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield checked
+    finally:
+        signal.signal(signal.SIGINT, before)

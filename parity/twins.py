@@ -13,7 +13,7 @@ from flax import nnx
 import flax_gpt
 import torch_gpt
 from parity.corpus import Corpus
-from parity.leaves import Leaves, flax_leaves, to_numpy, torch_leaves
+from parity.leaves import Leaves, dotted, flax_leaves, to_numpy, torch_leaves
 from parity.pair import Batch, Pair, Side
 from parity.rules import TWINS
 
@@ -250,4 +250,4 @@ class TorchDecoder:
 
 
 def _by_path(state: Any) -> Leaves:
-    return {".".join(map(str, p)): np.asarray(v[...]) for p, v in nnx.to_flat_state(state)}
+    return {dotted(p): np.asarray(v[...]) for p, v in nnx.to_flat_state(state)}

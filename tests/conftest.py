@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
 
 import flax_gpt
 import flax_gpt.random
@@ -87,13 +86,6 @@ def float64() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def float32() -> Iterator[None]:
-    """32-bit types with strict promotion in jax, and no gradients in torch."""
-    with jax.numpy_dtype_promotion("strict"), torch.no_grad():
-        yield
-
-
 @pytest.fixture(params=list(TWINS))
 def gpt(request) -> Iterator[Twin]:
     """Each twin in turn, in float64."""
@@ -112,11 +104,3 @@ def twins() -> Iterator[tuple[Twin, Twin]]:
 def rng() -> np.random.Generator:
     """The same numbers in every run."""
     return np.random.default_rng(0)
-
-
-def parameters(twin: Twin, model: Any) -> dict[str, np.ndarray]:
-    """Weights by path, in each framework's own layout."""
-    if twin.name == "torch":
-        return {name: twin.numpy(p) for name, p in model.named_parameters()}
-    flat = nnx.to_flat_state(nnx.state(model))
-    return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in flat}

@@ -33,7 +33,10 @@ def split(key: torch.Tensor, num: int = 2) -> torch.Tensor:
 
 
 def fold_in(key: torch.Tensor, data: int | torch.Tensor) -> torch.Tensor:
-    """The key for item `data` of a series (a step, a row), 0 <= data < 2**32."""
+    """The key for item `data` of a series (a step, a row), 0 <= data < 2**32.
+
+    fold_in(key, i) is split(key, n)[i]: give one key to one of the two.
+    """
     low = torch.as_tensor(data, dtype=torch.int64, device=key.device).reshape(1).to(torch.int32)
     first, second = _threefry(key, torch.zeros_like(low), low)
     return torch.cat([first, second]).view(torch.uint32)

