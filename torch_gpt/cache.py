@@ -68,9 +68,9 @@ class LayerCache:
 
     def _take_claim(self, lengths_B: torch.Tensor) -> bool:
         """True for the first append behind the lengths that the claim goes with."""
-        if not self._claim or self._claim[0] is not lengths_B:
-            return False
         try:
+            if self._claim[0] is not lengths_B:
+                return False
             self._claim.pop()  # atomic, so of two threads one gets it
         except IndexError:
             return False
