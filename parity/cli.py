@@ -133,9 +133,13 @@ def check(
     except (ValueError, OSError) as error:
         errors.print(f"parity: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2) from error
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt:
         errors.print("parity: interrupted, nothing was written.", style="red")
-        raise typer.Exit(130) from stop
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not by an exception: a Python that was interrupted inside exec(), as in an import, kills
+        # itself with the signal at its end, whatever exit code was asked for.
+        os._exit(130)
     raise typer.Exit(report.exit_code)
 
 
