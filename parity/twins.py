@@ -115,15 +115,23 @@ def _probes(corpus: Corpus, config: flax_gpt.GPTConfig, seed: int) -> dict[str, 
     """Inputs that reach bugs: the ends of the context, one token, padding, repetition."""
     context = config.context_length
     rows = int(np.clip(_PROBE_SIZE // (context * config.vocab_size), 1, 4))
-    tokens = corpus.windows(rows, context, seed, 0)
-    tokens[-1, :] = tokens[-1, 0] if rows > 1 else tokens[-1]
-    counts = np.array([context, context * 2 // 3, 17, context], np.int32)[:rows]
-    real = np.arange(context) < counts[:, None]
-    return {
-        "full context, ragged": Batch((tokens, counts), real),
+    probes = {
+        "full context, ragged": _ragged(corpus, rows, context, seed),
         "context - 1": Batch((corpus.windows(1, context - 1, seed, 4),)),
         "one token": Batch((corpus.windows(4, 1, seed, 5),)),
     }
+    if rows < 4:  # a large model's full context has no room for the rows that pad and repeat
+        probes["short, ragged"] = _ragged(corpus, 4, min(64, context), seed)
+    return probes
+
+
+def _ragged(corpus: Corpus, rows: int, width: int, seed: int) -> Batch:
+    """A full row, two with padding, and one that repeats a token; the first of these."""
+    tokens = corpus.windows(rows, width, seed, 0)
+    if rows == 4:
+        tokens[3] = tokens[3, 0]
+    counts = np.array([width, width * 2 // 3, min(17, width), width], np.int32)[:rows]
+    return Batch((tokens, counts), np.arange(width) < counts[:, None])
 
 
 def _forward(model: Any, tokens: Any, counts: Any = None) -> Any:

@@ -92,8 +92,8 @@ def record(
     sound = error <= ERROR[dtype]
     real = [flip for flip in flips if not (sound and flip.margin <= 2 * error)]
     verdict = Verdict.FAIL if real else Verdict.TIE if flips else Verdict.PASS
-    if not np.all(np.isfinite(margins)):  # equal, but the first of all NaN is no choice
-        verdict = Verdict.FAIL
+    if not (np.all(np.isfinite(margins)) and np.isfinite(error)):
+        verdict = Verdict.FAIL  # equal perhaps, but the first of all NaN is no choice
     smallest = float(np.min(margins)) if margins.size else 0.0
     note = f"smallest margin {smallest:.1e}, {dtype} logit error {error:.1e}"
     step = 0

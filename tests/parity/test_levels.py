@@ -5,11 +5,13 @@ import dataclasses
 import numpy as np
 import pytest
 
+import flax_gpt
 from parity.check import check
 from parity.compare import Verdict
 from parity.levels import LEVELS
 from parity.levels.cache import assemble, ragged_calls
 from parity.levels.tokens import record
+from parity.twins import twins
 
 
 def margins(*rows):
@@ -30,6 +32,15 @@ def test_one_thin_margin_does_not_excuse_another_row():
     both = margins([1.0, 1e-9], [0.5, 1.0])
     failed = record("x", "float32", reference, written, both, error=1e-6)
     assert failed.verdict is Verdict.FAIL and "row 1 flips at token 1" in failed.note
+
+
+def test_a_large_model_is_still_probed_with_padding_and_repetition(corpus):
+    config = flax_gpt.GPTConfig.preset("gpt2")
+    for probes in (twins(corpus, config).probes, twins(corpus).probes):
+        ragged = [batch for batch in probes.values() if batch.real is not None]
+        tokens = ragged[-1].inputs[0]
+        assert any(np.unique(row).size == 1 for row in tokens)
+        assert not ragged[-1].real.all()
 
 
 def test_a_fault_does_not_widen_its_own_excuse():
