@@ -2,33 +2,56 @@
 
 from flax_gpt import random
 from flax_gpt.cache import KVCache, LayerCache
-from flax_gpt.config import PRESETS, GPTConfig, TrainConfig
+from flax_gpt.classifier import SequenceClassifier, TokenClassifier
+from flax_gpt.config import GREEDY, PRESETS, GPTConfig, Sampling, TrainConfig
 from flax_gpt.decode import NO_TOKEN, Generation, decode_step, generate, prefill, right_pad
-from flax_gpt.loss import IGNORE_INDEX, TokenLoss, next_token_loss
+from flax_gpt.loss import IGNORE_INDEX, TokenLoss, cross_entropy, next_token_loss
 from flax_gpt.model import GPT, MLP, Attention, Block
-from flax_gpt.optimizer import adamw
-from flax_gpt.train import TrainState, evaluate, train_step
+from flax_gpt.optimizer import adamw, learning_rate
+from flax_gpt.tasks import NEXT_TOKEN, SEQUENCE_CLASS, TOKEN_CLASS, Batch, Task
+from flax_gpt.train import (
+    Evaluation,
+    StepResult,
+    TrainState,
+    evaluate,
+    overfit_one_batch,
+    train_step,
+)
 
 __all__ = [
     "GPT",
+    "GREEDY",
     "IGNORE_INDEX",
     "MLP",
+    "NEXT_TOKEN",
     "NO_TOKEN",
     "PRESETS",
+    "SEQUENCE_CLASS",
+    "TOKEN_CLASS",
     "Attention",
+    "Batch",
     "Block",
+    "Evaluation",
     "GPTConfig",
     "Generation",
     "KVCache",
     "LayerCache",
+    "Sampling",
+    "SequenceClassifier",
+    "StepResult",
+    "Task",
+    "TokenClassifier",
     "TokenLoss",
     "TrainConfig",
     "TrainState",
     "adamw",
+    "cross_entropy",
     "decode_step",
     "evaluate",
     "generate",
+    "learning_rate",
     "next_token_loss",
+    "overfit_one_batch",
     "prefill",
     "random",
     "right_pad",

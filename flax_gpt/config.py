@@ -4,14 +4,15 @@ Dimension key of the whole project. An array's name ends in the letters of its a
 
     B batch    T new tokens    S cache slots    D embed dim    K kv heads    H head dim
     F mlp dim  V vocabulary    L layers         G generated tokens
-    R selected rows             1 a unit axis
+    C classes  R selected rows                  1 a unit axis
 
 Every head has keys and values of its own here, so K is also the number of query heads.
 """
 
 import dataclasses
 
-DTYPES = ("float32", "float64")
+DTYPES = "float64", "float32", "bfloat16", "float16"
+SCHEDULES = "constant", "linear", "cosine"
 
 _PRESETS = {
     "tiny": dict(
@@ -55,7 +56,8 @@ class GPTConfig:
             defaults differ (torch 1e-5, flax 1e-6).
         init_std: standard deviation of the initial weights; the two projections into the
             residual stream use init_std / sqrt(2 * num_layers). GPT-2 report, 2019, section 2.3.
-        dtype: of parameters and of all computation, by name.
+        dtype: of parameters and of all computation, by name. In the 16-bit types softmax and loss
+            still run in float32; for float32 weights with 16-bit computation see `TrainConfig`.
 
     Raises:
         ValueError: on sizes that cannot be built, all problems in one message.
@@ -113,25 +115,47 @@ class GPTConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """AdamW at a constant rate. Loshchilov and Hutter, "Decoupled weight decay", 2019.
+    """AdamW with warm-up, decay of the rate and clipping. Loshchilov and Hutter, "Decoupled weight
+    decay regularization", 2019.
 
     Attributes:
-        learning_rate: step size.
+        learning_rate: step size at the end of the warm-up.
+        schedule: of the rate after the warm-up: constant, linear or cosine.
+        warmup_steps: updates over which the rate rises; update n of them, from 1, has
+            n / warmup_steps of it, so that no update is lost to a rate of 0.
+        total_steps: updates after which the rate stays at its end; needed to come down.
+        final_fraction: of the rate, left at the end of a linear or cosine schedule.
         beta1: decay of the first moment, per step.
         beta2: decay of the second moment, per step.
         epsilon: added to the root of the corrected second moment, outside the root.
-        weight_decay: decoupled, times the learning rate, on every parameter. Stated, because the
-            frameworks' defaults differ (torch 1e-2, optax 1e-4).
+        weight_decay: decoupled, times the rate, on the matrices of linear layers. Stated, because
+            the frameworks' defaults differ (torch 1e-2, optax 1e-4).
+        decay_all: also decay embeddings, biases and norms.
+        clip_norm: largest global gradient norm; None does not clip.
+        label_smoothing: share of each target spread evenly over all classes, in [0, 1).
+        accumulation_steps: parts into which the rows of a batch are cut, run one after the other;
+            every scored token counts the same, whichever part it is in.
+        compute_dtype: of forward and backward pass, with weights and optimizer in their own dtype:
+            bfloat16, or float16 with dynamic loss scaling; None for the weights' dtype.
 
     Raises:
         ValueError: on constants outside their range, all problems in one message.
     """
 
     learning_rate: float = 1e-3
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    total_steps: int | None = None
+    final_fraction: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
     weight_decay: float = 0.1
+    decay_all: bool = False
+    clip_norm: float | None = 1.0
+    label_smoothing: float = 0.0
+    accumulation_steps: int = 1
+    compute_dtype: str | None = None
 
     def __post_init__(self):
         problems = [
@@ -139,11 +163,81 @@ class TrainConfig:
             for name in ("beta1", "beta2")
             if not 0.0 < getattr(self, name) < 1.0
         ]
-        if not self.learning_rate > 0.0:
-            problems.append(f"learning_rate is {self.learning_rate}, it must be positive")
-        if not self.epsilon > 0.0:
-            problems.append(f"epsilon is {self.epsilon}, it must be positive")
+        problems += [
+            f"{name} is {getattr(self, name)}, it must be positive and finite"
+            for name in ("learning_rate", "epsilon")
+            if not 0.0 < getattr(self, name) < float("inf")
+        ]
+        if self.schedule not in SCHEDULES:
+            problems.append(
+                f"schedule is {self.schedule!r}, it must be one of {', '.join(SCHEDULES)}"
+            )
+        elif self.schedule != "constant" and self.total_steps is None:
+            problems.append(f"schedule {self.schedule} has no total_steps, it must have an end")
+        if not self.warmup_steps >= 0:
+            problems.append(f"warmup_steps is {self.warmup_steps}, it must not be negative")
+        if self.total_steps is not None and not self.total_steps > self.warmup_steps:
+            problems.append(
+                f"total_steps is {self.total_steps}, it must be more than the "
+                f"{self.warmup_steps} of the warm-up"
+            )
+        if not 0.0 <= self.final_fraction <= 1.0:
+            problems.append(f"final_fraction is {self.final_fraction}, it must be in [0, 1]")
         if not self.weight_decay >= 0.0:
             problems.append(f"weight_decay is {self.weight_decay}, it must not be negative")
+        if self.clip_norm is not None and not self.clip_norm > 0.0:
+            problems.append(f"clip_norm is {self.clip_norm}, it must be positive or None")
+        if not 0.0 <= self.label_smoothing < 1.0:
+            problems.append(f"label_smoothing is {self.label_smoothing}, it must be in [0, 1)")
+        if not (isinstance(self.accumulation_steps, int) and self.accumulation_steps >= 1):
+            problems.append(
+                f"accumulation_steps is {self.accumulation_steps!r}, it must be an integer of at "
+                "least 1"
+            )
+        if self.compute_dtype not in (None, "bfloat16", "float16"):
+            problems.append(
+                f"compute_dtype is {self.compute_dtype!r}, it must be bfloat16, float16 or None"
+            )
         if problems:
             raise ValueError(f"TrainConfig: {'; '.join(problems)}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen from its logits. The filters apply in the order given here, each
+    to what the one before it left.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most likely token and needs no key.
+        top_k: keeps the k most likely tokens; None keeps all.
+        top_p: keeps the fewest most likely tokens whose probabilities add up to at least p, so
+            always the first. Holtzman et al., "The curious case of neural text degeneration", 2020.
+        min_p: keeps tokens at least p times as likely as the first. Nguyen et al., "Turning up the
+            heat: min-p sampling", 2024.
+
+    Raises:
+        ValueError: on values outside their range, all problems in one message.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self):
+        problems = []
+        if not 0.0 <= self.temperature < float("inf"):
+            problems.append(
+                f"temperature is {self.temperature}, it must be finite and not negative"
+            )
+        if self.top_k is not None and not (isinstance(self.top_k, int) and self.top_k >= 1):
+            problems.append(f"top_k is {self.top_k!r}, it must be an integer of at least 1 or None")
+        if not 0.0 < self.top_p <= 1.0:
+            problems.append(f"top_p is {self.top_p}, it must be in (0, 1]")
+        if not 0.0 <= self.min_p <= 1.0:
+            problems.append(f"min_p is {self.min_p}, it must be in [0, 1]")
+        if problems:
+            raise ValueError(f"Sampling: {'; '.join(problems)}.")
+
+
+GREEDY = Sampling(temperature=0.0)

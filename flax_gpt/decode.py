@@ -1,10 +1,11 @@
-"""Greedy decoding: the cache goes in, a longer cache comes out. Read beside torch_gpt/decode.py.
+"""Decoding: the cache goes in, a longer cache comes out. Read beside torch_gpt/decode.py.
 
 Dimension key: B batch, T prompt tokens, S sequence slots, G generated tokens, V vocab.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
@@ -12,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from flax_gpt import random
 from flax_gpt.cache import KVCache
+from flax_gpt.config import GREEDY, Sampling
 from flax_gpt.model import GPT
 from flax_gpt.positions import check_counts
 
@@ -26,10 +29,14 @@ class Generation:
     Attributes:
         tokens_BG: the new tokens; NO_TOKEN behind a row's stop.
         counts_B: new tokens per row, the stop among them.
+        margins_BG: by how much a token's score beat the second best, which tells near-ties. Scores
+            are logits, and where tokens are drawn what `filter_logits` gives, with noise; inf for a
+            token that was the only one left, NaN behind a row's stop.
     """
 
     tokens_BG: jax.Array
     counts_B: jax.Array
+    margins_BG: jax.Array
 
 
 def prefill(
@@ -74,11 +81,16 @@ def generate(
     counts_B: jax.Array | None = None,
     stop_ids: Sequence[int] = (),
     use_cache: bool = True,
+    sampling: Sampling = GREEDY,
+    key: jax.Array | None = None,
 ) -> Generation:
-    """Continues each prompt with the most likely token, again and again.
+    """Continues each prompt with the most likely token, or with one drawn from the likely.
 
     Ties go to the lowest id in both twins, which is what makes equal tokens a fair demand. A row
     ends behind its first stop id; the call ends when every row has, or after `max_new_tokens`.
+
+    The noise in a draw comes from the key, the row and the number of the token in this call. Other
+    rows, padding, the cache and the dtype of the model do not change it.
 
     Args:
         tokens_BT: prompts, padded on the right; `right_pad` converts padding on the left.
@@ -86,28 +98,70 @@ def generate(
         counts_B: real tokens per prompt; None for T.
         stop_ids: ids that end a row; a stop is part of the row's output.
         use_cache: False computes every token from the whole sequence, as the reference.
+        sampling: how a token is chosen from its logits; the most likely one when not given.
+        key: draws the tokens, so each call needs its own; None when nothing is drawn.
 
     Raises:
-        ValueError: on empty prompts, ids outside the vocabulary, or more tokens than the context
-            holds.
+        ValueError: on empty prompts, ids outside the vocabulary, more tokens than the context
+            holds, or nothing to draw from.
     """
-    counts_B = _check_prompts(model, tokens_BT, counts_B, max_new_tokens)
+    counts_B = _check_prompts(model, tokens_BT, counts_B, max_new_tokens, sampling, key)
+    if sampling.temperature == 0.0:
+        sampling, key = GREEDY, None  # the filters keep the first token, whatever they are
     tokens_BT = tokens_BT[:, : model.config.context_length]  # what lies beyond is padding
     # twin: jax compiles the whole loop once per shape, so it rounds the prompt length up to a
     # power of two; torch takes one step after the other on the shape at hand.
     length = min(1 << (tokens_BT.shape[1] - 1).bit_length(), model.config.context_length)
     padding = length - tokens_BT.shape[1]
     graphdef, parameters = nnx.split(model)
-    tokens_BG, counts_B = _loop(
-        graphdef,
-        parameters,
-        jnp.pad(jnp.asarray(tokens_BT, jnp.int32), ((0, 0), (0, padding))),
-        jnp.asarray(counts_B, jnp.int32),
-        jnp.asarray(stop_ids, jnp.int32).reshape(-1),
-        max_new_tokens=max_new_tokens,
-        use_cache=use_cache,
+    return Generation(
+        *_loop(
+            graphdef,
+            parameters,
+            jnp.pad(jnp.asarray(tokens_BT, jnp.int32), ((0, 0), (0, padding))),
+            jnp.asarray(counts_B, jnp.int32),
+            jnp.asarray(stop_ids, jnp.int32).reshape(-1),
+            key,
+            max_new_tokens=max_new_tokens,
+            use_cache=use_cache,
+            sampling=sampling,
+        )
     )
-    return Generation(tokens_BG, counts_B)
+
+
+def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
+    """The logits that a token is drawn from: divided by the temperature, what is dropped at -inf.
+
+    Every filter keeps the head of one ranking, in which of equal logits the lower id comes first.
+
+    Args:
+        logits_BV: of the next token.
+        sampling: a temperature above 0, and what to keep.
+
+    Returns:
+        Logits (B, V) in float32 or wider, counted from the highest, which becomes 0.
+    """
+    given_BV = _widened(logits_BV)
+    # From the highest, so that no temperature is too low: it stays 0, the others go to -inf. A
+    # factor, because XLA makes one of a divisor and torch does not.
+    number = jnp.finfo(given_BV.dtype)
+    factor = min(max(1.0 / sampling.temperature, float(number.tiny)), float(number.max))
+    logits_BV = (given_BV - jnp.max(given_BV, axis=-1, keepdims=True)) * factor
+    if sampling.top_k is not None or sampling.top_p < 1.0:
+        num = min(sampling.top_k or given_BV.shape[1], given_BV.shape[1])
+        # twin: lax.top_k keeps equals in order, once no zero is negative, and need not sort the
+        # rest; torch.topk promises no order.
+        ids = jax.lax.top_k(jnp.where(given_BV == 0.0, 0.0, given_BV), num)[1]
+        ranked = jnp.take_along_axis(logits_BV, ids, axis=-1)
+        if sampling.top_p < 1.0:
+            sums = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
+            before = jnp.pad(sums[:, :-1], ((0, 0), (1, 0)))
+            ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)
+        none_BV = jnp.full_like(logits_BV, -jnp.inf)
+        logits_BV = jnp.put_along_axis(none_BV, ids, ranked, axis=-1, inplace=False)
+    if sampling.min_p > 0.0:
+        logits_BV = jnp.where(logits_BV >= math.log(sampling.min_p), logits_BV, -jnp.inf)
+    return logits_BV
 
 
 def right_pad(tokens_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -135,16 +189,18 @@ def right_pad(tokens_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.
     return tokens_BT, jnp.asarray(real_BT.sum(axis=1), jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "use_cache"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "use_cache", "sampling"))
 def _loop(
     graphdef: nnx.GraphDef,
     parameters: nnx.State,
     tokens_BT: jax.Array,
     counts_B: jax.Array,
     stop_ids: jax.Array,
+    key: jax.Array | None,
     max_new_tokens: int,
     use_cache: bool,
-) -> tuple[jax.Array, jax.Array]:
+    sampling: Sampling,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The whole of `generate` on the device."""
     model = nnx.merge(graphdef, parameters)
     B, T = tokens_BT.shape
@@ -164,22 +220,29 @@ def _loop(
         sequences_BS, lengths_B = state
         return read((sequences_BS.at[rows_B, lengths_B].set(tokens_B), lengths_B + 1))
 
-    def choose(logits_BV, ended_B):
-        """The next token of each row, and whether the row is at its end."""
-        tokens_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    def choose(step, logits_BV, ended_B, tokens_BG, margins_BG):
+        """Chooses the next token of each row and writes it down; says which rows have ended."""
+        scores_BV = _widened(logits_BV)
+        if sampling.temperature > 0.0:
+            left_BV = filter_logits(logits_BV, sampling)
+            scores_BV = random.perturb(random.fold_in(key, step), left_BV)
+        tokens_B = jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
+        chosen_BV = tokens_B[:, None] == jnp.arange(scores_BV.shape[1])[None, :]
+        second_B = jnp.max(jnp.where(chosen_BV, -jnp.inf, scores_BV), axis=-1)
+        margins_B = jnp.max(scores_BV, axis=-1) - second_B
+        tokens_BG = tokens_BG.at[:, step].set(jnp.where(ended_B, NO_TOKEN, tokens_B))
+        margins_BG = margins_BG.at[:, step].set(jnp.where(ended_B, jnp.nan, margins_B))
         stops_B = jnp.any(tokens_B[:, None] == stop_ids[None, :], axis=1)
-        return tokens_B, jnp.where(ended_B, NO_TOKEN, tokens_B), ended_B | stops_B
+        return tokens_B, ended_B | stops_B, tokens_BG, margins_BG
 
     def unfinished(carry):
         step, _, _, ended_B, _, _ = carry
         return (step < max_new_tokens) & ~jnp.all(ended_B)
 
     def body(carry):
-        step, tokens_B, state, ended_B, tokens_BG, new_B = carry
+        step, state, tokens_B, *written = carry
         logits_BV, state = extend(tokens_B, state)
-        new_B = jnp.where(ended_B, new_B, new_B + 1)
-        tokens_B, written_B, ended_B = choose(logits_BV, ended_B)
-        return step + 1, tokens_B, state, ended_B, tokens_BG.at[:, step].set(written_B), new_B
+        return step + 1, state, *choose(step, logits_BV, *written)
 
     if use_cache:
         cache = KVCache.empty(model.config, B, num_slots)
@@ -187,11 +250,17 @@ def _loop(
     else:
         sequences_BS = jnp.pad(tokens_BT, ((0, 0), (0, num_slots - T)))
         logits_BV, state = read((sequences_BS, counts_B))
-    tokens_B, written_B, ended_B = choose(logits_BV, jnp.zeros(B, bool))
-    tokens_BG = jnp.full((B, max_new_tokens), NO_TOKEN, jnp.int32).at[:, 0].set(written_B)
-    carry = jnp.int32(1), tokens_B, state, ended_B, tokens_BG, jnp.ones(B, jnp.int32)
-    _, _, _, _, tokens_BG, new_B = jax.lax.while_loop(unfinished, body, carry)
-    return tokens_BG, new_B
+    tokens_BG = jnp.full((B, max_new_tokens), NO_TOKEN, jnp.int32)
+    margins_BG = jnp.full((B, max_new_tokens), jnp.nan, _widened(logits_BV).dtype)
+    first = choose(0, logits_BV, jnp.zeros(B, bool), tokens_BG, margins_BG)
+    carry = jax.lax.while_loop(unfinished, body, (jnp.int32(1), state, *first))
+    *_, tokens_BG, margins_BG = carry
+    return tokens_BG, jnp.sum(tokens_BG != NO_TOKEN, axis=1, dtype=jnp.int32), margins_BG
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    """Scores in float32 at least: 16 bits make ties of what was none."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _last(x_BTD: jax.Array, counts_B: jax.Array | None) -> jax.Array:
@@ -202,7 +271,12 @@ def _last(x_BTD: jax.Array, counts_B: jax.Array | None) -> jax.Array:
 
 
 def _check_prompts(
-    model: GPT, tokens_BT: jax.Array, counts_B: jax.Array | None, max_new_tokens: int
+    model: GPT,
+    tokens_BT: jax.Array,
+    counts_B: jax.Array | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    key: jax.Array | None,
 ) -> np.ndarray:
     """counts_B on the host, after all that can be wrong with a request has been looked for."""
     tokens_BT = np.asarray(tokens_BT)
@@ -231,6 +305,11 @@ def _check_prompts(
                 f"{counts_B.max() + max_new_tokens} > context_length "
                 f"{model.config.context_length}; ask for at most {max(room, 0)}"
             )
+    if sampling.temperature > 0.0 and key is None:
+        problems.append(
+            f"temperature {sampling.temperature} and no key to draw with; give one or take "
+            "temperature 0"
+        )
     if problems:
         raise ValueError(f"generate: {'; '.join(problems)}.")
     return counts_B

@@ -1,4 +1,4 @@
-"""Next-token cross entropy, with the shift in one place and every token counted.
+"""Cross entropy, with the shift in one place and every token counted.
 
 Read beside torch_gpt/loss.py.
 
@@ -20,7 +20,7 @@ class TokenLoss:
 
     Attributes:
         total: sum of cross entropies, in nats.
-        num_tokens: how many tokens were scored.
+        num_tokens: how many tokens were scored; of whole sequences, how many sequences.
     """
 
     total: jax.Array
@@ -41,24 +41,51 @@ class TokenLoss:
 
 
 def next_token_loss(
-    logits_BTV: jax.Array, labels_BT: jax.Array, counts_B: jax.Array | None = None
+    logits_BTV: jax.Array,
+    labels_BT: jax.Array,
+    counts_B: jax.Array | None = None,
+    label_smoothing: float = 0.0,
 ) -> TokenLoss:
     """Scores logits at t against the label at t + 1, inside each row.
 
-    The shift is here and nowhere else: labels are the tokens themselves, not shifted. The last
-    position of a row has nothing to predict and the first label is never predicted.
+    The last position of a row has nothing to predict and the first label is never predicted.
 
     Args:
         logits_BTV: from the model, on the same tokens.
         labels_BT: the tokens, with IGNORE_INDEX where a token must not be scored.
         counts_B: real tokens per row, the rest is padding on the right; None for T.
+        label_smoothing: see `cross_entropy`.
     """
-    logits_BTV, targets_BT = logits_BTV[:, :-1], labels_BT[:, 1:]
-    scored_BT = targets_BT != IGNORE_INDEX
+    targets = next_token_targets(labels_BT, counts_B)
+    return cross_entropy(logits_BTV[:, :-1], targets, label_smoothing)
+
+
+def next_token_targets(labels_BT: jax.Array, counts_B: jax.Array | None = None) -> jax.Array:
+    """What the logits at t must name: the label at t + 1, shape (B, T - 1).
+
+    The shift is here and nowhere else: labels are the tokens themselves, not shifted. Padding
+    becomes IGNORE_INDEX.
+    """
     if counts_B is not None:
-        steps_1T = jnp.arange(1, labels_BT.shape[1])[None, :]
-        scored_BT = scored_BT & (steps_1T < counts_B[:, None])
-    targets_BT = jnp.where(scored_BT, targets_BT, 0)
-    target_logits_BT1 = jnp.take_along_axis(logits_BTV, targets_BT[:, :, None], axis=-1)
-    losses_BT = jax.nn.logsumexp(logits_BTV, axis=-1) - target_logits_BT1[:, :, 0]
-    return TokenLoss(jnp.sum(jnp.where(scored_BT, losses_BT, 0.0)), jnp.sum(scored_BT))
+        steps_1T = jnp.arange(labels_BT.shape[1])[None, :]
+        labels_BT = jnp.where(steps_1T < counts_B[:, None], labels_BT, IGNORE_INDEX)
+    return labels_BT[:, 1:]
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0) -> TokenLoss:
+    """The cross entropy of every target that is not IGNORE_INDEX, in float32 or wider.
+
+    Args:
+        logits: scores, shape (..., C).
+        targets: classes, shape (...).
+        label_smoothing: share of each target that is spread evenly over all classes. Szegedy et
+            al., "Rethinking the Inception architecture", 2016, section 7.
+    """
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    scored = targets != IGNORE_INDEX
+    classes = jnp.where(scored, targets, 0)
+    found = jnp.take_along_axis(logits, classes[..., None], axis=-1)[..., 0]
+    if label_smoothing:
+        found = (1.0 - label_smoothing) * found + label_smoothing * jnp.mean(logits, axis=-1)
+    losses = jax.nn.logsumexp(logits, axis=-1) - found
+    return TokenLoss(jnp.sum(jnp.where(scored, losses, 0.0)), jnp.sum(scored))

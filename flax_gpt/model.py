@@ -19,7 +19,8 @@ from flax_gpt.positions import NOWHERE, Placement, check_counts, place
 class Attention(nnx.Module):
     """Causal multi-head attention over what the cache holds and the new tokens.
 
-    Written by hand: the frameworks' fused attentions compute their softmax in float32.
+    Written by hand: the frameworks' fused attentions compute their softmax in float32, which
+    spoils float64. Here it is float32 for the 16-bit types and the compute dtype for others.
     """
 
     def __init__(self, config: GPTConfig, key: jax.Array | None = None):
@@ -60,9 +61,10 @@ class Attention(nnx.Module):
             values_BKSH = jnp.where(seen_B1S1, values_BKSH, 0.0)
         scores_BKTS = jnp.einsum("BTKH,BKSH->BKTS", q_BTKH, keys_BKSH) * q_BTKH.shape[-1] ** -0.5
         # Not -inf: a row that sees nothing, such as padding, must stay finite.
+        scores_BKTS = scores_BKTS.astype(jnp.promote_types(scores_BKTS.dtype, jnp.float32))
         lowest = jnp.finfo(scores_BKTS.dtype).min
         scores_BKTS = jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)
-        weights_BKTS = jax.nn.softmax(scores_BKTS, axis=-1)
+        weights_BKTS = jax.nn.softmax(scores_BKTS, axis=-1).astype(values_BKSH.dtype)
         subkeys = split_or_none(key, 2)
         weights_BKTS = dropout(weights_BKTS, self.dropout, subkeys[0])
         mixed_BTKH = jnp.einsum("BKTS,BKSH->BTKH", weights_BKTS, values_BKSH)
@@ -260,10 +262,15 @@ def embedding(config: GPTConfig, num_rows: int, key: jax.Array | None) -> nnx.Em
 def initial(
     config: GPTConfig, shape: tuple[int, ...], std: float, key: jax.Array | None
 ) -> jax.Array:
-    """Normal numbers of the given standard deviation; zeros without a key."""
+    """Normal numbers of the given standard deviation; zeros without a key.
+
+    In the 16-bit types they are those of float32, rounded.
+    """
     if key is None:
         return jnp.zeros(shape, parameter_dtype(config))
-    return random.normal(key, shape, config.dtype) * std
+    dtype = parameter_dtype(config)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return (random.normal(key, shape, wide.name) * std).astype(dtype)
 
 
 def residual_std(config: GPTConfig) -> float:

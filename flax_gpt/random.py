@@ -79,10 +79,11 @@ def gumbel(key: jax.Array, shape: tuple[int, ...], dtype: str = "float32") -> ja
     return -jnp.log(-jnp.log(jnp.maximum(uniform(key, shape, dtype), tiny)))
 
 
-def categorical(key: jax.Array, logits: jax.Array) -> jax.Array:
-    """Ids drawn from softmax(logits) over the last axis, by the Gumbel maximum."""
-    noise = gumbel(key, logits.shape, logits.dtype.name)
-    return jnp.argmax(logits + noise, axis=-1)
+def perturb(key: jax.Array, logits: jax.Array) -> jax.Array:
+    """Adds Gumbel noise: the id of the highest is then a draw from softmax(logits), last axis."""
+    # Noise of float32 in every dtype, because float64 draws other bits: a seed would mean another
+    # text there, and the float64 run could not judge the float32 one.
+    return logits + gumbel(key, logits.shape).astype(logits.dtype)
 
 
 _UNSIGNED = {32: np.uint32, 64: np.uint64}

@@ -1,9 +1,7 @@
-"""One training step and one evaluation. Read beside torch_gpt/train.py.
-
-Dimension key: B batch, T tokens.
-"""
+"""One training step and one evaluation. Read beside torch_gpt/train.py."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,77 +10,216 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from flax_gpt import random
 from flax_gpt.config import TrainConfig
-from flax_gpt.loss import TokenLoss, next_token_loss
-from flax_gpt.model import GPT
-from flax_gpt.optimizer import adamw
+from flax_gpt.loss import IGNORE_INDEX, TokenLoss, cross_entropy
+from flax_gpt.optimizer import LossScale, adamw, clip_gradients
+from flax_gpt.tasks import NEXT_TOKEN, Batch, Task
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes."""
+    """Everything that a step changes, and what it needs to know."""
 
     graphdef: nnx.GraphDef = dataclasses.field(metadata=dict(static=True))
     config: TrainConfig = dataclasses.field(metadata=dict(static=True))
+    task: Task = dataclasses.field(metadata=dict(static=True))
     parameters: nnx.State
     optimizer: Any
+    loss_scale: LossScale | None
+    key: jax.Array | None
     step: jax.Array
 
     @classmethod
-    def create(cls, model: GPT, config: TrainConfig) -> "TrainState":
-        """The state before the first step."""
+    def create(
+        cls,
+        model: nnx.Module,
+        config: TrainConfig,
+        key: jax.Array | None = None,
+        task: Task = NEXT_TOKEN,
+    ) -> "TrainState":
+        """The state before the first step.
+
+        Args:
+            model: with its initial weights.
+            config: of the optimizer.
+            key: active dropout; step n has its own, folded in. None for none.
+            task: what the model is trained to predict.
+        """
         graphdef, parameters = nnx.split(model)
         optimizer = adamw(config).init(parameters)
-        return cls(graphdef, config, parameters, optimizer, jnp.zeros((), jnp.int32))
+        scale = LossScale.create() if config.compute_dtype == "float16" else None
+        step = jnp.zeros((), jnp.int32)
+        return cls(graphdef, config, task, parameters, optimizer, scale, key, step)
 
     @property
-    def model(self) -> GPT:
+    def model(self) -> nnx.Module:
         """The model with its present weights."""
         return nnx.merge(self.graphdef, self.parameters)
 
 
-@jax.jit
-def train_step(
-    tokens_BT: jax.Array,
-    state: TrainState,
-    counts_B: jax.Array | None = None,
-    key: jax.Array | None = None,
-) -> tuple[TokenLoss, TrainState]:
-    """One gradient of the mean loss, one AdamW update.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepResult:
+    """What one training step saw.
 
-    Args:
-        tokens_BT: ids, also the labels.
-        state: before the step.
-        counts_B: real tokens per row; None for T.
-        key: active dropout; None for none.
-
-    Returns:
-        The loss before the update, and the state after it.
+    Attributes:
+        loss: before the update, smoothing included.
+        gradient_norm: of the whole gradient, before clipping.
+        applied: False when the gradient was not finite or nothing was scored, which leaves weights
+            and optimizer as they were.
     """
 
+    loss: TokenLoss
+    gradient_norm: jax.Array
+    applied: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How well a model predicts; parts of a data set add up.
+
+    Attributes:
+        loss: without smoothing.
+        num_correct: scored tokens whose class had the highest score.
+    """
+
+    loss: TokenLoss
+    num_correct: jax.Array
+
+    def __add__(self, other: "Evaluation") -> "Evaluation":
+        return Evaluation(self.loss + other.loss, self.num_correct + other.num_correct)
+
+    @property
+    def accuracy(self) -> jax.Array:
+        """Share of the scored tokens that were predicted; NaN when there was none."""
+        dtype = self.loss.total.dtype
+        return self.num_correct.astype(dtype) / self.loss.num_tokens.astype(dtype)
+
+
+@jax.jit
+def train_step(batch: Batch, state: TrainState) -> tuple[StepResult, TrainState]:
+    """One gradient of the mean loss over all scored tokens, one AdamW update.
+
+    A gradient that is not finite, or that no token made, is not applied, so that a bad batch costs
+    a step and not the run.
+
+    Args:
+        batch: its rows are cut into `accumulation_steps` equal parts, run one after the other.
+        state: before the step.
+
+    Returns:
+        What the step saw, and the state after it.
+
+    Raises:
+        ValueError: when the rows do not divide into the parts.
+    """
     # twin: jax returns new parameters; torch's optimizer changes them where they lie, and the
     # state that goes in is the one that comes out.
-    def mean_loss(parameters):
-        logits_BTV, _ = nnx.merge(state.graphdef, parameters)(tokens_BT, counts_B=counts_B, key=key)
-        loss = next_token_loss(logits_BTV, tokens_BT, counts_B)
-        return loss.mean, loss
+    config = state.config
+    num_scored = jnp.sum(state.task.targets(batch) != IGNORE_INDEX)
+    unit = 1.0 if state.loss_scale is None else state.loss_scale.scale
 
-    gradients, loss = jax.grad(mean_loss, has_aux=True)(state.parameters)
-    updates, optimizer = adamw(state.config).update(gradients, state.optimizer, state.parameters)
-    parameters = optax.apply_updates(state.parameters, updates)
-    return loss, dataclasses.replace(
-        state, parameters=parameters, optimizer=optimizer, step=state.step + 1
+    def share_of_mean(parameters: nnx.State, part: Batch, index: int):
+        """What a part adds to the mean loss of the batch, times the loss scale."""
+        key = None
+        if state.key is not None:
+            key = random.fold_in(random.fold_in(state.key, state.step), index)
+        model = _in_compute_dtype(state.graphdef, parameters, config.compute_dtype)
+        logits = state.task.logits(model, part, key)
+        loss = cross_entropy(logits, state.task.targets(part), config.label_smoothing)
+        return loss.total / num_scored.astype(loss.total.dtype) * unit, loss
+
+    gradients, loss = None, None
+    for index, part in enumerate(_parts(batch, config.accumulation_steps)):
+        more, part_loss = jax.grad(share_of_mean, has_aux=True)(state.parameters, part, index)
+        gradients = more if gradients is None else jax.tree.map(jnp.add, gradients, more)
+        loss = part_loss if loss is None else loss + part_loss
+    gradients = jax.tree.map(lambda g: g / unit, gradients)
+    finite = functools.reduce(
+        jnp.logical_and, (jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(gradients))
     )
+    gradients, norm = clip_gradients(config, gradients)
+    applied = jnp.isfinite(norm) & (num_scored > 0)
+    updates, optimizer = adamw(config).update(gradients, state.optimizer, state.parameters)
+    parameters = optax.apply_updates(state.parameters, updates)
+    kept = state.parameters, state.optimizer
+    parameters, optimizer = jax.tree.map(
+        lambda new, old: jnp.where(applied, new, old), (parameters, optimizer), kept
+    )
+    scale = None if state.loss_scale is None else state.loss_scale.update(finite)
+    state = dataclasses.replace(
+        state,
+        parameters=parameters,
+        optimizer=optimizer,
+        loss_scale=scale,
+        step=state.step + 1,
+    )
+    return StepResult(loss, norm, applied), state
 
 
-def evaluate(model: GPT, batches: Iterable[jax.Array]) -> TokenLoss:
-    """The loss over all tokens of all batches, each (B, T) and without padding.
+def overfit_one_batch(
+    batch: Batch, state: TrainState, target: float = 0.01, max_steps: int = 1000
+) -> tuple[list[float], TrainState]:
+    """Learns one batch by heart: what a correct model and training loop can always do.
+
+    Returns:
+        The loss of every step, the last of them below `target` unless `max_steps` came first, and
+        the state.
+    """
+    losses = []
+    while len(losses) < max_steps and not (losses and losses[-1] < target):
+        result, state = train_step(batch, state)
+        losses.append(float(result.loss.mean))
+    return losses, state
+
+
+def evaluate(model: nnx.Module, batches: Iterable[Batch], task: Task = NEXT_TOKEN) -> Evaluation:
+    """The loss and the hits over all scored tokens of all batches, without dropout.
 
     Raises:
         ValueError: when there is no batch.
     """
-    losses = [next_token_loss(model(tokens_BT)[0], tokens_BT) for tokens_BT in batches]
-    if not losses:
+    graphdef, parameters = nnx.split(model)
+    parts = [_evaluate_batch(graphdef, parameters, batch, task) for batch in batches]
+    if not parts:
         raise ValueError("evaluate: 0 batches. A loss needs a token. Give at least one batch.")
-    return sum(losses[1:], start=losses[0])
+    return functools.reduce(Evaluation.__add__, parts)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "task"))
+def _evaluate_batch(
+    graphdef: nnx.GraphDef, parameters: nnx.State, batch: Batch, task: Task
+) -> Evaluation:
+    logits, targets = task.logits(nnx.merge(graphdef, parameters), batch, None), task.targets(batch)
+    hits = (jnp.argmax(logits, axis=-1) == targets) & (targets != IGNORE_INDEX)
+    return Evaluation(cross_entropy(logits, targets), jnp.sum(hits))
+
+
+def _parts(batch: Batch, num: int) -> list[Batch]:
+    """The rows of a batch in `num` equal parts, in order."""
+    rows = batch.tokens_BT.shape[0]
+    if rows % num:
+        raise ValueError(
+            f"train_step: {rows} rows in {num} parts. Parts have the same number of rows. Choose "
+            "accumulation_steps that divides the batch."
+        )
+    size = rows // num
+    places = [slice(start, start + size) for start in range(0, rows, size)]
+    return [jax.tree.map(lambda x, place=place: x[place], batch) for place in places]
+
+
+def _in_compute_dtype(
+    graphdef: nnx.GraphDef, parameters: nnx.State, dtype: str | None
+) -> nnx.Module:
+    """The model with its weights cast, through which gradients flow back to the weights' dtype."""
+    if dtype is None:
+        return nnx.merge(graphdef, parameters)
+    model = nnx.merge(graphdef, jax.tree.map(lambda x: x.astype(dtype), parameters))
+    # twin: nnx.Embed computes in the dtype it was made with; all else follows the weights.
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.Embed):
+            module.dtype = jnp.dtype(dtype)
+    return model

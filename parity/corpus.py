@@ -57,6 +57,21 @@ class Corpus:
         number = {character: index for index, character in enumerate(vocabulary)}
         return cls(source, vocabulary, np.array([number[c] for c in text], np.int32))
 
+    def split(self, held_out: float = 0.1) -> tuple["Corpus", "Corpus"]:
+        """The front of the text to learn from, and its end to be judged by."""
+        cut = int(len(self.ids) * (1.0 - held_out))
+        front, end = (dataclasses.replace(self, ids=x) for x in (self.ids[:cut], self.ids[cut:]))
+        return front, end
+
+    def pieces(self, length: int, most: int) -> np.ndarray:
+        """Passages (N, length) from end to end; at most `most` of them, evenly spread.
+
+        A text shorter than one passage gives one, read around its end.
+        """
+        num = max(len(self.ids) // length, 1)
+        kept = np.unique(np.linspace(0, num - 1, min(num, most)).astype(int))
+        return self.ids[(kept[:, None] * length + np.arange(length)) % len(self.ids)]
+
     def windows(self, num: int, length: int, *seed: int) -> np.ndarray:
         """`num` passages of `length` tokens from random places, the same ones for the same seed.
 
@@ -68,3 +83,19 @@ class Corpus:
     def decode(self, ids: np.ndarray) -> str:
         """The text of ids."""
         return "".join(self.vocabulary[index] for index in ids)
+
+
+def encode(vocabulary: str, text: str) -> np.ndarray:
+    """The ids of a text, int32.
+
+    Raises:
+        ValueError: for an empty text or characters that the vocabulary does not have.
+    """
+    unknown = sorted(set(text) - set(vocabulary))
+    if unknown or not text:
+        found = "an empty prompt" if not text else f"{', '.join(map(repr, unknown[:5]))} unknown"
+        raise ValueError(
+            f"prompt: {found}. A prompt is characters of the text that was trained on, one at "
+            f"least. There are {len(vocabulary)}: {''.join(c for c in vocabulary if c > ' ')}"
+        )
+    return np.array([vocabulary.index(character) for character in text], np.int32)

@@ -4,7 +4,6 @@ Read beside parity/torch_run.py; the two classes have the same methods.
 """
 
 import contextlib
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from parity.capture import Trace, capture_flax
-from parity.environment import jax_scope
+from parity.environment import Scoped, jax_scope
 from parity.leaves import Leaves, cast, cast_array, dotted, load_flax
 from parity.oracle import Purity, flax_purity
 from parity.pair import Batch, Side
@@ -63,15 +62,15 @@ class FlaxRun:
             arrays = self._arrays(batch)
             return capture_flax(self.module, lambda: self._side.forward(self.module, *arrays))
 
-    def trainer(self) -> Any:
-        """The side's trainer, on weights of its own."""
+    def trainer(self, num_steps: int) -> Any:
+        """The side's trainer for a training of `num_steps`, on weights of its own."""
         with self._scope():
-            return _Scoped(self._side.trainer(self._load()), self._scope)
+            return Scoped(self._side.trainer(self._load(), num_steps), self._scope)
 
     def decoder(self) -> Any:
         """The side's decoder."""
         with self._scope():
-            return _Scoped(self._side.decoder(self.module), self._scope)
+            return Scoped(self._side.decoder(self.module), self._scope)
 
     def decoder_traces(self, call: Callable[[Any], Any]) -> list[Trace]:
         """Inputs and outputs of every module while `call` uses the side's decoder."""
@@ -96,20 +95,3 @@ class FlaxRun:
             return function(nnx.merge(self._graphdef, parameters, self._rest), *arrays)
 
         return call
-
-
-class _Scoped:
-    """An object whose methods run inside a scope."""
-
-    def __init__(self, target: Any, scope):
-        self._target, self._scope = target, scope
-
-    def __getattr__(self, name: str):
-        method = getattr(self._target, name)
-
-        @functools.wraps(method)
-        def scoped(*args, **kwargs):
-            with self._scope():
-                return method(*args, **kwargs)
-
-        return scoped

@@ -87,7 +87,8 @@ def _variables(module: nnx.Module) -> dict[str, nnx.Variable]:
     }
 
 
-def _require_same(side: str, present: Leaves, given: Mapping[str, np.ndarray]) -> None:
+def different_leaves(present: Leaves, given: Mapping[str, np.ndarray]) -> list[str]:
+    """What keeps `given` from standing in for `present`: names, shapes and dtypes, in words."""
     problems = [f"{name} is missing" for name in present if name not in given]
     problems += [f"{name} is unknown" for name in given if name not in present]
     problems += [
@@ -96,5 +97,9 @@ def _require_same(side: str, present: Leaves, given: Mapping[str, np.ndarray]) -
         for name, array in present.items()
         if name in given and (given[name].shape != array.shape or given[name].dtype != array.dtype)
     ]
-    if problems:
+    return problems
+
+
+def _require_same(side: str, present: Leaves, given: Mapping[str, np.ndarray]) -> None:
+    if problems := different_leaves(present, given):
         raise ValueError(f"load_{side}: {'; '.join(problems)}. Give exactly the module's leaves.")

@@ -41,9 +41,10 @@ class Side:
         build: a module of the given dtype name, on the host; its weights will be overwritten.
         forward: (module, *inputs) to the output compared.
         loss: (module, *inputs) to a scalar.
-        trainer: a module to a trainer: `step(*inputs)` to the loss before the update,
-            `parameters()` and `moments()` to the module's leaves and the optimizer's
-            (first, second, count); None for a model that is not to be trained.
+        trainer: a module and the number of steps that its schedule spans to a trainer:
+            `step(*inputs)` to the loss before the update, `parameters()` and `moments()` to the
+            module's leaves and the optimizer's (first, second, count); None for a model that is
+            not to be trained.
         decoder: a module to a decoder: `chunks(calls, capacity)` and `generate(...)`; None for a
             model without a cache.
     """
@@ -52,7 +53,7 @@ class Side:
     build: Callable[[str], Any]
     forward: Callable[..., Any]
     loss: Callable[..., Any]
-    trainer: Callable[[Any], Any] | None = None
+    trainer: Callable[[Any, int], Any] | None = None
     decoder: Callable[[Any], Any] | None = None
 
 
@@ -66,7 +67,7 @@ class Pair:
         rules: the weight map.
         probes: named inputs for logits and gradients; the first is the one for gradients.
         training_batch: the batch of a training step, by its number.
-        learning_rate: of both trainers, the unit in which null updates are judged.
+        learning_rate: the largest of both trainers, the unit in which single updates are judged.
         prompts: tokens (B, T) and counts (B,) to continue greedily; None without a decoder.
         new_tokens: how many to generate behind each prompt.
         sequences: tokens (B, T) and counts (B,) to read in chunks; None without a decoder.

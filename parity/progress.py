@@ -3,9 +3,17 @@
 import contextlib
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 @contextlib.contextmanager
@@ -54,5 +62,58 @@ def interruptible(progress: Callable[[str, float], None]) -> Iterator[Callable[[
     before = signal.signal(signal.SIGINT, interrupt)
     try:
         yield checked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def watched(console: Console, num_steps: int) -> Iterator[Callable[[Any], None]]:
+    """Yields the function to call with every `Moment` of a training."""
+    if not console.is_terminal:
+
+        def log(moment: Any) -> None:
+            if moment.step == 1 or moment.step % max(num_steps // 10, 1) == 0:
+                console.print(
+                    f"step {moment.step}/{num_steps}  {_words(moment)}", style="dim",
+                    highlight=False, soft_wrap=True,
+                )  # fmt: skip
+
+        yield log
+        return
+    columns = SpinnerColumn(), BarColumn(bar_width=20), TextColumn("{task.description}")
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("compiling", total=num_steps)
+
+        def show(moment: Any) -> None:
+            words = f"{moment.step}/{num_steps}  {_words(moment)}"
+            bar.update(task, description=words, completed=moment.step)
+
+        yield show
+
+
+def _words(moment: Any) -> str:
+    """Loss, gradient norm and speed of each framework, and the gap between them."""
+    sides = [
+        f"{name} {loss:.4f} |g| {moment.gradient_norms[name]:.2f}"
+        + (f" {moment.rates[name]:,.0f} tok/s" if moment.rates[name] else "")
+        for name, loss in moment.losses.items()
+    ]
+    gap = [f"gap {moment.gap:.1e}"] if len(moment.losses) > 1 else []
+    return "  ".join(sides + gap)
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[Callable[[], bool]]:
+    """Yields a question: has the user asked to stop? A second Ctrl-C does not wait for it."""
+    came: list[int] = []
+
+    def ask(number: int, _) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        yield lambda: bool(came)
     finally:
         signal.signal(signal.SIGINT, before)

@@ -85,6 +85,15 @@ TWINS = Rules(
     )
 )
 
+# The twins' classifiers: the GPT, and a linear head on it.
+CLASSIFIERS = Rules(
+    (
+        *(Rule(f"gpt.{rule.torch}", f"gpt.{rule.flax}", rule.layout) for rule in TWINS.rules),
+        Rule("head.weight", "head.kernel", Layout.TRANSPOSED),
+        Rule("head.bias", "head.bias"),
+    )
+)
+
 # transformers' GPT2LMHeadModel, whose Conv1D keeps (in, out) and fuses query, key and value.
 HF_GPT2 = Rules(
     (

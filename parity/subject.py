@@ -1,6 +1,7 @@
 """A pair under test: its randomized weights, its four runs, and what levels learn about it."""
 
 import functools
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -84,6 +85,19 @@ class Subject:
             TorchRun(self.pair.torch, self.torch_leaves, dtype, self.devices.torch),
         )
 
+    def witness(self, dtype: str) -> TorchRun:
+        """The torch side again, with every weight moved to a neighbouring number."""
+        rng = np.random.default_rng(self.seed)
+        nudged = {
+            name: np.nextafter(
+                leaf.astype(dtype), rng.choice([-np.inf, np.inf], leaf.shape).astype(dtype)
+            )
+            if np.issubdtype(leaf.dtype, np.floating)
+            else leaf
+            for name, leaf in self.torch_leaves.items()
+        }
+        return TorchRun(self.pair.torch, nudged, dtype, self.devices.torch)
+
     @property
     def gradient_probe(self) -> Batch:
         """The batch that gradients are taken on."""
@@ -106,9 +120,47 @@ class Subject:
         return tuple(
             name
             for name in flax
-            if np.linalg.norm(flax[name]) <= _NULL * scale
-            and np.linalg.norm(torch[name]) <= _NULL * scale
+            if all(np.linalg.norm(side[name]) <= _NULL * scale for side in (flax, torch))
         )
+
+    @functools.cached_property
+    def null_means(self) -> tuple[tuple[str, int], ...]:
+        """Leaves, and one axis each, over which the mean of the gradient is zero up to rounding.
+
+        What is added to all channels of the residual stream alike is taken out again by the norms
+        that read it; what is added to the scores of all classes alike, by the softmax of the loss.
+        """
+        (_, flax), (_, torch) = self.gradients("float64")
+        return tuple(
+            (name, axis)
+            for name in flax
+            if name not in self.null_leaves
+            for axis, size in enumerate(flax[name].shape)
+            if size > 1
+            and all(
+                np.linalg.norm(along_ones(side[name], axis)) <= _NULL * np.linalg.norm(side[name])
+                for side in (flax, torch)
+            )
+        )
+
+    @property
+    def null_names(self) -> str:
+        """All of these in words; layers of one kind are named once."""
+        groups: dict[str, list[str]] = {}
+        for name in self.null_leaves:
+            groups.setdefault("", []).append(name)
+        for name, axis in self.null_means:
+            groups.setdefault(f"the mean over axis {axis} of ", []).append(name)
+        parts = []
+        for words, names in groups.items():
+            kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)
+            parts.append(words + ", ".join(kinds))
+        return "; ".join(parts)
+
+
+def along_ones(array: np.ndarray, axis: int) -> np.ndarray:
+    """The part of an array along the unit vector of ones of an axis."""
+    return array.sum(axis=axis) / np.sqrt(array.shape[axis])
 
 
 def randomized(leaves: Leaves, seed: int) -> Leaves:

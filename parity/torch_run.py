@@ -50,9 +50,9 @@ class TorchRun:
         arrays = self._arrays(batch)
         return capture_torch(self.module, lambda: self._side.forward(self.module, *arrays))
 
-    def trainer(self) -> Any:
-        """The side's trainer, on weights of its own."""
-        return self._side.trainer(self._load())
+    def trainer(self, num_steps: int) -> Any:
+        """The side's trainer for a training of `num_steps`, on weights of its own."""
+        return self._side.trainer(self._load(), num_steps)
 
     def decoder(self) -> Any:
         """The side's decoder."""

@@ -13,32 +13,53 @@ from flax import nnx
 import flax_gpt
 import torch_gpt
 from parity.corpus import Corpus
-from parity.leaves import Leaves, dotted, flax_leaves, to_numpy, torch_leaves
+from parity.leaves import to_numpy
 from parity.pair import Batch, Pair, Side
-from parity.rules import TWINS
+from parity.rules import CLASSIFIERS, TWINS
+from parity.trainers import FlaxTrainer, TorchTrainer
 
 Calls = list[tuple[np.ndarray, np.ndarray]]
+
+TASKS = "next-token", "token-class", "sequence-class"
+CLASSES = 4
 
 _PROBE_SIZE = 1 << 26  # logits of one probe at most, half a gigabyte in float64
 _PROMPT_LENGTH = 64
 _SEQUENCE_LENGTH = 96
 _TRAINING_BATCH = 8, 64
+_UNSCORED = 0.1  # share of labels that are not scored
 
 
-def preset_config(corpus: Corpus, preset: str) -> flax_gpt.GPTConfig:
+def preset_config(corpus: Corpus, preset: str, **changes) -> flax_gpt.GPTConfig:
     """A preset's sizes; `tiny` takes its vocabulary size from the text.
 
     Raises:
         ValueError: for an unknown preset.
     """
-    changes = {"vocab_size": len(corpus.vocabulary)} if preset == "tiny" else {}
+    if preset == "tiny":
+        changes = {"vocab_size": len(corpus.vocabulary)} | changes
     return flax_gpt.GPTConfig.preset(preset, **changes)
+
+
+def training(num_steps: int) -> dict[str, Any]:
+    """Constants of a training in which everything that can differ is switched on."""
+    warmup = max(2, num_steps // 10)
+    return dict(
+        learning_rate=1e-3,
+        schedule="cosine",
+        warmup_steps=warmup,
+        total_steps=max(num_steps, warmup + 1),
+        clip_norm=0.5,
+        label_smoothing=0.1,
+        accumulation_steps=2,
+    )
 
 
 def twins(
     corpus: Corpus,
     config: flax_gpt.GPTConfig | None = None,
     *,
+    task: str = "next-token",
     seed: int = 0,
     max_new_tokens: int = 256,
     flax_package: ModuleType = flax_gpt,
@@ -48,18 +69,22 @@ def twins(
 
     Args:
         corpus: the text.
-        config: their sizes; the `tiny` preset when None.
-        seed: of the passages.
+        config: their sizes; the `tiny` preset when None. Its dropout is active in training.
+        task: one of `TASKS`. The two with classes put a classifier's head on the GPT: the kind of
+            the character before each token, and how many of a passage's characters are letters.
+        seed: of the passages and of dropout.
         max_new_tokens: tokens to generate behind each prompt; the prompts leave room for them.
         flax_package: the Flax twin, or a changed copy of it.
         torch_package: the PyTorch twin, or a changed copy of it.
 
     Raises:
-        ValueError: for a vocabulary that the model cannot hold, or too many new tokens.
+        ValueError: for an unknown task, a vocabulary that the model cannot hold, or too many new
+            tokens.
     """
+    if task not in TASKS:
+        raise ValueError(f"task {task!r}: there are {', '.join(TASKS)}. Choose one of them.")
     config = config or preset_config(corpus, "tiny")
     sizes, context = dataclasses.asdict(config), config.context_length
-    training = dataclasses.asdict(flax_gpt.TrainConfig())
     if len(corpus.vocabulary) > config.vocab_size:
         raise ValueError(
             f"check: {len(corpus.vocabulary)} different characters in {corpus.source} > vocabulary "
@@ -71,129 +96,130 @@ def twins(
             f"check: {max_new_tokens} new tokens leave {room} of context {context} for prompts. "
             f"They need 4. Ask for at most {context - 4}."
         )
+    decodes = task == "next-token"
+    dropout_seed = seed if config.dropout else None
 
-    flax_side = Side(
-        name="flax_gpt",
-        build=lambda dtype: flax_package.GPT(flax_package.GPTConfig(**sizes | {"dtype": dtype})),
-        forward=_forward,
-        loss=lambda *args: _loss(flax_package, *args),
-        trainer=lambda model: FlaxTrainer(flax_package, model, training),
-        decoder=lambda model: FlaxDecoder(flax_package, model),
-    )
-    torch_side = Side(
-        name="torch_gpt",
-        build=lambda dtype: torch_package.GPT(torch_package.GPTConfig(**sizes | {"dtype": dtype})),
-        forward=_forward,
-        loss=lambda *args: _loss(torch_package, *args),
-        trainer=lambda model: TorchTrainer(torch_package, model, training),
-        decoder=lambda model: TorchDecoder(torch_package, model),
-    )
+    def side(name: str, package: ModuleType, trainer: type, decoder: type) -> Side:
+        return Side(
+            name=name,
+            build=lambda dtype: _build(package, task, sizes | {"dtype": dtype}),
+            forward=_forward if decodes else _classify,
+            loss=lambda model, *inputs: _loss(package, task, model, *inputs),
+            trainer=lambda model, num_steps: trainer(
+                package, model, training(num_steps), _task_name(task), dropout_seed
+            ),
+            decoder=(lambda model: decoder(package, model)) if decodes else None,
+        )
+
     rows, width = _TRAINING_BATCH
     width = min(width, context)
-    prompt, length = min(_PROMPT_LENGTH, room), min(_SEQUENCE_LENGTH, context)
+    prompts = sequences = None
+    if decodes:
+        prompt, length = min(_PROMPT_LENGTH, room), min(_SEQUENCE_LENGTH, context)
+        counts = [prompt, prompt * 3 // 4, prompt // 2, 1]
+        prompts = corpus.windows(4, prompt, seed, 2), np.array(counts, np.int32)
+        counts = [length, length - 1, length // 3, 1]
+        sequences = corpus.windows(4, length, seed, 3), np.array(counts, np.int32)
     return Pair(
-        flax=flax_side,
-        torch=torch_side,
-        rules=TWINS,
-        probes=_probes(corpus, config, seed),
-        training_batch=lambda step: Batch((corpus.windows(rows, width, seed, 1, step),)),
-        learning_rate=training["learning_rate"],
-        prompts=(
-            corpus.windows(4, prompt, seed, 2),
-            np.array([prompt, prompt * 3 // 4, prompt // 2, 1], np.int32),
-        ),
+        flax=side("flax_gpt", flax_package, FlaxTrainer, FlaxDecoder),
+        torch=side("torch_gpt", torch_package, TorchTrainer, TorchDecoder),
+        rules=TWINS if decodes else CLASSIFIERS,
+        probes=_probes(corpus, config, task, seed),
+        training_batch=lambda step: training_batch(corpus, rows, width, task, seed, step),
+        learning_rate=training(1)["learning_rate"],
+        prompts=prompts,
         new_tokens=max_new_tokens,
-        sequences=(
-            corpus.windows(4, length, seed, 3),
-            np.array([length, length - 1, length // 3, 1], np.int32),
-        ),
-        config=sizes | {"data": corpus.source},
+        sequences=sequences,
+        config=sizes | {"data": corpus.source, "task": task},
     )
 
 
-def _probes(corpus: Corpus, config: flax_gpt.GPTConfig, seed: int) -> dict[str, Batch]:
+def training_batch(corpus: Corpus, rows: int, width: int, task: str, seed: int, step: int) -> Batch:
+    """Ragged rows in which some labels are not scored, fresh ones for every step."""
+    tokens = corpus.windows(rows, width, seed, 1, step)
+    rng = np.random.default_rng((seed, 4, step))
+    counts = rng.integers(max(width // 4, 2), width + 1, rows).astype(np.int32)
+    return Batch((tokens, counts, labels(corpus, tokens, counts, task, rng)))
+
+
+def labels(
+    corpus: Corpus, tokens: np.ndarray, counts: np.ndarray, task: str, rng: np.random.Generator
+) -> np.ndarray:
+    """What a task wants to be said of tokens, some of it not scored.
+
+    Of a token: itself, or the kind (letter, digit, space, other) of the character before it. Of a
+    passage: in which fourth of 0 to 1 its share of letters lies.
+    """
+    kinds = np.array([_kind(character) for character in corpus.vocabulary])[tokens]
+    if task == "sequence-class":
+        real = np.arange(tokens.shape[1]) < counts[:, None]
+        share = np.sum(real & (kinds == 0), axis=1) / np.maximum(counts, 1)
+        return np.minimum(share * CLASSES, CLASSES - 1).astype(np.int32)
+    wanted = tokens if task == "next-token" else np.roll(kinds, 1, axis=1)
+    unscored = rng.random(tokens.shape) < _UNSCORED
+    return np.where(unscored, flax_gpt.IGNORE_INDEX, wanted).astype(np.int32)
+
+
+def _kind(character: str) -> int:
+    tests = str.isalpha, str.isdigit, str.isspace
+    return next((kind for kind, test in enumerate(tests) if test(character)), len(tests))
+
+
+def _probes(corpus: Corpus, config: flax_gpt.GPTConfig, task: str, seed: int) -> dict[str, Batch]:
     """Inputs that reach bugs: the ends of the context, one token, padding, repetition."""
     context = config.context_length
     rows = int(np.clip(_PROBE_SIZE // (context * config.vocab_size), 1, 4))
     probes = {
-        "full context, ragged": _ragged(corpus, rows, context, seed),
+        "full context, ragged": _ragged(corpus, rows, context, task, seed),
         "context - 1": Batch((corpus.windows(1, context - 1, seed, 4),)),
         "one token": Batch((corpus.windows(4, 1, seed, 5),)),
     }
     if rows < 4:  # a large model's full context has no room for the rows that pad and repeat
-        probes["short, ragged"] = _ragged(corpus, 4, min(64, context), seed)
+        probes["short, ragged"] = _ragged(corpus, 4, min(64, context), task, seed)
     return probes
 
 
-def _ragged(corpus: Corpus, rows: int, width: int, seed: int) -> Batch:
+def _ragged(corpus: Corpus, rows: int, width: int, task: str, seed: int) -> Batch:
     """A full row, two with padding, and one that repeats a token; the first of these."""
     tokens = corpus.windows(rows, width, seed, 0)
     if rows == 4:
         tokens[3] = tokens[3, 0]
     counts = np.array([width, width * 2 // 3, min(17, width), width], np.int32)[:rows]
-    return Batch((tokens, counts), np.arange(width) < counts[:, None])
+    wanted = labels(corpus, tokens, counts, task, np.random.default_rng((seed, 6)))
+    real = np.arange(width) < counts[:, None]
+    return Batch((tokens, counts, wanted), None if task == "sequence-class" else real)
 
 
-def _forward(model: Any, tokens: Any, counts: Any = None) -> Any:
-    """Logits of either twin."""
+def _build(package: ModuleType, task: str, sizes: dict[str, Any]) -> Any:
+    """The model of a task, with weights of zero."""
+    config = package.GPTConfig(**sizes)
+    if task == "next-token":
+        return package.GPT(config)
+    head = package.TokenClassifier if task == "token-class" else package.SequenceClassifier
+    return head(config, CLASSES)
+
+
+def _task_name(task: str) -> str:
+    return task.upper().replace("-", "_")
+
+
+def _forward(model: Any, tokens: Any, counts: Any = None, labels: Any = None) -> Any:
+    """Logits of either GPT."""
     return model(tokens, counts_B=counts)[0]
 
 
-def _loss(package: ModuleType, model: Any, tokens: Any, counts: Any = None) -> Any:
-    """Mean loss of either twin."""
-    return package.next_token_loss(_forward(model, tokens, counts), tokens, counts).mean
+def _classify(model: Any, tokens: Any, counts: Any = None, labels: Any = None) -> Any:
+    """Scores of either classifier."""
+    return model(tokens, counts)
 
 
-class FlaxTrainer:
-    """Training by flax_gpt.train_step."""
-
-    def __init__(self, package: ModuleType, model: nnx.Module, constants: dict[str, float]):
-        self._package = package
-        self._state = package.TrainState.create(model, package.TrainConfig(**constants))
-
-    def step(self, tokens: np.ndarray) -> float:
-        """One step; the loss before it."""
-        loss, self._state = self._package.train_step(jnp.asarray(tokens), self._state)
-        return float(loss.mean)
-
-    def parameters(self) -> Leaves:
-        """The present weights."""
-        return flax_leaves(self._state.model)
-
-    def moments(self) -> tuple[Leaves, Leaves, int]:
-        """First and second moments by leaf, and the number of steps."""
-        adam = self._state.optimizer[0]
-        return _by_path(adam.mu), _by_path(adam.nu), int(adam.count)
-
-
-class TorchTrainer:
-    """Training by torch_gpt.train_step."""
-
-    def __init__(self, package: ModuleType, model: torch.nn.Module, constants: dict[str, float]):
-        self._package = package
-        self._state = package.TrainState.create(model, package.TrainConfig(**constants))
-
-    def step(self, tokens: np.ndarray) -> float:
-        """One step; the loss before it."""
-        device = self._state.model.token_embedding.weight.device
-        tokens = torch.from_numpy(tokens).long().to(device)
-        loss, self._state = self._package.train_step(tokens, self._state)
-        return float(loss.mean)
-
-    def parameters(self) -> Leaves:
-        """The present weights."""
-        return torch_leaves(self._state.model)
-
-    def moments(self) -> tuple[Leaves, Leaves, int]:
-        """First and second moments by leaf, and the number of steps."""
-        states = {
-            name: self._state.optimizer.state[parameter]
-            for name, parameter in self._state.model.named_parameters()
-        }
-        first = {name: to_numpy(state["exp_avg"]) for name, state in states.items()}
-        second = {name: to_numpy(state["exp_avg_sq"]) for name, state in states.items()}
-        (count,) = {int(state["step"]) for state in states.values()}
-        return first, second, count
+def _loss(package: ModuleType, task: str, model: Any, *inputs: Any) -> Any:
+    """Mean loss of either twin, smoothed."""
+    task, batch = getattr(package, _task_name(task)), package.Batch(*inputs)
+    smoothing = training(1)["label_smoothing"]
+    return package.cross_entropy(
+        task.logits(model, batch, None), task.targets(batch), smoothing
+    ).mean
 
 
 class FlaxDecoder:
@@ -255,7 +281,3 @@ class TorchDecoder:
             self._model, tokens, max_new_tokens, counts, use_cache=use_cache
         )
         return to_numpy(generation.tokens_BG).astype(np.int32)
-
-
-def _by_path(state: Any) -> Leaves:
-    return {dotted(p): np.asarray(v[...]) for p, v in nnx.to_flat_state(state)}

@@ -2,33 +2,56 @@
 
 from torch_gpt import random
 from torch_gpt.cache import KVCache, LayerCache
-from torch_gpt.config import PRESETS, GPTConfig, TrainConfig
+from torch_gpt.classifier import SequenceClassifier, TokenClassifier
+from torch_gpt.config import GREEDY, PRESETS, GPTConfig, Sampling, TrainConfig
 from torch_gpt.decode import NO_TOKEN, Generation, decode_step, generate, prefill, right_pad
-from torch_gpt.loss import IGNORE_INDEX, TokenLoss, next_token_loss
+from torch_gpt.loss import IGNORE_INDEX, TokenLoss, cross_entropy, next_token_loss
 from torch_gpt.model import GPT, MLP, Attention, Block
-from torch_gpt.optimizer import adamw
-from torch_gpt.train import TrainState, evaluate, train_step
+from torch_gpt.optimizer import adamw, learning_rate
+from torch_gpt.tasks import NEXT_TOKEN, SEQUENCE_CLASS, TOKEN_CLASS, Batch, Task
+from torch_gpt.train import (
+    Evaluation,
+    StepResult,
+    TrainState,
+    evaluate,
+    overfit_one_batch,
+    train_step,
+)
 
 __all__ = [
     "GPT",
+    "GREEDY",
     "IGNORE_INDEX",
     "MLP",
+    "NEXT_TOKEN",
     "NO_TOKEN",
     "PRESETS",
+    "SEQUENCE_CLASS",
+    "TOKEN_CLASS",
     "Attention",
+    "Batch",
     "Block",
+    "Evaluation",
     "GPTConfig",
     "Generation",
     "KVCache",
     "LayerCache",
+    "Sampling",
+    "SequenceClassifier",
+    "StepResult",
+    "Task",
+    "TokenClassifier",
     "TokenLoss",
     "TrainConfig",
     "TrainState",
     "adamw",
+    "cross_entropy",
     "decode_step",
     "evaluate",
     "generate",
+    "learning_rate",
     "next_token_loss",
+    "overfit_one_batch",
     "prefill",
     "random",
     "right_pad",

@@ -1,15 +1,18 @@
-"""Greedy decoding: the cache goes in, a longer cache comes out. Read beside flax_gpt/decode.py.
+"""Decoding: the cache goes in, a longer cache comes out. Read beside flax_gpt/decode.py.
 
 Dimension key: B batch, T prompt tokens, S sequence slots, G generated tokens, V vocab.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
+from torch_gpt import random
 from torch_gpt.cache import KVCache
+from torch_gpt.config import GREEDY, Sampling
 from torch_gpt.model import GPT
 from torch_gpt.positions import check_counts
 
@@ -23,10 +26,14 @@ class Generation:
     Attributes:
         tokens_BG: the new tokens; NO_TOKEN behind a row's stop.
         counts_B: new tokens per row, the stop among them.
+        margins_BG: by how much a token's score beat the second best, which tells near-ties. Scores
+            are logits, and where tokens are drawn what `filter_logits` gives, with noise; inf for a
+            token that was the only one left, NaN behind a row's stop.
     """
 
     tokens_BG: torch.Tensor
     counts_B: torch.Tensor
+    margins_BG: torch.Tensor
 
 
 @torch.no_grad()
@@ -73,11 +80,16 @@ def generate(
     counts_B: torch.Tensor | None = None,
     stop_ids: Sequence[int] = (),
     use_cache: bool = True,
+    sampling: Sampling = GREEDY,
+    key: torch.Tensor | None = None,
 ) -> Generation:
-    """Continues each prompt with the most likely token, again and again.
+    """Continues each prompt with the most likely token, or with one drawn from the likely.
 
     Ties go to the lowest id in both twins, which is what makes equal tokens a fair demand. A row
     ends behind its first stop id; the call ends when every row has, or after `max_new_tokens`.
+
+    The noise in a draw comes from the key, the row and the number of the token in this call. Other
+    rows, padding, the cache and the dtype of the model do not change it.
 
     Args:
         tokens_BT: prompts, padded on the right; `right_pad` converts padding on the left.
@@ -85,25 +97,67 @@ def generate(
         counts_B: real tokens per prompt; None for T.
         stop_ids: ids that end a row; a stop is part of the row's output.
         use_cache: False computes every token from the whole sequence, as the reference.
+        sampling: how a token is chosen from its logits; the most likely one when not given.
+        key: draws the tokens, so each call needs its own; None when nothing is drawn.
 
     Raises:
-        ValueError: on empty prompts, ids outside the vocabulary, or more tokens than the context
-            holds.
+        ValueError: on empty prompts, ids outside the vocabulary, more tokens than the context
+            holds, or nothing to draw from.
     """
-    counts_B = _check_prompts(model, tokens_BT, counts_B, max_new_tokens)
+    counts_B = _check_prompts(model, tokens_BT, counts_B, max_new_tokens, sampling, key)
+    if sampling.temperature == 0.0:
+        sampling, key = GREEDY, None  # the filters keep the first token, whatever they are
     tokens_BT = tokens_BT[:, : model.config.context_length]  # what lies beyond is padding
     # twin: jax compiles the whole loop once per shape, so it rounds the prompt length up to a
     # power of two; torch takes one step after the other on the shape at hand.
     device = model.token_embedding.weight.device
-    tokens_BG, counts_B = _loop(
-        model,
-        torch.as_tensor(tokens_BT, device=device).long(),
-        torch.as_tensor(counts_B, device=device).long(),
-        torch.as_tensor(stop_ids, device=device).long().reshape(-1),
-        max_new_tokens=max_new_tokens,
-        use_cache=use_cache,
+    return Generation(
+        *_loop(
+            model,
+            torch.as_tensor(tokens_BT, device=device).long(),
+            torch.as_tensor(counts_B, device=device).long(),
+            torch.as_tensor(stop_ids, device=device).long().reshape(-1),
+            None if key is None else key.to(device),
+            max_new_tokens=max_new_tokens,
+            use_cache=use_cache,
+            sampling=sampling,
+        )
     )
-    return Generation(tokens_BG, counts_B)
+
+
+def filter_logits(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """The logits that a token is drawn from: divided by the temperature, what is dropped at -inf.
+
+    Every filter keeps the head of one ranking, in which of equal logits the lower id comes first.
+
+    Args:
+        logits_BV: of the next token.
+        sampling: a temperature above 0, and what to keep.
+
+    Returns:
+        Logits (B, V) in float32 or wider, counted from the highest, which becomes 0.
+    """
+    given_BV = _widened(logits_BV)
+    # From the highest, so that no temperature is too low: it stays 0, the others go to -inf. A
+    # factor, because XLA makes one of a divisor and torch does not.
+    number = torch.finfo(given_BV.dtype)
+    factor = min(max(1.0 / sampling.temperature, number.tiny), number.max)
+    logits_BV = (given_BV - torch.amax(given_BV, dim=-1, keepdim=True)) * factor
+    if sampling.top_k is not None or sampling.top_p < 1.0:
+        num = min(sampling.top_k or given_BV.shape[1], given_BV.shape[1])
+        # twin: lax.top_k keeps equals in order, once no zero is negative, and need not sort the
+        # rest; torch.topk promises no order.
+        ids = torch.argsort(given_BV, dim=-1, stable=True, descending=True)[:, :num]
+        ranked = torch.take_along_dim(logits_BV, ids, dim=-1)
+        if sampling.top_p < 1.0:
+            sums = torch.cumsum(torch.softmax(ranked, dim=-1), dim=-1)
+            before = torch.nn.functional.pad(sums[:, :-1], (1, 0))
+            ranked = torch.where(before < sampling.top_p, ranked, -torch.inf)
+        none_BV = torch.full_like(logits_BV, -torch.inf)
+        logits_BV = torch.scatter(none_BV, -1, ids, ranked)
+    if sampling.min_p > 0.0:
+        logits_BV = torch.where(logits_BV >= math.log(sampling.min_p), logits_BV, -torch.inf)
+    return logits_BV
 
 
 def right_pad(tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,9 +193,11 @@ def _loop(
     tokens_BT: torch.Tensor,
     counts_B: torch.Tensor,
     stop_ids: torch.Tensor,
+    key: torch.Tensor | None,
     max_new_tokens: int,
     use_cache: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    sampling: Sampling,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The whole of `generate` on the device."""
     B, T = tokens_BT.shape
     num_slots = min(T + max_new_tokens, model.config.context_length)
@@ -161,11 +217,19 @@ def _loop(
         sequences_BS[rows_B, lengths_B] = tokens_B
         return read((sequences_BS, lengths_B + 1))
 
-    def choose(logits_BV, ended_B):
-        """The next token of each row, and whether the row is at its end."""
-        tokens_B = torch.argmax(logits_BV, dim=-1)
+    def choose(step, logits_BV, ended_B, tokens_BG, margins_BG):
+        """Chooses the next token of each row and writes it down; says which rows have ended."""
+        scores_BV = _widened(logits_BV)
+        if sampling.temperature > 0.0:
+            left_BV = filter_logits(logits_BV, sampling)
+            scores_BV = random.perturb(random.fold_in(key, step), left_BV)
+        tokens_B = torch.argmax(scores_BV, dim=-1)
+        second_B = torch.amax(scores_BV.scatter(-1, tokens_B[:, None], -torch.inf), dim=-1)
+        margins_B = torch.amax(scores_BV, dim=-1) - second_B
+        tokens_BG[:, step] = torch.where(ended_B, NO_TOKEN, tokens_B)
+        margins_BG[:, step] = torch.where(ended_B, torch.nan, margins_B)
         stops_B = torch.any(tokens_B[:, None] == stop_ids[None, :], dim=1)
-        return tokens_B, torch.where(ended_B, NO_TOKEN, tokens_B), ended_B | stops_B
+        return tokens_B, ended_B | stops_B
 
     if use_cache:
         cache = KVCache.empty(model.config, B, num_slots, device=tokens_BT.device)
@@ -173,18 +237,21 @@ def _loop(
     else:
         sequences_BS = torch.nn.functional.pad(tokens_BT, (0, num_slots - T))
         logits_BV, state = read((sequences_BS, counts_B))
-    tokens_B, written_B, ended_B = choose(logits_BV, torch.zeros_like(rows_B, dtype=torch.bool))
+    ended_B = torch.zeros_like(rows_B, dtype=torch.bool)
     tokens_BG = torch.full((B, max_new_tokens), NO_TOKEN, device=tokens_BT.device)
-    tokens_BG[:, 0] = written_B
-    new_B = torch.ones_like(rows_B)
+    margins_BG = torch.full_like(tokens_BG, torch.nan, dtype=_widened(logits_BV).dtype)
+    tokens_B, ended_B = choose(0, logits_BV, ended_B, tokens_BG, margins_BG)
     for step in range(1, max_new_tokens):
         if bool(torch.all(ended_B)):
             break
         logits_BV, state = extend(tokens_B, state)
-        new_B = torch.where(ended_B, new_B, new_B + 1)
-        tokens_B, written_B, ended_B = choose(logits_BV, ended_B)
-        tokens_BG[:, step] = written_B
-    return tokens_BG, new_B
+        tokens_B, ended_B = choose(step, logits_BV, ended_B, tokens_BG, margins_BG)
+    return tokens_BG, torch.sum(tokens_BG != NO_TOKEN, dim=1), margins_BG
+
+
+def _widened(x: torch.Tensor) -> torch.Tensor:
+    """Scores in float32 at least: 16 bits make ties of what was none."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _last(x_BTD: torch.Tensor, counts_B: torch.Tensor | None) -> torch.Tensor:
@@ -195,7 +262,12 @@ def _last(x_BTD: torch.Tensor, counts_B: torch.Tensor | None) -> torch.Tensor:
 
 
 def _check_prompts(
-    model: GPT, tokens_BT: torch.Tensor, counts_B: torch.Tensor | None, max_new_tokens: int
+    model: GPT,
+    tokens_BT: torch.Tensor,
+    counts_B: torch.Tensor | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    key: torch.Tensor | None,
 ) -> np.ndarray:
     """counts_B on the host, after all that can be wrong with a request has been looked for."""
     tokens_BT = np.asarray(torch.as_tensor(tokens_BT).cpu())
@@ -224,6 +296,11 @@ def _check_prompts(
                 f"{counts_B.max() + max_new_tokens} > context_length "
                 f"{model.config.context_length}; ask for at most {max(room, 0)}"
             )
+    if sampling.temperature > 0.0 and key is None:
+        problems.append(
+            f"temperature {sampling.temperature} and no key to draw with; give one or take "
+            "temperature 0"
+        )
     if problems:
         raise ValueError(f"generate: {'; '.join(problems)}.")
     return counts_B

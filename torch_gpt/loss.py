@@ -1,4 +1,4 @@
-"""Next-token cross entropy, with the shift in one place and every token counted.
+"""Cross entropy, with the shift in one place and every token counted.
 
 Read beside flax_gpt/loss.py.
 
@@ -19,7 +19,7 @@ class TokenLoss:
 
     Attributes:
         total: sum of cross entropies, in nats.
-        num_tokens: how many tokens were scored.
+        num_tokens: how many tokens were scored; of whole sequences, how many sequences.
     """
 
     total: torch.Tensor
@@ -43,24 +43,55 @@ pytree.register_dataclass(TokenLoss)
 
 
 def next_token_loss(
-    logits_BTV: torch.Tensor, labels_BT: torch.Tensor, counts_B: torch.Tensor | None = None
+    logits_BTV: torch.Tensor,
+    labels_BT: torch.Tensor,
+    counts_B: torch.Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> TokenLoss:
     """Scores logits at t against the label at t + 1, inside each row.
 
-    The shift is here and nowhere else: labels are the tokens themselves, not shifted. The last
-    position of a row has nothing to predict and the first label is never predicted.
+    The last position of a row has nothing to predict and the first label is never predicted.
 
     Args:
         logits_BTV: from the model, on the same tokens.
         labels_BT: the tokens, with IGNORE_INDEX where a token must not be scored.
         counts_B: real tokens per row, the rest is padding on the right; None for T.
+        label_smoothing: see `cross_entropy`.
     """
-    logits_BTV, targets_BT = logits_BTV[:, :-1], labels_BT[:, 1:]
-    scored_BT = targets_BT != IGNORE_INDEX
+    targets = next_token_targets(labels_BT, counts_B)
+    return cross_entropy(logits_BTV[:, :-1], targets, label_smoothing)
+
+
+def next_token_targets(
+    labels_BT: torch.Tensor, counts_B: torch.Tensor | None = None
+) -> torch.Tensor:
+    """What the logits at t must name: the label at t + 1, shape (B, T - 1).
+
+    The shift is here and nowhere else: labels are the tokens themselves, not shifted. Padding
+    becomes IGNORE_INDEX.
+    """
     if counts_B is not None:
-        steps_1T = torch.arange(1, labels_BT.shape[1], device=labels_BT.device)[None, :]
-        scored_BT = scored_BT & (steps_1T < counts_B[:, None])
-    targets_BT = torch.where(scored_BT, targets_BT, 0)
-    target_logits_BT1 = torch.take_along_dim(logits_BTV, targets_BT[:, :, None], dim=-1)
-    losses_BT = torch.logsumexp(logits_BTV, dim=-1) - target_logits_BT1[:, :, 0]
-    return TokenLoss(torch.sum(torch.where(scored_BT, losses_BT, 0.0)), torch.sum(scored_BT))
+        steps_1T = torch.arange(labels_BT.shape[1], device=labels_BT.device)[None, :]
+        labels_BT = torch.where(steps_1T < counts_B[:, None], labels_BT, IGNORE_INDEX)
+    return labels_BT[:, 1:]
+
+
+def cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0
+) -> TokenLoss:
+    """The cross entropy of every target that is not IGNORE_INDEX, in float32 or wider.
+
+    Args:
+        logits: scores, shape (..., C).
+        targets: classes, shape (...).
+        label_smoothing: share of each target that is spread evenly over all classes. Szegedy et
+            al., "Rethinking the Inception architecture", 2016, section 7.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    scored = targets != IGNORE_INDEX
+    classes = torch.where(scored, targets, 0)
+    found = torch.take_along_dim(logits, classes[..., None], dim=-1)[..., 0]
+    if label_smoothing:
+        found = (1.0 - label_smoothing) * found + label_smoothing * torch.mean(logits, dim=-1)
+    losses = torch.logsumexp(logits, dim=-1) - found
+    return TokenLoss(torch.sum(torch.where(scored, losses, 0.0)), torch.sum(scored))

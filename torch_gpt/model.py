@@ -20,7 +20,8 @@ from torch_gpt.positions import NOWHERE, Placement, check_counts, place
 class Attention(nn.Module):
     """Causal multi-head attention over what the cache holds and the new tokens.
 
-    Written by hand: the frameworks' fused attentions compute their softmax in float32.
+    Written by hand: the frameworks' fused attentions compute their softmax in float32, which
+    spoils float64. Here it is float32 for the 16-bit types and the compute dtype for others.
     """
 
     def __init__(self, config: GPTConfig, key: torch.Tensor | None = None):
@@ -62,9 +63,10 @@ class Attention(nn.Module):
             values_BKSH = torch.where(seen_B1S1, values_BKSH, 0.0)
         scores_BKTS = torch.einsum("BTKH,BKSH->BKTS", q_BTKH, keys_BKSH) * q_BTKH.shape[-1] ** -0.5
         # Not -inf: a row that sees nothing, such as padding, must stay finite.
+        scores_BKTS = scores_BKTS.to(torch.promote_types(scores_BKTS.dtype, torch.float32))
         lowest = torch.finfo(scores_BKTS.dtype).min
         scores_BKTS = torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)
-        weights_BKTS = torch.softmax(scores_BKTS, dim=-1)
+        weights_BKTS = torch.softmax(scores_BKTS, dim=-1).to(values_BKSH.dtype)
         subkeys = split_or_none(key, 2)
         weights_BKTS = dropout(weights_BKTS, self.dropout, subkeys[0])
         mixed_BTKH = torch.einsum("BKTS,BKSH->BTKH", weights_BKTS, values_BKSH)
@@ -249,10 +251,15 @@ def embedding(config: GPTConfig, num_rows: int, key: torch.Tensor | None) -> nn.
 def initial(
     config: GPTConfig, shape: tuple[int, ...], std: float, key: torch.Tensor | None
 ) -> torch.Tensor:
-    """Normal numbers of the given standard deviation; zeros without a key."""
+    """Normal numbers of the given standard deviation; zeros without a key.
+
+    In the 16-bit types they are those of float32, rounded.
+    """
     if key is None:
         return torch.zeros(shape, dtype=parameter_dtype(config))
-    return random.normal(key, shape, config.dtype) * std
+    dtype = parameter_dtype(config)
+    wide = torch.promote_types(dtype, torch.float32)
+    return (random.normal(key, shape, str(wide).removeprefix("torch.")) * std).to(dtype)
 
 
 def residual_std(config: GPTConfig) -> float:

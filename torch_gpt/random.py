@@ -87,10 +87,11 @@ def gumbel(key: torch.Tensor, shape: tuple[int, ...], dtype: str = "float32") ->
     return -torch.log(-torch.log(torch.clamp(uniform(key, shape, dtype), min=tiny)))
 
 
-def categorical(key: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Ids drawn from softmax(logits) over the last axis, by the Gumbel maximum."""
-    noise = gumbel(key, tuple(logits.shape), str(logits.dtype).removeprefix("torch."))
-    return torch.argmax(logits + noise, dim=-1)
+def perturb(key: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Adds Gumbel noise: the id of the highest is then a draw from softmax(logits), last axis."""
+    # Noise of float32 in every dtype, because float64 draws other bits: a seed would mean another
+    # text there, and the float64 run could not judge the float32 one.
+    return logits + gumbel(key, tuple(logits.shape)).to(logits.dtype)
 
 
 _SIGNED = {32: torch.int32, 64: torch.int64}

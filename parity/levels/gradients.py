@@ -3,15 +3,16 @@
 from collections.abc import Iterator
 
 from parity.compare import Record, Verdict, judge, largest, max_abs, relative_l2
+from parity.leaves import Leaves
 from parity.levels.logits import purity
 from parity.report import Divergence
-from parity.subject import Subject, gradient_norm
+from parity.subject import Subject, along_ones, gradient_norm
 
 # Relative L2 per leaf. A correct port was measured at 1.5e-15 to 1.6e-14 in float64 and 9e-7 to
 # 5e-6 in float32; the smallest gradient bug at 0.11.
 FLOAT64, FLOAT32 = 1e-12, 2e-5
-# Of the norm of the whole gradient, for a leaf whose own gradient is analytically zero: rounding
-# of either width, with room for long sums.
+# Of the norm of the whole gradient, where a gradient is analytically zero: rounding of either
+# width, with room for long sums.
 NULL = {"float64": 1e-12, "float32": 1e-5}
 
 
@@ -26,16 +27,25 @@ def records(subject: Subject) -> Iterator[Record]:
                 yield judge(name, dtype, "relative_l2", gap, bound, flax[name].size)
         gap = abs(flax_loss - torch_loss) / max(abs(flax_loss), 1.0)
         yield judge("loss", dtype, "relative", gap, bound, 1)
-        if subject.null_leaves:
-            scale = gradient_norm(flax)
-            gaps = {x: max_abs(flax[x], torch[x]) / scale for x in subject.null_leaves}
-            gap = gaps[largest(gaps)]
-            size = sum(flax[name].size for name in subject.null_leaves)
-            yield judge("null directions", dtype, "max_abs_of_norm", gap, NULL[dtype], size,
-                        note="zero up to rounding, judged absolutely: " + ", ".join(
-                            subject.null_leaves))  # fmt: skip
+        if null := _null_gaps(subject, flax, torch):
+            where = largest({name: gap for name, (gap, _) in null.items()})
+            size = sum(size for _, size in null.values())
+            note = f"zero up to rounding, judged absolutely: {subject.null_names}"
+            yield judge("null directions", dtype, "max_abs_of_norm", null[where][0], NULL[dtype],
+                        size, note=note, where=where)  # fmt: skip
         subject.progress((number + 1) / len(subject.dtypes))
     yield from purity(subject, "gradient_purity")
+
+
+def _null_gaps(subject: Subject, flax: Leaves, torch: Leaves) -> dict[str, tuple[float, int]]:
+    """By leaf, the gap where the gradient is analytically zero, in norms of the whole gradient."""
+    scale, gaps = gradient_norm(flax), {}
+    for name in subject.null_leaves:
+        gaps[name] = max_abs(flax[name], torch[name]) / scale, flax[name].size
+    for name, axis in subject.null_means:
+        ours, theirs = (along_ones(side[name], axis) for side in (flax, torch))
+        gaps[name] = max_abs(ours, theirs) / scale, ours.size
+    return gaps
 
 
 def locate(subject: Subject, records: list[Record]) -> Divergence | None:

@@ -1,4 +1,4 @@
-"""The optimizers take the same steps: updates, both moments and the count, over three steps.
+"""The optimizers take the same four steps: losses, updates, both moments and the count.
 
 One step cannot see a wrong beta, because with bias correction Adam's first step does not depend on
 them; and parameters hide an update a thousand times smaller than themselves.
@@ -19,7 +19,11 @@ from parity.leaves import Leaves
 from parity.report import Divergence
 from parity.subject import Subject
 
-STEPS = 3
+STEPS = 4
+# The steps that the schedule spans: it warms up, stands at its height, and has begun to come down.
+HORIZON = 5
+# Gap of a step's loss: as on the trajectory.
+LOSS = {"float64": 1e-12, "float32": 2e-5}
 # Relative L2 per leaf. An update is a difference of parameters about a thousand times its size, so
 # its rounding is a thousand units of the last place, 2e-13.
 FLOAT64 = 1e-12
@@ -35,6 +39,7 @@ SINGLE = {"float64": 1e-4, "float32": 2.0}
 class _Step:
     """What one optimizer step did, by leaf."""
 
+    loss: float
     update: Leaves
     first: Leaves
     second: Leaves
@@ -61,6 +66,9 @@ def records(subject: Subject) -> Iterator[Record]:
         exact = exact or torch_steps
         for index, (flax, torch) in enumerate(zip(flax_steps, torch_steps, strict=True)):
             step = index + 1
+            gap = abs(flax.loss - torch.loss)
+            yield judge(f"step {step} loss", dtype, "max_abs", gap, LOSS[dtype], 1,
+                        where="the training loss", step=step)  # fmt: skip
             a, b, truth = (
                 x.comparable(exact[index], subject.null_leaves) for x in (flax, torch, exact[index])
             )
@@ -95,16 +103,16 @@ def records(subject: Subject) -> Iterator[Record]:
 
 
 def _steps(subject: Subject, dtype: str) -> tuple[list[_Step], list[_Step]]:
-    flax, torch = (run.trainer() for run in subject.runs(dtype))
+    flax, torch = (run.trainer(HORIZON) for run in subject.runs(dtype))
     steps = []
     for trainer, convert in ((flax, dict), (torch, subject.weight_map.to_flax)):
         taken, before = [], convert(trainer.parameters())
         for index in range(STEPS):
-            trainer.step(*subject.pair.training_batch(index).inputs)
+            loss = trainer.step(*subject.pair.training_batch(index).inputs)
             after = convert(trainer.parameters())
             first, second, count = trainer.moments()
             update = {name: after[name] - before[name] for name in after}
-            taken.append(_Step(update, convert(first), convert(second), count))
+            taken.append(_Step(loss, update, convert(first), convert(second), count))
             before = after
         steps.append(taken)
     return steps[0], steps[1]

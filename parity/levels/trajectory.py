@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from parity.compare import Record, Verdict, abstain, judge, largest, max_abs
+from parity.leaves import Leaves
 from parity.report import Divergence
 from parity.subject import Subject
 
@@ -13,6 +14,11 @@ from parity.subject import Subject
 FLOAT64, FLOAT32 = 1e-12, 2e-5
 # Largest gap between final parameters; rounding in float64 grows with the learning rate per step.
 PARAMETERS = 1e-11
+# And between those whose gradient is only rounding, in learning rates times steps: noise of 1e-16,
+# which AdamW divides by its epsilon of 1e-8, every time the same way.
+NULL = 1e-8
+# Two runs that start one rounding apart part by chance, and this much more may be chance too.
+CHANCE = 100.0
 
 
 def records(subject: Subject) -> Iterator[Record]:
@@ -26,7 +32,7 @@ def records(subject: Subject) -> Iterator[Record]:
     for dtype in subject.dtypes:
         curves, finals = [], []
         for run in subject.runs(dtype):
-            trainer = run.trainer()
+            trainer = run.trainer(subject.steps)
             losses = np.empty(subject.steps)
             for step in range(subject.steps):
                 losses[step] = trainer.step(*subject.pair.training_batch(step).inputs)
@@ -51,31 +57,62 @@ def records(subject: Subject) -> Iterator[Record]:
         )
         if exact is None:
             exact = torch
-            yield _final_parameters(subject, finals[0], subject.weight_map.to_flax(finals[1]))
+            yield from _final_parameters(subject, finals[0], subject.weight_map.to_flax(finals[1]))
 
 
-def _final_parameters(subject: Subject, flax: dict, torch: dict) -> Record:
+def _final_parameters(subject: Subject, flax: Leaves, torch: Leaves) -> Iterator[Record]:
     gaps = {name: max_abs(flax[name], torch[name]) for name in flax}
-    judged = [name for name in gaps if name not in subject.null_leaves]
-    leaf = largest({name: gaps[name] for name in judged})
-    drift = max((gaps[name] for name in subject.null_leaves), default=None)
-    note = None if drift is None else f"null directions drift by {drift:.1e}, not judged"
-    return judge(
+    null = {name: gaps.pop(name) for name in subject.null_leaves}
+    leaf = largest(gaps)
+    yield judge(
         "final parameters",
         "float64",
         "max_abs_parameters",
         gaps[leaf],
         PARAMETERS,
-        sum(flax[name].size for name in judged),
-        note=note,
+        sum(flax[name].size for name in gaps),
         where=leaf,
         step=subject.steps,
     )
+    if null:
+        leaf = largest(null)
+        yield judge(
+            "final parameters without a gradient",
+            "float64",
+            "learning_rates",
+            null[leaf] / subject.pair.learning_rate,
+            NULL * subject.steps,
+            sum(flax[name].size for name in null),
+            note=f"zero up to rounding, judged by the way they can drift: {', '.join(null)}",
+            where=leaf,
+            step=subject.steps,
+        )
 
 
 def locate(subject: Subject, records: list[Record]) -> Divergence | None:
-    """The first step past the bound."""
+    """The first step past the bound, and whether rounding alone could have led there."""
     bad = next(record for record in records if record.verdict is Verdict.FAIL)
     where = bad.where or "the loss curve"
-    detail = f"In {bad.dtype}, of {subject.steps} steps."
+    words = _rounding_or_bug(subject, bad.dtype, bad.step) if not bad.where else ""
+    detail = f"In {bad.dtype}, of {subject.steps} steps. {words}".rstrip()
     return Divergence(where, "optimizer", bad.step, bad.value, detail=detail)
+
+
+def _rounding_or_bug(subject: Subject, dtype: str, last: int) -> str:
+    """Tells chaos from a bug by a witness: one twin again, from weights one rounding away."""
+    flax, torch = subject.runs(dtype)
+    trainers = [run.trainer(subject.steps) for run in (flax, torch, subject.witness(dtype))]
+    curves = np.array(
+        [
+            [trainer.step(*subject.pair.training_batch(step).inputs) for trainer in trainers]
+            for step in range(last)
+        ]
+    )
+    gaps = np.abs(curves[:, 0] - curves[:, 1])
+    before = float(np.max(gaps[:-1], initial=0.0))
+    drift = float(np.max(np.abs(curves[:, 2] - curves[:, 1])))
+    verdict = "rounding" if gaps[-1] <= CHANCE * drift else "a bug"
+    return (
+        f"Looks like {verdict}: the gap was {before:.1e} before and is {gaps[-1]:.1e} here, where "
+        f"{torch.name} parts by {drift:.1e} from itself when its weights start one rounding away."
+    )

@@ -1,4 +1,4 @@
-"""Greedy decoding against a loop over whole sequences; stops, padding, and what is refused."""
+"""Decoding against a loop over whole sequences; stops, padding, and what is refused."""
 
 import functools
 import re
@@ -196,7 +196,9 @@ def test_a_float32_model_generates_under_strict_promotion(gpt):
         model = gpt.model(seed=3, init_std=0.7, dtype="float32", num_layers=1)
         for use_cache in (True, False):
             generation = gpt.package.generate(
-                model, gpt.ints(tokens_of()), 3, gpt.ints(COUNTS), [5], use_cache
+                *(model, gpt.ints(tokens_of()), 3, gpt.ints(COUNTS), [5], use_cache),
+                gpt.package.Sampling(top_k=20, top_p=0.9, min_p=0.02),  # greedy is a part of it
+                gpt.random.key(0),
             )
             found.append(gpt.numpy(generation.tokens_BG))
     np.testing.assert_array_equal(*found)

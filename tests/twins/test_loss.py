@@ -5,6 +5,8 @@ import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 B, T, V = 3, 7, 13
@@ -28,14 +30,15 @@ def loss_of(gpt, logits, labels, counts=None):
     return gpt.package.next_token_loss(gpt.floats(logits), gpt.ints(labels), counts)
 
 
-def by_loop(logits, labels, counts, ignored):
+def by_loop(logits, labels, counts, ignored, smoothing=0.0):
     """Sum and number, one scored token after the other."""
     total, number = 0.0, 0
     for b in range(labels.shape[0]):
         for t in range(1, counts[b]):  # the token at t is predicted from the logits at t - 1
             if labels[b, t] != ignored:
                 row = logits[b, t - 1]
-                total += np.log(np.sum(np.exp(row - row.max()))) + row.max() - row[labels[b, t]]
+                target = smoothing / V + (1.0 - smoothing) * (np.arange(V) == labels[b, t])
+                total += np.log(np.sum(np.exp(row - row.max()))) + row.max() - target @ row
                 number += 1
     return total, number
 
@@ -148,6 +151,72 @@ def test_large_logits_do_not_overflow(gpt):
     expected = loss_of(gpt, logits, labels)
     found = loss_of(gpt, logits + 1e4, labels)  # a shift changes no probability
     np.testing.assert_allclose(float(found.total), float(expected.total), rtol=0, atol=1e-8)
+
+
+# --- any classes, and smoothed targets ---
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+@pytest.mark.parametrize("shape", [(5,), (B, T)])
+def test_cross_entropy_is_torchs_with_its_smoothing_and_its_ignored_label(gpt, shape, smoothing):
+    rng = np.random.default_rng(0)
+    logits, targets = 3.0 * rng.normal(size=(*shape, V)), rng.integers(0, V, shape)
+    targets[0] = gpt.package.IGNORE_INDEX
+    loss = gpt.package.cross_entropy(gpt.floats(logits), gpt.ints(targets), smoothing)
+    flat = torch.from_numpy(logits).reshape(-1, V), torch.from_numpy(targets).reshape(-1)
+    for reduction, found in (("sum", loss.total), ("mean", loss.mean)):
+        expected = F.cross_entropy(
+            *flat, label_smoothing=smoothing, ignore_index=-100, reduction=reduction
+        )
+        np.testing.assert_allclose(float(found), float(expected), rtol=1e-14)
+    assert int(loss.num_tokens) == np.sum(targets != -100) < targets.size
+
+
+def test_the_next_tokens_loss_passes_its_smoothing_on(gpt):
+    logits, labels = batch()
+    counts = (5, 0, 2)
+    found = gpt.package.next_token_loss(
+        gpt.floats(logits), gpt.ints(labels), gpt.ints(counts), label_smoothing=0.3
+    )
+    total, number = by_loop(logits, labels, counts, gpt.package.IGNORE_INDEX, 0.3)
+    sharp, _ = by_loop(logits, labels, counts, gpt.package.IGNORE_INDEX)
+    assert int(found.num_tokens) == number
+    np.testing.assert_allclose(float(found.total), total, rtol=0, atol=BOUND)
+    assert abs(float(found.total) - sharp) > 1e-2
+
+
+def test_smoothing_keeps_a_sure_model_from_a_loss_of_zero(gpt):
+    targets = np.arange(V)
+    for smoothing in (0.1, 0.4):
+        # The best logits are those of the smoothed targets, whose loss is their entropy.
+        q = np.full((V, V), smoothing / V) + (1 - smoothing) * np.eye(V)
+        losses = [
+            float(gpt.package.cross_entropy(gpt.floats(x), gpt.ints(targets), smoothing).mean)
+            for x in (np.log(q), 50.0 * np.eye(V))
+        ]
+        entropy = -np.sum(q[0] * np.log(q[0]))
+        np.testing.assert_allclose(losses[0], entropy, rtol=0, atol=BOUND)
+        assert losses[1] > entropy + 1.0
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_loss_of_16_bit_logits_is_computed_and_added_up_in_float32(gpt, dtype):
+    logits, labels = batch()
+    narrow = gpt.floats(logits.astype("float32"))
+    narrow = narrow.astype(dtype) if gpt.name == "flax" else narrow.to(getattr(torch, dtype))
+    loss = gpt.package.next_token_loss(narrow, gpt.ints(labels))
+    wide = np.asarray(narrow.astype("float64") if gpt.name == "flax" else narrow.double())
+    total, _ = by_loop(wide, labels, [T] * B, gpt.package.IGNORE_INDEX)
+    assert str(loss.total.dtype).removeprefix("torch.") == "float32"
+    np.testing.assert_allclose(float(loss.total), total, rtol=2e-6)
+
+
+def test_the_targets_of_the_next_token_are_shifted_once_and_padding_is_ignored(gpt):
+    labels = gpt.ints([[1, 2, 3, 4], [5, -100, 6, 7], [8, 9, 10, 11]])
+    targets = gpt.package.loss.next_token_targets
+    assert targets(labels).tolist() == [[2, 3, 4], [-100, 6, 7], [9, 10, 11]]
+    found = targets(labels, gpt.ints([4, 3, 1])).tolist()
+    assert found == [[2, 3, 4], [-100, 6, -100], [-100, -100, -100]]
 
 
 def test_a_loss_goes_through_its_frameworks_trees(gpt):

@@ -1,0 +1,63 @@
+"""The `parity` command. Heavy imports wait until a command needs them, so that help is instant.
+
+One file per command; each turns options into one call of the package and a value into an exit code.
+"""
+
+import os
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+# Two thread pools share the cores: torch's waiting threads must sleep and not spin, and jax must
+# not take the whole GPU. Only before the frameworks are imported, and only if nobody else chose.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+from parity.cli.check import check
+from parity.cli.generate import generate
+from parity.cli.train import precision, train
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def main() -> None:
+    """The console script: exit code 1 always means that two models differ, never a crash."""
+    try:
+        app()
+    except Exception:
+        traceback.print_exc()
+        sys.exit(2)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        names = "parity-gpt", "jax", "flax", "torch"
+        typer.echo("  ".join(f"{name} {version(name)}" for name in names))
+        raise typer.Exit()
+
+
+@app.callback()
+def parity(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print versions.")
+    ] = False,
+) -> None:
+    """Are these two models the same function, and if not, where do they part?
+
+    Exit codes: 0 the same function, 1 they differ, 2 usage error or no answer.
+    """
+
+
+for command in (check, train, generate, precision):
+    app.command()(command)

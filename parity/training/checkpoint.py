@@ -1,0 +1,98 @@
+"""One checkpoint is one safetensors file: written beside and renamed, read with suspicion."""
+
+import contextlib
+import json
+import os
+import struct
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from parity.leaves import Leaves
+
+FORMAT = "parity-checkpoint-1"
+
+
+def write_checkpoint(path: Path, states: Mapping[str, Leaves], about: Mapping[str, str]) -> None:
+    """Writes the states of trainers, by the name of their framework.
+
+    The file appears whole or not at all: whatever ends the process on the way, what was there
+    before stays as it was.
+
+    Args:
+        path: where to; its folder exists.
+        states: arrays by name, for each framework.
+        about: words to find again in the file.
+
+    Raises:
+        ValueError: for numbers that are not finite, which must not outlive the run.
+        OSError: when the disk does not take it.
+    """
+    tensors = {f"{side}/{name}": x for side, state in states.items() for name, x in state.items()}
+    _check_finite(path, tensors)
+    data = save(tensors, metadata={"format": FORMAT} | dict(about))
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename, too, survives a loss of power
+    finally:
+        os.close(folder)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Leaves], dict[str, str]]:
+    """The states and words that `write_checkpoint` wrote.
+
+    Raises:
+        ValueError: for a file that is truncated, of another kind, or holds numbers that are not
+            finite; in one line.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = file.metadata() or {}
+            if about.get("format") != FORMAT:
+                raise ValueError(
+                    f"checkpoint {path}: written by something else. A checkpoint has the format "
+                    f"{FORMAT}. Give one that `parity train` wrote."
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError as error:
+        raise ValueError(f"checkpoint {path}: no such file. Give one that exists.") from error
+    except (SafetensorError, OSError, struct.error, json.JSONDecodeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"checkpoint {path}: cannot be read ({reason}). The file is truncated or damaged. "
+            "Delete it to go back to the one before."
+        ) from error
+    _check_finite(path, tensors)
+    states: dict[str, Leaves] = {}
+    for name, tensor in tensors.items():
+        side, _, leaf = name.partition("/")
+        states.setdefault(side, {})[leaf] = tensor
+    return states, about
+
+
+def _check_finite(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    for name, tensor in tensors.items():
+        bad = 0
+        if np.issubdtype(tensor.dtype, np.floating):
+            bad = int(np.count_nonzero(~np.isfinite(tensor)))
+        if bad:
+            raise ValueError(
+                f"checkpoint {path}: {bad} of {tensor.size} numbers in {name} are not finite. "
+                "Nothing can be trained from them. Go back to the checkpoint before."
+            )

@@ -1,0 +1,207 @@
+"""The training loop: the same batches for every framework, and all that is worth watching."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import flax_gpt
+import torch_gpt
+from parity.corpus import Corpus
+from parity.environment import Devices, Scoped, jax_scope, pinned_precision
+from parity.rules import TWINS
+from parity.trainers import FlaxTrainer, TorchTrainer
+from parity.training.diagnose import first_non_finite
+from parity.training.run import Run, RunConfig
+from parity.transplant import transplant
+
+# Windows of the held-out text that an evaluation reads at most.
+_HELD_OUT = 512
+
+
+class NonFinite(ValueError):
+    """Training met a loss or gradient that is not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Moment:
+    """What one step of all frameworks gave.
+
+    Attributes:
+        step: from 1.
+        losses: by framework, before the update.
+        gradient_norms: by framework, before clipping.
+        applied: by framework, whether the gradient was finite.
+        gap: largest difference between two losses so far; 0 for one framework.
+        rates: tokens per second by framework, of all steps but the first, which compiles.
+    """
+
+    step: int
+    losses: dict[str, float]
+    gradient_norms: dict[str, float]
+    applied: dict[str, bool]
+    gap: float
+    rates: dict[str, float]
+
+
+class Sides:
+    """The trainers of a run, from the same weights, by framework."""
+
+    def __init__(self, config: RunConfig, devices: Devices):
+        self.config, self.devices = config, devices
+        dtype = config.model["dtype"]
+        seed = config.seed if config.model["dropout"] else None
+
+        def scope():
+            return jax_scope(dtype, devices.flax)
+
+        with scope():
+            flax_model = flax_gpt.GPT(
+                flax_gpt.GPTConfig(**config.model), flax_gpt.random.key(config.seed)
+            )
+        self.trainers: dict[str, Any] = {}
+        if "flax" in config.frameworks:
+            with scope():
+                trainer = FlaxTrainer(flax_gpt, flax_model, config.training, seed=seed)
+            self.trainers["flax"] = Scoped(trainer, scope)
+        if "torch" in config.frameworks:
+            # Not its own draw: normals of the two frameworks differ by a few units in the last
+            # place, and the curves are to start from the same bits.
+            model = torch_gpt.GPT(torch_gpt.GPTConfig(**config.model))
+            transplant(flax_model, model, TWINS)
+            trainer = TorchTrainer(torch_gpt, model.to(devices.torch), config.training, seed=seed)
+            self.trainers["torch"] = trainer
+
+    def save(self) -> dict[str, Any]:
+        """The states of all trainers."""
+        return {name: trainer.save() for name, trainer in self.trainers.items()}
+
+    def restore(self, states: dict[str, Any]) -> None:
+        """Goes on from what `save` gave.
+
+        Raises:
+            ValueError: when the states are not these trainers'.
+        """
+        if states.keys() != self.trainers.keys():
+            raise ValueError(
+                f"states of {', '.join(states)} for trainers of {', '.join(self.trainers)}. Each "
+                "goes on from its own. Resume with the same --only."
+            )
+        for name, trainer in self.trainers.items():
+            trainer.restore(states[name])
+
+
+def train(
+    run: Run,
+    corpus: Corpus,
+    sides: Sides,
+    num_steps: int,
+    *,
+    save_every: int = 100,
+    target: float | None = None,
+    watch: Callable[[Moment], None] = lambda moment: None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> int:
+    """Trains from the newest checkpoint, or from the start, to `num_steps`.
+
+    Args:
+        run: the folder that keeps it.
+        corpus: the text to learn from.
+        sides: the trainers, fresh.
+        num_steps: to stop after, counted from the start of the run.
+        save_every: steps between checkpoints; there is one at the end too.
+        target: loss to stop below.
+        watch: told of every step.
+        stopped: asked after every step whether to stop; the checkpoint is then written.
+
+    Returns:
+        The number of the last step.
+
+    Raises:
+        ValueError: for a checkpoint that cannot be resumed from.
+        NonFinite: for a loss or gradient that is not finite; the checkpoints are from before it.
+    """
+    step, gap = 0, 0.0
+    if (found := run.load()) is not None:
+        step, states = found
+        sides.restore(states)
+        gap = max((row["gap"] for row in run.metrics() if row["step"] <= step), default=0.0)
+    run.cut_metrics(step)
+    if step == 0:
+        run.save(0, sides.save())
+    clocks, tokens = dict.fromkeys(sides.trainers, 0.0), 0
+    with (
+        pinned_precision(),
+        (run.path / "metrics.jsonl").open("a", encoding="utf-8") as file,
+    ):
+        saved = step
+        while step < num_steps:
+            inputs = batch(run.config, corpus, step)
+            losses = {}
+            for name, trainer in sides.trainers.items():
+                start = time.perf_counter()
+                losses[name] = trainer.step(*inputs)
+                clocks[name] += (time.perf_counter() - start) if tokens else 0.0
+            step, tokens = step + 1, tokens + inputs[0].size
+            gap = max(gap, float(np.ptp(list(losses.values()))))
+            counted = tokens - inputs[0].size
+            moment = Moment(
+                step,
+                losses,
+                {name: trainer.gradient_norm for name, trainer in sides.trainers.items()},
+                {name: trainer.applied for name, trainer in sides.trainers.items()},
+                gap,
+                {name: counted / clock if clock else 0.0 for name, clock in clocks.items()},
+            )
+            _check_finite(moment, sides, inputs)
+            row = dataclasses.asdict(moment)
+            del row["rates"]
+            file.write(json.dumps(row) + "\n")
+            watch(moment)
+            done = target is not None and max(losses.values()) < target
+            if step % save_every == 0 or step == num_steps or done or stopped():
+                file.flush()
+                run.save(step, sides.save())
+                saved = step
+            if done or (saved == step and stopped()):
+                break
+    return step
+
+
+def batch(config: RunConfig, corpus: Corpus, step: int) -> tuple[np.ndarray, ...]:
+    """The inputs of the step after `step` others."""
+    number = 0 if config.one_batch else step
+    return (corpus.windows(config.rows, config.width, config.seed, number),)
+
+
+def evaluate(config: RunConfig, held_out: Corpus, sides: Sides) -> dict[str, dict[str, float]]:
+    """Loss, perplexity, accuracy and number of tokens on a text, by framework."""
+    pieces = held_out.pieces(config.width, _HELD_OUT)
+    batches = [(pieces[i : i + config.rows],) for i in range(0, len(pieces), config.rows)]
+    with pinned_precision():
+        return {name: trainer.evaluate(batches) for name, trainer in sides.trainers.items()}
+
+
+def _check_finite(moment: Moment, sides: Sides, inputs: tuple[np.ndarray, ...]) -> None:
+    """Ends a training whose numbers have left the range; loss scaling may skip a step of float16.
+
+    Raises:
+        NonFinite: with the step, the first tensor and the remedy.
+    """
+    narrow = sides.config.training["compute_dtype"]
+    for name, trainer in sides.trainers.items():
+        # A scale below one says that halving it further will not bring the gradient back.
+        if moment.applied[name] or (trainer.loss_scale or 0.0) >= 1.0:
+            continue
+        where = first_non_finite(sides.config, name, trainer.parameters(), inputs, sides.devices)
+        remedy = "Lower --learning-rate or --clip, or lengthen --warmup"
+        if narrow == "float16":
+            remedy = "bfloat16 has the range of float32: use --dtype bfloat16"
+        raise NonFinite(
+            f"step {moment.step}: {name} has a loss of {moment.losses[name]:.3g} and a gradient "
+            f"norm of {moment.gradient_norms[name]:.3g}. First not finite: {where}. Nothing can be "
+            f"learned from that. {remedy}."
+        )

@@ -1,0 +1,96 @@
+"""What narrower numbers cost: the same training in several types, each judged by float64."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from parity.corpus import Corpus
+from parity.environment import Devices, fingerprint, pinned_precision
+from parity.training.loop import Sides, batch
+from parity.training.run import RunConfig
+
+DTYPES = "float64", "float32", "bfloat16", "float16"
+# As for logits: each framework rounds in its own order, and neither is more right.
+RATIO = 4.0
+# The loss is float32 in every narrow type: of distances below its rounding no ratio can be taken.
+_ROUNDING = 2.0**-23
+
+
+def precision_report(
+    config: RunConfig,
+    corpus: Corpus,
+    devices: Devices,
+    num_steps: int,
+    dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16"),
+    progress: Callable[[str, float], None] = lambda dtype, fraction: None,
+) -> dict[str, Any]:
+    """Trains both twins in each type from the same weights on the same batches.
+
+    Args:
+        config: a run's; its dtypes are replaced by those asked for.
+        corpus: the text to learn from.
+        devices: where to train.
+        num_steps: of every training.
+        dtypes: float64 first. The 16-bit types keep their weights in float32.
+        progress: told the type and how far it is.
+
+    Returns:
+        Curves by type and framework; by type the error against float64 (root mean square up to
+        each step) of flax over that of torch, and the verdict, PASS when it ends within `RATIO`.
+
+    Raises:
+        ValueError: for types that do not start with float64, or an unknown one.
+    """
+    if dtypes[:1] != ("float64",) or len(dtypes) < 2 or not set(dtypes) <= set(DTYPES):
+        raise ValueError(
+            f"precision: types {', '.join(dtypes)}. float64 is the truth that judges the others: "
+            f"it comes first and they follow, from {', '.join(DTYPES[1:])}."
+        )
+    curves: dict[str, dict[str, list[float]]] = {}
+    for dtype in dtypes:
+        sides = Sides(in_dtype(config, dtype), devices)
+        curves[dtype] = {name: [] for name in sides.trainers}
+        with pinned_precision():
+            for step in range(num_steps):
+                for name, trainer in sides.trainers.items():
+                    curves[dtype][name].append(trainer.step(*batch(config, corpus, step)))
+                progress(dtype, (step + 1) / num_steps)
+    ratios, verdicts = {}, {}
+    for dtype in dtypes[1:]:
+        flax, torch = (
+            _running_error(curves[dtype][name], curves["float64"][name])
+            for name in ("flax", "torch")
+        )
+        ratios[dtype] = (flax / torch).tolist()
+        sound = 1 / RATIO <= ratios[dtype][-1] <= RATIO
+        verdicts[dtype] = "PASS" if sound else "FAIL"
+    return {
+        "schema": 1,
+        "verdict": "PASS" if set(verdicts.values()) == {"PASS"} else "FAIL",
+        "environment": fingerprint(devices),
+        "config": dataclasses.asdict(config) | {"vocabulary": len(config.vocabulary)},
+        "steps": num_steps,
+        "bound": RATIO,
+        "verdicts": verdicts,
+        "curves": curves,
+        "ratios": ratios,
+    }
+
+
+def in_dtype(config: RunConfig, dtype: str) -> RunConfig:
+    """A run in another type; the 16-bit ones compute in it and keep weights in float32."""
+    narrow = dtype in ("bfloat16", "float16")
+    return dataclasses.replace(
+        config,
+        model=dict(config.model) | {"dtype": "float32" if narrow else dtype},
+        training=dict(config.training) | {"compute_dtype": dtype if narrow else None},
+    )
+
+
+def _running_error(curve: list[float], truth: list[float]) -> np.ndarray:
+    """Root mean square distance up to each step, at least the rounding of the loss itself."""
+    squares = (np.array(curve) - np.array(truth)) ** 2
+    error = np.sqrt(np.cumsum(squares) / (1 + np.arange(len(squares))))
+    return np.maximum(error, _ROUNDING * np.abs(np.array(truth)))

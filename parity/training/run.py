@@ -1,0 +1,190 @@
+"""A run is a folder: what was asked for, a line per step, and checkpoints."""
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from parity.corpus import Corpus
+from parity.leaves import Leaves
+from parity.report import write_atomically
+from parity.training.checkpoint import read_checkpoint, write_checkpoint
+
+FRAMEWORKS = "flax", "torch"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run's numbers.
+
+    Attributes:
+        source: where the text came from.
+        text: digest of its ids.
+        vocabulary: its characters, by id.
+        model: fields of GPTConfig.
+        training: fields of TrainConfig.
+        rows: B of a batch.
+        width: T of a batch.
+        seed: of weights, batches and dropout.
+        frameworks: which twins train.
+        one_batch: train on the first batch alone, again and again.
+    """
+
+    source: str
+    text: str
+    vocabulary: str
+    model: Mapping[str, Any]
+    training: Mapping[str, Any]
+    rows: int
+    width: int
+    seed: int
+    frameworks: tuple[str, ...] = FRAMEWORKS
+    one_batch: bool = False
+
+    @classmethod
+    def of(cls, corpus: Corpus, **fields) -> "RunConfig":
+        """A config for a text."""
+        text = hashlib.sha256(corpus.ids.tobytes()).hexdigest()
+        return cls(source=corpus.source, text=text, vocabulary=corpus.vocabulary, **fields)
+
+    @property
+    def digest(self) -> str:
+        """Tells runs apart; where the text lies does not matter."""
+        fields = dataclasses.asdict(self) | {"source": ""}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+class Run:
+    """A run's folder.
+
+    Attributes:
+        path: the folder.
+        config: what the run is.
+    """
+
+    def __init__(self, path: Path, config: RunConfig):
+        self.path, self.config = path, config
+
+    @classmethod
+    def start(cls, path: Path, config: RunConfig) -> "Run":
+        """Makes the folder, or goes on with a run of the same config in it.
+
+        Raises:
+            ValueError: when the folder holds another run or something else.
+            OSError: when it cannot be made.
+        """
+        if path.exists() and not path.is_dir():
+            raise ValueError(f"run {path}: that is a file. A run is a folder. Name another.")
+        if (path / "config.json").exists():
+            present = cls.open(path)
+            if present.config.digest != config.digest:
+                raise ValueError(
+                    f"run {path}: holds another run ({_difference(present.config, config)}). A "
+                    "run goes on with the options it was started with. Give those or another "
+                    "folder."
+                )
+            return present
+        if path.is_dir() and any(path.iterdir()):
+            raise ValueError(
+                f"run {path}: the folder is not empty and holds no run. A run has a folder of its "
+                "own. Name another."
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        fields = {"schema": 1} | dataclasses.asdict(config)
+        write_atomically(path / "config.json", json.dumps(fields, indent=1) + "\n")
+        return cls(path, config)
+
+    @classmethod
+    def open(cls, path: Path) -> "Run":
+        """A run that exists.
+
+        Raises:
+            ValueError: when the folder holds none, or its config cannot be read.
+        """
+        if not (path / "config.json").is_file():
+            raise ValueError(
+                f"run {path}: no config.json in it. A run is a folder that `parity train --out` "
+                "made. Give one."
+            )
+        try:
+            fields = json.loads((path / "config.json").read_text(encoding="utf-8"))
+            if fields.pop("schema") != 1:
+                raise ValueError("schema is not 1")
+            fields["frameworks"] = tuple(fields["frameworks"])
+            return cls(path, RunConfig(**fields))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"run {path}: config.json cannot be read ({error}). It is damaged or not a run's. "
+                "Name another folder."
+            ) from error
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """Steps and files of the checkpoints, oldest first."""
+        found = ((re.fullmatch(r"step-(\d+)\.safetensors", x.name), x) for x in self.path.iterdir())
+        return sorted((int(match[1]), path) for match, path in found if match)
+
+    def save(self, step: int, states: Mapping[str, Leaves], keep: int = 2) -> Path:
+        """Writes a checkpoint, then removes all but the newest `keep`."""
+        path = self.path / f"step-{step:06d}.safetensors"
+        write_checkpoint(path, states, {"run": self.config.digest, "step": str(step)})
+        for _, old in self.checkpoints()[:-keep]:
+            old.unlink()
+        for rest in self.path.glob(".step-*"):
+            rest.unlink()  # of a process that was killed while it wrote
+        return path
+
+    def load(self, path: Path | None = None) -> tuple[int, dict[str, Leaves]] | None:
+        """Step and states of the newest checkpoint, or of a given one; None where there is none.
+
+        Raises:
+            ValueError: for a checkpoint that cannot be read or belongs to another run.
+        """
+        if path is None:
+            found = self.checkpoints()
+            if not found:
+                return None
+            path = found[-1][1]
+        states, about = read_checkpoint(path)
+        if about.get("run") != self.config.digest:
+            raise ValueError(
+                f"checkpoint {path}: belongs to another run. A checkpoint goes with the "
+                "config.json that it was written under. Put it back there."
+            )
+        return int(about["step"]), states
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """What was measured, a dictionary per step; a line that was cut off ends it."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+    def cut_metrics(self, step: int) -> None:
+        """Forgets what was measured behind a step, because it will be measured again."""
+        lines = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
+        write_atomically(self.path / "metrics.jsonl", "".join(lines))
+
+
+def _difference(present: RunConfig, wanted: RunConfig) -> str:
+    """The first fields that differ, in words."""
+
+    def flat(config: RunConfig) -> dict[str, Any]:
+        fields = dataclasses.asdict(config)
+        return fields | fields.pop("model") | fields.pop("training")
+
+    ours, theirs = flat(present), flat(wanted)
+    changed = [x for x in ours if ours[x] != theirs.get(x) and x != "source"]
+    words = [f"{x} {_short(ours[x])}, not {_short(theirs.get(x))}" for x in changed[:3]]
+    return "; ".join(words)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 20 else text[:12] + "..."
