@@ -4,7 +4,15 @@ from flax_gpt import random
 from flax_gpt.cache import KVCache, LayerCache
 from flax_gpt.classifier import SequenceClassifier, TokenClassifier
 from flax_gpt.config import GREEDY, PRESETS, GPTConfig, Sampling, TrainConfig
-from flax_gpt.decode import NO_TOKEN, Generation, decode_step, generate, prefill, right_pad
+from flax_gpt.decode import (
+    NO_TOKEN,
+    Generation,
+    decode_step,
+    filter_logits,
+    generate,
+    prefill,
+    right_pad,
+)
 from flax_gpt.loss import IGNORE_INDEX, TokenLoss, cross_entropy, next_token_loss
 from flax_gpt.model import GPT, MLP, Attention, Block
 from flax_gpt.optimizer import adamw, learning_rate
@@ -48,6 +56,7 @@ __all__ = [
     "cross_entropy",
     "decode_step",
     "evaluate",
+    "filter_logits",
     "generate",
     "learning_rate",
     "next_token_loss",

@@ -144,8 +144,7 @@ def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
     given_BV = _widened(logits_BV)
     # From the highest, so that no temperature is too low: it stays 0, the others go to -inf. A
     # factor, because XLA makes one of a divisor and torch does not.
-    number = jnp.finfo(given_BV.dtype)
-    factor = min(max(1.0 / sampling.temperature, float(number.tiny)), float(number.max))
+    factor = min(1.0 / sampling.temperature, float(jnp.finfo(given_BV.dtype).max))
     logits_BV = (given_BV - jnp.max(given_BV, axis=-1, keepdims=True)) * factor
     if sampling.top_k is not None or sampling.top_p < 1.0:
         num = min(sampling.top_k or given_BV.shape[1], given_BV.shape[1])

@@ -59,6 +59,17 @@ def cast_array(array: np.ndarray, dtype: str) -> np.ndarray:
     return array.astype(dtype) if np.issubdtype(array.dtype, np.floating) else array
 
 
+def neighbours(leaves: Mapping[str, np.ndarray], seed: int) -> Leaves:
+    """Every float moved to the next one above or below it, by chance."""
+    rng = np.random.default_rng(seed)
+    return {
+        name: np.nextafter(leaf, rng.choice([-np.inf, np.inf], leaf.shape).astype(leaf.dtype))
+        if np.issubdtype(leaf.dtype, np.floating)
+        else leaf
+        for name, leaf in leaves.items()
+    }
+
+
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     """A copy as an array of the same bits; torch itself refuses bfloat16."""
     tensor = tensor.detach().cpu().contiguous()

@@ -9,7 +9,7 @@ from flax import nnx
 
 from parity.environment import Devices, jax_scope
 from parity.flax_run import FlaxRun
-from parity.leaves import Leaves, flax_leaves, torch_leaves
+from parity.leaves import Leaves, cast, flax_leaves, neighbours, torch_leaves
 from parity.pair import Batch, Pair
 from parity.torch_run import TorchRun
 from parity.transplant import WeightMap, resolve
@@ -86,17 +86,9 @@ class Subject:
         )
 
     def witness(self, dtype: str) -> TorchRun:
-        """The torch side again, with every weight moved to a neighbouring number."""
-        rng = np.random.default_rng(self.seed)
-        nudged = {
-            name: np.nextafter(
-                leaf.astype(dtype), rng.choice([-np.inf, np.inf], leaf.shape).astype(dtype)
-            )
-            if np.issubdtype(leaf.dtype, np.floating)
-            else leaf
-            for name, leaf in self.torch_leaves.items()
-        }
-        return TorchRun(self.pair.torch, nudged, dtype, self.devices.torch)
+        """The torch side again, from neighbouring weights: what rounding alone does to it."""
+        leaves = neighbours(cast(self.torch_leaves, dtype), self.seed)
+        return TorchRun(self.pair.torch, leaves, dtype, self.devices.torch)
 
     @property
     def gradient_probe(self) -> Batch:

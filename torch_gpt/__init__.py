@@ -4,7 +4,15 @@ from torch_gpt import random
 from torch_gpt.cache import KVCache, LayerCache
 from torch_gpt.classifier import SequenceClassifier, TokenClassifier
 from torch_gpt.config import GREEDY, PRESETS, GPTConfig, Sampling, TrainConfig
-from torch_gpt.decode import NO_TOKEN, Generation, decode_step, generate, prefill, right_pad
+from torch_gpt.decode import (
+    NO_TOKEN,
+    Generation,
+    decode_step,
+    filter_logits,
+    generate,
+    prefill,
+    right_pad,
+)
 from torch_gpt.loss import IGNORE_INDEX, TokenLoss, cross_entropy, next_token_loss
 from torch_gpt.model import GPT, MLP, Attention, Block
 from torch_gpt.optimizer import adamw, learning_rate
@@ -48,6 +56,7 @@ __all__ = [
     "cross_entropy",
     "decode_step",
     "evaluate",
+    "filter_logits",
     "generate",
     "learning_rate",
     "next_token_loss",

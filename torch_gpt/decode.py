@@ -140,8 +140,7 @@ def filter_logits(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     given_BV = _widened(logits_BV)
     # From the highest, so that no temperature is too low: it stays 0, the others go to -inf. A
     # factor, because XLA makes one of a divisor and torch does not.
-    number = torch.finfo(given_BV.dtype)
-    factor = min(max(1.0 / sampling.temperature, number.tiny), number.max)
+    factor = min(1.0 / sampling.temperature, torch.finfo(given_BV.dtype).max)
     logits_BV = (given_BV - torch.amax(given_BV, dim=-1, keepdim=True)) * factor
     if sampling.top_k is not None or sampling.top_p < 1.0:
         num = min(sampling.top_k or given_BV.shape[1], given_BV.shape[1])

@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
+from parity.cli.bench import bench
 from parity.cli.check import check
 from parity.cli.generate import generate
 from parity.cli.train import precision, train
@@ -61,3 +62,4 @@ def parity(
 
 for command in (check, train, generate, precision):
     app.command()(command)
+app.add_typer(bench, name="bench")

@@ -1,6 +1,7 @@
 """Training from the same weights on the same batches gives the same losses, step by step."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -92,27 +93,42 @@ def _final_parameters(subject: Subject, flax: Leaves, torch: Leaves) -> Iterator
 def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     """The first step past the bound, and whether rounding alone could have led there."""
     bad = next(record for record in records if record.verdict is Verdict.FAIL)
-    where = bad.where or "the loss curve"
-    words = _rounding_or_bug(subject, bad.dtype, bad.step) if not bad.where else ""
+    where, words = bad.where or "the loss curve", ""
+    if not bad.where:
+        runs = *subject.runs(bad.dtype), subject.witness(bad.dtype)
+        _, words = rounding_or_bug(
+            [run.trainer(subject.steps) for run in runs],
+            lambda step: subject.pair.training_batch(step).inputs,
+            bad.step,
+            runs[1].name,
+        )
     detail = f"In {bad.dtype}, of {subject.steps} steps. {words}".rstrip()
     return Divergence(where, "optimizer", bad.step, bad.value, detail=detail)
 
 
-def _rounding_or_bug(subject: Subject, dtype: str, last: int) -> str:
-    """Tells chaos from a bug by a witness: one twin again, from weights one rounding away."""
-    flax, torch = subject.runs(dtype)
-    trainers = [run.trainer(subject.steps) for run in (flax, torch, subject.witness(dtype))]
-    curves = np.array(
-        [
-            [trainer.step(*subject.pair.training_batch(step).inputs) for trainer in trainers]
-            for step in range(last)
-        ]
+def rounding_or_bug(
+    trainers: Sequence[Any], inputs: Callable[[int], tuple], last: int, name: str
+) -> tuple[bool, str]:
+    """Tells chaos from a bug by a witness: one twin again, from weights one rounding away.
+
+    Args:
+        trainers: of the two twins and of the witness, which is the second twin nudged; all fresh.
+        inputs: of a step, by its number from 0.
+        last: the step, from 1, at which the gap of the twins is judged.
+        name: of the second twin.
+
+    Returns:
+        Whether it is a bug, and what was seen, in words.
+    """
+    losses = np.array(
+        [[trainer.step(*inputs(step)) for trainer in trainers] for step in range(last)]
     )
-    gaps = np.abs(curves[:, 0] - curves[:, 1])
+    gaps = np.abs(losses[:, 0] - losses[:, 1])
     before = float(np.max(gaps[:-1], initial=0.0))
-    drift = float(np.max(np.abs(curves[:, 2] - curves[:, 1])))
-    verdict = "rounding" if gaps[-1] <= CHANCE * drift else "a bug"
-    return (
-        f"Looks like {verdict}: the gap was {before:.1e} before and is {gaps[-1]:.1e} here, where "
-        f"{torch.name} parts by {drift:.1e} from itself when its weights start one rounding away."
+    drift = float(np.max(np.abs(losses[:, 2] - losses[:, 1])))
+    is_bug = not gaps[-1] <= CHANCE * drift
+    return is_bug, (
+        f"Looks like {'a bug' if is_bug else 'rounding'}: the gap was {before:.1e} before and is "
+        f"{gaps[-1]:.1e} here, where {name} parts by {drift:.1e} from itself when its weights "
+        "start one rounding away."
     )

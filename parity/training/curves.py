@@ -46,6 +46,11 @@ def draw_training(path: Path, metrics: Sequence[Mapping[str, Any]], title: str) 
                 f"bound in {name}", (1.0, bound), xycoords=("axes fraction", "data"), ha="right",
                 va="bottom", fontsize=8, color="#555555",
             )  # fmt: skip
+        if np.any(gap == 0.0):
+            axes[1].annotate(
+                "equal to the last bit", (1.0, _FLOOR), xycoords=("axes fraction", "data"),
+                ha="right", va="bottom", fontsize=8, color="#555555",
+            )  # fmt: skip
         axes[1].set_yscale("log")
         axes[1].set_ylim(_FLOOR / 3, max(1e-3, float(np.nanmax(gap)) * 10))
         axes[1].set_ylabel("gap between the losses")
@@ -89,8 +94,7 @@ def draw_precision(path: Path, report: Mapping[str, Any]) -> None:
     axes[2].axhline(1.0, color="#bbbbbb", linewidth=0.9)
     axes[2].set_ylabel("error of flax / error of torch")
     axes[2].set_xlabel("step")
-    for axis in axes:
-        axis.legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8, ncol=2)
     _finish(figure, axes)
     _save(figure, path)
 

@@ -67,7 +67,7 @@ def _flax(
         logits, _ = nnx.merge(graphdef, weights)(tokens)
         return flax_gpt.next_token_loss(logits, tokens).mean
 
-    flat = nnx.to_flat_state(jax.grad(loss)(weights))
+    flat = nnx.to_flat_state(jax.jit(jax.grad(loss))(weights))
     return traces, {dotted(path): np.asarray(g[...], np.float64) for path, g in flat}
 
 

@@ -12,6 +12,8 @@ import flax_gpt
 import torch_gpt
 from parity.corpus import Corpus
 from parity.environment import Devices, Scoped, jax_scope, pinned_precision
+from parity.leaves import cast, flax_leaves, load_flax, neighbours
+from parity.levels.trajectory import FLOAT32, FLOAT64, rounding_or_bug
 from parity.rules import TWINS
 from parity.trainers import FlaxTrainer, TorchTrainer
 from parity.training.diagnose import first_non_finite
@@ -48,28 +50,38 @@ class Moment:
 
 
 class Sides:
-    """The trainers of a run, from the same weights, by framework."""
+    """The trainers of a run, from the same weights, by framework.
 
-    def __init__(self, config: RunConfig, devices: Devices):
+    Args:
+        config: the run's.
+        devices: where they train.
+        nudged: starts from neighbouring numbers of the weights, to see what rounding does.
+    """
+
+    def __init__(self, config: RunConfig, devices: Devices, nudged: bool = False):
         self.config, self.devices = config, devices
         dtype = config.model["dtype"]
         seed = config.seed if config.model["dropout"] else None
+        with jax_scope("float32", devices.flax):
+            sizes = flax_gpt.GPTConfig(**config.model | {"dtype": "float32"})
+            drawn = flax_leaves(flax_gpt.GPT(sizes, flax_gpt.random.key(config.seed)))
+        # In every type and framework the same start: their own draws would differ.
+        leaves = cast(drawn, dtype)
+        if nudged:
+            leaves = neighbours(leaves, config.seed)
 
         def scope():
             return jax_scope(dtype, devices.flax)
 
         with scope():
-            flax_model = flax_gpt.GPT(
-                flax_gpt.GPTConfig(**config.model), flax_gpt.random.key(config.seed)
-            )
+            flax_model = flax_gpt.GPT(flax_gpt.GPTConfig(**config.model))
+            load_flax(flax_model, leaves)
         self.trainers: dict[str, Any] = {}
         if "flax" in config.frameworks:
             with scope():
                 trainer = FlaxTrainer(flax_gpt, flax_model, config.training, seed=seed)
             self.trainers["flax"] = Scoped(trainer, scope)
         if "torch" in config.frameworks:
-            # Not its own draw: normals of the two frameworks differ by a few units in the last
-            # place, and the curves are to start from the same bits.
             model = torch_gpt.GPT(torch_gpt.GPTConfig(**config.model))
             transplant(flax_model, model, TWINS)
             trainer = TorchTrainer(torch_gpt, model.to(devices.torch), config.training, seed=seed)
@@ -169,6 +181,31 @@ def train(
             if done or (saved == step and stopped()):
                 break
     return step
+
+
+def parted(run: Run, corpus: Corpus, sides: Sides) -> tuple[bool, str]:
+    """Whether the twins' losses parted as two programs do, and not as rounding does; in words.
+
+    A training can be chaotic: then rounding grows, between twins as between two runs of one. Where
+    a gap is past its bound, a run from neighbouring weights shows how much of it that explains.
+    """
+    if len(sides.trainers) < 2:
+        return False, ""
+    metrics = list(run.metrics())
+    gap, narrow = metrics[-1]["gap"], run.config.training["compute_dtype"]
+    if narrow:
+        return False, f"{gap:.1e}; no bound in {narrow}, see parity precision"
+    bound = FLOAT64 if run.config.model["dtype"] == "float64" else FLOAT32
+    if gap <= bound:
+        return False, f"{gap:.1e}, bound {bound:.0e}"
+    first = next(row["step"] for row in metrics if not row["gap"] <= bound)
+    again, witness = (Sides(run.config, sides.devices, nudged) for nudged in (False, True))
+    trainers = *again.trainers.values(), witness.trainers["torch"]
+    with pinned_precision():
+        is_bug, words = rounding_or_bug(
+            trainers, lambda step: batch(run.config, corpus, step), first, "torch_gpt"
+        )
+    return is_bug, f"{gap:.1e}, past the bound {bound:.0e} from step {first}. {words}"
 
 
 def batch(config: RunConfig, corpus: Corpus, step: int) -> tuple[np.ndarray, ...]:

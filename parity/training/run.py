@@ -177,7 +177,8 @@ def _difference(present: RunConfig, wanted: RunConfig) -> str:
 
     def flat(config: RunConfig) -> dict[str, Any]:
         fields = dataclasses.asdict(config)
-        return fields | fields.pop("model") | fields.pop("training")
+        model, training = fields.pop("model"), fields.pop("training")
+        return fields | model | training
 
     ours, theirs = flat(present), flat(wanted)
     changed = [x for x in ours if ours[x] != theirs.get(x) and x != "source"]

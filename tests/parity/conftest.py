@@ -1,5 +1,6 @@
 """Small pairs, and broken copies of the twins."""
 
+import dataclasses
 import importlib
 import itertools
 import shutil
@@ -34,7 +35,12 @@ def small(corpus) -> Callable[..., Pair]:
         vocab_size=len(corpus.vocabulary), context_length=48, embed_dim=20, num_layers=2,
         num_heads=4, mlp_dim=28,
     )  # fmt: skip
-    return lambda **packages: twins(corpus, config, max_new_tokens=16, **packages)
+
+    def make(dropout: float = 0.0, **options) -> Pair:
+        sizes = dataclasses.replace(config, dropout=dropout)
+        return twins(corpus, sizes, max_new_tokens=16, **options)
+
+    return make
 
 
 @pytest.fixture(scope="session", autouse=True)

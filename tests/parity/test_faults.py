@@ -89,28 +89,95 @@ BACKWARD = [
           "jax.lax.stop_gradient(self.token_embedding.embedding[...]))",
           "gradients", "token_embedding"),
     Fault("label shift forgotten", T, "loss.py",
-          "labels_BT[:, 1:]", "labels_BT[:, :-1]", "gradients", "loss"),
+          "return labels_BT[:, 1:]", "return labels_BT[:, :-1]", "gradients", "loss"),
     Fault("mean over positions, not tokens", F, "loss.py",
           "return self.total / self.num_tokens.astype(self.total.dtype)",
           "return self.total / 100.0", "gradients", "loss"),
+    Fault("padding scored", T, "loss.py",
+          "labels_BT = torch.where(steps_1T < counts_B[:, None], labels_BT, IGNORE_INDEX)",
+          "pass", "gradients", "loss"),
+    Fault("ignored labels scored", F, "loss.py",
+          "scored = targets != IGNORE_INDEX", "scored = targets == targets", "gradients", "loss"),
+    Fault("smoothing over the other classes alone", F, "loss.py",
+          "label_smoothing * jnp.mean(logits, axis=-1)",
+          "label_smoothing * (jnp.sum(logits, axis=-1) - found) / (logits.shape[-1] - 1)",
+          "gradients", "loss"),
 ]  # fmt: skip
 
-TRAINING = [
-    Fault("fourth step skipped", T, "train.py",
-          "    state.optimizer.step()\n", "    state.step == 3 or state.optimizer.step()\n",
-          "trajectory", "the loss curve", 5),
-    Fault("beta2", T, "optimizer.py",
-          "config.beta2", "0.999", "optimizer", "", 1),
-    Fault("epsilon", F, "optimizer.py",
-          "config.epsilon", "1e-6", "optimizer", "", 1),
+OPTIMIZER = [
+    Fault("beta2", T, "optimizer.py", "config.beta2", "0.999", "optimizer", "", 1),
+    Fault("betas swapped", T, "optimizer.py",
+          "(config.beta1, config.beta2)", "(config.beta2, config.beta1)", "optimizer", "", 1),
+    Fault("epsilon", F, "optimizer.py", "config.epsilon", "1e-6", "optimizer", "", 1),
+    Fault("epsilon inside the root", F, "optimizer.py",
+          "(jnp.sqrt(v_hat) + epsilon)", "jnp.sqrt(v_hat + epsilon)", "optimizer", "", 1),
+    Fault("no bias correction", F, "optimizer.py",
+          "m_hat = m / -jnp.expm1(steps * math.log(beta1))", "m_hat = m", "optimizer", "", 1),
     Fault("L2 instead of decoupled decay", T, "optimizer.py",
-          "torch.optim.AdamW(\n        parameters", "torch.optim.Adam(\n        parameters",
-          "optimizer", "", 1),
-    Fault("no zero_grad", T, "train.py",
-          "state.optimizer.zero_grad()", "pass", "optimizer", "", 2),
+          "torch.optim.AdamW(\n", "torch.optim.Adam(\n", "optimizer", "", 1),
     Fault("no decay", F, "optimizer.py",
-          "optax.add_decayed_weights(config.weight_decay)", "optax.identity()",
+          "config.weight_decay, mask", "0.0, mask", "optimizer", "", 1),
+    Fault("decay on everything", T, "optimizer.py",
+          "dict(params=others, weight_decay=0.0)", "dict(params=others)", "optimizer", "", 1),
+    Fault("clipping without torch's epsilon", F, "optimizer.py",
+          "(norm + CLIP_EPSILON)", "norm", "optimizer", "", 1),
+    Fault("not clipped", T, "optimizer.py",
+          "clip_norm = math.inf if config.clip_norm is None else config.clip_norm",
+          "clip_norm = math.inf", "optimizer", "", 1),
+    Fault("schedule one update ahead", T, "train.py",
+          "num_updates(state.optimizer))", "num_updates(state.optimizer) + 1)",
           "optimizer", "", 1),
+    Fault("first update lost to a rate of zero", F, "optimizer.py",
+          "(count + 1.0)", "(count + 0.0)", "optimizer", "", 1),
+    Fault("cosine over one step less", F, "optimizer.py",
+          "span = config.total_steps - config.warmup_steps",
+          "span = config.total_steps - config.warmup_steps - 1", "optimizer", "", 4),
+    Fault("linear instead of cosine", T, "optimizer.py",
+          'if config.schedule == "cosine":', "if False:", "optimizer", "", 4),
+]  # fmt: skip
+
+LOOP = [
+    Fault("fifth update skipped", T, "train.py",
+          "    if applied:\n", "    if applied and state.step != 4:\n",
+          "trajectory", "the loss curve", 6),
+    Fault("no zero_grad", T, "train.py",
+          "    state.optimizer.zero_grad()\n", "", "optimizer", "", 2),
+    Fault("moments thrown away", F, "train.py",
+          "optimizer=optimizer,", "optimizer=state.optimizer,", "optimizer", "", 1),
+    Fault("mean of means", T, "train.py",
+          "share = loss.total / num_scored.to(loss.total.dtype)",
+          "share = loss.mean / config.accumulation_steps", "optimizer", "", 1),
+    Fault("only the last part's gradient", T, "train.py",
+          "        share.backward()\n",
+          "        state.optimizer.zero_grad()\n        share.backward()\n",
+          "optimizer", "", 1),
+    Fault("smoothing off in training", F, "train.py",
+          "state.task.targets(part), config.label_smoothing)", "state.task.targets(part))",
+          "optimizer", "the training loss", 1),
+]  # fmt: skip
+
+DROPOUT = [
+    Fault("every part has the same mask", T, "train.py",
+          "random.fold_in(random.fold_in(state.key, state.step), index)",
+          "random.fold_in(state.key, state.step)", "optimizer", "the training loss", 1),
+    Fault("every step has the same mask", F, "train.py",
+          "random.fold_in(random.fold_in(state.key, state.step), index)",
+          "random.fold_in(random.fold_in(state.key, 0), index)",
+          "optimizer", "the training loss", 2),
+    Fault("dropout not scaled up", F, "model.py",
+          "jnp.where(kept, x / (1.0 - rate), 0.0)", "jnp.where(kept, x, 0.0)",
+          "optimizer", "the training loss", 1),
+    Fault("dropout of what should stay", T, "model.py",
+          "bernoulli(key.to(x.device), 1.0 - rate, x.shape)",
+          "bernoulli(key.to(x.device), rate, x.shape)", "optimizer", "the training loss", 1),
+]  # fmt: skip
+
+HEADS = [
+    Fault("mean over padding too", T, "classifier.py",
+          "    if counts_B is None:\n", "    if True:\n", "logits", "SequenceClassifier"),
+    Fault("padding classified", F, "tasks.py",
+          "    if batch.counts_B is None:\n        return batch.labels\n    real_BT",
+          "    if True:\n        return batch.labels\n    real_BT", "gradients", "loss"),
 ]  # fmt: skip
 
 DECODE = [
@@ -132,7 +199,7 @@ DECODE = [
     Fault("lengths do not move", F, "model.py", "KVCache(tuple(layers), placement.ends_B)",
           "KVCache(tuple(layers), placement.lengths_B)", "cache", "GPT"),
     Fault("least likely token", T, "decode.py",
-          "torch.argmax(logits_BV, dim=-1)", "torch.argmin(logits_BV, dim=-1)",
+          "torch.argmax(scores_BV, dim=-1)", "torch.argmin(scores_BV, dim=-1)",
           "tokens", "torch_gpt, cached", 1),
     Fault("reference reads one token short", F, "decode.py",
           "return read((sequences_BS.at[rows_B, lengths_B].set(tokens_B), lengths_B + 1))",
@@ -147,15 +214,19 @@ FLOAT32 = [
           "logits", "blocks.0.attention.out"),
 ]  # fmt: skip
 
-FAULTS = FORWARD + BACKWARD + TRAINING + DECODE + FLOAT32
+FAULTS = FORWARD + BACKWARD + OPTIMIZER + LOOP + DROPOUT + HEADS + DECODE + FLOAT32
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.package}, {fault.id}")
 def test_a_planted_fault_is_caught_and_located(fault, plant, small):
     broken = plant(fault.package, fault.file, fault.right, fault.wrong)
-    pair = small(**{fault.package.replace("gpt", "package"): broken})
+    options = {fault.package.replace("gpt", "package"): broken}
+    if fault in DROPOUT:
+        options["dropout"] = 0.2
+    if fault in HEADS:
+        options["task"] = "token-class" if fault.file == "tasks.py" else "sequence-class"
     dtypes = ("float64", "float32") if fault in FLOAT32 else ("float64",)
-    report = check(pair, dtypes=dtypes, steps=6)
+    report = check(small(**options), dtypes=dtypes, steps=6)
     failed = [level.name for level in report.levels if level.verdict is Verdict.FAIL]
     assert failed == [fault.level], report
     assert report.exit_code == 1
@@ -166,9 +237,24 @@ def test_a_planted_fault_is_caught_and_located(fault, plant, small):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_clean_pair_raises_no_alarm(seed, small):
-    report = check(small(), seed=seed, steps=6)
+    report = check(small(seed=seed), seed=seed, steps=6)
     assert {level.verdict for level in report.levels} <= {Verdict.PASS, Verdict.TIE}, report
     assert report.exit_code == 0 and report.divergence is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_clean_training_raises_no_alarm(seed, small):
+    levels = ["gradients", "optimizer", "trajectory"]
+    report = check(small(dropout=0.1, seed=seed), levels=levels, seed=seed, steps=6)
+    assert [level.verdict for level in report.levels] == [Verdict.PASS] * 3, report
+
+
+@pytest.mark.parametrize("task", ["token-class", "sequence-class"])
+def test_a_clean_classifier_raises_no_alarm(task, small):
+    report = check(small(task=task), steps=6)
+    verdicts = [level.verdict for level in report.levels]
+    assert verdicts == [Verdict.PASS] * 5 + [Verdict.ABSTAIN] * 2, report
+    assert report.exit_code == 0
 
 
 def test_a_square_projection_left_untransposed_is_caught_by_running_it(small):
@@ -182,7 +268,19 @@ def test_a_square_projection_left_untransposed_is_caught_by_running_it(small):
     assert {level.verdict for level in report.levels[1:]} == {Verdict.BLOCKED}
 
 
-def test_only_key_biases_are_null_directions(small):
+def test_null_directions_are_those_that_theory_names(small):
     report = check(small(), levels=["gradients"], dtypes=("float64",))
     (record,) = [r for r in report.levels[0].records if r.name == "null directions"]
-    assert record.note.endswith("blocks.0.attention.key.bias, blocks.1.attention.key.bias")
+    assert record.note == (
+        "zero up to rounding, judged absolutely: blocks.*.attention.key.bias; "
+        "the mean over axis 0 of blocks.*.attention.out.bias, blocks.*.mlp.down.bias; "
+        "the mean over axis 1 of blocks.*.attention.out.kernel, blocks.*.mlp.down.kernel, "
+        "position_embedding.embedding"
+    )
+
+
+def test_the_classes_of_an_untied_head_add_their_own_null_direction(small):
+    report = check(small(task="token-class"), levels=["gradients"], dtypes=("float64",))
+    (record,) = [r for r in report.levels[0].records if r.name == "null directions"]
+    assert "head.bias" in record.note and "head.kernel" in record.note
+    assert "gpt.token_embedding.embedding" in record.note

@@ -10,6 +10,7 @@ import optax
 import pytest
 import torch
 from flax import nnx
+from flax.training.dynamic_scale import DynamicScale
 from torch.nn import functional as F
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -62,6 +63,106 @@ def clip_epsilon():
     torch.nn.utils.clip_grad_norm_([parameter], 1.0)
     norms = np.linalg.norm(ours), np.linalg.norm(parameter.grad.numpy())
     assert norms[0] == pytest.approx(1.0, abs=6e-8) and 1e-7 < norms[0] - norms[1] < 1e-6
+
+
+def bias_correction():
+    """AdamW bias correction"""
+    gradient = np.array([1e-3], np.float32)
+    adam = optax.scale_by_adam(b2=0.999)
+    ours, _ = adam.update(jnp.asarray(gradient), adam.init(jnp.asarray(gradient)))
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.from_numpy(gradient)
+    torch.optim.AdamW([parameter], lr=1.0, betas=(0.9, 0.999)).step()
+    exact = 1e-3 / (1e-3 + 1e-8)
+    assert abs(float(ours[0]) - exact) > 5e-6 > 1e-6 > abs(-parameter.item() - exact)
+
+
+def epsilon_place():
+    """RMSprop epsilon"""
+    gradient = np.array([1e-4], np.float32)
+    rmsprop = optax.rmsprop(1.0, decay=0.5, eps=1e-4)
+    ours, _ = rmsprop.update(jnp.asarray(gradient), rmsprop.init(jnp.asarray(gradient)))
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.from_numpy(gradient)
+    torch.optim.RMSprop([parameter], lr=1.0, alpha=0.5, eps=1e-4).step()
+    assert float(ours[0]) == pytest.approx(-1e-4 / np.sqrt(0.5e-8 + 1e-4), rel=1e-5)
+    assert parameter.item() == pytest.approx(-1e-4 / (np.sqrt(0.5e-8) + 1e-4), rel=1e-5)
+
+
+def absent_gradient():
+    """Weight that the loss does not use"""
+    adamw = optax.adamw(1.0, weight_decay=0.1)
+    used = jax.grad(lambda weights: weights["used"])({"used": 1.0, "unused": 1.0})
+    weights = {"used": jnp.ones(()), "unused": jnp.ones(())}
+    updates, _ = adamw.update(used, adamw.init(weights), weights)
+    assert float(updates["unused"]) == pytest.approx(-0.1)
+    parameters = [torch.nn.Parameter(torch.ones(())) for _ in range(2)]
+    parameters[0].backward()
+    torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.1).step()
+    assert parameters[0].item() != 1.0 and parameters[1].item() == 1.0
+
+
+def first_warmup_rate():
+    """First update of a warm-up"""
+    sgd = optax.sgd(optax.warmup_constant_schedule(0.0, 1.0, warmup_steps=4))
+    update, _ = sgd.update(jnp.ones(()), sgd.init(jnp.zeros(())))
+    assert float(update) == 0.0
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.ones(1)
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=4)
+    optimizer.step()
+    assert parameter.item() == pytest.approx(-1 / 3)
+
+
+def schedule_count():
+    """What a schedule counts"""
+    sgd, rates = optax.sgd(lambda count: 1.0 + count), []
+    state = sgd.init(jnp.zeros(()))
+    for _ in range(2):
+        update, state = sgd.update(jnp.ones(()), state)
+        rates.append(-float(update))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda count: 1.0 + count)
+    with pytest.warns(UserWarning, match="skipping the first value of the learning rate"):
+        scheduler.step()
+    assert rates == [1.0, 2.0] and optimizer.param_groups[0]["lr"] == 2.0
+
+
+def accumulated_gradients():
+    """Accumulated gradients"""
+    steps = optax.MultiSteps(optax.sgd(1.0), every_k_schedule=2)
+    state, weight = steps.init(jnp.zeros(())), torch.nn.Parameter(torch.zeros(()))
+    for gradient in (1.0, 3.0):
+        update, state = steps.update(jnp.asarray(gradient), state)
+        (gradient * weight).backward()
+    assert float(update) == -2.0 and weight.grad.item() == 4.0
+
+
+def loss_scale_growth():
+    """Loss scale doubles"""
+    stock, scaler = DynamicScale(), torch.amp.GradScaler("cpu")
+    assert stock.growth_interval == scaler.get_growth_interval() == 2000
+    stock, scaler = DynamicScale(growth_interval=3), torch.amp.GradScaler("cpu", growth_interval=3)
+    parameter, scales = torch.nn.Parameter(torch.zeros(1)), []
+    optimizer = torch.optim.SGD([parameter])
+    for _ in range(4):
+        stock, *_ = stock.value_and_grad(lambda x: x)(1.0)
+        scaler.scale(parameter.sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        scales.append((float(stock.scale) / 65536, scaler.get_scale() / 65536))
+    assert scales == [(1, 1), (1, 1), (1, 2), (2, 2)]
+
+
+def narrow_softmax():
+    """Softmax of bfloat16"""
+    x = torch.from_numpy(np.random.default_rng(0).normal(size=(4, 512), scale=3.0)).bfloat16()
+    truth = torch.softmax(x.double(), -1).numpy()
+    stock = jax.nn.softmax(jnp.asarray(x.float().numpy(), jnp.bfloat16))
+    theirs = torch.softmax(x, -1).double().numpy()
+    gaps = [np.abs(y / truth - 1.0).max() for y in (np.asarray(stock, np.float64), theirs)]
+    assert gaps[0] > 0.02 and gaps[1] < 2**-8
 
 
 def ignored_label():
@@ -135,8 +236,10 @@ def wrong_shape():
 
 
 TRAPS = [
-    norm_epsilon, norm_variance, gelu, linear_layout, weight_decay, clip_epsilon, ignored_label,
-    unknown_id, past_the_end, embedding_dtype, library_attention, masked_row, wrong_shape,
+    norm_epsilon, norm_variance, gelu, linear_layout, weight_decay, bias_correction, epsilon_place,
+    absent_gradient, first_warmup_rate, schedule_count, clip_epsilon, accumulated_gradients,
+    loss_scale_growth, ignored_label, unknown_id, past_the_end, embedding_dtype, narrow_softmax,
+    library_attention, masked_row, wrong_shape,
 ]  # fmt: skip
 
 

@@ -10,6 +10,8 @@ import transformers
 import flax_gpt.config
 import torch_gpt.config
 
+NAN, INF = float("nan"), float("inf")
+
 # Layers and widths of "Language models are unsupervised multitask learners", 2019, table 2.
 PUBLISHED = {
     "gpt2": (12, 768),
@@ -37,8 +39,6 @@ PROBLEMS = [
         "dtype is 'float8', it must be one of float64, float32, bfloat16, float16",
     ),
 ]
-
-NAN, INF = float("nan"), float("inf")
 
 TRAIN_PROBLEMS = [
     (dict(beta1=1.0), "beta1 is 1.0, it must be in (0, 1)"),

@@ -7,7 +7,9 @@ import re
 import sys
 import tokenize
 from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,9 +22,13 @@ import torch_gpt
 FOLDERS = {"flax": Path(flax_gpt.__file__).parent, "torch": Path(torch_gpt.__file__).parent}
 FILES = sorted(path.name for path in FOLDERS["flax"].glob("*.py"))
 
-# What the twins may differ in, besides `__call__` and `forward`, and why.
+# What the twins may differ in, besides `__call__` and `forward`, and why. A class or function goes
+# with everything in it.
 ONE_SIDED = {
+    ("flax", "optimizer.py", "CLIP_EPSILON"): "torch's own clip has it inside",
     ("flax", "optimizer.py", "scale_by_adam"): "optax's own is off in float32, torch's is exact",
+    ("flax", "optimizer.py", "LossScale"): "optax has none, and flax's grows one step too late",
+    ("torch", "optimizer.py", "loss_scale"): "makes torch's own scaler",
     ("flax", "train.py", "TrainState.model"): "jax keeps weights outside the model; merged here",
     ("flax", "train.py", "TrainState.graphdef"): "the model without its weights",
     ("flax", "train.py", "TrainState.parameters"): "the weights without their model",
@@ -30,17 +36,14 @@ ONE_SIDED = {
 }
 OTHER_PARAMETERS = {
     ("optimizer.py", "adamw"): "torch's optimizer holds the parameters that it will change",
+    ("optimizer.py", "clip_gradients"): "torch keeps gradients in the model",
+    ("train.py", "train_step.share_of_mean"): "jax differentiates a function of the weights",
 }
 OTHER_DOCSTRINGS = {
     ("optimizer.py", "adamw"): "flax says why it does not use optax.adamw",
 }
 OTHER_ERRORS = {
     ("model.py", "parameter_dtype"): "only jax turns float64 into float32 on the quiet",
-}
-
-# What the shape audit lets pass: (function, name) and the letter that is not what it is elsewhere.
-OTHER_SIZES = {
-    ("next_token_loss", "labels_BT", "T"): "the shift drops one position of everything else",
 }
 
 
@@ -64,10 +67,11 @@ def definitions(side: str, file: str) -> dict[str, ast.AST]:
                 yield prefix + node.target.id, node
             elif (
                 isinstance(node, ast.Assign)
-                and isinstance(node.targets[0], ast.Name)
+                and isinstance(node.targets[0], ast.Name | ast.Tuple)
                 and not prefix
             ):
-                yield node.targets[0].id, node
+                for target in getattr(node.targets[0], "elts", node.targets):
+                    yield target.id, node
 
     return dict(walk(ast.parse(source(side, file)).body, ""))
 
@@ -85,10 +89,14 @@ def public(side: str, file: str) -> dict[str, ast.AST]:
     return {
         name: node
         for name, node in found.items()
-        if is_public(name)
-        and not name.startswith(tuple(inside))
-        and (side, file, name) not in ONE_SIDED
+        if is_public(name) and not name.startswith(tuple(inside)) and not licensed(side, file, name)
     }
+
+
+def licensed(side: str, file: str, name: str) -> bool:
+    """Whether it, or what it is in, may be missing in the other twin."""
+    parts = name.split(".")
+    return any((side, file, ".".join(parts[: n + 1])) in ONE_SIDED for n in range(len(parts)))
 
 
 def shared(file: str) -> list[tuple[str, ast.AST, ast.AST]]:
@@ -97,7 +105,7 @@ def shared(file: str) -> list[tuple[str, ast.AST, ast.AST]]:
     return [
         (name, flax[name], torch[name])
         for name in flax
-        if name in torch and ("torch", file, name) not in ONE_SIDED
+        if name in torch and not licensed("torch", file, name)
     ]
 
 
@@ -193,7 +201,10 @@ def explanations(text: str) -> list[str]:
 
 def test_every_licence_is_in_use():
     for side, file, name in ONE_SIDED:
+        other = "torch" if side == "flax" else "flax"
         assert name in definitions(side, file)
+        both = name in definitions(other, file)
+        assert both == ((other, file, name) in ONE_SIDED), name
     for file, name in OTHER_PARAMETERS | OTHER_DOCSTRINGS | OTHER_ERRORS:
         assert name in definitions("flax", file) and name in definitions("torch", file)
 
@@ -205,7 +216,7 @@ def test_the_public_names_are_the_same():
 
 # --- shapes in names ---
 
-SUFFIX = re.compile(r"_(?!1$)([1BTSDKHFVGR]+)$")  # norm_1 is a number, not an axis
+SUFFIX = re.compile(r"_(?!1$)([1BTSDKHFVGRC]+)$")  # norm_1 is a number, not an axis
 
 
 def letters(name: str) -> str | None:
@@ -247,19 +258,22 @@ def test_the_twins_write_the_same_einsums():
 
 # Sizes that all differ, so that no axis can stand in for another; T and S are what a call makes
 # them. The MLP has a width that no other test uses: jax runs no Python for a shape that it knows.
-SIZES = dict(B=2, K=3, H=5, D=15, F=31, V=61)
+SIZES = dict(B=2, K=3, H=5, D=15, F=31, V=61, C=8)
 T, S, G, R = 7, 19, 4, 6
 
-# Where an axis B of size 1 stands for every row, and where the code says so.
-ONE_FOR_EVERY_ROW = {
-    "place": "its docstring",
-    "Attention.__call__": "it reads what place wrote",
-    "KVCache.check_room": "counts of None are the same number in every row",
+# Where an axis B may have another size, such as 1 for every row, and where the code says so.
+OTHER_ROWS = {
+    "place": (1, "its docstring"),
+    "Placement": (1, "place makes it"),
+    "Attention.__call__": (1, "it reads what place wrote"),
+    "KVCache.check_room": (1, "counts of None are the same number in every row"),
+    "KVCache": (R, "select makes one of the rows selected"),
+    "LayerCache": (R, "select makes one of the rows selected"),
 }
 
 
 def expected_names(side: str) -> set[tuple[str, str]]:
-    """Every function of a twin with the names in it that promise a shape."""
+    """Every function and class of a twin with the names in it that promise a shape."""
     names = set()
 
     def visit(node: ast.AST, function: str, path: str) -> None:
@@ -267,6 +281,8 @@ def expected_names(side: str) -> set[tuple[str, str]]:
             function = path + ("__call__" if node.name == "forward" else node.name)
             path = f"{function}.<locals>."
         elif isinstance(node, ast.ClassDef):
+            annotated = [x.target.id for x in node.body if isinstance(x, ast.AnnAssign)]
+            names.update((node.name, x) for x in annotated if letters(x))
             path = f"{path}{node.name}."
         elif isinstance(node, ast.ListComp | ast.GeneratorExp):
             return  # has a frame of its own, or none at all, by version of Python
@@ -285,40 +301,44 @@ def expected_names(side: str) -> set[tuple[str, str]]:
 
 def test_every_licence_of_the_audit_is_in_use():
     names = expected_names("flax")
-    assert {(function, name) for function, name, _ in OTHER_SIZES} <= names
-    assert set(ONE_FOR_EVERY_ROW) <= {function for function, _ in names}
+    assert set(OTHER_ROWS) <= {function for function, _ in names}
 
 
 def audited(side: str, run: Callable[[], None]) -> tuple[set[tuple[str, str]], list[str]]:
-    """Runs code and looks at the locals of every function of a twin as it returns.
+    """Runs code and looks at the locals of every function of a twin as it returns, and into those
+    and results that are a twin's own values.
 
     Returns:
-        Functions and names whose arrays were looked at, and what is wrong with them.
+        Functions and classes with names whose arrays were looked at, and what is wrong with them.
     """
     seen, problems = set(), []
     paths = {str(FOLDERS[side] / file) for file in FILES}
 
-    def look(frame, event, _):
+    def look(frame, event, result):
         if event != "return" or frame.f_code.co_filename not in paths:
             return
         function = re.sub(r"\bforward\b", "__call__", frame.f_code.co_qualname)
+        check(function, frame.f_locals)
+        for value in (result, *frame.f_locals.values()):
+            if is_dataclass(value) and type(value).__module__.startswith(f"{side}_gpt."):
+                check(type(value).__name__, {x.name: getattr(value, x.name) for x in fields(value)})
+
+    def check(owner: str, arrays: dict[str, Any]) -> None:
         sizes = dict(SIZES)
-        for name, value in frame.f_locals.items():
+        for name, value in arrays.items():
             axes = letters(name)
             if axes is None or not hasattr(value, "shape"):
                 continue
-            seen.add((function, name))
+            seen.add((owner, name))
             shape = tuple(value.shape)
             if len(shape) != len(axes):
-                problems.append(f"{function}: {name} has shape {shape}")
+                problems.append(f"{owner}: {name} has shape {shape}")
                 continue
             for axis, size in zip(axes, shape, strict=True):
-                if axis == "B" and size == 1 and function in ONE_FOR_EVERY_ROW:
-                    continue
-                if (function, name, axis) in OTHER_SIZES:
+                if axis == "B" and size == OTHER_ROWS.get(owner, (None,))[0]:
                     continue
                 if size != (1 if axis == "1" else sizes.setdefault(axis, size)):
-                    problems.append(f"{function}: {axis} of {name} is {size}, not {sizes[axis]}")
+                    problems.append(f"{owner}: {axis} of {name} is {size}, not {sizes[axis]}")
 
     before = sys.getprofile()
     sys.setprofile(look)
@@ -335,7 +355,12 @@ def test_every_array_has_the_axes_in_its_name(gpt):
     model = gpt.model(mlp_dim=SIZES["F"], num_layers=1, dropout=0.1)
     key, counts = gpt.random.key(0), gpt.ints((7, 3))
     tokens = gpt.ints(np.random.default_rng(0).integers(0, SIZES["V"], (SIZES["B"], T)))
-    state = package.TrainState.create(model, package.TrainConfig())
+    state = package.TrainState.create(model, package.TrainConfig(), key)
+    classifiers = {
+        package.TOKEN_CLASS: package.TokenClassifier(model.config, SIZES["C"]),
+        package.SEQUENCE_CLASS: package.SequenceClassifier(model.config, SIZES["C"]),
+    }
+    classes = {package.TOKEN_CLASS: tokens % SIZES["C"], package.SEQUENCE_CLASS: counts}
     filled = package.KVCache(package.KVCache.empty(model.config, SIZES["B"], S).layers, counts)
 
     def compute():
@@ -345,10 +370,14 @@ def test_every_array_has_the_axes_in_its_name(gpt):
             package.decode_step(model, tokens[:, 0], cache)
             logits, _ = model(tokens, None, numbers, key)
             package.next_token_loss(logits, tokens, numbers)
-        package.train_step(tokens, state, counts, key)
+            for task, classifier in classifiers.items():
+                data = package.Batch(tokens, numbers, classes[task])
+                package.evaluate(classifier, [data], task)
+        package.train_step(package.Batch(tokens, counts), state)
         for use_cache in (True, False):
             package.generate(model, tokens, G, counts, (5,), use_cache)
-        package.evaluate(model, [tokens])
+        sampling = package.Sampling(top_k=9, top_p=0.9, min_p=0.1)
+        package.generate(model, tokens, G, counts, sampling=sampling, key=key)
 
     def run():
         # Tracing is enough for jax: it runs all of the Python and compiles nothing.
@@ -376,3 +405,9 @@ def test_the_shape_audit_sees_a_wrong_name(gpt):
         gpt.name, lambda: gpt.package.decode._last(gpt.floats(np.zeros((2, 7, 15, 1))), None)
     )
     assert problems == ["_last: x_BTD has shape (2, 7, 15, 1)"]
+    wrong = gpt.package.Batch(gpt.ints(np.zeros((2, 7, 1))), gpt.ints((7, 3, 1)))
+    _, problems = audited(gpt.name, lambda: gpt.package.train._parts(wrong, 1))
+    assert set(problems) == {
+        "Batch: tokens_BT has shape (2, 7, 1)",
+        "Batch: B of counts_B is 3, not 2",
+    }

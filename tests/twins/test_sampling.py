@@ -403,9 +403,10 @@ def test_a_row_ends_behind_a_drawn_stop_and_the_others_go_on(gpt):
 
 
 def test_a_model_of_16_bits_is_scored_in_32(gpt):
-    found, _, margins = generated(gpt, "all", model=model_of(gpt, "bfloat16"))
-    assert margins.dtype == "float32"
-    assert len(np.unique(found)) > 5 and (margins > 0.0).all()
+    # Of two logits one is soon negative, and then 16 bits cannot hold how far they are apart.
+    model = gpt.model(seed=3, init_std=0.7, num_layers=1, vocab_size=2, dtype="bfloat16")
+    _, _, margins = generated(gpt, "greedy", seed=None, tokens=tokens_of() % 2, model=model)
+    assert margins.dtype == "float32" and (margins >= 0.0).all()
     assert (margins.astype(ml_dtypes.bfloat16) != margins).any()
 
 
