@@ -234,29 +234,32 @@ def linear(
     config: GPTConfig, in_dim: int, out_dim: int, std: float, key: jax.Array | None
 ) -> nnx.Linear:
     """The native linear layer with weights from our generator and biases of zero."""
-    # nnx layers ask for a stream of their own; `initial` does not use it.
-    return nnx.Linear(
+    # nnx layers ask for a stream of their own. The weights come afterwards: an initializer of our
+    # own would be part of the graph definition, and no two models would share a compiled program.
+    layer = nnx.Linear(
         in_dim,
         out_dim,
-        kernel_init=lambda *_: initial(config, (in_dim, out_dim), std, key),
+        kernel_init=nnx.initializers.zeros_init(),
         bias_init=nnx.initializers.zeros_init(),
         param_dtype=parameter_dtype(config),
         rngs=nnx.Rngs(0),
     )
+    layer.kernel.set_value(initial(config, (in_dim, out_dim), std, key))
+    return layer
 
 
 def embedding(config: GPTConfig, num_rows: int, key: jax.Array | None) -> nnx.Embed:
     """The native embedding table with weights from our generator."""
-    return nnx.Embed(
+    table = nnx.Embed(
         num_rows,
         config.embed_dim,
-        embedding_init=lambda *_: initial(
-            config, (num_rows, config.embed_dim), config.init_std, key
-        ),
+        embedding_init=nnx.initializers.zeros_init(),
         param_dtype=parameter_dtype(config),
         dtype=parameter_dtype(config),
         rngs=nnx.Rngs(0),
     )
+    table.embedding.set_value(initial(config, (num_rows, config.embed_dim), config.init_std, key))
+    return table
 
 
 def initial(

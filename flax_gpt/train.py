@@ -122,7 +122,7 @@ def train_step(batch: Batch, state: TrainState) -> tuple[StepResult, TrainState]
     num_scored = jnp.sum(state.task.targets(batch) != IGNORE_INDEX)
     unit = 1.0 if state.loss_scale is None else state.loss_scale.scale
 
-    def share_of_mean(parameters: nnx.State, part: Batch, index: int):
+    def share_of_mean(parameters: nnx.State, part: Batch, index: jax.Array):
         """What a part adds to the mean loss of the batch, times the loss scale."""
         key = None
         if state.key is not None:
@@ -132,11 +132,16 @@ def train_step(batch: Batch, state: TrainState) -> tuple[StepResult, TrainState]
         loss = cross_entropy(logits, state.task.targets(part), config.label_smoothing)
         return loss.total / num_scored.astype(loss.total.dtype) * unit, loss
 
-    gradients, loss = None, None
-    for index, part in enumerate(_parts(batch, config.accumulation_steps)):
-        more, part_loss = jax.grad(share_of_mean, has_aux=True)(state.parameters, part, index)
-        gradients = more if gradients is None else jax.tree.map(jnp.add, gradients, more)
-        loss = part_loss if loss is None else loss + part_loss
+    def add_part(gradients: nnx.State, item: tuple[jax.Array, Batch]):
+        index, part = item
+        more, loss = jax.grad(share_of_mean, has_aux=True)(state.parameters, part, index)
+        return jax.tree.map(jnp.add, gradients, more), loss
+
+    # twin: jax compiles one part and scans over them all; torch adds up in .grad, one by one.
+    parts = jnp.arange(config.accumulation_steps), _parts(batch, config.accumulation_steps)
+    gradients = jax.tree.map(jnp.zeros_like, state.parameters)
+    gradients, losses = jax.lax.scan(add_part, gradients, parts)
+    loss = jax.tree.map(jnp.sum, losses)
     gradients = jax.tree.map(lambda g: g / unit, gradients)
     finite = functools.reduce(
         jnp.logical_and, (jnp.all(jnp.isfinite(g)) for g in jax.tree.leaves(gradients))
@@ -198,17 +203,15 @@ def _evaluate_batch(
     return Evaluation(cross_entropy(logits, targets), jnp.sum(hits))
 
 
-def _parts(batch: Batch, num: int) -> list[Batch]:
-    """The rows of a batch in `num` equal parts, in order."""
+def _parts(batch: Batch, num: int) -> Batch:
+    """The rows of a batch in `num` equal parts, in order, along a new first axis."""
     rows = batch.tokens_BT.shape[0]
     if rows % num:
         raise ValueError(
             f"train_step: {rows} rows in {num} parts. Parts have the same number of rows. Choose "
             "accumulation_steps that divides the batch."
         )
-    size = rows // num
-    places = [slice(start, start + size) for start in range(0, rows, size)]
-    return [jax.tree.map(lambda x, place=place: x[place], batch) for place in places]
+    return jax.tree.map(lambda x: x.reshape(num, rows // num, *x.shape[1:]), batch)
 
 
 def _in_compute_dtype(

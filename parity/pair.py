@@ -45,8 +45,9 @@ class Side:
             `step(*inputs)` to the loss before the update, `parameters()` and `moments()` to the
             module's leaves and the optimizer's (first, second, count); None for a model that is
             not to be trained.
-        decoder: a module to a decoder: `chunks(calls, capacity)` and `generate(...)`; None for a
-            model without a cache.
+        decoder: a module to a decoder: `chunks(calls, capacity)` to logits by call, `generate` to
+            greedy tokens, and for a pair with `sampling` `sample` to tokens and margins; None for
+            a model without a cache.
     """
 
     name: str
@@ -70,6 +71,8 @@ class Pair:
         learning_rate: the largest of both trainers, the unit in which single updates are judged.
         prompts: tokens (B, T) and counts (B,) to continue greedily; None without a decoder.
         new_tokens: how many to generate behind each prompt.
+        sampling: settings to draw tokens with, as the decoders know them, temperature among them;
+            None for a pair that is not to be sampled from.
         sequences: tokens (B, T) and counts (B,) to read in chunks; None without a decoder.
         config: what the report says of the models.
     """
@@ -82,5 +85,6 @@ class Pair:
     learning_rate: float = 1e-3
     prompts: tuple[np.ndarray, np.ndarray] | None = None
     new_tokens: int = 0
+    sampling: Mapping[str, Any] | None = None
     sequences: tuple[np.ndarray, np.ndarray] | None = None
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -1,6 +1,7 @@
 """The harness's first client: flax_gpt and torch_gpt as a pair."""
 
 import dataclasses
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +28,7 @@ _PROBE_SIZE = 1 << 26  # logits of one probe at most, half a gigabyte in float64
 _PROMPT_LENGTH = 64
 _SEQUENCE_LENGTH = 96
 _TRAINING_BATCH = 8, 64
+_SAMPLING = dict(temperature=0.8, top_k=40, top_p=0.95, min_p=0.02)
 _UNSCORED = 0.1  # share of labels that are not scored
 
 
@@ -129,6 +131,7 @@ def twins(
         learning_rate=training(1)["learning_rate"],
         prompts=prompts,
         new_tokens=max_new_tokens,
+        sampling=_SAMPLING if decodes else None,
         sequences=sequences,
         config=sizes | {"data": corpus.source, "task": task},
     )
@@ -249,6 +252,25 @@ class FlaxDecoder:
         )
         return np.asarray(generation.tokens_BG)
 
+    def sample(
+        self,
+        tokens: np.ndarray,
+        counts: np.ndarray,
+        max_new_tokens: int,
+        sampling: Mapping[str, Any],
+        seed: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Drawn tokens and their margins, (B, G) each."""
+        generation = self._package.generate(
+            self._model,
+            tokens,
+            max_new_tokens,
+            counts,
+            sampling=self._package.Sampling(**sampling),
+            key=self._package.random.key(seed),
+        )
+        return np.asarray(generation.tokens_BG), np.asarray(generation.margins_BG)
+
 
 class TorchDecoder:
     """Decoding by torch_gpt's cache."""
@@ -281,3 +303,23 @@ class TorchDecoder:
             self._model, tokens, max_new_tokens, counts, use_cache=use_cache
         )
         return to_numpy(generation.tokens_BG).astype(np.int32)
+
+    def sample(
+        self,
+        tokens: np.ndarray,
+        counts: np.ndarray,
+        max_new_tokens: int,
+        sampling: Mapping[str, Any],
+        seed: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Drawn tokens and their margins, (B, G) each."""
+        generation = self._package.generate(
+            self._model,
+            tokens,
+            max_new_tokens,
+            counts,
+            sampling=self._package.Sampling(**sampling),
+            key=self._package.random.key(seed),
+        )
+        drawn = to_numpy(generation.tokens_BG).astype(np.int32)
+        return drawn, to_numpy(generation.margins_BG)

@@ -118,6 +118,7 @@ def train_step(batch: Batch, state: TrainState) -> tuple[StepResult, TrainState]
         share = loss.total / num_scored.to(loss.total.dtype)
         return share if scaler is None else scaler.scale(share), loss
 
+    # twin: jax compiles one part and scans over them all; torch adds up in .grad, one by one.
     state.optimizer.zero_grad()
     loss = None
     for index, part in enumerate(_parts(batch, config.accumulation_steps)):

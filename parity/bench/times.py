@@ -133,7 +133,7 @@ class Contest:
     def __rich__(self) -> RenderableType:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column(self.preset, no_wrap=True)
-        for name in ("compile", "step ms", "min..max", "tokens/s", "GFLOP/s", "matmul", "speed"):
+        for name in ("compile", "step", "min..max", "tokens/s", "GFLOP/s", "matmul", "speed"):
             table.add_column(name, justify="right", no_wrap=True)
         for timing in self.timings:
             if timing.unavailable is not None:
@@ -144,11 +144,11 @@ class Contest:
             table.add_row(
                 timing.name,
                 "" if timing.compile_s is None else f"{timing.compile_s:.1f}s",
-                _milliseconds(timing.step_s),
-                "..".join(map(_milliseconds, spread)),
+                _in_unit(timing.step_s, timing.step_s) + ("s" if timing.step_s >= 1.0 else "ms"),
+                "..".join(_in_unit(seconds, timing.step_s) for seconds in spread),
                 f"{self.batch_size * self.width / timing.step_s:,.0f}",
                 f"{self.flop / timing.step_s / 1e9:,.1f}",
-                " ".join(f"{share:.0%}" for share in shares),
+                " ".join(f"{share * 100:.0f}" for share in shares) + "%",
                 f"{self.speed(timing):.2f}x",
             )
         rounds = max(len(timing.turns_s) for timing in self.timings)
@@ -205,5 +205,7 @@ class TrainingBench:
         return Group(*self.contests, *(Text(note, style="dim") for note in notes))
 
 
-def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1e3:,.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.1f}"
+def _in_unit(seconds: float, like: float) -> str:
+    """Three digits, in seconds or milliseconds as another time has it."""
+    scaled = seconds if like >= 1.0 else seconds * 1e3
+    return f"{scaled:.{2 if scaled < 10 else 1 if scaled < 100 else 0}f}"

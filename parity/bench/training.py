@@ -180,19 +180,15 @@ def _contenders(
     devices: Devices,
 ) -> Iterator[FlaxStep | TorchStep]:
     """Every form of the step, from the same weights."""
-
-    def scope():
-        return jax_scope(config.dtype, devices.flax)
-
-    with scope():
+    with jax_scope(config.dtype, devices.flax):
         flax_model = flax_gpt.GPT(config, flax_gpt.random.key(0))
     torch_model = torch_gpt.GPT(torch_gpt.GPTConfig(**dataclasses.asdict(config)))
     transplant(flax_model, torch_model, TWINS)
     torch_model.to(devices.torch)
     untouched = copy.deepcopy(torch_model)
     constants = flax_gpt.TrainConfig(**training)
-    yield FlaxStep(flax_model, constants, batches, donate=False, scope=scope)
-    yield FlaxStep(flax_model, constants, batches, donate=True, scope=scope)
+    yield FlaxStep(flax_model, constants, batches, donate=False, device=devices.flax)
+    yield FlaxStep(flax_model, constants, batches, donate=True, device=devices.flax)
     constants = torch_gpt.TrainConfig(**training)
     yield TorchStep(torch_model, constants, batches, compiled=False)
     yield TorchStep(untouched, constants, batches, compiled=True)

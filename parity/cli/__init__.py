@@ -3,9 +3,11 @@
 One file per command; each turns options into one call of the package and a value into an exit code.
 """
 
+import inspect
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -16,10 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from parity.cli.bench import bench
-from parity.cli.check import check
-from parity.cli.generate import generate
-from parity.cli.train import precision, train
+from parity.cli import bench, check, generate, train
 
 app = typer.Typer(
     add_completion=False,
@@ -60,6 +59,12 @@ def parity(
     """
 
 
-for command in (check, train, generate, precision):
-    app.command()(command)
-app.add_typer(bench, name="bench")
+def _help(command: Callable) -> str:
+    """A command's docstring with the lines of each paragraph joined, but not those of a table."""
+    paragraphs = inspect.cleandoc(command.__doc__).split("\n\n")
+    return "\n\n".join(x if x.startswith("[") else x.replace("\n", " ") for x in paragraphs)
+
+
+for command in (check.check, train.train, generate.generate, train.precision):
+    app.command(help=_help(command))(command)
+app.add_typer(bench.bench, name="bench")

@@ -1,4 +1,4 @@
-"""Greedy decoding chooses the same tokens: two frameworks, with and without the cache."""
+"""Decoding chooses the same tokens, greedy and drawn: two frameworks, with and without cache."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -13,6 +13,11 @@ from parity.subject import Subject
 
 # Logit errors within which a flip can be an accident, as for logits.
 ERROR = {"float64": logits.FLOAT64_LARGE, "float32": logits.FLOAT32}
+
+# Of the noise of a draw, which is two logarithms in float32 and reaches 17: two units in the last
+# place of that.
+NOISE = 4e-6
+DRAWN = 64  # tokens to draw behind each prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +37,35 @@ def records(subject: Subject) -> Iterator[Record]:
     tokens, counts = subject.pair.prompts
     reference: np.ndarray | None = None
     margins = errors = None
-    for number, dtype in enumerate(subject.dtypes):
-        for index, run in enumerate(subject.runs(dtype)):
+    drawn = drawn_margins = None
+    parts = len(subject.dtypes) * 2 * (3 if subject.pair.sampling else 2)
+    done = 0
+    for dtype in subject.dtypes:
+        for run in subject.runs(dtype):
+            decoder = run.decoder()
             for use_cache in (True, False):
-                written = run.decoder().generate(tokens, counts, subject.pair.new_tokens, use_cache)
+                written = decoder.generate(tokens, counts, subject.pair.new_tokens, use_cache)
                 if reference is None:
                     reference = written
                     margins, errors = _margins(subject, tokens, counts, reference)
                 name = f"{run.name}, {'cached' if use_cache else 'uncached'}"
                 yield record(name, dtype, reference, written, margins, errors[dtype])
-                done = number * 4 + index * 2 + (not use_cache) + 1
-                subject.progress(done / len(subject.dtypes) / 4)
+                done += 1
+                subject.progress(done / parts)
+            if subject.pair.sampling is None:
+                continue
+            length = min(subject.pair.new_tokens, DRAWN)
+            written, found = decoder.sample(
+                tokens, counts, length, subject.pair.sampling, subject.seed
+            )
+            if drawn is None:
+                drawn, drawn_margins = written, found
+            # A temperature below 1 widens the errors of logits with their distances.
+            reach = 2 * (errors[dtype] / subject.pair.sampling["temperature"] + NOISE)
+            yield record(f"{run.name}, drawn", dtype, drawn, written, drawn_margins,
+                         errors[dtype], reach)  # fmt: skip
+            done += 1
+            subject.progress(done / parts)
 
 
 def _margins(
@@ -77,9 +100,9 @@ def _margins(
 
 def record(
     name: str, dtype: str, reference: np.ndarray, written: np.ndarray, margins: np.ndarray,
-    error: float,
+    error: float, reach: float | None = None,
 ) -> Record:  # fmt: skip
-    """Counts different tokens; a row's first flip is excused only by a thin margin.
+    """Counts different tokens; a row's first flip is excused only by a margin within `reach`.
 
     And only where the logits are as exact as they should be: a fault must not widen its own excuse.
     """
@@ -89,10 +112,11 @@ def record(
     ]
     flips = [flip for flip in flips if flip is not None]
     # Two logits that err by e each can trade places when they are less than 2e apart.
+    reach = 2 * error if reach is None else reach
     sound = error <= ERROR[dtype]
-    real = [flip for flip in flips if not (sound and flip.margin <= 2 * error)]
+    real = [flip for flip in flips if not (sound and flip.margin <= reach)]
     verdict = Verdict.FAIL if real else Verdict.TIE if flips else Verdict.PASS
-    if not (np.all(np.isfinite(margins)) and np.isfinite(error)):
+    if np.any(np.isnan(margins)) or not np.isfinite(error):
         verdict = Verdict.FAIL  # equal perhaps, but the first of all NaN is no choice
     smallest = float(np.min(margins)) if margins.size else 0.0
     note = f"smallest margin {smallest:.1e}, {dtype} logit error {error:.1e}"

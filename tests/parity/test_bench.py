@@ -1,10 +1,12 @@
 """The bench of the training steps: what it times, what it refuses, what it says."""
 
 import dataclasses
+import functools
 import json
 import math
 import statistics
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -36,23 +38,28 @@ from parity.environment import choose_devices
 NAMES = ["flax jit", "flax donated", "torch eager", "torch compiled"]
 SMALL = dict(context_length=16, embed_dim=12, num_layers=1, num_heads=3, mlp_dim=20)
 SIZES = dict(batch_size=2, width=12, changes=SMALL)
-compile_module = nn.Module.compile
 
 
-def compile_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.compile traces as ever, and then runs the graph as it is."""
-    monkeypatch.setattr(
-        nn.Module,
-        "compile",
-        lambda module, **options: compile_module(module, backend="aot_eager", **options),
-    )
+@pytest.fixture(scope="module", autouse=True)
+def short_turns() -> Iterator[None]:
+    """Turns and products that take no time."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        small = functools.partial(best_matmul, sizes=(64, 128))
+        monkeypatch.setattr(parity.bench.training, "best_matmul", small)
+        monkeypatch.setattr(parity.bench.training, "_TURN_S", 0.02)
+        yield
 
 
 @pytest.fixture(scope="module")
 def times(corpus) -> TrainingBench:
-    """A small model, three rounds."""
+    """Three rounds of a small model; torch.compile traces, and then runs the graph as it is."""
+    compile_module = nn.Module.compile
     with pytest.MonkeyPatch.context() as monkeypatch:
-        compile_without_a_compiler(monkeypatch)
+        monkeypatch.setattr(
+            nn.Module,
+            "compile",
+            lambda module, **options: compile_module(module, backend="aot_eager", **options),
+        )
         return bench_training(corpus, ["tiny"], choose_devices("cpu"), repeats=3, **SIZES)
 
 

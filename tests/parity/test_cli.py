@@ -14,9 +14,14 @@ from pathlib import Path
 import pytest
 
 from flax_gpt import PRESETS
-from parity import cli
+from flax_gpt.config import SCHEDULES
+from parity.cli import check as parity_check
+from parity.cli import shared
+from parity.cli import train as parity_train
 from parity.levels import LEVELS
 from parity.progress import interruptible
+from parity.training.precision import DTYPES
+from parity.twins import TASKS
 
 ROOT = Path(__file__).parents[2]
 
@@ -121,14 +126,24 @@ def test_an_interrupt_that_python_drops_is_raised_at_the_next_progress():
 
 
 def test_help_is_instant_and_teaches():
+    commands = {
+        "check": "Climb only this level",
+        "train": "goes on from its",
+        "generate": "the same text",
+        "precision": "ratio of the two errors",
+    }
     start = time.perf_counter()
-    top, check = parity("--help"), parity("check", "--help")
-    assert time.perf_counter() - start < 5
-    assert top.returncode == check.returncode == 0
-    plain = re.sub(r"\s+", " ", check.stdout)
-    assert all(level in plain for level in LEVELS) and "Examples" in plain
-    assert "Exit codes: 0" in top.stdout
+    top = parity("--help").stdout
+    shown = {name: " ".join(parity(name, "--help").stdout.split()) for name in commands}
+    assert time.perf_counter() - start < 2.5 * (1 + len(commands))
+    assert "Exit codes: 0 the same function, 1 they differ, 2 usage error" in top
+    for name, words in commands.items():
+        assert name in top and words in shown[name] and "Example" in shown[name], name
+    for level in LEVELS:
+        assert re.search(rf"{level}\s+\w+", shown["check"])
 
 
-def test_the_command_names_the_levels_and_presets_that_exist():
-    assert tuple(LEVELS) == cli.LEVELS and PRESETS == cli.PRESETS
+def test_the_command_names_what_exists():
+    assert tuple(LEVELS) == parity_check.LEVELS
+    assert PRESETS == shared.PRESETS and TASKS == shared.TASKS
+    assert DTYPES == parity_train.DTYPES and SCHEDULES == parity_train.SCHEDULES

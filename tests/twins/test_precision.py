@@ -1,11 +1,13 @@
 """16-bit computation on float32 weights: as good in one twin as in the other, by float64."""
 
 import functools
+import re
 
 import jax
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flax_gpt.optimizer
 import torch_gpt.optimizer
@@ -16,11 +18,18 @@ ROUNDOFF = {"bfloat16": 2.0**-9, "float16": 2.0**-12}  # half the gap between 1 
 NARROW = list(ROUNDOFF)
 
 
-@pytest.fixture(autouse=True)
-def float32():
-    """No 64-bit types in jax, as in use."""
+@pytest.fixture
+def gpt(gpt):
+    """Each twin in turn, without 64-bit types in jax, as in use."""
     with jax.enable_x64(False):
-        yield
+        yield gpt
+
+
+@pytest.fixture
+def twins(twins):
+    """Both twins at once, likewise."""
+    with jax.enable_x64(False):
+        yield twins
 
 
 def batch(gpt, seed=0):
@@ -77,6 +86,35 @@ def test_16_bits_err_by_their_own_roundoff_and_no_more_in_one_twin_than_in_the_o
 def test_float16_is_the_finer_of_the_two(twins):
     ratio = errors(twins, "bfloat16") / errors(twins, "float16")
     assert ((3 < ratio) & (ratio < 24)).all()  # three bits are a factor of 8
+
+
+class Products(TorchDispatchMode):
+    """Notes the dtypes that matrix products give in torch, backward pass included."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        if function.overloadpacket.__name__ in ("mm", "bmm", "addmm"):
+            self.dtypes.append(str(found.dtype).removeprefix("torch."))
+        return found
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_every_matrix_product_is_computed_in_16_bits(gpt, dtype):
+    state, data = start(gpt, dtype), batch(gpt)
+    if gpt.name == "flax":
+        program = str(jax.make_jaxpr(gpt.package.train_step)(data, state))
+        names = {"bf16": "bfloat16", "f16": "float16", "f32": "float32"}
+        found = [names[x] for x in re.findall(r":(\w+)\[[\d,]*\] = dot_general", program)]
+    else:
+        with Products() as products:
+            step(gpt, data, state)
+        found = products.dtypes
+    # Six linear layers, two products of attention, one head: each forward, and twice backward.
+    assert found == [dtype] * 27
 
 
 def weights(gpt, state):

@@ -77,7 +77,7 @@ def test_bits_are_the_bits_of_jax_random(gpt, width, seed, shape):
 
 @pytest.mark.parametrize("width", [32, 64])
 def test_more_bits_than_one_pass_makes_are_still_the_same(gpt, width):
-    shape = 3, torch_gpt.random._CHUNK // 2 + 7  # torch works in passes of _CHUNK counters
+    shape = 3, torch_gpt.random._CHUNK["cpu"] // 2 + 7  # torch works in passes of counters
     words = gpt.numpy(gpt.random.bits(gpt.random.key(5), shape, width))
     assert same_bits(words, jax.random.bits(typed(5), shape, f"uint{width}"))
 
