@@ -69,8 +69,9 @@ def scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientT
     """Adam's direction, with bias corrections exact to rounding. State as `optax.scale_by_adam`."""
 
     def init(parameters: Any) -> optax.ScaleByAdamState:
-        zeros = jax.tree.map(jnp.zeros_like, parameters)
-        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros, zeros)
+        # Two trees of zeros: a buffer that is in a state twice cannot be donated.
+        mu, nu = (jax.tree.map(jnp.zeros_like, parameters) for _ in range(2))
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
     def update(gradients: Any, state: optax.ScaleByAdamState, parameters: Any = None):
         def direction(m: jax.Array, v: jax.Array) -> jax.Array:

@@ -3,11 +3,9 @@
 One file per command; each turns options into one call of the package and a value into an exit code.
 """
 
-import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -19,6 +17,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from parity.cli import bench, check, generate, train
+from parity.cli.shared import unwrapped
 
 app = typer.Typer(
     add_completion=False,
@@ -59,12 +58,6 @@ def parity(
     """
 
 
-def _help(command: Callable) -> str:
-    """A command's docstring with the lines of each paragraph joined, but not those of a table."""
-    paragraphs = inspect.cleandoc(command.__doc__).split("\n\n")
-    return "\n\n".join(x if x.startswith("[") else x.replace("\n", " ") for x in paragraphs)
-
-
 for command in (check.check, train.train, generate.generate, train.precision):
-    app.command(help=_help(command))(command)
+    app.command(help=unwrapped(command))(command)
 app.add_typer(bench.bench, name="bench")

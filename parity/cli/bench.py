@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from parity.cli.shared import PRESETS, Device, check_outputs, in_one_line
+from parity.cli.shared import PRESETS, Device, check_outputs, in_one_line, unwrapped
 
 # The names of parity.bench.DTYPES; a test holds them equal.
 DTYPES = "float32", "bfloat16"
@@ -23,7 +23,6 @@ def _bench() -> None:
     """Keeps `training` a word of its own while it is the only benchmark."""
 
 
-@bench.command()
 def training(
     preset: Annotated[
         list[str] | None,
@@ -95,3 +94,6 @@ def training(
             typer.echo(times.to_json(), nl=False)
         elif json is not None:
             write_atomically(Path(json), times.to_json())
+
+
+bench.command(help=unwrapped(training))(training)

@@ -1,9 +1,10 @@
 """What every command does alike: options that recur, errors in one line, exit codes."""
 
 import contextlib
+import inspect
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,12 @@ Task = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="auto (GPUs if both frameworks have one), cpu or cuda.")]
+
+
+def unwrapped(command: Callable) -> str:
+    """A command's docstring with the lines of each paragraph joined, but not those of a table."""
+    paragraphs = inspect.cleandoc(command.__doc__).split("\n\n")
+    return "\n\n".join(x if x.startswith("[") else x.replace("\n", " ") for x in paragraphs)
 
 
 @contextlib.contextmanager

@@ -169,7 +169,8 @@ def test_without_a_compiler_the_rest_is_timed_and_the_reason_given(
     corpus, monkeypatch, tmp_path, capfd
 ):
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "no-compiler"),))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
     times = bench_training(
         corpus, ["tiny"], choose_devices("cpu"), repeats=1, dtype="bfloat16", **SIZES
     )
@@ -183,6 +184,7 @@ def test_without_a_compiler_the_rest_is_timed_and_the_reason_given(
     assert preset["contenders"][3]["step_s"] is None
     assert "torch compiled: InvalidCxxCompiler" in printed(times)
     assert capfd.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
 
 
 CONFIG = flax_gpt.GPTConfig(

@@ -10,6 +10,7 @@ from parity.check import check
 from parity.compare import Verdict
 from parity.levels import LEVELS
 from parity.levels.cache import assemble, ragged_calls
+from parity.levels.optimizer import HORIZON
 from parity.levels.tokens import record
 from parity.twins import twins
 
@@ -103,7 +104,7 @@ def test_an_unknown_level_is_refused_with_the_known_ones(small):
 
 def test_progress_reaches_the_end_of_every_level(small):
     seen = {}
-    check(small(), steps=3, progress=lambda name, share: seen.update({name: share}))
+    check(small(), steps=HORIZON, progress=lambda name, share: seen.update({name: share}))
     assert list(seen) == list(LEVELS)
     assert all(share >= 0.5 for share in seen.values()), seen
     assert all(seen[name] == 1.0 for name in LEVELS if name != "weights"), seen
