@@ -1,4 +1,4 @@
-"""AdamW as the framework ships it, with every default that differs between the two stated.
+"""AdamW from the framework's parts, with every default that differs between the two stated.
 
 Read beside torch_gpt/optimizer.py.
 """

@@ -46,8 +46,17 @@ class TrainState:
             config: of the optimizer.
             key: active dropout; step n has its own, folded in. None for none.
             task: what the model is trained to predict.
+
+        Raises:
+            ValueError: for a compute_dtype with weights that are narrow already.
         """
         graphdef, parameters = nnx.split(model)
+        narrow = any(x.dtype.itemsize < 4 for x in jax.tree.leaves(parameters))
+        if narrow and config.compute_dtype is not None:
+            raise ValueError(
+                f"TrainState: 16-bit weights and compute_dtype {config.compute_dtype}. Mixed "
+                "precision keeps its weights in float32. Build the model in float32."
+            )
         optimizer = adamw(config).init(parameters)
         scale = LossScale.create() if config.compute_dtype == "float16" else None
         step = jnp.zeros((), jnp.int32)

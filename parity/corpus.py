@@ -80,10 +80,6 @@ class Corpus:
         starts = np.random.default_rng(seed).integers(0, len(self.ids), num)
         return self.ids[(starts[:, None] + np.arange(length)) % len(self.ids)]
 
-    def decode(self, ids: np.ndarray) -> str:
-        """The text of ids."""
-        return "".join(self.vocabulary[index] for index in ids)
-
 
 def encode(vocabulary: str, text: str) -> np.ndarray:
     """The ids of a text, int32.
@@ -99,3 +95,8 @@ def encode(vocabulary: str, text: str) -> np.ndarray:
             f"least. There are {len(vocabulary)}: {''.join(c for c in vocabulary if c > ' ')}"
         )
     return np.array([vocabulary.index(character) for character in text], np.int32)
+
+
+def decode(vocabulary: str, ids: np.ndarray) -> str:
+    """The text of ids."""
+    return "".join(vocabulary[index] for index in ids)

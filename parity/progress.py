@@ -68,13 +68,13 @@ def interruptible(progress: Callable[[str, float], None]) -> Iterator[Callable[[
 
 @contextlib.contextmanager
 def watched(console: Console, num_steps: int) -> Iterator[Callable[[Any], None]]:
-    """Yields the function to call with every `Moment` of a training."""
+    """Yields the function to call with every `Reading` of a training."""
     if not console.is_terminal:
 
-        def log(moment: Any) -> None:
-            if moment.step == 1 or moment.step % max(num_steps // 10, 1) == 0:
+        def log(reading: Any) -> None:
+            if reading.step == 1 or reading.step % max(num_steps // 10, 1) == 0:
                 console.print(
-                    f"step {moment.step}/{num_steps}  {_words(moment)}", style="dim",
+                    f"step {reading.step}/{num_steps}  {_words(reading)}", style="dim",
                     highlight=False, soft_wrap=True,
                 )  # fmt: skip
 
@@ -84,21 +84,21 @@ def watched(console: Console, num_steps: int) -> Iterator[Callable[[Any], None]]
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
         task = bar.add_task("compiling", total=num_steps)
 
-        def show(moment: Any) -> None:
-            words = f"{moment.step}/{num_steps}  {_words(moment)}"
-            bar.update(task, description=words, completed=moment.step)
+        def show(reading: Any) -> None:
+            words = f"{reading.step}/{num_steps}  {_words(reading)}"
+            bar.update(task, description=words, completed=reading.step)
 
         yield show
 
 
-def _words(moment: Any) -> str:
+def _words(reading: Any) -> str:
     """Loss, gradient norm and speed of each framework, and the gap between them."""
     sides = [
-        f"{name} {loss:.4f} |g| {moment.gradient_norms[name]:.2f}"
-        + (f" {moment.rates[name]:,.0f} tok/s" if moment.rates[name] else "")
-        for name, loss in moment.losses.items()
+        f"{name} {loss:.4f} |g| {reading.gradient_norms[name]:.2f}"
+        + (f" {reading.rates[name]:,.0f} tok/s" if reading.rates[name] else "")
+        for name, loss in reading.losses.items()
     ]
-    gap = [f"gap {moment.gap:.1e}"] if len(moment.losses) > 1 else []
+    gap = [f"gap {reading.gap:.1e}"] if len(reading.losses) > 1 else []
     return "  ".join(sides + gap)
 
 

@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import math
-import os
-import tempfile
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -190,23 +187,6 @@ class Report:
                 Verdict.ERROR: "the check did not run to its end.",
             }[self.verdict]
         )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes beside `path` and renames, so that a reader never sees half a file.
-
-    Raises:
-        OSError: when the folder cannot be written; `path` is then as it was.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
 
 
 def _cell(record: Record | None) -> Text:

@@ -16,8 +16,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from parity.cli import bench, check, generate, train
-from parity.cli.shared import unwrapped
+from parity.cli import bench, check, generate, precision, train
+from parity.cli.options import unwrapped
 
 app = typer.Typer(
     add_completion=False,
@@ -58,6 +58,6 @@ def parity(
     """
 
 
-for command in (check.check, train.train, generate.generate, train.precision):
+for command in (check.check, train.train, generate.generate, precision.precision):
     app.command(help=unwrapped(command))(command)
 app.add_typer(bench.bench, name="bench")

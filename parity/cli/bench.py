@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from parity.cli.shared import PRESETS, Device, check_outputs, in_one_line, unwrapped
+from parity.cli.options import PRESETS, Device, check_outputs, in_one_line, unwrapped
 
 # The names of parity.bench.DTYPES; a test holds them equal.
 DTYPES = "float32", "bfloat16"
@@ -78,8 +78,8 @@ def training(
             from parity.bench import bench_training, phases
             from parity.corpus import Corpus
             from parity.environment import choose_devices
+            from parity.files import write_atomically
             from parity.progress import interruptible, shown
-            from parity.report import write_atomically
 
             devices = choose_devices(device)
             corpus = Corpus.load()

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from parity.cli.shared import PRESETS, Data, Device, Task, check_data, check_outputs, in_one_line
+from parity.cli.options import PRESETS, Data, Device, Task, check_data, check_outputs, in_one_line
 
 # The names of parity.levels.LEVELS; a test holds them equal.
 LEVELS = "weights", "logits", "gradients", "optimizer", "trajectory", "cache", "tokens"
@@ -89,7 +89,7 @@ def check(
 
 def _write(name: str | None, text: Callable[[], str]) -> None:
     """Writes a form of the report where it was asked for."""
-    from parity.report import write_atomically
+    from parity.files import write_atomically
 
     if name == "-":
         typer.echo(text(), nl=False)

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from parity.cli.shared import Device, in_one_line
+from parity.cli.options import Device, Only, frameworks, in_one_line
 
 
 def generate(
@@ -26,17 +26,16 @@ def generate(
         float, typer.Option(help="Draw from tokens at least p times as likely as the first.")
     ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
-    only: Annotated[
-        str | None, typer.Option(help="Write with one twin: flax or torch. Default: both.")
-    ] = None,
+    only: Only = None,
     cache: Annotated[
         bool, typer.Option(help="Without the cache every token reads the whole text again.")
     ] = True,
     device: Device = "auto",
 ) -> None:
-    """Continue a prompt with both twins, which must write the same text.
+    """Continue a prompt with both twins, which must write the same text from the same weights.
 
-    The text goes to standard output, once; what was compared goes to the error stream.
+    Those are flax's where flax was trained, else torch's. The text goes to standard output; what
+    was compared, and the other text where there is one, goes to the error stream.
 
     Exit codes: 0 the same text (or a near-tie, with its margin), 1 different texts, 2 bad input.
 
@@ -48,24 +47,19 @@ def generate(
     """
     errors = Console(stderr=True)
     with in_one_line(errors):
-        if only not in (None, "flax", "torch"):
-            raise ValueError(
-                f"--only {only}: there are flax and torch. Choose one or leave it out."
-            )
+        twins = frameworks(only)
         with errors.status("loading jax and torch"):
             from flax_gpt import Sampling
             from parity.compare import Verdict
             from parity.environment import choose_devices
             from parity.training import Run, Writer
 
-            frameworks = ("flax", "torch") if only is None else (only,)
             sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-            writer = Writer(Run.open(run), choose_devices(device), frameworks)
+            writer = Writer(Run.open(run), choose_devices(device), twins)
         with errors.status("writing"):
             written = writer.write(prompt, tokens, sampling, seed, cache)
-        texts = dict.fromkeys(written.texts.values())
-        for text in texts:
-            typer.echo(prompt + text)
+        texts = list(dict.fromkeys(written.texts.values()))
+        typer.echo(prompt + texts[0])
         names = " and ".join(f"{name}_gpt" for name in written.texts)
         margin = f"smallest margin {written.smallest_margin:.1e} at token {written.smallest_at}"
         if len(texts) == 1:
@@ -76,4 +70,6 @@ def generate(
         else:
             line, style = f"FAIL: {written.note}", "bold red"
         errors.print(line, style=style, highlight=False, soft_wrap=True)
+        for text in texts[1:]:
+            errors.print(f"torch_gpt wrote: {prompt}{text}", markup=False, highlight=False)
     raise typer.Exit(1 if written.verdict is Verdict.FAIL else 0)

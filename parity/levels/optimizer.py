@@ -34,6 +34,8 @@ RATIO = 4.0
 # only ones judged so there, may go either way and no further.
 SINGLE = {"float64": 1e-4, "float32": 2.0}
 
+_LOSS = "the training loss"
+
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
@@ -66,9 +68,6 @@ def records(subject: Subject) -> Iterator[Record]:
         exact = exact or torch_steps
         for index, (flax, torch) in enumerate(zip(flax_steps, torch_steps, strict=True)):
             step = index + 1
-            gap = abs(flax.loss - torch.loss)
-            yield judge(f"step {step} loss", dtype, "max_abs", gap, LOSS[dtype], 1,
-                        where="the training loss", step=step)  # fmt: skip
             a, b, truth = (
                 x.comparable(exact[index], subject.null_leaves) for x in (flax, torch, exact[index])
             )
@@ -97,6 +96,9 @@ def records(subject: Subject) -> Iterator[Record]:
                     where=leaf,
                     step=step,
                 )
+            gap = abs(flax.loss - torch.loss)
+            yield judge(f"step {step} loss", dtype, "max_abs", gap, LOSS[dtype], 1,
+                        where=_LOSS, step=step)  # fmt: skip
             gap = abs(flax.count - torch.count)
             yield judge(f"step {step} count", dtype, "difference", gap, 0, 1, step=step)
         subject.progress((number + 1) / len(subject.dtypes))
@@ -138,7 +140,10 @@ def _error_ratio(a: Leaves, b: Leaves, truth: Leaves) -> float:
 
 def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     """The first step and quantity that part, and the leaf where most."""
-    bad = next(record for record in records if record.verdict is Verdict.FAIL)
+    failed = [record for record in records if record.verdict is Verdict.FAIL]
+    of_step = [record for record in failed if record.step == failed[0].step]
+    # A loss that differs comes before the update that it leads to.
+    bad = next((record for record in of_step if record.where == _LOSS), failed[0])
     where = bad.where or "the optimizer"
-    detail = f"Seen in {bad.name}, {bad.dtype}; all before it agrees."
+    detail = f"Seen in {bad.name}, {bad.dtype}; all steps before agree."
     return Divergence(where, "optimizer", bad.step, bad.value, detail=detail)

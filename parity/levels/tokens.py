@@ -60,12 +60,20 @@ def records(subject: Subject) -> Iterator[Record]:
             )
             if drawn is None:
                 drawn, drawn_margins = written, found
-            # A temperature below 1 widens the errors of logits with their distances.
-            reach = 2 * (errors[dtype] / subject.pair.sampling["temperature"] + NOISE)
+            thin = reach(errors[dtype], subject.pair.sampling["temperature"])
             yield record(f"{run.name}, drawn", dtype, drawn, written, drawn_margins,
-                         errors[dtype], reach)  # fmt: skip
+                         errors[dtype], thin)  # fmt: skip
             done += 1
             subject.progress(done / parts)
+
+
+def reach(error: float, temperature: float) -> float:
+    """The margin within which a drawn token can flip by rounding.
+
+    Two scores that err by e each can trade places when they are less than 2e apart; a temperature
+    below 1 widens the errors of logits with their distances.
+    """
+    return 2 * (error / temperature + NOISE)
 
 
 def _margins(
@@ -100,9 +108,9 @@ def _margins(
 
 def record(
     name: str, dtype: str, reference: np.ndarray, written: np.ndarray, margins: np.ndarray,
-    error: float, reach: float | None = None,
+    error: float, thin: float | None = None,
 ) -> Record:  # fmt: skip
-    """Counts different tokens; a row's first flip is excused only by a margin within `reach`.
+    """Counts different tokens; a row's first flip is excused only by a thin margin.
 
     And only where the logits are as exact as they should be: a fault must not widen its own excuse.
     """
@@ -112,9 +120,9 @@ def record(
     ]
     flips = [flip for flip in flips if flip is not None]
     # Two logits that err by e each can trade places when they are less than 2e apart.
-    reach = 2 * error if reach is None else reach
+    thin = 2 * error if thin is None else thin
     sound = error <= ERROR[dtype]
-    real = [flip for flip in flips if not (sound and flip.margin <= reach)]
+    real = [flip for flip in flips if not (sound and flip.margin <= thin)]
     verdict = Verdict.FAIL if real else Verdict.TIE if flips else Verdict.PASS
     if np.any(np.isnan(margins)) or not np.isfinite(error):
         verdict = Verdict.FAIL  # equal perhaps, but the first of all NaN is no choice

@@ -1,10 +1,7 @@
 """One checkpoint is one safetensors file: written beside and renamed, read with suspicion."""
 
-import contextlib
 import json
-import os
 import struct
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from parity.files import write_atomically
 from parity.leaves import Leaves
 
 FORMAT = "parity-checkpoint-1"
@@ -19,9 +17,6 @@ FORMAT = "parity-checkpoint-1"
 
 def write_checkpoint(path: Path, states: Mapping[str, Leaves], about: Mapping[str, str]) -> None:
     """Writes the states of trainers, by the name of their framework.
-
-    The file appears whole or not at all: whatever ends the process on the way, what was there
-    before stays as it was.
 
     Args:
         path: where to; its folder exists.
@@ -34,24 +29,7 @@ def write_checkpoint(path: Path, states: Mapping[str, Leaves], about: Mapping[st
     """
     tensors = {f"{side}/{name}": x for side, state in states.items() for name, x in state.items()}
     _check_finite(path, tensors)
-    data = save(tensors, metadata={"format": FORMAT} | dict(about))
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename, too, survives a loss of power
-    finally:
-        os.close(folder)
+    write_atomically(path, save(tensors, metadata={"format": FORMAT} | dict(about)))
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Leaves], dict[str, str]]:

@@ -1,15 +1,14 @@
 """Pictures of trainings: the losses, and how far they are apart."""
 
-import os
-import tempfile
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from parity.files import write_atomically
 from parity.levels.trajectory import FLOAT32, FLOAT64
 
 # A gap of zero has no place on a log axis; it is drawn at the rounding of a loss near 1.
@@ -107,14 +106,6 @@ def _finish(figure: Figure, axes: Sequence[Any]) -> None:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Writes a PNG beside its place and renames it."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".png")
-    os.close(handle)
-    try:
-        with matplotlib.rc_context({"font.size": 9}):
-            figure.savefig(name, dpi=140)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=140, format="png")
+    write_atomically(path, picture.getvalue())

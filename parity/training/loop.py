@@ -1,9 +1,9 @@
 """The training loop: the same batches for every framework, and all that is worth watching."""
 
 import dataclasses
-import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from parity.levels.trajectory import FLOAT32, FLOAT64, rounding_or_bug
 from parity.rules import TWINS
 from parity.trainers import FlaxTrainer, TorchTrainer
 from parity.training.diagnose import first_non_finite
-from parity.training.run import Run, RunConfig
+from parity.training.run import Run, RunConfig, as_line
 from parity.transplant import transplant
 
 # Windows of the held-out text that an evaluation reads at most.
@@ -25,11 +25,19 @@ _HELD_OUT = 512
 
 
 class NonFinite(ValueError):
-    """Training met a loss or gradient that is not finite."""
+    """Training met a loss or gradient that is not finite.
+
+    Attributes:
+        in_one_twin: whether the other twin's was finite, so that the two differ.
+    """
+
+    def __init__(self, message: str, in_one_twin: bool):
+        super().__init__(message)
+        self.in_one_twin = in_one_twin
 
 
 @dataclasses.dataclass(frozen=True)
-class Moment:
+class Reading:
     """What one step of all frameworks gave.
 
     Attributes:
@@ -49,7 +57,7 @@ class Moment:
     rates: dict[str, float]
 
 
-class Sides:
+class Trainers:
     """The trainers of a run, from the same weights, by framework.
 
     Args:
@@ -76,20 +84,20 @@ class Sides:
         with scope():
             flax_model = flax_gpt.GPT(flax_gpt.GPTConfig(**config.model))
             load_flax(flax_model, leaves)
-        self.trainers: dict[str, Any] = {}
+        self.by_framework: dict[str, Any] = {}
         if "flax" in config.frameworks:
             with scope():
                 trainer = FlaxTrainer(flax_gpt, flax_model, config.training, seed=seed)
-            self.trainers["flax"] = Scoped(trainer, scope)
+            self.by_framework["flax"] = Scoped(trainer, scope)
         if "torch" in config.frameworks:
             model = torch_gpt.GPT(torch_gpt.GPTConfig(**config.model))
             transplant(flax_model, model, TWINS)
             trainer = TorchTrainer(torch_gpt, model.to(devices.torch), config.training, seed=seed)
-            self.trainers["torch"] = trainer
+            self.by_framework["torch"] = trainer
 
     def save(self) -> dict[str, Any]:
         """The states of all trainers."""
-        return {name: trainer.save() for name, trainer in self.trainers.items()}
+        return {name: trainer.save() for name, trainer in self.by_framework.items()}
 
     def restore(self, states: dict[str, Any]) -> None:
         """Goes on from what `save` gave.
@@ -97,24 +105,24 @@ class Sides:
         Raises:
             ValueError: when the states are not these trainers'.
         """
-        if states.keys() != self.trainers.keys():
+        if states.keys() != self.by_framework.keys():
             raise ValueError(
-                f"states of {', '.join(states)} for trainers of {', '.join(self.trainers)}. Each "
-                "goes on from its own. Resume with the same --only."
+                f"states of {', '.join(states)} for trainers of {', '.join(self.by_framework)}. "
+                "Each goes on from its own. Resume with the same --only."
             )
-        for name, trainer in self.trainers.items():
+        for name, trainer in self.by_framework.items():
             trainer.restore(states[name])
 
 
 def train(
     run: Run,
     corpus: Corpus,
-    sides: Sides,
+    trainers: Trainers,
     num_steps: int,
     *,
     save_every: int = 100,
     target: float | None = None,
-    watch: Callable[[Moment], None] = lambda moment: None,
+    watch: Callable[[Reading], None] = lambda reading: None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> int:
     """Trains from the newest checkpoint, or from the start, to `num_steps`.
@@ -122,7 +130,7 @@ def train(
     Args:
         run: the folder that keeps it.
         corpus: the text to learn from.
-        sides: the trainers, fresh.
+        trainers: the trainers, fresh.
         num_steps: to stop after, counted from the start of the run.
         save_every: steps between checkpoints; there is one at the end too.
         target: loss to stop below.
@@ -133,77 +141,90 @@ def train(
         The number of the last step.
 
     Raises:
-        ValueError: for a checkpoint that cannot be resumed from.
+        ValueError: for a checkpoint that cannot be resumed from, or a folder in use.
         NonFinite: for a loss or gradient that is not finite; the checkpoints are from before it.
     """
-    step, gap = 0, 0.0
-    if (found := run.load()) is not None:
-        step, states = found
-        sides.restore(states)
-        gap = max((row["gap"] for row in run.metrics() if row["step"] <= step), default=0.0)
-    run.cut_metrics(step)
-    if step == 0:
-        run.save(0, sides.save())
-    clocks, tokens = dict.fromkeys(sides.trainers, 0.0), 0
-    with (
-        pinned_precision(),
-        (run.path / "metrics.jsonl").open("a", encoding="utf-8") as file,
-    ):
-        saved = step
-        while step < num_steps:
-            inputs = batch(run.config, corpus, step)
-            losses = {}
-            for name, trainer in sides.trainers.items():
-                start = time.perf_counter()
-                losses[name] = trainer.step(*inputs)
-                clocks[name] += (time.perf_counter() - start) if tokens else 0.0
-            step, tokens = step + 1, tokens + inputs[0].size
-            gap = max(gap, float(np.ptp(list(losses.values()))))
-            counted = tokens - inputs[0].size
-            moment = Moment(
-                step,
-                losses,
-                {name: trainer.gradient_norm for name, trainer in sides.trainers.items()},
-                {name: trainer.applied for name, trainer in sides.trainers.items()},
-                gap,
-                {name: counted / clock if clock else 0.0 for name, clock in clocks.items()},
-            )
-            _check_finite(moment, sides, inputs)
-            row = dataclasses.asdict(moment)
-            del row["rates"]
-            file.write(json.dumps(row) + "\n")
-            watch(moment)
-            done = target is not None and max(losses.values()) < target
-            if step % save_every == 0 or step == num_steps or done or stopped():
-                file.flush()
-                run.save(step, sides.save())
-                saved = step
-            if done or (saved == step and stopped()):
-                break
+    with run.locked(), pinned_precision():
+        step, gap = 0, 0.0
+        if (found := run.load()) is not None:
+            step, states = found
+            trainers.restore(states)
+        run.cut_metrics(step)
+        if step == 0:
+            run.save(0, trainers.save())
+        for row in run.metrics():
+            gap = _larger(gap, row["gap"])
+            if _reached(row["losses"], target):
+                return step
+        clocks, tokens = dict.fromkeys(trainers.by_framework, 0.0), 0
+        with (run.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            while step < num_steps:
+                inputs = batch(run.config, corpus, step)
+                losses = {}
+                for name, trainer in trainers.by_framework.items():
+                    start = time.perf_counter()
+                    losses[name] = trainer.step(*inputs)
+                    clocks[name] += (time.perf_counter() - start) if tokens else 0.0
+                timed, tokens = tokens, tokens + inputs[0].size
+                step += 1
+                gap = _larger(gap, float(np.ptp(list(losses.values()))))
+                reading = Reading(
+                    step,
+                    losses,
+                    {name: x.gradient_norm for name, x in trainers.by_framework.items()},
+                    {name: x.applied for name, x in trainers.by_framework.items()},
+                    gap,
+                    {name: timed / clock if clock else 0.0 for name, clock in clocks.items()},
+                )
+                _check_finite(reading, trainers, inputs)
+                row = dataclasses.asdict(reading)
+                del row["rates"]
+                file.write(as_line(row))
+                watch(reading)
+                done = step == num_steps or _reached(losses, target) or stopped()
+                if done or step % save_every == 0:
+                    file.flush()
+                    os.fsync(file.fileno())  # no checkpoint without the lines that led to it
+                    run.save(step, trainers.save())
+                if done:
+                    break
     return step
 
 
-def parted(run: Run, corpus: Corpus, sides: Sides) -> tuple[bool, str]:
+def _larger(a: float, b: float) -> float:
+    """The larger of two numbers; NaN if either is."""
+    return float(np.max([a, b]))
+
+
+def _reached(losses: Mapping[str, float | None], target: float | None) -> bool:
+    return target is not None and all(x is not None and x < target for x in losses.values())
+
+
+def parted(run: Run, corpus: Corpus, trainers: Trainers) -> tuple[bool, str]:
     """Whether the twins' losses parted as two programs do, and not as rounding does; in words.
 
     A training can be chaotic: then rounding grows, between twins as between two runs of one. Where
     a gap is past its bound, a run from neighbouring weights shows how much of it that explains.
     """
-    if len(sides.trainers) < 2:
+    if len(trainers.by_framework) < 2:
         return False, ""
-    metrics = list(run.metrics())
-    gap, narrow = metrics[-1]["gap"], run.config.training["compute_dtype"]
+    config, metrics = run.config, run.metrics()
+    gap, narrow = metrics[-1]["gap"], config.training["compute_dtype"]
     if narrow:
-        return False, f"{gap:.1e}; no bound in {narrow}, see parity precision"
-    bound = FLOAT64 if run.config.model["dtype"] == "float64" else FLOAT32
+        return False, f"{gap:.1e}; not judged in {narrow}, see parity precision"
+    bound = FLOAT64 if config.model["dtype"] == "float64" else FLOAT32
     if gap <= bound:
         return False, f"{gap:.1e}, bound {bound:.0e}"
     first = next(row["step"] for row in metrics if not row["gap"] <= bound)
-    again, witness = (Sides(run.config, sides.devices, nudged) for nudged in (False, True))
-    trainers = *again.trainers.values(), witness.trainers["torch"]
+    again = Trainers(config, trainers.devices).by_framework
+    alone = dataclasses.replace(config, frameworks=("torch",))
+    witness = Trainers(alone, trainers.devices, nudged=True).by_framework
     with pinned_precision():
         is_bug, words = rounding_or_bug(
-            trainers, lambda step: batch(run.config, corpus, step), first, "torch_gpt"
+            (again["flax"], again["torch"], witness["torch"]),
+            lambda step: batch(config, corpus, step),
+            first,
+            "torch_gpt",
         )
     return is_bug, f"{gap:.1e}, past the bound {bound:.0e} from step {first}. {words}"
 
@@ -214,31 +235,38 @@ def batch(config: RunConfig, corpus: Corpus, step: int) -> tuple[np.ndarray, ...
     return (corpus.windows(config.rows, config.width, config.seed, number),)
 
 
-def evaluate(config: RunConfig, held_out: Corpus, sides: Sides) -> dict[str, dict[str, float]]:
+def evaluate(
+    config: RunConfig, held_out: Corpus, trainers: Trainers
+) -> dict[str, dict[str, float]]:
     """Loss, perplexity, accuracy and number of tokens on a text, by framework."""
     pieces = held_out.pieces(config.width, _HELD_OUT)
     batches = [(pieces[i : i + config.rows],) for i in range(0, len(pieces), config.rows)]
     with pinned_precision():
-        return {name: trainer.evaluate(batches) for name, trainer in sides.trainers.items()}
+        return {name: trainer.evaluate(batches) for name, trainer in trainers.by_framework.items()}
 
 
-def _check_finite(moment: Moment, sides: Sides, inputs: tuple[np.ndarray, ...]) -> None:
+def _check_finite(reading: Reading, trainers: Trainers, inputs: tuple[np.ndarray, ...]) -> None:
     """Ends a training whose numbers have left the range; loss scaling may skip a step of float16.
 
     Raises:
         NonFinite: with the step, the first tensor and the remedy.
     """
-    narrow = sides.config.training["compute_dtype"]
-    for name, trainer in sides.trainers.items():
+    narrow = trainers.config.training["compute_dtype"]
+    for name, trainer in trainers.by_framework.items():
         # A scale below one says that halving it further will not bring the gradient back.
-        if moment.applied[name] or (trainer.loss_scale or 0.0) >= 1.0:
+        if reading.applied[name] or (trainer.loss_scale or 0.0) >= 1.0:
             continue
-        where = first_non_finite(sides.config, name, trainer.parameters(), inputs, sides.devices)
-        remedy = "Lower --learning-rate or --clip, or lengthen --warmup"
+        leaves, devices = trainer.parameters(), trainers.devices
+        where = first_non_finite(trainers.config, name, leaves, inputs, devices)
+        others = [other for other, applied in reading.applied.items() if applied]
+        remedy = "Nothing can be learned from that. Lower --learning-rate or --clip, or lengthen "
+        remedy += "--warmup"
         if narrow == "float16":
-            remedy = "bfloat16 has the range of float32: use --dtype bfloat16"
+            remedy = "float16 ends at 65504. Use --dtype bfloat16, which has the range of float32"
+        if others:
+            remedy = f"{others[0]} is finite, so the twins differ. Run parity check"
         raise NonFinite(
-            f"step {moment.step}: {name} has a loss of {moment.losses[name]:.3g} and a gradient "
-            f"norm of {moment.gradient_norms[name]:.3g}. First not finite: {where}. Nothing can be "
-            f"learned from that. {remedy}."
+            f"step {reading.step}: {name} has a loss of {reading.losses[name]:.3g} and a gradient "
+            f"norm of {reading.gradient_norms[name]:.3g}. First not finite: {where}. {remedy}.",
+            bool(others),
         )

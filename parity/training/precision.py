@@ -9,7 +9,7 @@ import numpy as np
 from parity.corpus import Corpus
 from parity.environment import Devices, fingerprint, pinned_precision
 from parity.levels.trajectory import FLOAT64
-from parity.training.loop import Sides, batch
+from parity.training.loop import Trainers, batch
 from parity.training.run import RunConfig
 
 DTYPES = "float64", "float32", "bfloat16", "float16"
@@ -45,18 +45,14 @@ def precision_report(
     Raises:
         ValueError: for types that do not start with float64, or an unknown one.
     """
-    if dtypes[:1] != ("float64",) or len(dtypes) < 2 or not set(dtypes) <= set(DTYPES):
-        raise ValueError(
-            f"precision: types {', '.join(dtypes)}. float64 is the truth that judges the others: "
-            f"it comes first and they follow, from {', '.join(DTYPES[1:])}."
-        )
+    check_dtypes(dtypes)
     curves: dict[str, dict[str, list[float]]] = {}
     for dtype in dtypes:
-        sides = Sides(in_dtype(config, dtype), devices)
-        curves[dtype] = {name: [] for name in sides.trainers}
+        trainers = Trainers(in_dtype(config, dtype), devices)
+        curves[dtype] = {name: [] for name in trainers.by_framework}
         with pinned_precision():
             for step in range(num_steps):
-                for name, trainer in sides.trainers.items():
+                for name, trainer in trainers.by_framework.items():
                     curves[dtype][name].append(trainer.step(*batch(config, corpus, step)))
                 progress(dtype, (step + 1) / num_steps)
     truth = curves["float64"]["flax"]
@@ -79,6 +75,19 @@ def precision_report(
         "curves": curves,
         "ratios": ratios,
     }
+
+
+def check_dtypes(dtypes: tuple[str, ...]) -> None:
+    """Refuses types that cannot be compared.
+
+    Raises:
+        ValueError: unless float64 comes first and others follow.
+    """
+    if dtypes[:1] != ("float64",) or len(dtypes) < 2 or not set(dtypes) <= set(DTYPES):
+        raise ValueError(
+            f"precision: types {', '.join(dtypes)}. float64 is the truth that judges the others: "
+            f"it comes first and they follow, from {', '.join(DTYPES[1:])}."
+        )
 
 
 def in_dtype(config: RunConfig, dtype: str) -> RunConfig:

@@ -1,19 +1,23 @@
 """A run is a folder: what was asked for, a line per step, and checkpoints."""
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from parity.corpus import Corpus
+from parity.files import unfinished, write_atomically
 from parity.leaves import Leaves
-from parity.report import write_atomically
 from parity.training.checkpoint import read_checkpoint, write_checkpoint
 
 FRAMEWORKS = "flax", "torch"
+_FILES = "config.json", "metrics.jsonl", "curves.png"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,7 +91,9 @@ class Run:
                     "folder."
                 )
             return present
-        if path.is_dir() and any(path.iterdir()):
+        # A process that was killed as it wrote the config leaves its beginning.
+        begun = unfinished(path / "config.json")
+        if path.is_dir() and any(not x.name.startswith(begun) for x in path.iterdir()):
             raise ValueError(
                 f"run {path}: the folder is not empty and holds no run. A run has a folder of its "
                 "own. Name another."
@@ -121,6 +127,26 @@ class Run:
                 "Name another folder."
             ) from error
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other processes from training in the folder, and clears what dead ones left.
+
+        Raises:
+            ValueError: when another process is training here.
+        """
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"run {self.path}: another process trains in it. A run is trained by one. Wait "
+                    "for it or name another folder."
+                ) from error
+            for begun in (".step-", *(unfinished(self.path / name) for name in _FILES)):
+                for rest in self.path.glob(f"{begun}*"):
+                    rest.unlink()
+            yield
+
     def checkpoints(self) -> list[tuple[int, Path]]:
         """Steps and files of the checkpoints, oldest first."""
         found = ((re.fullmatch(r"step-(\d+)\.safetensors", x.name), x) for x in self.path.iterdir())
@@ -132,21 +158,18 @@ class Run:
         write_checkpoint(path, states, {"run": self.config.digest, "step": str(step)})
         for _, old in self.checkpoints()[:-keep]:
             old.unlink()
-        for rest in self.path.glob(".step-*"):
-            rest.unlink()  # of a process that was killed while it wrote
         return path
 
-    def load(self, path: Path | None = None) -> tuple[int, dict[str, Leaves]] | None:
-        """Step and states of the newest checkpoint, or of a given one; None where there is none.
+    def load(self) -> tuple[int, dict[str, Leaves]] | None:
+        """Step and states of the newest checkpoint; None where there is none.
 
         Raises:
             ValueError: for a checkpoint that cannot be read or belongs to another run.
         """
-        if path is None:
-            found = self.checkpoints()
-            if not found:
-                return None
-            path = found[-1][1]
+        found = self.checkpoints()
+        if not found:
+            return None
+        path = found[-1][1]
         states, about = read_checkpoint(path)
         if about.get("run") != self.config.digest:
             raise ValueError(
@@ -155,21 +178,52 @@ class Run:
             )
         return int(about["step"]), states
 
-    def metrics(self) -> Iterator[dict[str, Any]]:
-        """What was measured, a dictionary per step; a line that was cut off ends it."""
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return
-        for line in path.read_text(encoding="utf-8").splitlines():
+    def metrics(self, last: int | None = None) -> list[dict[str, Any]]:
+        """What was measured, a dictionary per step; a line that was cut off ends it.
+
+        Args:
+            last: the step up to which there must be one for every step, and no more are wanted.
+
+        Raises:
+            ValueError: when a step up to `last` is missing.
+        """
+        path, rows = self.path / "metrics.jsonl", []
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        for line in lines:
             try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
+                row = json.loads(line)
+                rows.append(row | {"gap": math.nan if row["gap"] is None else row["gap"]})
+            except (json.JSONDecodeError, KeyError, TypeError):
+                break
+        if last is not None:
+            rows = rows[:last]
+            if [row.get("step") for row in rows] != list(range(1, last + 1)):
+                raise ValueError(
+                    f"run {self.path}: metrics.jsonl has {len(rows)} of {last} steps that can be "
+                    "read. There is a line per step. Put the file back or start another run."
+                )
+        return rows
 
     def cut_metrics(self, step: int) -> None:
-        """Forgets what was measured behind a step, because it will be measured again."""
-        lines = [json.dumps(row) + "\n" for row in self.metrics() if row["step"] <= step]
-        write_atomically(self.path / "metrics.jsonl", "".join(lines))
+        """Forgets what was measured behind a step, because it will be measured again.
+
+        Raises:
+            ValueError: when a step up to it is missing.
+        """
+        write_atomically(self.path / "metrics.jsonl", "".join(map(as_line, self.metrics(step))))
+
+
+def as_line(row: Mapping[str, Any]) -> str:
+    """A row of the metrics; JSON has no number for what is not finite, so that becomes null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(plain(row), allow_nan=False) + "\n"
 
 
 def _difference(present: RunConfig, wanted: RunConfig) -> str:

@@ -10,10 +10,10 @@ import torch
 import flax_gpt
 import torch_gpt
 from parity.compare import Verdict, max_abs
-from parity.corpus import encode
+from parity.corpus import decode, encode
 from parity.environment import Devices, jax_scope, pinned_precision
 from parity.leaves import load_flax, load_torch, to_numpy
-from parity.levels.tokens import ERROR
+from parity.levels.tokens import ERROR, reach
 from parity.rules import TWINS
 from parity.training.run import FRAMEWORKS, Run
 from parity.transplant import transplant
@@ -50,7 +50,7 @@ class Writer:
             raise ValueError(
                 f"run {run.path}: no checkpoint in it. There is nothing to write with. Train first."
             )
-        self.step, states = found
+        _, states = found
         self.vocabulary, self._devices = run.config.vocabulary, devices
         self._dtype = run.config.model["dtype"]
         source = next(name for name in FRAMEWORKS if name in states)
@@ -102,7 +102,7 @@ class Writer:
                 rows[name] = numpy(found.tokens_BG)[0].astype(np.int32)
                 margins[name] = numpy(found.margins_BG)[0].astype(np.float64)
             verdict, note = self._compare(tokens[0], rows, margins, sampling)
-        texts = {name: "".join(self.vocabulary[i] for i in row) for name, row in rows.items()}
+        texts = {name: decode(self.vocabulary, row) for name, row in rows.items()}
         reference = next(iter(margins.values()))
         smallest = int(np.argmin(reference))
         return Written(texts, verdict, float(reference[smallest]), smallest + 1, note)
@@ -125,8 +125,8 @@ class Writer:
             torch_logits, _ = self._models["torch"](tensor)
         error = max_abs(np.asarray(flax_logits)[0, -1], to_numpy(torch_logits)[0, -1])
         margin = float(max(margins["flax"][place], margins["torch"][place]))
-        # Two scores that err by e each can trade places when they are less than 2e apart.
-        reach = 2 * error / (sampling.temperature or 1.0)
-        tie = error <= ERROR.get(self._dtype, ERROR["float32"]) and margin <= reach
+        drawn = sampling.temperature > 0.0
+        thin = reach(error, sampling.temperature) if drawn else 2 * error
+        tie = error <= ERROR.get(self._dtype, ERROR["float32"]) and margin <= thin
         note = f"the texts part at token {place + 1}, margin {margin:.1e}, logits {error:.1e} apart"
         return (Verdict.TIE if tie else Verdict.FAIL), note

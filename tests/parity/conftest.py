@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import itertools
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -45,10 +46,18 @@ def small(corpus) -> Callable[..., Pair]:
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory) -> None:
-    """Planted faults change one twin; the other's programs need not be compiled again."""
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("programs")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    """Planted faults change one twin; the other's programs need not be compiled again.
+
+    Neither here nor in the processes that tests start.
+    """
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture

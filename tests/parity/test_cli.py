@@ -16,7 +16,7 @@ import pytest
 from flax_gpt import PRESETS
 from flax_gpt.config import SCHEDULES
 from parity.cli import check as parity_check
-from parity.cli import shared
+from parity.cli import options
 from parity.cli import train as parity_train
 from parity.levels import LEVELS
 from parity.progress import interruptible
@@ -145,5 +145,5 @@ def test_help_is_instant_and_teaches():
 
 def test_the_command_names_what_exists():
     assert tuple(LEVELS) == parity_check.LEVELS
-    assert PRESETS == shared.PRESETS and TASKS == shared.TASKS
-    assert DTYPES == parity_train.DTYPES and SCHEDULES == parity_train.SCHEDULES
+    assert PRESETS == options.PRESETS and TASKS == options.TASKS
+    assert DTYPES == options.DTYPES and SCHEDULES == parity_train.SCHEDULES

@@ -237,6 +237,7 @@ def test_a_planted_fault_is_caught_and_located(fault, plant, small):
     assert failed == [fault.level], report
     assert report.exit_code == 1
     assert report.divergence.where == fault.where or not fault.where, report.divergence
+    assert ("Looks like a bug" in report.divergence.detail) == (fault in LATE)
     found = report.divergence.step
     assert found > 0 if fault.step is None else found == fault.step, report.divergence
 

@@ -8,7 +8,8 @@ import pytest
 from rich.console import Console
 
 from parity.compare import Record, Verdict, judge
-from parity.report import Divergence, Level, Report, write_atomically
+from parity.files import write_atomically
+from parity.report import Divergence, Level, Report
 
 SUBJECT = {"torch": "torch_gpt", "flax": "flax_gpt", "num_params": 7, "config": {}}
 GOOD = judge("probe", "float64", "max_abs", 3.1e-15, 1e-12, 100)

@@ -5,11 +5,12 @@ import dataclasses
 import numpy as np
 import pytest
 
+import flax_gpt
 from flax_gpt import GREEDY, Sampling
 from parity.compare import Verdict
-from parity.corpus import Corpus
+from parity.corpus import Corpus, decode
 from parity.environment import choose_devices
-from parity.training import Run, RunConfig, Sides, Writer, train
+from parity.training import Run, RunConfig, Trainers, Writer, train
 from parity.twins import preset_config
 
 CPU = choose_devices("cpu")
@@ -32,7 +33,7 @@ def run(corpus, tmp_path_factory) -> Run:
         training=dataclasses.asdict(TrainConfig(learning_rate=3e-3)), rows=8, width=64, seed=0,
     )  # fmt: skip
     run = Run.start(tmp_path_factory.mktemp("runs") / "run", config)
-    train(run, corpus, Sides(config, CPU), 40)
+    train(run, corpus, Trainers(config, CPU), 40)
     return run
 
 
@@ -59,9 +60,16 @@ def test_the_cache_does_not_change_the_text(writer):
     assert cached.texts == uncached.texts
 
 
-def test_the_smallest_margin_is_told_with_its_place(writer):
-    written = writer.write("The ", 24, SETTINGS["0.8"], 1)
-    assert 0 < written.smallest_margin < 10 and 1 <= written.smallest_at <= 24
+def test_it_writes_with_the_weights_that_were_trained(run, writer, corpus):
+    trainers = Trainers(run.config, CPU)
+    trainers.restore(run.load()[1])
+    prompt = corpus.windows(1, 6, 9)
+    expected = flax_gpt.generate(trainers.by_framework["flax"].model, prompt, 12)
+    written = writer.write(decode(corpus.vocabulary, prompt[0]), 12)
+    assert written.texts["flax"] == decode(corpus.vocabulary, np.asarray(expected.tokens_BG)[0])
+    margins = np.asarray(expected.margins_BG)[0]
+    assert written.smallest_at == int(np.argmin(margins)) + 1
+    assert written.smallest_margin == float(margins.min())
 
 
 def test_one_twin_can_write_alone(run):
@@ -78,6 +86,9 @@ def test_texts_that_part_are_a_failure_unless_rounding_explains_it(writer):
     verdict, note = writer._compare(prompt, rows, wide, GREEDY)
     assert verdict is Verdict.FAIL and note.startswith("the texts part at token 2, margin 5.0e-01")
     assert writer._compare(prompt, rows, thin, GREEDY)[0] is Verdict.TIE
+    # The noise of a draw errs by more than the logits of equal weights.
+    noisy = {name: np.array([1.0, 5e-6, 1.0]) for name in rows}
+    assert writer._compare(prompt, rows, noisy, SETTINGS["0.8"])[0] is Verdict.TIE
 
 
 def test_a_prompt_of_unknown_characters_is_refused_with_those_that_are_known(writer):
@@ -112,6 +123,6 @@ def test_a_run_of_one_twin_can_be_written_from_by_the_other(corpus, tmp_path):
             rows=2, width=8, seed=0, frameworks=(name,),
         )  # fmt: skip
         run = Run.start(tmp_path / name, config)
-        train(run, small, Sides(config, CPU), 2)
+        train(run, small, Trainers(config, CPU), 2)
         written = Writer(run, CPU).write("the ", 6)
         assert written.verdict is Verdict.PASS and set(written.texts) == {"flax", "torch"}

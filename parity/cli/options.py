@@ -1,4 +1,4 @@
-"""What every command does alike: options that recur, errors in one line, exit codes."""
+"""Options that several commands share, and how each of them ends: in one line, with a code."""
 
 import contextlib
 import inspect
@@ -11,9 +11,11 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-# The names of flax_gpt.PRESETS and parity.twins.TASKS; a test holds them equal.
+# The names of flax_gpt.PRESETS, parity.twins.TASKS and parity.training.precision.DTYPES; a test
+# holds them equal.
 PRESETS = "tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"
 TASKS = "next-token", "token-class", "sequence-class"
+DTYPES = "float64", "float32", "bfloat16", "float16"
 
 Data = Annotated[
     Path | None,
@@ -26,6 +28,13 @@ Task = Annotated[
         "came before), sequence-class (how many of a passage's characters are letters)."
     ),
 ]
+Preset = Annotated[str, typer.Option(help=f"Model size: {', '.join(PRESETS)}.")]
+Rows = Annotated[int, typer.Option(min=1, help="Rows of a batch.")]
+Width = Annotated[int, typer.Option(min=2, help="Tokens of a row.")]
+Rate = Annotated[float, typer.Option(help="Learning rate at the end of the warm-up.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of weights, batches and dropout.")]
+Dropout = Annotated[float, typer.Option(help="Dropout, with the same masks in both.")]
+Only = Annotated[str | None, typer.Option(help="One twin alone: flax or torch. Default: both.")]
 Device = Annotated[str, typer.Option(help="auto (GPUs if both frameworks have one), cpu or cuda.")]
 
 
@@ -81,3 +90,59 @@ def check_outputs(files: dict[str, str | None]) -> None:
         if not Path(name).parent.is_dir():
             folder = Path(name).parent
             raise ValueError(f"{option} {name}: no folder {folder}. Make it or name another.")
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuses a type that there is not.
+
+    Raises:
+        ValueError: with those that there are.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype}: there are {', '.join(DTYPES)}. Choose from them.")
+
+
+def run_config(corpus, preset, constants, dropout, rows, width, seed, *, dtype, **fields):
+    """A run's config, with every clash of numbers found before the work begins.
+
+    Raises:
+        ValueError: for what cannot be trained.
+    """
+    import dataclasses
+
+    from flax_gpt import TrainConfig
+    from parity.training import RunConfig
+    from parity.twins import preset_config
+
+    model = preset_config(corpus, preset, dropout=dropout, dtype=dtype)
+    training = TrainConfig(**constants)
+    if len(corpus.vocabulary) > model.vocab_size:
+        raise ValueError(
+            f"data file {corpus.source}: {len(corpus.vocabulary)} different characters > "
+            f"vocabulary size {model.vocab_size}. Each needs an id. Give another text or preset."
+        )
+    if width > model.context_length:
+        raise ValueError(
+            f"--width {width} > context length {model.context_length} of {preset}. A row fits into "
+            "the context. Choose a smaller one."
+        )
+    if rows % training.accumulation_steps:
+        raise ValueError(
+            f"--batch-size {rows} in {training.accumulation_steps} parts. Parts have the same "
+            "number of rows. Choose an --accumulate that divides the batch."
+        )
+    return RunConfig.of(
+        corpus, model=dataclasses.asdict(model), training=dataclasses.asdict(training), rows=rows,
+        width=width, seed=seed, **fields,
+    )  # fmt: skip
+
+
+def frameworks(only: str | None) -> tuple[str, ...]:
+    """The twins that --only leaves.
+
+    Raises:
+        ValueError: for a framework that there is not.
+    """
+    if only not in (None, "flax", "torch"):
+        raise ValueError(f"--only {only}: there are flax and torch. Choose one or leave it out.")
+    return ("flax", "torch") if only is None else (only,)

@@ -1,0 +1,97 @@
+"""`parity precision`: what narrower numbers cost, and whether they cost both twins the same."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from parity.cli.options import (
+    DTYPES,
+    Data,
+    Device,
+    Dropout,
+    Preset,
+    Rate,
+    Rows,
+    Seed,
+    Width,
+    check_data,
+    check_dtype,
+    in_one_line,
+    run_config,
+)
+
+
+def precision(
+    out: Annotated[Path, typer.Option(help="Folder for precision.png and precision.json.")],
+    data: Data = None,
+    preset: Preset = "tiny",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of every training.")] = 200,
+    dtype: Annotated[
+        str, typer.Option(help=f"float64, then any of {', '.join(DTYPES[1:])}, by commas.")
+    ] = "float64,float32,bfloat16",
+    batch_size: Rows = 8,
+    width: Width = 64,
+    learning_rate: Rate = 1e-3,
+    dropout: Dropout = 0.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Train both twins in several types and judge each by its distance from float64.
+
+    Rounding differs between frameworks and neither is more right, so what counts is the ratio of
+    the two errors: 1 is a fair draw, and beyond 4 one side computes in another way.
+
+    Exit codes: 0 all ratios end within 4, 1 one does not, 2 bad input.
+
+    Example:
+
+    parity precision --out reports/precision --dtype float64,float32,bfloat16,float16
+    """
+    errors = Console(stderr=True)
+    with in_one_line(errors):
+        check_data(data)
+        dtypes = tuple(name.strip() for name in dtype.split(","))
+        for name in dtypes:
+            check_dtype(name)
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out {out}: that is a file. Name a folder.")
+        constants = dict(
+            learning_rate=learning_rate,
+            schedule="cosine",
+            warmup_steps=steps // 20,
+            total_steps=steps,
+        )
+        with errors.status("loading jax and torch"):
+            from parity.corpus import Corpus
+            from parity.environment import choose_devices
+            from parity.files import write_atomically
+            from parity.training import as_line, draw_precision, precision_report
+            from parity.training.precision import check_dtypes
+
+            check_dtypes(dtypes)
+            devices = choose_devices(device)
+            corpus = Corpus.load(data)
+            config = run_config(
+                corpus, preset, constants, dropout, batch_size, width, seed,
+                dtype="float64",
+            )  # fmt: skip
+        out.mkdir(parents=True, exist_ok=True)
+        from parity.progress import interruptible, shown
+
+        with shown(errors, dtypes) as show, interruptible(show) as progress:
+            report = precision_report(config, corpus, devices, steps, dtypes, progress)
+        write_atomically(out / "precision.json", as_line(report))
+        draw_precision(out / "precision.png", report)
+        console = Console()
+        gap, verdict = report["float64_gap"], report["verdicts"]["float64"]
+        console.print(f"float64: gap between the losses {gap:.1e}: {verdict}", highlight=False)
+        for name in dtypes[1:]:
+            ratio, verdict = report["ratios"][name][-1], report["verdicts"][name]
+            line = (
+                f"{name}: error of flax_gpt over that of torch_gpt {ratio:.2f}, allowed 0.25 to 4"
+            )
+            console.print(f"{line}: {verdict}", highlight=False, soft_wrap=True)
+        console.print(f"wrote {out / 'precision.png'} and precision.json", soft_wrap=True)
+    raise typer.Exit(0 if report["verdict"] == "PASS" else 1)
