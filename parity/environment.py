@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import inspect
 import platform
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -82,7 +83,7 @@ class Scoped:
     def __getattr__(self, name: str) -> Any:
         with self._scope():
             found = getattr(self._target, name)
-        if not callable(found):
+        if not inspect.ismethod(found):
             return found
 
         @functools.wraps(found)

@@ -28,7 +28,11 @@ def load_flax(module: nnx.Module, leaves: Mapping[str, np.ndarray]) -> None:
     wide = any(leaf.dtype.itemsize == 8 for leaf in leaves.values())
     with jax.enable_x64(wide or jax.config.jax_enable_x64):
         for name, variable in variables.items():
-            variable.set_value(jax.device_put(leaves[name], variable[...].sharding))
+            # As it was placed: an array that is tied to its device would tie what is computed from
+            # it, and a program is compiled again for each mixture of tied and free arguments.
+            array = variable[...]
+            place = array.sharding if array.committed else None
+            variable.set_value(jax.device_put(leaves[name], place))
 
 
 def torch_leaves(module: torch.nn.Module) -> Leaves:
