@@ -31,6 +31,12 @@ def test_the_first_commands_are_the_ones_that_ci_runs():
     assert ".venv/bin/parity check" in commands[0] and ".venv/bin/parity check" in ci
 
 
+def test_every_file_that_is_linked_exists_and_nothing_is_left_to_fill_in():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links and all((ROOT / link).is_file() for link in links if "://" not in link)
+    assert "@@" not in README and "TODO" not in README
+
+
 def test_every_file_of_the_twins_is_in_the_reading_list():
     listed = set(re.findall(r"^\| `(\w+\.py)` \|", README, re.MULTILINE))
     for package in ("flax_gpt", "torch_gpt"):
