@@ -4,6 +4,7 @@ The two classes have the same methods. A saved state has `parameters.`, `first.`
 a leaf behind them, `updates`, `step`, and where there are such: `key`, `scale`, `streak`.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -127,14 +128,13 @@ class FlaxTrainer:
         scale = state.loss_scale
         if scale is not None:
             scale = type(scale)(jnp.asarray(saved["scale"]), jnp.asarray(saved["streak"]))
-        self._state = type(state)(
-            graphdef=state.graphdef,
-            config=state.config,
-            task=state.task,
+        key = None if state.key is None else jnp.asarray(saved["key"])
+        self._state = dataclasses.replace(
+            state,
             parameters=nnx.split(model)[1],
             optimizer=(adam, decay, rate._replace(count=count)),
             loss_scale=scale,
-            key=None if state.key is None else jnp.asarray(saved["key"]),
+            key=key,
             step=jnp.asarray(saved["step"], jnp.int32),
         )
 
@@ -256,15 +256,8 @@ class TorchTrainer:
                 int(saved["streak"]),
             )
             state.loss_scale.load_state_dict(scaler)
-        self._state = type(state)(
-            model=state.model,
-            config=state.config,
-            task=state.task,
-            optimizer=state.optimizer,
-            loss_scale=state.loss_scale,
-            key=None if state.key is None else from_numpy(saved["key"]).to(self._device),
-            step=int(saved["step"]),
-        )
+        key = None if state.key is None else from_numpy(saved["key"]).to(self._device)
+        self._state = dataclasses.replace(state, key=key, step=int(saved["step"]))
 
     def _batch(self, tokens, counts=None, labels=None):
         tensors = (

@@ -36,11 +36,27 @@ def preset_config(corpus: Corpus, preset: str, **changes) -> flax_gpt.GPTConfig:
     """A preset's sizes; `tiny` takes its vocabulary size from the text.
 
     Raises:
-        ValueError: for an unknown preset.
+        ValueError: for an unknown preset, or a vocabulary that it cannot hold.
     """
     if preset == "tiny":
         changes = {"vocab_size": len(corpus.vocabulary)} | changes
-    return flax_gpt.GPTConfig.preset(preset, **changes)
+    config = flax_gpt.GPTConfig.preset(preset, **changes)
+    check_vocabulary(corpus, config)
+    return config
+
+
+def check_vocabulary(corpus: Corpus, config: flax_gpt.GPTConfig) -> None:
+    """Refuses a text that has more characters than a model has ids.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if len(corpus.vocabulary) > config.vocab_size:
+        raise ValueError(
+            f"data file {corpus.source}: {len(corpus.vocabulary)} different characters > "
+            f"vocabulary size {config.vocab_size}. Each needs an id. Give another text or a larger "
+            "model."
+        )
 
 
 def training(num_steps: int) -> dict[str, Any]:
@@ -87,11 +103,7 @@ def twins(
         raise ValueError(f"task {task!r}: there are {', '.join(TASKS)}. Choose one of them.")
     config = config or preset_config(corpus, "tiny")
     sizes, context = dataclasses.asdict(config), config.context_length
-    if len(corpus.vocabulary) > config.vocab_size:
-        raise ValueError(
-            f"check: {len(corpus.vocabulary)} different characters in {corpus.source} > vocabulary "
-            f"size {config.vocab_size}. Each needs an id. Give another text or a larger model."
-        )
+    check_vocabulary(corpus, config)
     room = context - max_new_tokens
     if room < 4:
         raise ValueError(

@@ -38,20 +38,8 @@ class TokenClassifier(nn.Module):
         return self.head(x_BTD)
 
 
-class SequenceClassifier(nn.Module):
-    """Names one class for the whole sequence, from the mean over its real tokens.
-
-    Args:
-        config: of the GPT below the head.
-        num_classes: C.
-        key: draws the initial weights; None leaves zeros.
-    """
-
-    def __init__(self, config: GPTConfig, num_classes: int, key: torch.Tensor | None = None):
-        super().__init__()
-        subkeys = split_or_none(key, 2)
-        self.gpt = GPT(config, subkeys[0])
-        self.head = linear(config, config.embed_dim, num_classes, config.init_std, subkeys[1])
+class SequenceClassifier(TokenClassifier):
+    """Names one class for the whole sequence, by the same head on the mean over its real tokens."""
 
     def forward(
         self,

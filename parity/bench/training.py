@@ -99,7 +99,7 @@ def bench_training(
         config = preset_config(corpus, preset, **(changes or {}))
         rows, columns = _SIZES.get(preset, _OTHER_SIZES)
         rows, columns = batch_size or rows, width or columns
-        _check_sizes(corpus, preset, config, columns)
+        _check_width(preset, config, columns)
         entries.append((preset, config, rows, columns))
     training = flax_gpt.TrainConfig(compute_dtype=None if dtype == "float32" else dtype)
     before = _load()
@@ -235,21 +235,16 @@ def _seconds(step: FlaxStep | TorchStep, times: int) -> float:
     return (time.perf_counter() - start) / times
 
 
-def _check_sizes(corpus: Corpus, preset: str, config: flax_gpt.GPTConfig, width: int) -> None:
+def _check_width(preset: str, config: flax_gpt.GPTConfig, width: int) -> None:
     """Refuses what cannot be trained.
 
     Raises:
-        ValueError: for rows that are too long or a vocabulary that is too large.
+        ValueError: for rows that are too short or too long.
     """
     if not 2 <= width <= config.context_length:
         raise ValueError(
             f"bench: {width} tokens in a row, context length {config.context_length} of {preset}. "
             "A row has from 2 tokens to the context. Choose another width."
-        )
-    if len(corpus.vocabulary) > config.vocab_size:
-        raise ValueError(
-            f"bench: {len(corpus.vocabulary)} different characters in {corpus.source} > vocabulary "
-            f"size {config.vocab_size}. Each needs an id. Give another text or a larger model."
         )
 
 

@@ -116,11 +116,6 @@ def run_config(corpus, preset, constants, dropout, rows, width, seed, *, dtype, 
 
     model = preset_config(corpus, preset, dropout=dropout, dtype=dtype)
     training = TrainConfig(**constants)
-    if len(corpus.vocabulary) > model.vocab_size:
-        raise ValueError(
-            f"data file {corpus.source}: {len(corpus.vocabulary)} different characters > "
-            f"vocabulary size {model.vocab_size}. Each needs an id. Give another text or preset."
-        )
     if width > model.context_length:
         raise ValueError(
             f"--width {width} > context length {model.context_length} of {preset}. A row fits into "

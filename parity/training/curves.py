@@ -51,7 +51,9 @@ def draw_training(path: Path, metrics: Sequence[Mapping[str, Any]], title: str) 
                 ha="right", va="bottom", fontsize=8, color="#555555",
             )  # fmt: skip
         axes[1].set_yscale("log")
-        axes[1].set_ylim(_FLOOR / 3, max(1e-3, float(np.nanmax(gap)) * 10))
+        axes[1].set_ylim(
+            _FLOOR / 3, max(1e-3, 10 * np.max(gap, initial=0.0, where=np.isfinite(gap)))
+        )
         axes[1].set_ylabel("gap between the losses")
     axes[-1].set_xlabel("step")
     _finish(figure, axes)

@@ -196,8 +196,8 @@ def _larger(a: float, b: float) -> float:
     return float(np.max([a, b]))
 
 
-def _reached(losses: Mapping[str, float | None], target: float | None) -> bool:
-    return target is not None and all(x is not None and x < target for x in losses.values())
+def _reached(losses: Mapping[str, float], target: float | None) -> bool:
+    return target is not None and all(loss < target for loss in losses.values())
 
 
 def parted(run: Run, corpus: Corpus, trainers: Trainers) -> tuple[bool, str]:

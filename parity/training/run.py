@@ -17,6 +17,7 @@ from parity.leaves import Leaves
 from parity.training.checkpoint import read_checkpoint, write_checkpoint
 
 FRAMEWORKS = "flax", "torch"
+_KEPT = 2  # checkpoints: the newest, and the one before it in case that is damaged
 _FILES = "config.json", "metrics.jsonl", "curves.png"
 
 
@@ -152,11 +153,11 @@ class Run:
         found = ((re.fullmatch(r"step-(\d+)\.safetensors", x.name), x) for x in self.path.iterdir())
         return sorted((int(match[1]), path) for match, path in found if match)
 
-    def save(self, step: int, states: Mapping[str, Leaves], keep: int = 2) -> Path:
-        """Writes a checkpoint, then removes all but the newest `keep`."""
+    def save(self, step: int, states: Mapping[str, Leaves]) -> Path:
+        """Writes a checkpoint, then removes all but the newest two."""
         path = self.path / f"step-{step:06d}.safetensors"
         write_checkpoint(path, states, {"run": self.config.digest, "step": str(step)})
-        for _, old in self.checkpoints()[:-keep]:
+        for _, old in self.checkpoints()[:-_KEPT]:
             old.unlink()
         return path
 
@@ -192,8 +193,9 @@ class Run:
         for line in lines:
             try:
                 row = json.loads(line)
-                rows.append(row | {"gap": math.nan if row["gap"] is None else row["gap"]})
-            except (json.JSONDecodeError, KeyError, TypeError):
+                losses = {name: _number(loss) for name, loss in row["losses"].items()}
+                rows.append(row | {"gap": _number(row["gap"]), "losses": losses})
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
                 break
         if last is not None:
             rows = rows[:last]
@@ -224,6 +226,11 @@ def as_line(row: Mapping[str, Any]) -> str:
         return None if isinstance(value, float) and not math.isfinite(value) else value
 
     return json.dumps(plain(row), allow_nan=False) + "\n"
+
+
+def _number(value: float | None) -> float:
+    """What `as_line` wrote as null, read back."""
+    return math.nan if value is None else value
 
 
 def _difference(present: RunConfig, wanted: RunConfig) -> str:

@@ -8,11 +8,12 @@ import pytest
 import flax_gpt
 from parity.check import check
 from parity.compare import Verdict
+from parity.corpus import Corpus
 from parity.levels import LEVELS
 from parity.levels.cache import assemble, ragged_calls
 from parity.levels.optimizer import HORIZON
 from parity.levels.tokens import record
-from parity.twins import twins
+from parity.twins import preset_config, twins
 
 
 def margins(*rows):
@@ -108,3 +109,12 @@ def test_progress_reaches_the_end_of_every_level(small):
     assert list(seen) == list(LEVELS)
     assert all(share >= 0.5 for share in seen.values()), seen
     assert all(seen[name] == 1.0 for name in LEVELS if name != "weights"), seen
+
+
+def test_a_text_with_more_characters_than_ids_is_refused_wherever_it_comes_in():
+    text = Corpus.from_text("".join(map(chr, range(0x100, 0xD000))), "all of unicode")
+    message = r"data file all of unicode: 52992 different characters > vocabulary size 50257\."
+    with pytest.raises(ValueError, match=message):
+        preset_config(text, "gpt2")
+    with pytest.raises(ValueError, match=message):
+        twins(text, flax_gpt.GPTConfig.preset("gpt2"))
