@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from parity.cli import bench, check, generate, precision, train
+from parity.cli import bench, bugs, check, doctor, generate, precision, train
 from parity.cli.options import unwrapped
 
 app = typer.Typer(
@@ -58,6 +58,7 @@ def parity(
     """
 
 
-for command in (check.check, train.train, generate.generate, precision.precision):
+for command in (check.check, train.train, generate.generate, precision.precision, doctor.doctor):
     app.command(help=unwrapped(command))(command)
 app.add_typer(bench.bench, name="bench")
+app.add_typer(bugs.bugs, name="bugs")

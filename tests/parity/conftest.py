@@ -1,26 +1,19 @@
 """Small pairs, and broken copies of the twins."""
 
+import contextlib
 import dataclasses
-import importlib
-import itertools
 import os
-import shutil
-import sys
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import jax
 import pytest
 
 import flax_gpt
-import torch_gpt
+from parity.bugs import Edit, planted
 from parity.corpus import Corpus
 from parity.pair import Pair
 from parity.twins import twins
-
-_PACKAGES = {"flax_gpt": flax_gpt, "torch_gpt": torch_gpt}
-_numbers = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -61,23 +54,12 @@ def compiled_once(tmp_path_factory) -> None:
 
 
 @pytest.fixture
-def plant(tmp_path, monkeypatch) -> Callable[[str, str, str, str], ModuleType]:
+def plant() -> Iterator[Callable[[str, str, str, str], ModuleType]]:
     """Imports a copy of a package in which one place of one file reads differently."""
+    with contextlib.ExitStack() as copies:
 
-    def planted(package: str, file: str, right: str, wrong: str) -> ModuleType:
-        name = f"broken_{package}_{next(_numbers)}"
-        copy = tmp_path / name
-        copy.mkdir()
-        for source in Path(_PACKAGES[package].__file__).parent.glob("*.py"):
-            text = source.read_text()
-            if source.name == file:
-                assert text.count(right) == 1, f"{right!r} is in {file} {text.count(right)} times"
-                text = text.replace(right, wrong)
-            (copy / source.name).write_text(text.replace(package, name))
-        monkeypatch.syspath_prepend(tmp_path)
-        return importlib.import_module(name)
+        def planted_copy(package: str, file: str, right: str, wrong: str) -> ModuleType:
+            edits = [Edit(file, right, wrong)]
+            return copies.enter_context(planted(package.removesuffix("_gpt"), edits))
 
-    yield planted
-    for name in [name for name in sys.modules if name.startswith("broken_")]:
-        del sys.modules[name]
-    shutil.rmtree(tmp_path, ignore_errors=True)
+        yield planted_copy

@@ -1,0 +1,437 @@
+"""Bugs in what a token may see, and in the softmax that turns scores into weights."""
+
+from parity.bugs.bug import Bug, Edit
+
+BUGS = (
+    Bug(
+        id="mask-missing",
+        title="There is no mask: every token sees the whole row",
+        symptom="The loss is near zero on training and validation text; generation is garbage.",
+        why=(
+            "The next token is among those that are seen, so it need not be predicted. Validation "
+            "leaks in the same way and raises no alarm. At generation there is no future to look "
+            "at, and what was learned is worth nothing."
+        ),
+        seen="a common trap",
+        flax=(
+            Edit(
+                "model.py",
+                "        lowest = jnp.finfo(scores_BKTS.dtype).min\n"
+                "        scores_BKTS = jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n",
+                "",
+            ),
+        ),
+        torch=(
+            Edit(
+                "model.py",
+                "        lowest = torch.finfo(scores_BKTS.dtype).min\n"
+                "        scores_BKTS = torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n",
+                "",
+            ),
+        ),
+        caught_by=("causality", "causality-gradient"),
+    ),
+    Bug(
+        id="mask-inverted",
+        title="The mask is inverted: tokens see the future and nothing else",
+        symptom="Training loss is far too low, and the last position attends to everything evenly.",
+        why=(
+            "In one convention True means that a slot may be seen, in another that it is hidden, "
+            "and the two differ between APIs of the same framework. Here each query is left with "
+            "what should be hidden. The last one has nothing left, so its weights are uniform."
+        ),
+        seen="rasbt/LLMs-from-scratch#1061; pytorch/pytorch#170415",
+        flax=(
+            Edit(
+                "model.py",
+                "jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
+                "jnp.where(mask_BTS[:, None, :, :], lowest, scores_BKTS)",
+            ),
+        ),
+        torch=(
+            Edit(
+                "model.py",
+                "torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
+                "torch.where(mask_BTS[:, None, :, :], lowest, scores_BKTS)",
+            ),
+        ),
+        caught_by=("causality", "causality-gradient"),
+    ),
+    Bug(
+        id="mask-sees-next",
+        title="The mask's diagonal is one too high: token t sees token t + 1",
+        symptom="The loss falls towards zero, since the answer is one step ahead and visible.",
+        why=(
+            "The diagonal of a triangular mask is an argument that is easily off by one, and one "
+            "leaked token is all that it takes: it is the label. A test that changes a token far "
+            "in the future sees nothing wrong, since the leak reaches one token per layer."
+        ),
+        seen="a common trap",
+        flax=(
+            Edit(
+                "positions.py",
+                "jnp.minimum(steps_1T + 1, counts_B1)",
+                "jnp.minimum(steps_1T + 2, counts_B1)",
+            ),
+        ),
+        torch=(
+            Edit(
+                "positions.py",
+                "torch.minimum(steps_1T + 1, counts_B1)",
+                "torch.minimum(steps_1T + 2, counts_B1)",
+            ),
+        ),
+        caught_by=("causality", "causality-gradient", "attention-rows"),
+    ),
+    Bug(
+        id="mask-blind-to-itself",
+        title="The mask's diagonal is one too low: no token sees itself",
+        symptom="Training looks fine; the first token, which sees nothing, averages the whole row.",
+        why=(
+            "A strict triangle hides the diagonal. Later tokens only lose their own value, which "
+            "the residual stream makes up for, so training goes on. The first query is left with "
+            "an empty row, and a softmax over equal scores spreads it over all slots, the future "
+            "included."
+        ),
+        seen="a common trap",
+        flax=(
+            Edit(
+                "positions.py",
+                "jnp.minimum(steps_1T + 1, counts_B1)",
+                "jnp.minimum(steps_1T, counts_B1)",
+            ),
+        ),
+        torch=(
+            Edit(
+                "positions.py",
+                "torch.minimum(steps_1T + 1, counts_B1)",
+                "torch.minimum(steps_1T, counts_B1)",
+            ),
+        ),
+        caught_by=("attention-rows", "causality"),
+    ),
+    Bug(
+        id="mask-after-softmax",
+        title="The mask is applied to the weights, after the softmax",
+        symptom="Early tokens get small attention outputs, and the future still has influence.",
+        why=(
+            "Zeroing weights after normalization leaves rows that do not sum to one. The scores of "
+            "hidden slots stay in the denominator, so the future leaks through it as a single "
+            "number per row. The leak is weak enough for training to look ordinary."
+        ),
+        seen="a common trap",
+        flax=(
+            Edit(
+                "model.py",
+                "        lowest = jnp.finfo(scores_BKTS.dtype).min\n"
+                "        scores_BKTS = jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n"
+                "        weights_BKTS = jax.nn.softmax(scores_BKTS, axis=-1)"
+                ".astype(values_BKSH.dtype)\n",
+                "        weights_BKTS = jax.nn.softmax(scores_BKTS, axis=-1)"
+                ".astype(values_BKSH.dtype)\n"
+                "        weights_BKTS = jnp.where(mask_BTS[:, None, :, :], weights_BKTS, 0.0)\n",
+            ),
+        ),
+        torch=(
+            Edit(
+                "model.py",
+                "        lowest = torch.finfo(scores_BKTS.dtype).min\n"
+                "        scores_BKTS = torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n"
+                "        weights_BKTS = torch.softmax(scores_BKTS, dim=-1).to(values_BKSH.dtype)\n",
+                "        weights_BKTS = torch.softmax(scores_BKTS, dim=-1).to(values_BKSH.dtype)\n"
+                "        weights_BKTS = torch.where(mask_BTS[:, None, :, :], weights_BKTS, 0.0)\n",
+            ),
+        ),
+        caught_by=("attention-rows", "causality-gradient", "causality"),
+    ),
+    Bug(
+        id="mask-zero",
+        title="Hidden scores are set to 0 instead of the lowest number",
+        symptom="Training loss is a little too good, and generation is worse than it promises.",
+        why=(
+            "A score of 0 is an ordinary score: with small weights it is the average one, so the "
+            "future gets its full share. It comes from multiplying scores by a triangle of ones "
+            "and zeros, as if they were weights already."
+        ),
+        seen="a common trap",
+        flax=(Edit("model.py", "lowest = jnp.finfo(scores_BKTS.dtype).min", "lowest = 0.0"),),
+        torch=(Edit("model.py", "lowest = torch.finfo(scores_BKTS.dtype).min", "lowest = 0.0"),),
+        caught_by=("causality", "causality-gradient", "attention-rows"),
+    ),
+    Bug(
+        id="mask-too-weak",
+        title="Hidden scores are lowered by 10, which is not enough",
+        symptom="Everything looks right, and training does slightly better than it honestly could.",
+        why=(
+            "Ten units of score leave the future a weight of about e**-10. At initialization that "
+            "is below most tolerances; during training the model learns larger scores and pulls "
+            "the future back in. A gradient shows the leak at once, because it is not exactly zero."
+        ),
+        seen="hyunwoongko/transformer#10",
+        flax=(
+            Edit(
+                "model.py",
+                "jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
+                "jnp.where(mask_BTS[:, None, :, :], scores_BKTS, scores_BKTS - 10.0)",
+            ),
+        ),
+        torch=(
+            Edit(
+                "model.py",
+                "torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
+                "torch.where(mask_BTS[:, None, :, :], scores_BKTS, scores_BKTS - 10.0)",
+            ),
+        ),
+        caught_by=("causality-gradient", "causality"),
+    ),
+    Bug(
+        id="mask-transposed",
+        title="Queries and keys are exchanged in the mask",
+        symptom="The loss is near zero in training; a cached call fails with mismatched shapes.",
+        why=(
+            "Transposing a square triangle turns the past into the future, and no shape complains "
+            "as long as there are as many keys as queries. Each token sees itself and all that "
+            "comes after it. With a cache the mask is no longer square, and the mistake surfaces."
+        ),
+        seen="a common trap",
+        flax=(
+            Edit(
+                "model.py",
+                "jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
+                "jnp.where(mask_BTS.swapaxes(1, 2)[:, None, :, :], scores_BKTS, lowest)",
+            ),
+        ),
+        torch=(
+            Edit(
+                "model.py",
+                "torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
+                "torch.where(mask_BTS.swapaxes(1, 2)[:, None, :, :], scores_BKTS, lowest)",
+            ),
+        ),
+        caught_by=("causality", "cached-equals-uncached", "attention-rows"),
+    ),
+    Bug(
+        id="mask-of-first-row",
+        title="The first row's mask is used for every row of the batch",
+        symptom="Rows behind a shorter first row read as if they were cut to its length.",
+        why=(
+            "Broadcasting one row's mask over the batch is right as long as all rows are equally "
+            "long, which most tests are. With ragged rows the others hide their own tokens or see "
+            "another row's padding. A row's result then depends on who comes first."
+        ),
+        seen="a common trap",
+        flax=(
+            Edit(
+                "model.py",
+                "jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
+                "jnp.where(mask_BTS[:1, None, :, :], scores_BKTS, lowest)",
+            ),
+        ),
+        torch=(
+            Edit(
+                "model.py",
+                "torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
+                "torch.where(mask_BTS[:1, None, :, :], scores_BKTS, lowest)",
+            ),
+        ),
+        caught_by=("padding-invariance", "attention-rows"),
+    ),
+    Bug(
+        id="mask-added-as-bool",
+        title="A boolean mask is added to the scores",
+        symptom="The loss is near zero in training: the mask is there and hides next to nothing.",
+        why=(
+            "Additive masks hold 0 and minus infinity, boolean ones True and False. Added as "
+            "numbers, True raises what may be seen by 1 and False leaves the rest as it is. The "
+            "future keeps more than a third of its weight."
+        ),
+        seen="a common trap",
+        flax=(
+            Edit(
+                "model.py",
+                "jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
+                "scores_BKTS + mask_BTS[:, None, :, :].astype(scores_BKTS.dtype)",
+            ),
+        ),
+        torch=(
+            Edit(
+                "model.py",
+                "torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
+                "scores_BKTS + mask_BTS[:, None, :, :].to(scores_BKTS.dtype)",
+            ),
+        ),
+        caught_by=("causality", "causality-gradient", "attention-rows"),
+    ),
+    Bug(
+        id="mask-overflow-in-half",
+        title="An additive mask of -1e9 overflows in float16",
+        symptom="Every output is NaN in float16, and all is well in float32 and bfloat16.",
+        why=(
+            "The largest float16 is 65504, so -1e9 becomes minus infinity. Multiplied by 0 where a "
+            "slot may be seen, it is NaN instead of 0, and one NaN in a softmax fills the row. The "
+            "same lines are right in every wider type."
+        ),
+        seen="pytorch/pytorch#110213",
+        flax=(
+            Edit(
+                "model.py",
+                "        scores_BKTS = scores_BKTS.astype(jnp.promote_types(scores_BKTS.dtype, "
+                "jnp.float32))\n"
+                "        lowest = jnp.finfo(scores_BKTS.dtype).min\n"
+                "        scores_BKTS = jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n",
+                "        hidden_BTS = 1.0 - mask_BTS.astype(scores_BKTS.dtype)\n"
+                "        lowest = jnp.asarray(-1e9, jnp.float32).astype(scores_BKTS.dtype)\n"
+                "        scores_BKTS = scores_BKTS + hidden_BTS[:, None, :, :] * lowest\n",
+            ),
+        ),
+        torch=(
+            Edit(
+                "model.py",
+                "        scores_BKTS = scores_BKTS.to(torch.promote_types(scores_BKTS.dtype, "
+                "torch.float32))\n"
+                "        lowest = torch.finfo(scores_BKTS.dtype).min\n"
+                "        scores_BKTS = torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n",
+                "        hidden_BTS = 1.0 - mask_BTS.to(scores_BKTS.dtype)\n"
+                "        lowest = torch.tensor(-1e9).to(scores_BKTS.dtype)\n"
+                "        scores_BKTS = scores_BKTS + hidden_BTS[:, None, :, :] * lowest\n",
+            ),
+        ),
+        caught_by=("dtype-audit",),
+    ),
+    Bug(
+        id="softmax-in-half",
+        title="The softmax is written out in the model's 16-bit type",
+        symptom="In bfloat16, attention weights are three times less exact than they could be.",
+        why=(
+            "A softmax subtracts, exponentiates and divides by a sum, and each of the three loses "
+            "digits that 16 bits do not have. Computed in float32 and rounded once, the same "
+            "weights are as good as the type allows. A fused softmax does that inside; one that is "
+            "written out has to be told."
+        ),
+        seen="a common trap",
+        flax=(
+            Edit(
+                "model.py",
+                "        scores_BKTS = scores_BKTS.astype(jnp.promote_types(scores_BKTS.dtype, "
+                "jnp.float32))\n",
+                "",
+            ),
+            Edit(
+                "model.py",
+                "        weights_BKTS = jax.nn.softmax(scores_BKTS, axis=-1)"
+                ".astype(values_BKSH.dtype)\n",
+                "        scores_BKTS = scores_BKTS - jnp.max(scores_BKTS, axis=-1, keepdims=True)\n"
+                "        weights_BKTS = jnp.exp(scores_BKTS)\n"
+                "        weights_BKTS = weights_BKTS / jnp.sum(weights_BKTS, axis=-1, "
+                "keepdims=True)\n",
+            ),
+        ),
+        torch=(
+            Edit(
+                "model.py",
+                "        scores_BKTS = scores_BKTS.to(torch.promote_types(scores_BKTS.dtype, "
+                "torch.float32))\n",
+                "",
+            ),
+            Edit(
+                "model.py",
+                "        weights_BKTS = torch.softmax(scores_BKTS, dim=-1).to(values_BKSH.dtype)\n",
+                "        scores_BKTS = scores_BKTS - torch.amax(scores_BKTS, dim=-1, "
+                "keepdim=True)\n"
+                "        weights_BKTS = torch.exp(scores_BKTS)\n"
+                "        weights_BKTS = weights_BKTS / torch.sum(weights_BKTS, dim=-1, "
+                "keepdim=True)\n",
+            ),
+        ),
+        caught_by=("parity",),
+    ),
+    Bug(
+        id="softmax-over-queries",
+        title="The softmax runs over queries instead of keys",
+        symptom="The model still trains, to a worse loss, and attention weights do not sum to one.",
+        why=(
+            "Scores have two axes of the same length, and both give numbers between 0 and 1. Over "
+            "queries, a key shares itself out among those that look at it, the later ones "
+            "included, so what a token gets depends on its future."
+        ),
+        seen="labmlai/annotated_deep_learning_paper_implementations#282",
+        flax=(
+            Edit(
+                "model.py",
+                "jax.nn.softmax(scores_BKTS, axis=-1)",
+                "jax.nn.softmax(scores_BKTS, axis=-2)",
+            ),
+        ),
+        torch=(
+            Edit(
+                "model.py",
+                "torch.softmax(scores_BKTS, dim=-1)",
+                "torch.softmax(scores_BKTS, dim=-2)",
+            ),
+        ),
+        caught_by=("attention-rows", "causality", "causality-gradient"),
+    ),
+    Bug(
+        id="softmax-without-maximum",
+        title="The softmax does not subtract the maximum first",
+        symptom="Training is fine for a long time; then the loss is NaN from one step to the next.",
+        why=(
+            "exp overflows float32 beyond a score of 88, and infinity over infinity is NaN. Fresh "
+            "weights give scores near 0, so nothing shows until some head has grown sharp. A row "
+            "with no visible slot is 0 over 0 from the start."
+        ),
+        seen="a common trap",
+        flax=(
+            Edit(
+                "model.py",
+                "        weights_BKTS = jax.nn.softmax(scores_BKTS, axis=-1)"
+                ".astype(values_BKSH.dtype)\n",
+                "        weights_BKTS = jnp.exp(scores_BKTS)\n"
+                "        weights_BKTS = weights_BKTS / jnp.sum(weights_BKTS, axis=-1, "
+                "keepdims=True)\n"
+                "        weights_BKTS = weights_BKTS.astype(values_BKSH.dtype)\n",
+            ),
+        ),
+        torch=(
+            Edit(
+                "model.py",
+                "        weights_BKTS = torch.softmax(scores_BKTS, dim=-1).to(values_BKSH.dtype)\n",
+                "        weights_BKTS = torch.exp(scores_BKTS)\n"
+                "        weights_BKTS = weights_BKTS / torch.sum(weights_BKTS, dim=-1, "
+                "keepdim=True)\n"
+                "        weights_BKTS = weights_BKTS.to(values_BKSH.dtype)\n",
+            ),
+        ),
+        caught_by=("nan-origin",),
+    ),
+    Bug(
+        id="heads-by-reshape",
+        title="Time and heads are exchanged by a reshape instead of a transpose",
+        symptom="Shapes fit and training runs, but tokens see slices of others and of the future.",
+        why=(
+            "A reshape keeps the order in memory and only renames axes. What is called head 0 then "
+            "holds all heads of the first tokens, and what is called time mixes both. The causal "
+            "mask hides the wrong numbers. Cached calls, which write by index, disagree."
+        ),
+        seen="reczoo/FuxiCTR#30",
+        flax=(
+            Edit(
+                "model.py",
+                "            keys_BKSH = jnp.swapaxes(k_BTKH, 1, 2)\n"
+                "            values_BKSH = jnp.swapaxes(v_BTKH, 1, 2)\n",
+                "            keys_BKSH = k_BTKH.reshape(B, self.num_heads, T, -1)\n"
+                "            values_BKSH = v_BTKH.reshape(B, self.num_heads, T, -1)\n",
+            ),
+        ),
+        torch=(
+            Edit(
+                "model.py",
+                "            keys_BKSH = torch.swapaxes(k_BTKH, 1, 2)\n"
+                "            values_BKSH = torch.swapaxes(v_BTKH, 1, 2)\n",
+                "            keys_BKSH = k_BTKH.reshape(B, self.num_heads, T, -1)\n"
+                "            values_BKSH = v_BTKH.reshape(B, self.num_heads, T, -1)\n",
+            ),
+        ),
+        caught_by=("causality", "cached-equals-uncached"),
+    ),
+)

@@ -1,0 +1,115 @@
+"""`parity doctor`: what is wrong with a language model?"""
+
+import contextlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from parity.cli.options import check_outputs, in_one_line
+
+
+def doctor(
+    target: Annotated[
+        str,
+        typer.Argument(help="A function that builds the model: my_pkg.net:build or net.py:build."),
+    ] = "",
+    vocab_size: Annotated[
+        int | None, typer.Option(min=2, help="Token ids; found in the model where it says so.")
+    ] = None,
+    context_length: Annotated[
+        int | None, typer.Option(min=2, help="Longest sequence; found in the model likewise.")
+    ] = None,
+    loss: Annotated[
+        str | None,
+        typer.Option(
+            help="The model's own loss as a target: a function of logits, labels (the tokens "
+            "themselves) and counts of real tokens or None."
+        ),
+    ] = None,
+    trained: Annotated[
+        bool, typer.Option("--trained", help="The weights are trained, so they know something.")
+    ] = False,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Put only this question; repeat for more.")
+    ] = None,
+    all_questions: Annotated[
+        bool, typer.Option("--all", help="Also put questions that a failure made meaningless.")
+    ] = False,
+    questions: Annotated[
+        bool, typer.Option("--questions", help="Print what is asked, and why, and end.")
+    ] = False,
+    json: Annotated[
+        str | None, typer.Option(help="Write the answers to this file; - for standard output.")
+    ] = None,
+    html: Annotated[str | None, typer.Option(help="Write a page to this file.")] = None,
+) -> None:
+    """Examine a language model: what is wrong with it, why that matters, what to try next.
+
+    The function gives a torch.nn.Module or a flax.nnx.Module that maps tokens (B, T) to logits (B,
+    T, V), alone, first in a tuple, or as `.logits`. Models of transformers bring their loss, cache
+    and generation with them; for others, return a parity.doctor.torch_patient or flax_patient that
+    says how to reach yours, and more can be asked.
+
+    About twenty questions are put in the order of a disciplined debugging session: the loss of
+    fresh weights, causality, positions, batches, padding, the loss and its shift, the gradient, one
+    batch learned by heart, the cache, generated tokens. What an earlier failure makes meaningless
+    is left out. The model itself is not changed.
+
+    Exit codes: 0 nothing wrong was seen, 1 something was, 2 bad input.
+
+    Examples:
+
+    parity doctor my_pkg.net:build
+
+    parity doctor net.py:build --vocab-size 128 --context-length 64 --html net.html
+
+    parity doctor net.py:build --only causality --only best-lag
+    """
+    errors = Console(stderr=True, emoji=False)  # a target such as net.py:key: is no emoji
+    with in_one_line(errors):
+        check_outputs({"--json": json, "--html": html})
+        with errors.status("loading jax and torch"):
+            from parity.doctor import DETECTORS, examine
+            from parity.doctor.loading import load_patient
+            from parity.environment import pinned_precision
+            from parity.files import write_atomically
+            from parity.progress import interruptible, shown
+
+        names = [detector.name for detector in DETECTORS]
+        if unknown := set(only or ()) - set(names):
+            raise ValueError(f"--only {min(unknown)}: no such question. Choose {', '.join(names)}.")
+        chosen = [x for x in DETECTORS if not only or x.name in only]
+        if questions:
+            for detector in chosen:
+                typer.echo(f"{detector.name}: {detector.asks}\n    {detector.matters}")
+            raise typer.Exit(0)
+        if not target:
+            raise ValueError(
+                "doctor: no model. A model is what a function gives. Name one, as my_pkg.net:build "
+                "or net.py:build."
+            )
+        asked = [detector.name for detector in chosen]
+        with (
+            # What a model prints is no part of a document.
+            contextlib.redirect_stdout(sys.stderr if json == "-" else sys.stdout),
+            shown(errors, asked) as show,
+            interruptible(show) as progress,
+            pinned_precision(),
+        ):
+            patient = load_patient(
+                target, loss, trained=trained, vocab_size=vocab_size, context_length=context_length
+            )
+            found = examine(
+                patient, detectors=chosen, stop_early=not all_questions, progress=progress
+            )
+        Console(stderr=json == "-").print(found)
+        if json == "-":
+            typer.echo(found.to_json(), nl=False)
+        elif json is not None:
+            write_atomically(Path(json), found.to_json())
+        if html is not None:
+            write_atomically(Path(html), found.to_html())
+    raise typer.Exit(found.exit_code)

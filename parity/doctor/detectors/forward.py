@@ -1,0 +1,347 @@
+"""Questions about one forward pass.
+
+Dimension key: B batch, T tokens, S slots, N heads, V vocab.
+"""
+
+import math
+
+import numpy as np
+
+from parity.doctor.finding import (
+    Finding,
+    abstain,
+    failed,
+    gap,
+    judged,
+    passed,
+    shaken,
+    tokens,
+    tolerance,
+)
+from parity.doctor.patient import Patient
+
+# One shape for nearly all probes, because jax compiles for each.
+ROWS, LENGTH = 4, 16
+_LONGEST = 1024  # a full context beyond this would take minutes
+
+
+def cross_entropies(logits_BTV: np.ndarray, targets_BT: np.ndarray) -> np.ndarray:
+    """Nats per token, in float64."""
+    logits_BTV = np.asarray(logits_BTV, np.float64)
+    top = logits_BTV.max(axis=-1, keepdims=True)
+    norms = np.log(np.exp(logits_BTV - top).sum(axis=-1)) + top[..., 0]
+    return norms - np.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
+
+
+def initial_loss(patient: Patient) -> Finding:
+    """Fresh weights know nothing, so the loss is near ln V and the logits are small."""
+    if patient.trained:
+        return abstain("The weights are trained; only fresh ones know nothing.")
+    ids = tokens(patient, ROWS, LENGTH)
+    logits_BTV = patient.logits(ids, None)
+    if not np.all(np.isfinite(logits_BTV)):
+        return failed("The logits of fresh weights are not finite.")
+    loss = float(np.mean(cross_entropies(logits_BTV[:, :-1], ids[:, 1:])))
+    expected, spread = math.log(patient.vocab_size), float(np.std(np.asarray(logits_BTV, float)))
+    seen = (
+        f"Loss {loss:.2f} at the start, ln {patient.vocab_size} is {expected:.2f}; the logits have "
+        f"a standard deviation of {spread:.2f}."
+    )
+    # A tied head favours the token itself, which costs up to 0.7 nats at the width of GPT-2.
+    if -0.3 <= loss - expected <= 1.0:
+        return passed(seen, loss - expected, 1.0)
+    return failed(seen, loss - expected, 1.0)
+
+
+def causality(patient: Patient) -> Finding:
+    """A later token must not change an earlier logit, by changing one."""
+    patient = shaken(patient)
+    ids = tokens(patient, ROWS, LENGTH)
+    before = patient.logits(ids, None)
+    worst, at = 0.0, 0
+    for place in (ids.shape[1] - 1, ids.shape[1] // 2, 1):
+        changed = ids.copy()
+        changed[:, place] = (ids[:, place] + 1) % patient.vocab_size
+        found = gap(patient.logits(changed, None)[:, :place], before[:, :place])
+        if not found <= worst:
+            worst, at = found, place
+    return judged(
+        worst,
+        tolerance(patient) / 100,  # the same shapes, hence the same order of sums
+        "No logit changes with a later token.",
+        f"Changing token {at} moves logits before it by {{value}} standard deviations.",
+    )
+
+
+def causality_gradient(patient: Patient) -> Finding:
+    """Position t must depend on tokens 0 to t, all of them, and on no other, by gradients."""
+    reach_TT = shaken(patient).reach(tokens(patient, 1, 12)[0])
+    if reach_TT is None:
+        return abstain("No embedding layer was called with the tokens themselves.")
+    if not np.all(np.isfinite(reach_TT)):
+        return failed("The gradient of a logit by an embedding is not finite.")
+    largest = float(reach_TT.max())
+    future_TT = np.triu(np.ones_like(reach_TT, bool), 1)
+    leak = float(reach_TT[future_TT].max()) / (largest or 1.0)
+    if leak > 1e-9:
+        t, s = np.argwhere(future_TT & (reach_TT > 1e-9 * largest))[0]
+        return failed(f"The logits at {t} depend on token {s}, by {leak:.1e} of the most.", leak)
+    if blind := np.argwhere(~future_TT & (reach_TT == 0.0)).tolist():
+        t, s = blind[0]
+        return failed(f"The logits at {t} do not depend on token {s}, which they may see.")
+    return passed("Every position depends on itself and all before it, on nothing behind.", leak)
+
+
+def attention_rows(patient: Patient) -> Finding:
+    """Attention weights of a query add up to one, over exactly the slots it may see."""
+    patient = shaken(patient)
+    ids = tokens(patient, ROWS, LENGTH)
+    length = ids.shape[1]
+    ragged = _ragged(length) if patient.takes_counts else None
+    for counts in (None, ragged) if patient.takes_counts else (None,):
+        layers = patient.attention(ids) if counts is None else patient.attention(ids, counts)
+        for number, weights in enumerate(layers):
+            weights_BNTS = np.asarray(weights, np.float64)
+            if weights_BNTS.shape[2] != length or weights_BNTS.shape[3] < length:
+                return failed(f"Layer {number}: weights of shape {weights_BNTS.shape}.")
+            for row in range(len(ids)):
+                real = length if counts is None else int(counts[row])
+                found_NTS = weights_BNTS[min(row, len(weights_BNTS) - 1), :, :real]
+                off = float(np.max(np.abs(found_NTS.sum(axis=-1) - 1.0)))
+                if not off <= max(tolerance(patient), 1e-6):
+                    return failed(
+                        f"Layer {number}: the weights of a query add up to 1 only within {off:.1e}."
+                    )
+                may_TS = np.tril(np.ones((real, weights_BNTS.shape[3]), bool))
+                if wrong := np.argwhere(((found_NTS > 0.0) != may_TS).any(axis=0)).tolist():
+                    t, s = wrong[0]
+                    does = "does not see" if may_TS[t, s] else "sees"
+                    return failed(
+                        f"Layer {number}, row {row}: query {t} {does} slot {s}; it may see slots 0 "
+                        f"to {t} and sees {int((found_NTS[:, t] > 0.0).any(axis=0).sum())} in all."
+                    )
+    return passed("Weights add up to one; query t sees slots 0 to t in every row.")
+
+
+def attention_scale(patient: Patient) -> Finding:
+    """Scores of queries and keys with elements of size one must be of size one.
+
+    The logarithms of a query's weights spread as its scores do. With matrices drawn for unit
+    outputs that is 1 for a scale of 1 / sqrt(head dim); keys of fewer heads than queries have
+    larger elements here, up to 3 times.
+    """
+    ids = tokens(patient, ROWS, LENGTH)
+    weights_BNTS = np.asarray(shaken(patient).attention(ids)[0], np.float64)
+    first = ids.shape[1] // 2
+    spreads = [
+        np.std(np.log(np.maximum(weights_BNTS[:, :, t, : t + 1], 1e-30)), axis=-1)
+        for t in range(first, ids.shape[1])
+    ]
+    found = float(np.mean(spreads))
+    seen = f"Scores of the first layer have a standard deviation of {found:.2f}"
+    if not 0.6 <= found <= 3.0:
+        return failed(f"{seen}, where queries and keys of size one give 1.", found)
+    return passed(f"{seen}.", found)
+
+
+def residual_stream(patient: Patient) -> Finding:
+    """Blocks with small matrices add little, so a position depends most on its own token."""
+    kept = patient.position_table
+    small = {
+        name: leaf
+        if leaf.ndim < 2 or patient.vocab_size in leaf.shape or name == kept
+        else (leaf / 100).astype(leaf.dtype)
+        for name, leaf in patient.weights().items()
+    }
+    reach_TT = patient.with_weights(small).reach(tokens(patient, 1, 12)[0])
+    if reach_TT is None:
+        return abstain("No embedding layer was called with the tokens themselves.")
+    rows = range(len(reach_TT) // 2, len(reach_TT))
+    own = float(np.mean([reach_TT[t, t] for t in rows]))
+    others = float(np.mean([reach_TT[t, :t].max() for t in rows]))
+    times = own / others if others else math.inf
+    seen = f"With small blocks a position depends {times:.1e} times as much on its own token as on"
+    seen = f"{seen} any other."
+    return passed(seen, times, 5.0) if times >= 5.0 else failed(seen, times, 5.0)
+
+
+def position_sensitivity(patient: Patient) -> Finding:
+    """Where a token stands must matter, and must not be all that matters."""
+    token = tokens(patient, 1, 1)[0, 0]
+    length = min(LENGTH, patient.context_length)
+    same = np.full((ROWS, length), token, np.int32)
+    several = np.arange(ROWS, dtype=np.int32)[:, None].repeat(length, axis=1) % patient.vocab_size
+    table = patient.position_table
+    if table is None:
+        moved = tokens(patient, 1, length, seed=1)
+        swapped = moved.copy()
+        swapped[0, :2] = moved[0, 1::-1]
+        if moved[0, 0] == moved[0, 1]:
+            swapped[0, 0] = (moved[0, 0] + 1) % patient.vocab_size
+        other = shaken(patient)
+        found = gap(other.logits(swapped, None)[:, -1], other.logits(moved, None)[:, -1])
+        if not found > tolerance(patient):
+            return failed("Exchanging two earlier tokens changes nothing: a bag of words.", found)
+        # A mask alone makes deep layers depend on the order; in the first only positions do.
+        if other.attention:
+            weights, exchanged = (
+                np.asarray(other.attention(x)[0], float)[0, :, -1] for x in (moved, swapped)
+            )
+            if gap(exchanged[:, 1::-1], weights[:, :2]) <= tolerance(patient):
+                return failed("The first layer attends to a token alike wherever it stands.")
+        return passed(f"Order matters: exchanging two tokens moves the last logits by {found:.1e}.")
+    for model, when in ((patient, "fresh"), (shaken(patient), "any")):
+        by_place = _spread(model.logits(same, None)[0])
+        by_token = _spread(model.logits(several, None)[:, 0])
+        if not by_place > 1e-6 * by_token:
+            return failed(
+                f"With {when} weights the same token gives the same logits at every position, "
+                f"though {table} is there to tell them apart.",
+                by_place / by_token if by_token else None,
+            )
+        if when == "fresh" and not patient.trained and by_place > 10.0 * by_token:
+            return failed(
+                f"With fresh weights a logit varies {by_place / by_token:.0f} times more with the "
+                "position than with the token.",
+                by_place / by_token,
+                10.0,
+            )
+    return passed("Logits vary with the position as well as with the token.")
+
+
+def _ragged(length: int) -> np.ndarray:
+    """Real tokens of four rows, the first not the longest."""
+    return np.array([max(length // 2, 1), length, 1, max(length - 1, 1)])
+
+
+def _spread(logits_KV: np.ndarray) -> float:
+    """The root mean square over logits of their deviation over cases."""
+    return float(np.sqrt(np.mean(np.var(np.asarray(logits_KV, np.float64), axis=0))))
+
+
+def batch_independence(patient: Patient) -> Finding:
+    """A row of a batch must come out as it does alone, and a loss must add up over rows."""
+    patient = shaken(patient)
+    ids = tokens(patient, ROWS, LENGTH)
+    together = patient.logits(ids, None)
+    worst = 0.0
+    for row in range(len(ids)):
+        found = gap(patient.logits(ids[row : row + 1], None)[0], together[row])
+        worst = found if not found <= worst else worst
+    if not worst <= tolerance(patient):
+        return failed(
+            f"A row alone differs from the same row in a batch by {worst:.1e} standard deviations.",
+            worst,
+            tolerance(patient),
+        )
+    if patient.score:
+        whole = patient.score(together, ids).mean
+        rows = [patient.score(together[r : r + 1], ids[r : r + 1]).mean for r in range(len(ids))]
+        found = abs(whole - float(np.mean(rows)))
+        if not found <= max(tolerance(patient), 1e-5):
+            return failed(
+                f"The loss of a batch is {whole:.4f}, the mean of its rows {np.mean(rows):.4f}: "
+                "rows are scored against each other.",
+                found,
+            )
+    return passed("Rows do not know of each other.", worst, tolerance(patient))
+
+
+def padding_invariance(patient: Patient) -> Finding:
+    """Padding behind a row must change nothing, whatever ids it is made of."""
+    patient = shaken(patient)
+    ids = tokens(patient, ROWS, LENGTH)
+    length = ids.shape[1]
+    counts = _ragged(length)
+    padded, whole = patient.logits(ids, counts), patient.logits(ids, None)
+    worst, which = 0.0, 0
+    for row, count in enumerate(counts):
+        # What stands behind a token does not change it, so whole rows tell what is right.
+        found = gap(padded[row, :count], whole[row, :count])
+        if not found <= worst:
+            worst, which = found, row
+    return judged(
+        worst,
+        tolerance(patient),
+        "A padded row comes out as it does without padding.",
+        f"Row {which}, {counts[which]} tokens and padding up to {length}, differs from the same "
+        "row without padding by {value} standard deviations.",
+    )
+
+
+def boundary_lengths(patient: Patient) -> Finding:
+    """One token and a full context must work; one more must be refused, not computed wrong."""
+    patient = shaken(patient)
+    context = min(patient.context_length, _LONGEST)
+    ids = tokens(patient, 1, context)
+    whole = patient.logits(ids, None)
+    for length in (1, context - 1, context):
+        found = patient.logits(ids[:, :length], None)
+        if not np.all(np.isfinite(found)):
+            return failed(f"The logits of {length} tokens are not finite.")
+        if not gap(found, whole[:, :length]) <= 10 * tolerance(patient):
+            return failed(f"{length} tokens give other logits than the same tokens and more.")
+    if context == patient.context_length and patient.position_table:
+        longer = np.concatenate([ids, ids[:, :1]], axis=1)
+        if _answers(lambda: patient.logits(longer, None)[:, -1]):
+            return failed(f"{context + 1} tokens in a context of {context} are read all the same.")
+    decoder = patient.decoder
+    if decoder and decoder.bounded:
+        capacity = min(4, context - 1)
+        _, state = decoder.read(decoder.empty(1, capacity), ids[:, :capacity], None)
+        if _answers(lambda: decoder.read(state, ids[:, :1], None)[0]):
+            return failed(
+                f"Token {capacity + 1} into a cache of {capacity} slots is neither refused nor NaN:"
+                " it overwrites what was there."
+            )
+    return passed(f"Lengths 1, {context - 1} and {context} work, and no more than that.")
+
+
+def _answers(call) -> bool:
+    """Whether a call that must be refused gives numbers instead."""
+    try:
+        return bool(np.all(np.isfinite(call())))
+    except Exception:
+        return False
+
+
+def determinism(patient: Patient) -> Finding:
+    """The same question must get the same answer, except in training with dropout."""
+    ids = tokens(patient, ROWS, LENGTH)
+    if not np.array_equal(patient.logits(ids, None), patient.logits(ids, None), equal_nan=True):
+        return failed("Two evaluations of the same tokens differ: something still draws.")
+    if patient.generate:
+        prompt = ids[:, : patient.context_length // 4]
+        first, second = (patient.generate(prompt, 6) for _ in range(2))
+        if not np.array_equal(first, second):
+            return failed("Two greedy continuations of the same prompt differ.")
+    if patient.dropout_losses:
+        first, second = patient.dropout_losses(ids)
+        if first == second:
+            return failed(
+                "Two training steps drop the same elements: with dropout their losses of one batch "
+                f"are both {first:.6f}."
+            )
+    return passed("Evaluation repeats itself" + (", dropout does not." if patient.dropout_losses
+                                                  else "."))  # fmt: skip
+
+
+def dtype_audit(patient: Patient) -> Finding:
+    """In every type the logits are those of float64, up to the digits of the type."""
+    patient = shaken(patient)
+    ids = tokens(patient, ROWS, LENGTH)
+    truth = np.asarray(patient.cast("float64").logits(ids, None), np.float64)
+    # Of a standard deviation; 40 units in the last place, where two layers need 3 and twelve 10.
+    for dtype, bound in (("float32", 5e-6), ("bfloat16", 0.3), ("float16", 0.04)):
+        logits = np.asarray(patient.cast(dtype).logits(ids, None))
+        if not np.all(np.isfinite(logits.astype(np.float64))):
+            return failed(f"The logits in {dtype} are not finite, though those in float64 are.")
+        found = gap(logits, truth)
+        found = float(np.sqrt(np.mean(np.square(logits.astype(float) - truth))) / np.std(truth))
+        if not found <= bound:
+            return failed(
+                f"In {dtype} the logits are off by {found:.1e} of their standard deviation.",
+                found,
+                bound,
+            )
+    return passed("float32, bfloat16 and float16 give the logits of float64 up to their digits.")

@@ -1,0 +1,245 @@
+"""Questions about the loss, its gradient and a training step.
+
+Dimension key: B batch, T tokens, V vocab.
+"""
+
+import numpy as np
+
+from parity.doctor.detectors.forward import LENGTH, ROWS, cross_entropies
+from parity.doctor.finding import (
+    Finding,
+    abstain,
+    failed,
+    passed,
+    shaken,
+    tokens,
+    tolerance,
+)
+from parity.doctor.patient import AdamW, Patient
+from parity.leaves import Leaves
+from parity.subject import gradient_norm
+
+_STEPS, _CYCLES = 150, 80
+_LAGS = range(-2, 4)
+
+
+def token_accounting(patient: Patient) -> Finding:
+    """A loss must score each real label once, and divide by how many it scored."""
+    if not (patient.score or patient.evaluate):
+        return abstain("The model brings no loss and no evaluation of its own.")
+    bound = max(tolerance(patient), 1e-5)
+    ids = tokens(patient, ROWS, LENGTH)
+    length = ids.shape[1]
+    counts = np.array([length, max(length - 4, 2), 2, max(length // 2, 2)])
+    rng = np.random.default_rng(0)
+    logits_BTV = (3.0 * rng.normal(size=(*ids.shape, patient.vocab_size))).astype(
+        np.float64 if patient.dtype == "float64" else np.float32
+    )
+    labels = ids.copy()
+    labels[0, 2] = 0
+    cases = [("whole rows", labels, None)]
+    if patient.takes_counts:
+        cases.append(("padded rows", labels, counts))
+    if patient.ignore_index is not None:
+        some = labels.copy()
+        some[:, 1::3] = patient.ignore_index
+        cases.append((f"labels of {patient.ignore_index}", some, None))
+    for words, given, real in cases if patient.score else ():
+        expected, number = _score(logits_BTV, given, real, patient.ignore_index)
+        found = patient.score(logits_BTV, given, real)
+        if found.num_tokens is not None and found.num_tokens != number:
+            return failed(f"With {words} the loss counts {found.num_tokens} tokens of {number}.")
+        if not abs(found.mean - expected) <= bound * max(expected, 1.0):
+            return failed(
+                f"With {words} the loss is {found.mean:.4f}; the cross entropy of the next token "
+                f"is {expected:.4f}.",
+                abs(found.mean - expected),
+                bound,
+            )
+    if patient.evaluate:
+        short = np.array([1, 2, 1, 3])  # one row too short to be scored, and the next
+        batches = [(ids, counts), (ids, short)] if patient.takes_counts else [(ids, None)] * 2
+        sums = [_total(patient.logits(*batch), *batch, patient.ignore_index) for batch in batches]
+        total, number = (sum(x) for x in zip(*sums, strict=True))
+        found = patient.evaluate(batches)
+        if not abs(found.mean - total / number) <= bound * max(total / number, 1.0):
+            return failed(
+                f"Two batches are evaluated to {found.mean:.4f}; all their tokens together have "
+                f"{total / number:.4f}."
+            )
+    return passed("Every real label is scored once, and divided by how many there are.")
+
+
+def _total(
+    logits_BTV: np.ndarray, labels: np.ndarray, counts: np.ndarray | None, ignored: int | None
+) -> tuple[float, int]:
+    """Sum of the cross entropies of the next token, and how many there are."""
+    steps = np.arange(1, labels.shape[1])
+    real = steps < (labels.shape[1] if counts is None else counts[:, None])
+    targets = labels[:, 1:]
+    real = np.broadcast_to(real, targets.shape) & (targets != ignored)
+    losses = cross_entropies(logits_BTV[:, :-1], np.where(real, targets, 0))
+    return float(losses[real].sum()), int(real.sum())
+
+
+def _score(*arguments) -> tuple[float, int]:
+    total, number = _total(*arguments)
+    return total / number, number
+
+
+def gradient_coverage(patient: Patient) -> Finding:
+    """Every parameter must get a gradient, and every row of a position table."""
+    patient = shaken(patient)
+    context = min(patient.context_length, 1024)
+    gradients = patient.gradients(tokens(patient, ROWS if context <= 256 else 1, context))
+    for name, gradient in gradients.items():
+        if gradient is None or not np.any(gradient):
+            return failed(f"{name} gets no gradient: the loss does not depend on it.")
+        if not np.all(np.isfinite(gradient)):
+            return failed(f"The gradient of {name} is not finite.")
+    table = gradients.get(patient.position_table)
+    if table is not None and len(table) == context == patient.context_length:
+        # The last position has nothing to predict.
+        unused = np.flatnonzero(~np.any(table[:-1], axis=1))
+        if unused.size:
+            return failed(
+                f"{patient.position_table}: {unused.size} of {context} rows get no gradient from a "
+                f"full context, the first is row {unused[0]}."
+            )
+    return passed(f"All {len(gradients)} parameters get a gradient.")
+
+
+def best_lag(patient: Patient) -> Finding:
+    """After a short training on a cycle of tokens, which of them do the logits name?"""
+    num = min(patient.vocab_size, 31)
+    cycle = np.random.default_rng(0).permutation(num)
+    length = min(LENGTH, patient.context_length)
+
+    def passages(rows: int, seed: int) -> np.ndarray:
+        starts = np.random.default_rng((1, seed)).integers(0, num, rows)
+        return cycle[(starts[:, None] + np.arange(length)) % num].astype(np.int32)
+
+    trainer = patient.trainer(_rate(patient))
+    for step in range(_CYCLES):
+        trainer.step(passages(ROWS, step))
+    ids = passages(ROWS, 1000)
+    logits_BTV = patient.with_weights(trainer.parameters()).logits(ids, None)
+    named = np.argmax(logits_BTV, axis=-1)
+    hits = {}
+    for lag in _LAGS:
+        inside = slice(max(-lag, 0), length - max(lag, 0))
+        shifted = slice(max(lag, 0), length + min(lag, 0))
+        hits[lag] = float(np.mean(named[:, inside] == ids[:, shifted]))
+    lag = max(hits, key=hits.get)
+    if hits[lag] < 0.5:
+        return abstain(f"Nothing was learned of a cycle of {num} tokens in {_CYCLES} steps.")
+    seen = f"Trained on a cycle, the logits at t name token t{lag:+d} in {hits[lag]:.0%} of cases."
+    return passed(seen, lag, 1) if lag == 1 else failed(seen, lag, 1)
+
+
+def overfit_one_batch(patient: Patient) -> Finding:
+    """A correct model and loop learn one small batch by heart."""
+    ids = tokens(patient, ROWS, LENGTH)
+    trainer = patient.trainer(_rate(patient))
+    losses = [trainer.step(ids)]
+    while len(losses) < _STEPS and np.isfinite(losses[-1]) and losses[-1] > 0.1:
+        losses.append(trainer.step(ids))
+    seen = f"One batch: loss {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps."
+    return passed(seen, losses[-1], 0.1) if losses[-1] <= 0.1 else failed(seen, losses[-1], 0.1)
+
+
+def _rate(patient: Patient) -> float:
+    """A learning rate that models of this size bear."""
+    size = sum(leaf.size for leaf in patient.weights().values())
+    return 1e-2 if size < 1e5 else 3e-3 if size < 1e7 else 3e-4
+
+
+def update_equals_reference(patient: Patient) -> Finding:
+    """Four training steps must be AdamW, each judged from where it started."""
+    trainer, constants = patient.reference_trainer()
+    first: Leaves = {}
+    second: Leaves = {}
+    length = min(LENGTH, patient.context_length)
+    for number in range(4):
+        ids = tokens(patient, ROWS, length, seed=number)
+        counts = np.array([length, length - 2, 3, 2]) if patient.takes_counts else None
+        before = trainer.parameters()
+        gradients = patient.with_weights(before).gradients(ids, counts)
+        expected = reference_update(constants, number, before, gradients, first, second)
+        loss = trainer.step(ids, counts)
+        after = trainer.parameters()
+        errors = {
+            name: float(np.linalg.norm(after[name] - before[name] - expected[name]))
+            for name in before
+        }
+        if not all(np.all(np.isfinite(x)) for x in after.values()):
+            name = next(name for name, x in after.items() if not np.all(np.isfinite(x)))
+            return failed(f"After step {number + 1} {name} is not finite; its loss was {loss:.3f}.")
+        size = gradient_norm(expected)
+        worst = max(errors, key=errors.get)
+        found = gradient_norm({k: np.array([v]) for k, v in errors.items()}) / size
+        # AdamW divides by a root of rounding where a gradient cancels, hence not 1e-12.
+        bound = 1e-6 if patient.dtype == "float64" else 1e-2
+        if not found <= bound:
+            return failed(
+                f"Step {number + 1} is off AdamW's by {found:.1e} of its length, most in {worst}.",
+                found,
+                bound,
+            )
+    return passed("Four steps are AdamW's: rate, moments, decay, clipping and accumulation.")
+
+
+def reference_update(
+    constants: AdamW,
+    number: int,
+    weights: Leaves,
+    gradients: dict[str, np.ndarray | None],
+    first: Leaves,
+    second: Leaves,
+) -> Leaves:
+    """What AdamW adds to each leaf; `first` and `second` are its moments and move along.
+
+    Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, algorithm 2; the clipping
+    divides by the norm plus 1e-6, as torch does.
+    """
+    gradients = {
+        name: np.zeros_like(weights[name]) if g is None else np.asarray(g, np.float64)
+        for name, g in gradients.items()
+    }
+    if constants.clip_norm is not None:
+        factor = min(constants.clip_norm / (gradient_norm(gradients) + 1e-6), 1.0)
+        gradients = {name: g * factor for name, g in gradients.items()}
+    rate, updates = constants.rates[number], {}
+    for name, weight in weights.items():
+        gradient = gradients.get(name, np.zeros_like(weight))
+        first[name] = constants.beta1 * first.get(name, 0.0) + (1 - constants.beta1) * gradient
+        second[name] = constants.beta2 * second.get(name, 0.0) + (1 - constants.beta2) * gradient**2
+        m_hat = first[name] / (1 - constants.beta1 ** (number + 1))
+        v_hat = second[name] / (1 - constants.beta2 ** (number + 1))
+        decay = constants.weight_decay if constants.decays(name) else 0.0
+        updates[name] = -rate * (m_hat / (np.sqrt(v_hat) + constants.epsilon) + decay * weight)
+    return updates
+
+
+def nan_origin(patient: Patient) -> Finding:
+    """Large scores, and weights without a gradient, must not make NaN; if so, where first?"""
+    ids = tokens(patient, ROWS, LENGTH)
+    ids %= max(patient.vocab_size // 2, 1)  # half of the vocabulary gets no gradient as an input
+    large = {name: 30.0 * leaf for name, leaf in shaken(patient).weights().items()}
+    logits = patient.with_weights(large).logits(ids, None)
+    if not np.all(np.isfinite(np.asarray(logits, np.float64))):
+        return failed("With weights 30 times larger the forward pass gives NaN: softmax overflows.")
+    gradients = patient.gradients(ids)
+    for name, gradient in gradients.items():
+        if gradient is not None and not np.all(np.isfinite(gradient)):
+            return failed(f"The backward pass gives NaN, in the gradient of {name}.")
+    trainer = patient.trainer(_rate(patient))
+    for step in range(2):
+        trainer.step(ids)
+        for name, leaf in trainer.parameters().items():
+            if not np.all(np.isfinite(leaf)):
+                return failed(
+                    f"The optimizer makes NaN of {name} in step {step + 1}, from gradients that "
+                    "are finite."
+                )
+    return passed("No NaN: not from large scores, not from the gradient, not from the optimizer.")

@@ -1,0 +1,169 @@
+"""An examination from the first question to the last, and its result as a value."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from parity.compare import Verdict
+from parity.doctor.detectors import DETECTORS
+from parity.doctor.finding import Detector, Finding
+from parity.doctor.patient import Patient
+
+_COLOURS = {
+    Verdict.PASS: "green",
+    Verdict.ABSTAIN: "yellow",
+    Verdict.BLOCKED: "dim",
+    Verdict.FAIL: "bold red",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """One detector, what it found, and the seconds it took."""
+
+    detector: Detector
+    finding: Finding
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """What is wrong with a language model, as far as the questions go."""
+
+    name: str
+    framework: str
+    num_params: int
+    answers: tuple[Answer, ...]
+
+    @property
+    def fired(self) -> tuple[str, ...]:
+        """Names of the detectors that saw something wrong, in the order they were asked."""
+        return tuple(x.detector.name for x in self.answers if x.finding.verdict is Verdict.FAIL)
+
+    @property
+    def exit_code(self) -> int:
+        """0 nothing wrong was seen, 1 something was, 2 nothing could be asked."""
+        if self.fired:
+            return 1
+        return 0 if any(x.finding.verdict is Verdict.PASS for x in self.answers) else 2
+
+    @property
+    def summary(self) -> str:
+        """The outcome in a line."""
+        asked = sum(x.finding.verdict in (Verdict.PASS, Verdict.FAIL) for x in self.answers)
+        if self.fired:
+            return f"{len(self.fired)} of {asked} answers are wrong. Begin with {self.fired[0]}."
+        return f"Nothing wrong in {asked} answers. What no question asks, no answer tells."
+
+    def to_json(self) -> str:
+        """Everything, for machines."""
+        document = {
+            "schema": 1,
+            "name": self.name,
+            "framework": self.framework,
+            "num_params": self.num_params,
+            "fired": list(self.fired),
+            "answers": [
+                {
+                    "detector": x.detector.name,
+                    "verdict": x.finding.verdict,
+                    "sentence": x.finding.sentence,
+                    "value": _finite(x.finding.value),
+                    "bound": x.finding.bound,
+                    "seconds": round(x.seconds, 3),
+                }
+                for x in self.answers
+            ],
+        }
+        return json.dumps(document, indent=2, allow_nan=False) + "\n"
+
+    def to_html(self) -> str:
+        """One page without anything from elsewhere."""
+        from jinja2 import Environment, PackageLoader
+
+        page = Environment(loader=PackageLoader("parity.doctor"), autoescape=True)
+        return page.get_template("diagnosis.html.jinja").render(diagnosis=self)
+
+    def __rich__(self) -> RenderableType:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        for heading in ("question", "answer", "what was seen"):
+            table.add_column(heading, no_wrap=heading != "what was seen")
+        for answer in self.answers:
+            verdict = answer.finding.verdict
+            table.add_row(
+                answer.detector.name,
+                Text(verdict, style=_COLOURS[verdict]),
+                Text(answer.finding.sentence, style="" if verdict is Verdict.FAIL else "dim"),
+            )
+        parts: list[RenderableType] = [
+            Text(f"{self.name}, {self.framework}, {self.num_params:,} weights"),
+            table,
+        ]
+        for answer in self.answers:
+            if answer.finding.verdict is Verdict.FAIL:
+                parts += _advice(answer)
+        parts.append(Text(self.summary, style="bold red" if self.fired else "bold green"))
+        return Group(*parts)
+
+
+def _advice(answer: Answer) -> list[RenderableType]:
+    """What was found, why it matters and what to try."""
+    lines = (answer.finding.sentence, answer.detector.matters, answer.detector.remedy)
+    words = "seen", "why it matters", "try next"
+    body = Text()
+    for word, line in zip(words, lines, strict=True):
+        body.append(f"{word}: ", style="bold")
+        body.append(f"{line}\n")
+    return [Text(answer.detector.name, style="bold red"), Padding(body, (0, 0, 0, 2))]
+
+
+def examine(
+    patient: Patient,
+    *,
+    detectors: Sequence[Detector] = DETECTORS,
+    stop_early: bool = True,
+    progress: Callable[[str, float], None] = lambda name, fraction: None,
+) -> Diagnosis:
+    """Puts the questions to a language model, one after the other.
+
+    Args:
+        patient: the model.
+        detectors: the questions, in order.
+        stop_early: leaves out what an earlier failure has made meaningless.
+        progress: told the name of the question and the fraction done.
+    """
+    answers: list[Answer] = []
+    failed: list[str] = []
+    for number, detector in enumerate(detectors):
+        progress(detector.name, number / len(detectors))
+        guilty = [name for name in detector.after if name in failed] if stop_early else []
+        if stop_early and failed[:1] == ["initial-loss"] and not _finite_start(answers[0]):
+            guilty = ["initial-loss"]
+        start = time.perf_counter()
+        if guilty:
+            finding = Finding(Verdict.BLOCKED, f"Means nothing while {guilty[0]} fails.")
+        else:
+            finding = detector(patient)
+        if finding.verdict is Verdict.FAIL:
+            failed.append(detector.name)
+        answers.append(Answer(detector, finding, time.perf_counter() - start))
+    size = sum(leaf.size for leaf in patient.weights().values())
+    return Diagnosis(patient.name, patient.framework, size, tuple(answers))
+
+
+def _finite_start(first: Answer) -> bool:
+    """Whether the first question got numbers at all."""
+    return first.finding.value is not None
+
+
+def _finite(value: float | None) -> float | str | None:
+    if value is None or (value == value and abs(value) != float("inf")):
+        return value
+    return str(value)

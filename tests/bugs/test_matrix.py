@@ -1,0 +1,106 @@
+"""Every bug of the gallery changes what its twin does, and the detectors it names see it."""
+
+import dataclasses
+
+import pytest
+
+import flax_gpt
+from parity.bugs import BUGS, find, planted
+from parity.bugs.bug import twin
+from parity.bugs.matrix import NAMES, Matrix, Row, draw, measure
+from parity.compare import Verdict
+from parity.doctor import DETECTORS, examine, twin_patient
+from parity.doctor.twin_patients import CONFIG
+
+_DETECTORS = {detector.name: detector for detector in DETECTORS}
+_PLANTED = [(framework, bug) for bug in BUGS for framework in bug.frameworks]
+
+
+@pytest.mark.parametrize(
+    ("framework", "bug"), _PLANTED, ids=[f"{framework}, {bug.id}" for framework, bug in _PLANTED]
+)
+def test_a_planted_bug_is_seen_by_the_detectors_it_names(framework, bug):
+    with planted(framework, bug.edits(framework)) as package:
+        patient = twin_patient(framework, package)
+        if "parity" in bug.caught_by:
+            healthy = twin_patient(framework, twin(framework))
+            patient = dataclasses.replace(patient, reference=healthy)
+        for name in bug.caught_by:
+            finding = _DETECTORS[name](patient)
+            assert finding.verdict is Verdict.FAIL, f"{name}: {finding.sentence}"
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("framework", ["flax", "torch"])
+def test_a_healthy_twin_raises_no_alarm(framework, seed):
+    patient = twin_patient(framework, twin(framework), seed=seed)
+    if seed % 5 == 0:
+        healthy = twin_patient(framework, twin(framework), seed=seed)
+        patient = dataclasses.replace(patient, reference=healthy)
+    found = examine(patient, stop_early=False)
+    assert found.fired == (), [x.finding.sentence for x in found.answers]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(num_layers=1, num_heads=1, embed_dim=16, dropout=0.0),
+        dict(vocab_size=61, context_length=37, embed_dim=45, num_heads=5, mlp_dim=50),
+        dict(num_layers=5, context_length=9, vocab_size=9),
+        dict(dtype="float32"),
+    ],
+    ids=str,
+)
+def test_a_healthy_twin_of_another_shape_raises_no_alarm(changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    found = examine(twin_patient("torch", twin("torch"), config), stop_early=False)
+    assert found.fired == (), [x.finding.sentence for x in found.answers]
+
+
+def test_at_least_19_of_20_bugs_are_seen_without_a_reference_or_say_why_not():
+    alone = [bug for bug in BUGS if set(bug.caught_by) - {"parity"}]
+    assert all(bug.caught_by or bug.undetected for bug in BUGS)
+    assert len([bug for bug in BUGS if bug.caught_by]) >= 0.95 * len(BUGS)
+    assert len(alone) >= 0.85 * len(BUGS)
+
+
+def test_a_planted_copy_is_gone_afterwards():
+    import sys
+
+    with planted("torch", ()) as package:
+        name = package.__name__
+        assert package.GPT is not twin("torch").GPT and name in sys.modules
+    assert not [module for module in sys.modules if module.startswith(name)]
+
+
+def test_a_measured_matrix_tells_bugs_from_healthy_models(tmp_path):
+    found = measure(list(find(["mask-zero", "no-shift"])), ["torch"], range(1))
+    assert [row.bug for row in found.rows] == ["no-shift", "mask-zero", None]
+    assert found.exit_code == 0 and not found.false_alarms and not found.missed
+    assert "best-lag" in found.fired("no-shift")["torch"]
+    assert "causality" in found.fired("mask-zero")["torch"]
+    assert "| mask-zero |" in found.to_markdown() and "2 of 2" in found.summary
+    draw(found, tmp_path / "matrix.png")
+    assert (tmp_path / "matrix.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_miss_and_a_false_alarm_are_counted_and_change_the_exit_code():
+    def row(bug, fired):
+        return Row("torch", bug, 0, fired, NAMES, dict.fromkeys(fired, "seen"))
+
+    healthy, seen = row(None, ()), row("no-shift", ("best-lag",))
+    assert Matrix((seen, healthy)).exit_code == 0
+    assert Matrix((row("no-shift", ()), healthy)).missed
+    assert Matrix((row("no-shift", ()), healthy)).exit_code == 1
+    assert Matrix((seen, row(None, ("causality",)))).exit_code == 1
+    only = Matrix((row("no-shift", ("parity",)), healthy))
+    assert only.needing_a_reference and "0 of them without a reference" in only.summary
+
+
+def test_an_unknown_bug_gets_a_suggestion():
+    with pytest.raises(ValueError, match="Did you mean no-shift"):
+        list(find(["no-shft"]))
+
+
+def test_the_config_of_the_patients_is_one_that_both_twins_take():
+    assert isinstance(CONFIG, flax_gpt.GPTConfig)
