@@ -166,7 +166,7 @@ def _show(
     learned, held = corpus.split()
     patient = twin_patient(framework, package, config, seed=seed)
     trainer = _trainer(framework, package, config, steps, seed)
-    probe = held.windows(8, _WIDTH, seed)
+    probe = held.windows(32, _WIDTH, seed)
     losses: list[float] = []
     held_out: list[tuple[int, float]] = []
     error = ""

@@ -55,7 +55,10 @@ def in_one_line(errors: Console, interrupted: str = "nothing was written") -> It
     try:
         yield
     except (ValueError, OSError) as error:
-        errors.print(f"parity: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        errors.print(
+            f"parity: {error}", style="red", markup=False, highlight=False, emoji=False,
+            soft_wrap=True,
+        )  # fmt: skip
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
         errors.print(f"parity: interrupted, {interrupted}.", style="red", soft_wrap=True)

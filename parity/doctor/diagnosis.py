@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 
+import torch
 from rich import box
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -76,7 +77,7 @@ class Diagnosis:
                     "verdict": x.finding.verdict,
                     "sentence": x.finding.sentence,
                     "value": _finite(x.finding.value),
-                    "bound": x.finding.bound,
+                    "bound": _finite(x.finding.bound),
                     "seconds": round(x.seconds, 3),
                 }
                 for x in self.answers
@@ -95,8 +96,12 @@ class Diagnosis:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for heading in ("question", "answer", "what was seen"):
             table.add_column(heading, no_wrap=heading != "what was seen")
+        silent: dict[str, list[str]] = {}
         for answer in self.answers:
             verdict = answer.finding.verdict
+            if verdict in (Verdict.ABSTAIN, Verdict.BLOCKED):
+                silent.setdefault(answer.finding.sentence, []).append(answer.detector.name)
+                continue
             table.add_row(
                 answer.detector.name,
                 Text(verdict, style=_COLOURS[verdict]),
@@ -109,6 +114,8 @@ class Diagnosis:
         for answer in self.answers:
             if answer.finding.verdict is Verdict.FAIL:
                 parts += _advice(answer)
+        for reason, names in silent.items():
+            parts.append(Text(f"not asked: {', '.join(names)}. {reason}", style="dim"))
         parts.append(Text(self.summary, style="bold red" if self.fired else "bold green"))
         return Group(*parts)
 
@@ -150,12 +157,13 @@ def examine(
         if guilty:
             finding = Finding(Verdict.BLOCKED, f"Means nothing while {guilty[0]} fails.")
         else:
-            finding = detector(patient)
+            with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
+                torch.manual_seed(patient.seed)
+                finding = detector(patient)
         if finding.verdict is Verdict.FAIL:
             failed.append(detector.name)
         answers.append(Answer(detector, finding, time.perf_counter() - start))
-    size = sum(leaf.size for leaf in patient.weights().values())
-    return Diagnosis(patient.name, patient.framework, size, tuple(answers))
+    return Diagnosis(patient.name, patient.framework, patient.num_params, tuple(answers))
 
 
 def _finite_start(first: Answer) -> bool:

@@ -33,6 +33,7 @@ def flax_patient(
     ignore_index: int | None = None,
     seed: int = 0,
     compiled: bool = True,
+    programs: tuple[Callable, Callable] | None = None,
     **offers: Callable[[nnx.Module], Any],
 ) -> Patient:
     """What can be asked of any NNX module that gives logits for tokens, and what it offers more.
@@ -52,6 +53,7 @@ def flax_patient(
         ignore_index: a label that the loss does not score.
         seed: of the probes.
         compiled: whether calls go through jax.jit, which pays for all but the smallest models.
+        programs: of a patient of the same kind, which are compiled already.
         offers: more fields of `Patient`, each as a function of the module that makes it.
 
     Raises:
@@ -88,10 +90,19 @@ def flax_patient(
     def trusted(model: nnx.Module, tokens: jax.Array, counts: Any = None) -> jax.Array:
         return next_token_cross_entropy(score_tokens(model, tokens, counts), tokens, counts)
 
-    def pure(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        return lambda parameters, *arrays: function(nnx.merge(graphdef, parameters, rest), *arrays)
+    def mean_of_own_loss(model: nnx.Module, tokens: jax.Array, counts: Any) -> jax.Array:
+        found = loss(score_tokens(model, tokens, counts), tokens, counts)
+        return found[0] / found[1] if isinstance(found, tuple) else found
 
-    maybe_jit = jax.jit if compiled else lambda function: function
+    learn = objective or (mean_of_own_loss if loss else trusted)
+    if programs is None:
+        programs = _merged(score_tokens), jax.grad(_merged(trusted), argnums=1)
+        if compiled:
+            programs = tuple(jax.jit(program, static_argnums=0) for program in programs)
+        options["programs"] = programs
+    run_forward, run_gradient = (
+        functools.partial(program, graphdef, parameters, rest) for program in programs
+    )
 
     @contextlib.contextmanager
     def differentiating() -> Iterator[None]:
@@ -99,12 +110,9 @@ def flax_patient(
         with scope(), contextlib.nullcontext() if compiled else jax.disable_jit():
             yield
 
-    run_forward = maybe_jit(pure(score_tokens))
-    run_gradient = maybe_jit(jax.grad(pure(trusted)))
-
     def logits(tokens_BT: np.ndarray, counts_B: np.ndarray | None = None) -> np.ndarray:
         with scope():
-            return np.asarray(run_forward(parameters, array(tokens_BT), array(counts_B)))
+            return np.asarray(run_forward(array(tokens_BT), array(counts_B)))
 
     def with_weights(leaves: Mapping[str, np.ndarray]) -> Patient:
         with scope():
@@ -120,7 +128,7 @@ def flax_patient(
         tokens_BT: np.ndarray, counts_B: np.ndarray | None = None
     ) -> dict[str, np.ndarray | None]:
         with differentiating():
-            found = run_gradient(parameters, array(tokens_BT), array(counts_B))
+            found = run_gradient(array(tokens_BT), array(counts_B))
             return {dotted(p): np.asarray(g[...]) for p, g in nnx.to_flat_state(found)}
 
     def reach(tokens_T: np.ndarray) -> np.ndarray | None:
@@ -146,7 +154,7 @@ def flax_patient(
 
     drops = any(isinstance(m, nnx.Dropout) and m.rate > 0 for _, m in nnx.iter_modules(module))
     built_in: dict[str, Any] = dict(
-        trainer=lambda rate: FlaxTrainer(_copy(module), objective or trusted, array, rate, scope),
+        trainer=lambda rate: FlaxTrainer(_copy(module), learn, array, rate, scope),
         dropout_losses=dropout_losses if drops else None,
         cast=cast,
     )
@@ -154,6 +162,7 @@ def flax_patient(
     return Patient(
         name=options["name"], framework="flax", vocab_size=vocab_size,
         context_length=context_length, dtype=dtype, logits=logits,
+        num_params=sum(x.size for x in jax.tree.leaves(parameters)),
         weights=lambda: flax_leaves(module), with_weights=with_weights,
         takes_counts=takes_counts, reach=reach, gradients=gradients,
         position_table=find_position_table(leaves, embeddings, vocab_size),
@@ -211,6 +220,13 @@ def next_token_cross_entropy(
         return jnp.mean(losses_BT)
     real_BT = jnp.arange(1, tokens_BT.shape[1])[None, :] < counts_B[:, None]
     return jnp.sum(jnp.where(real_BT, losses_BT, 0.0)) / jnp.sum(real_BT)
+
+
+def _merged(function: Callable) -> Callable:
+    """A function of a module and arrays as one of the module's parts and arrays."""
+    return lambda graphdef, parameters, rest, *arrays: function(
+        nnx.merge(graphdef, parameters, rest), *arrays
+    )
 
 
 def _reach(

@@ -66,7 +66,8 @@ def load_patient(target: str, loss: str | None = None, **options: Any) -> Patien
     build, score = load_attribute(target), loss and load_attribute(loss)
     if loss and not callable(score):
         raise ValueError(
-            f"{loss}: an object of type {type(score).__name__}. A loss is a function of logits, labels and counts."
+            f"{loss}: an object of type {type(score).__name__}. A loss is a function of "
+            "logits, labels and counts."
         )
     made = isinstance(build, nn.Module | nnx.Module) or not callable(build)
     try:
@@ -103,8 +104,8 @@ def as_patient(
         patient = flax_patient(model, loss=loss, **options)
     else:
         raise ValueError(
-            f"{name}: gave an object of type {type(model).__name__}. The doctor examines a torch.nn.Module, a "
-            "flax.nnx.Module or a parity.doctor.Patient. Return one of them."
+            f"{name}: gave an object of type {type(model).__name__}. The doctor examines "
+            "a torch.nn.Module, a flax.nnx.Module or a parity.doctor.Patient. Return one of them."
         )
     try:
         patient.logits(tokens(patient, 2, 16), None)

@@ -91,6 +91,7 @@ class Patient:
         vocab_size: V.
         context_length: longest sequence.
         dtype: of its weights.
+        num_params: how many there are, tied ones once.
         logits: tokens (B, T), and counts of real tokens per row or None, to logits (B, T, V).
         weights: its leaves by name.
         with_weights: leaves to the same model with them; the model itself stays as it is.
@@ -126,6 +127,7 @@ class Patient:
     vocab_size: int
     context_length: int
     dtype: str
+    num_params: int
     logits: Callable[[np.ndarray, np.ndarray | None], np.ndarray]
     weights: Callable[[], Leaves]
     with_weights: Callable[[Mapping[str, np.ndarray]], "Patient"]

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from parity.doctor.patient import Patient, Score
 from parity.doctor.sizes import find_position_table, find_sizes, logits_of
-from parity.leaves import Leaves, load_torch, to_numpy, torch_leaves
+from parity.leaves import Leaves, from_numpy, load_torch, to_numpy, torch_leaves
 
 
 def torch_patient(
@@ -79,6 +79,12 @@ def torch_patient(
     def trusted(model: nn.Module, tokens: torch.Tensor, counts: Any = None) -> torch.Tensor:
         return next_token_cross_entropy(score_tokens(model, tokens, counts), tokens, counts)
 
+    def mean_of_own_loss(model: nn.Module, tokens: torch.Tensor, counts: Any) -> torch.Tensor:
+        found = loss(score_tokens(model, tokens, counts), tokens, counts)
+        return found[0] / found[1] if isinstance(found, tuple) else found
+
+    learn = objective or (mean_of_own_loss if loss else trusted)
+
     @torch.no_grad()
     def logits(tokens_BT: np.ndarray, counts_B: np.ndarray | None = None) -> np.ndarray:
         return to_numpy(score_tokens(module, array(tokens_BT), array(counts_B)))
@@ -109,7 +115,7 @@ def torch_patient(
     def score(
         logits_BTV: np.ndarray, labels_BT: np.ndarray, counts_B: np.ndarray | None = None
     ) -> Score:
-        scores = torch.from_numpy(logits_BTV).to(device)
+        scores = from_numpy(logits_BTV).to(device)
         found = loss(scores, array(labels_BT), array(counts_B))
         if isinstance(found, tuple):
             total, number = (float(x) for x in found)
@@ -124,7 +130,7 @@ def torch_patient(
 
     drops = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in module.modules())
     built_in: dict[str, Any] = dict(
-        trainer=lambda rate: TorchTrainer(copy.deepcopy(module), objective or trusted, array, rate),
+        trainer=lambda rate: TorchTrainer(copy.deepcopy(module), learn, array, rate),
         dropout_losses=dropout_losses if drops else None,
         cast=cast,
     )
@@ -132,6 +138,7 @@ def torch_patient(
     return Patient(
         name=options["name"], framework="torch", vocab_size=vocab_size,
         context_length=context_length, dtype=dtype, logits=logits,
+        num_params=sum(p.numel() for p in module.parameters()),
         weights=lambda: torch_leaves(module), with_weights=with_weights,
         takes_counts=takes_counts, reach=reach, gradients=gradients,
         position_table=find_position_table(dict(module.named_parameters()), embeddings, vocab_size),

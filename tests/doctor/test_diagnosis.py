@@ -24,6 +24,7 @@ def patient(logits=None, **changes):
     made = Patient(
         framework="numpy", vocab_size=7, context_length=12, dtype="float64",
         logits=logits or (lambda ids, counts: np.zeros((*ids.shape, 7))),
+        num_params=56,
         weights=lambda: {"table": np.zeros((7, 7)), "bias": np.zeros(7)},
         with_weights=lambda leaves: made,
         **changes,
@@ -207,7 +208,8 @@ def test_a_terminal_is_told_what_was_seen_why_it_matters_and_what_to_try(width):
     ]
     text = printed(examine(patient(name="[red]net[/red]"), detectors=questions), width)
     for told in (
-        "[red]net[/red], numpy, 56 weights", "first-question", "FAIL", "BLOCKED", "ABSTAIN",
+        "[red]net[/red], numpy, 56 weights", "first-question", "FAIL", "not asked: second",
+        "not asked: third",
         "seen: Not well: 3 of 4.", "why it matters: It matters <much>.", "try next: Mend [it].",
         "1 of 1 answers are wrong. Begin with first-question.",
     ):  # fmt: skip

@@ -4,6 +4,7 @@ Dimension key: B batch, T tokens, S slots, N heads, H head dim, D embed dim, V v
 """
 
 import copy
+import dataclasses
 import math
 import re
 import types
@@ -119,9 +120,15 @@ class GivesObject(Net):
         return types.SimpleNamespace(loss=None, logits=super().forward(tokens_BT))
 
 
-@pytest.mark.parametrize("model", [Net, GivesTuple, GivesDict, GivesObject])
-def test_a_plain_model_is_healthy(model):
-    assert fired(as_patient(model(), "own")) == ()
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_plain_model_is_healthy(seed):
+    assert fired(dataclasses.replace(as_patient(Net(seed), "own"), seed=seed)) == ()
+
+
+@pytest.mark.parametrize("model", [GivesTuple, GivesDict, GivesObject])
+def test_so_is_one_that_gives_more_than_logits(model):
+    asked = "causality-gradient", "gradient-coverage", "overfit-one-batch", "dtype-audit"
+    assert fired(as_patient(model(), "own"), *asked) == ()
 
 
 class FlaxAttention(nnx.Module):

@@ -18,6 +18,7 @@ from transformers.models.llama.modeling_llama import (
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+from transformers.pytorch_utils import Conv1D
 
 from parity.compare import Verdict
 from parity.doctor import DETECTORS, as_patient, examine
@@ -407,6 +408,13 @@ FAULTS = {
         lambda: frozen(llama(), "model.layers.0.self_attn.v_proj.weight"), "gradient-coverage"
     ),
     "a layer detached": (lambda: planted(gpt2(), GPT2MLP, Detached, ONE), "gradient-coverage"),
+    "queries for keys, GPT-2": (
+        lambda: planted(gpt2(), Conv1D, QueryForKey, slice(1)), "gradient-coverage"
+    ),
+    "a half without residual, Llama": (
+        lambda: planted(llama(), LlamaDecoderLayer, NoSecondResidual, ONE), "residual-stream"
+    ),
+    "scale of the width, grouped queries": (lambda: scaled_by_width(llama()), "attention-scale"),
     "gradients while generating": (lambda: planted(gpt2(), GPT2, KeepsGraph), "growing-graph"),
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ BUGS = (
     Bug(
         id="mask-missing",
         title="There is no mask: every token sees the whole row",
-        symptom="The loss is near zero on training and validation text; generation is garbage.",
+        symptom="Losses fall below what the text allows, held out too; generation is garbage.",
         why=(
             "The next token is among those that are seen, so it need not be predicted. Validation "
             "leaks in the same way and raises no alarm. At generation there is no future to look "

@@ -70,8 +70,6 @@ DETECTORS = (
         "Without the identity path a gradient must pass through every block, and depth stops "
         "helping.",
         "x + sublayer(norm(x)), in both halves of a block.",
-        needs=("reach",),
-        after=("causality",),
     ),
     Detector(
         "position-sensitivity",
@@ -99,7 +97,7 @@ DETECTORS = (
         "Rows of different lengths share a batch in every evaluation and every server.",
         "Is each row masked by its own length?",
         needs=("takes_counts",),
-        after=("determinism",),
+        after=("determinism", "causality"),
     ),
     Detector(
         "boundary-lengths",
@@ -108,7 +106,7 @@ DETECTORS = (
         "An index one too far is read from somewhere else in silence, or is NaN.",
         "Check the first and the last row of the position table, and what a full cache does with "
         "one token more.",
-        after=("determinism",),
+        after=("determinism", "causality"),
     ),
     Detector(
         "token-accounting",

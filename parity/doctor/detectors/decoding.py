@@ -128,20 +128,21 @@ def sampling(patient: Patient) -> Finding:
     if not np.array_equal(cold, greedy):
         return failed("At temperature 0.0001 the tokens are not the most likely ones.")
     hot = patient.generate(np.repeat(prompt[:1], ROWS, axis=0), 6, temperature=1e4, seed=1)
+    often = max(0.3, 4.0 / patient.vocab_size)
     repeats = float(np.mean(hot[:, 1:] == hot[:, :-1]))
     common = float(np.max(np.unique(hot, return_counts=True)[1]) / hot.size)
-    if repeats > 0.3:
+    if repeats > often:
         return failed(
             f"At temperature 10,000 a token repeats in {repeats:.0%} of steps: the same noise is "
             "drawn every time.",
             repeats,
-            0.3,
+            often,
         )
-    if common > 0.3:
+    if common > often:
         return failed(
             f"At temperature 10,000 one token makes up {common:.0%} of {hot.size} draws.",
             common,
-            0.3,
+            often,
         )
     stop = int(greedy[0, 2])
     first = int(np.flatnonzero(greedy[0] == stop)[0])

@@ -94,9 +94,21 @@ def gradient_coverage(patient: Patient) -> Finding:
     gradients = patient.gradients(tokens(patient, ROWS if context <= 256 else 1, context))
     for name, gradient in gradients.items():
         if gradient is None or not np.any(gradient):
-            return failed(f"{name} gets no gradient: the loss does not depend on it.")
+            return failed(
+                f"{name} gets no gradient: it is frozen, or the loss does not depend on it."
+            )
         if not np.all(np.isfinite(gradient)):
             return failed(f"The gradient of {name} is not finite.")
+    for name, gradient in gradients.items():
+        fused = gradient.ndim == 2 and min(gradient.shape) >= 8
+        if not fused or patient.vocab_size in gradient.shape or name == patient.position_table:
+            continue
+        # Of a fused projection a third is unused where a query stands in for a key; a ReLU that
+        # is dead for all tokens leaves a tenth at most.
+        for axis, word in enumerate(("columns", "rows")):
+            unused = 1.0 - float(np.mean(np.any(gradient, axis=axis)))
+            if unused >= 0.25:
+                return failed(f"{name}: {unused:.0%} of its {word} get no gradient.", unused, 0.25)
     table = gradients.get(patient.position_table)
     if table is not None and len(table) == context == patient.context_length:
         # The last position has nothing to predict.
@@ -225,7 +237,9 @@ def nan_origin(patient: Patient) -> Finding:
     """Large scores, and weights without a gradient, must not make NaN; if so, where first?"""
     ids = tokens(patient, ROWS, LENGTH)
     ids %= max(patient.vocab_size // 2, 1)  # half of the vocabulary gets no gradient as an input
-    large = {name: 30.0 * leaf for name, leaf in shaken(patient).weights().items()}
+    large = {
+        name: (30.0 * leaf).astype(leaf.dtype) for name, leaf in shaken(patient).weights().items()
+    }
     logits = patient.with_weights(large).logits(ids, None)
     if not np.all(np.isfinite(np.asarray(logits, np.float64))):
         return failed("With weights 30 times larger the forward pass gives NaN: softmax overflows.")
