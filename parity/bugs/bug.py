@@ -45,7 +45,6 @@ class Bug:
         flax: the places in flax_gpt.
         torch: the places in torch_gpt.
         caught_by: the detectors that are known to fire, in both frameworks, the most telling first.
-        undetected: why no detector sees it, where none does.
         absent: why one framework cannot have it, where its places are empty.
     """
 
@@ -57,7 +56,6 @@ class Bug:
     flax: tuple[Edit, ...] = ()
     torch: tuple[Edit, ...] = ()
     caught_by: tuple[str, ...] = ()
-    undetected: str = ""
     absent: str = ""
 
     def edits(self, framework: str) -> tuple[Edit, ...]:

@@ -4,7 +4,6 @@ Dimension key: B batch, T tokens, V vocab.
 """
 
 import dataclasses
-import io
 import time
 import unicodedata
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from parity.doctor import Patient, examine, twin_patient
 from parity.doctor.detectors.forward import cross_entropies
 from parity.doctor.finding import gap
 from parity.environment import Scoped, jax_scope
-from parity.files import write_atomically
+from parity.pictures import plain, save
 from parity.trainers import FlaxTrainer, TorchTrainer
 
 _WIDTH, _ROWS, _PROMPT = 64, 16, "The "
@@ -139,13 +138,8 @@ def draw(exhibition: Exhibition, path: Path) -> None:
     drift.set_ylim(_FLOOR / 2, 20.0)
     drift.set_ylabel("cached logits off by, std")
     drift.set_xlabel(f"position; a prompt of {len(_PROMPT)}, then one token at a time")
-    for axis in (loss, drift):
-        axis.grid(alpha=0.25, linewidth=0.6)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=140, format="png")
-    write_atomically(path, picture.getvalue())
+    plain((loss, drift))
+    save(figure, path)
 
 
 def _show(
@@ -184,13 +178,7 @@ def _show(
         error = f"raised {type(raised).__name__} at step {len(losses) + 1}"
     progress(name, 0.8)
     trained = patient.with_weights(trainer.parameters())
-    found = examine(
-        dataclasses.replace(
-            twin_patient(framework, package),
-            reference=twin_patient(framework, twin(framework)),
-        ),
-        stop_early=False,
-    )
+    found = examine(twin_patient(framework, package, healthy=twin(framework)), stop_early=False)
     return Exhibit(
         name,
         tuple(losses or [float("nan")]),

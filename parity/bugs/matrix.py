@@ -1,7 +1,6 @@
 """Every bug put to every detector, with healthy models among them, and the table of what fired."""
 
 import dataclasses
-import io
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from parity.bugs.bug import FRAMEWORKS, Bug, planted, twin
 from parity.bugs.gallery import GALLERY
 from parity.compare import Verdict
 from parity.doctor import DETECTORS, examine, twin_patient
-from parity.files import write_atomically
+from parity.pictures import save
 
 NAMES = tuple(detector.name for detector in DETECTORS)
 
@@ -83,9 +82,11 @@ class Matrix:
         healthy = sum(row.bug is None for row in self.rows)
         seen = len(self.planted) - len(self.missed)
         alone = seen - len(self.needing_a_reference)
+        bugs = len({row.bug for row in self.planted})
         return (
-            f"{seen} of {len(self.planted)} planted bugs seen, {alone} of them without a reference;"
-            f" {len(self.false_alarms)} false alarms in {healthy} healthy models."
+            f"{bugs} bugs, {len(self.planted)} times planted, {seen} times seen, {alone} of them "
+            f"without a reference; {len(self.false_alarms)} false alarms in {healthy} healthy "
+            "models."
         )
 
     def fired(self, bug: str) -> dict[str, tuple[str, ...]]:
@@ -200,9 +201,7 @@ def draw(matrix: Matrix, path: Path) -> None:
         for kind, colour in colours.items()
     ]  # fmt: skip
     figure.legend(handles=handles, loc="outside lower center", ncol=3, frameon=False, fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=140, format="png")
-    write_atomically(path, picture.getvalue())
+    save(figure, path)
 
 
 def _planted_row(framework: str, bug: Bug) -> Row:
@@ -211,9 +210,7 @@ def _planted_row(framework: str, bug: Bug) -> Row:
 
 
 def _row(framework: str, package, bug: str | None, seed: int) -> Row:
-    healthy = twin_patient(framework, twin(framework), seed=seed)
-    patient = twin_patient(framework, package, seed=seed)
-    patient = dataclasses.replace(patient, reference=healthy)
+    patient = twin_patient(framework, package, seed=seed, healthy=twin(framework))
     found = examine(patient, stop_early=False)
     asked = Verdict.PASS, Verdict.FAIL
     return Row(

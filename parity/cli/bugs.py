@@ -95,12 +95,9 @@ def show(
                 Text.assemble(("why  ", "bold"), bug.why),
                 Text.assemble(("seen  ", "bold"), bug.seen),
             ]
-            if bug.caught_by:
-                parts.append(Text("what finds it", style="bold"))
+            parts.append(Text("what finds it", style="bold"))
             for name in bug.caught_by:
                 parts.append(Padding(Text.assemble((name, "green"), f"  {asks[name]}"), (0, 2)))
-            if bug.undetected:
-                parts.append(Text.assemble(("nothing finds it  ", "bold"), bug.undetected))
             for name in chosen:
                 parts += [Text(""), Text(f"{name}_gpt", style="bold")]
                 if bug.edits(name):
@@ -111,7 +108,9 @@ def show(
 
 
 def run(
-    ids: Ids = None,
+    ids: Annotated[
+        list[str] | None, typer.Argument(help="Bugs by id; the exercise's four for none.")
+    ] = None,
     framework: Annotated[str, typer.Option(help="flax or torch.")] = "torch",
     steps: Annotated[int, typer.Option(min=20, help="Training steps of each model.")] = 300,
     seed: Annotated[int, typer.Option(min=0, help="Seed of weights, batches and text.")] = 0,

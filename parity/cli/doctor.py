@@ -29,6 +29,9 @@ def doctor(
             "themselves) and counts of real tokens or None."
         ),
     ] = None,
+    ignore_index: Annotated[
+        int | None, typer.Option(help="A label that this loss does not score, such as -100.")
+    ] = None,
     trained: Annotated[
         bool, typer.Option("--trained", help="The weights are trained, so they know something.")
     ] = False,
@@ -100,7 +103,12 @@ def doctor(
             pinned_precision(),
         ):
             patient = load_patient(
-                target, loss, trained=trained, vocab_size=vocab_size, context_length=context_length
+                target,
+                loss,
+                trained=trained,
+                vocab_size=vocab_size,
+                context_length=context_length,
+                ignore_index=ignore_index,
             )
             found = examine(
                 patient, detectors=chosen, stop_early=not all_questions, progress=progress

@@ -1,4 +1,4 @@
-"""Twenty questions to a language model, and what its answers mean."""
+"""Questions to a language model, and what its answers mean."""
 
 from parity.doctor.detectors import DETECTORS
 from parity.doctor.diagnosis import Answer, Diagnosis, examine

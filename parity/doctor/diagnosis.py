@@ -59,6 +59,8 @@ class Diagnosis:
     def summary(self) -> str:
         """The outcome in a line."""
         asked = sum(x.finding.verdict in (Verdict.PASS, Verdict.FAIL) for x in self.answers)
+        if not asked:
+            return "Nothing could be asked."
         if self.fired:
             return f"{len(self.fired)} of {asked} answers are wrong. Begin with {self.fired[0]}."
         return f"Nothing wrong in {asked} answers. What no question asks, no answer tells."
@@ -116,7 +118,8 @@ class Diagnosis:
                 parts += _advice(answer)
         for reason, names in silent.items():
             parts.append(Text(f"not asked: {', '.join(names)}. {reason}", style="dim"))
-        parts.append(Text(self.summary, style="bold red" if self.fired else "bold green"))
+        style = {0: "bold green", 1: "bold red"}.get(self.exit_code, "bold yellow")
+        parts.append(Text(self.summary, style=style))
         return Group(*parts)
 
 

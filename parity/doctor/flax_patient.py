@@ -99,7 +99,7 @@ def flax_patient(
         programs = _merged(score_tokens), jax.grad(_merged(trusted), argnums=1)
         if compiled:
             programs = tuple(jax.jit(program, static_argnums=0) for program in programs)
-        options["programs"] = programs
+    options["programs"] = programs
     run_forward, run_gradient = (
         functools.partial(program, graphdef, parameters, rest) for program in programs
     )
@@ -154,7 +154,7 @@ def flax_patient(
 
     drops = any(isinstance(m, nnx.Dropout) and m.rate > 0 for _, m in nnx.iter_modules(module))
     built_in: dict[str, Any] = dict(
-        trainer=lambda rate: FlaxTrainer(_copy(module), learn, array, rate, scope),
+        trainer=lambda rate: PlainFlaxTrainer(_copy(module), learn, array, rate, scope),
         dropout_losses=dropout_losses if drops else None,
         cast=cast,
     )
@@ -171,7 +171,7 @@ def flax_patient(
     )  # fmt: skip
 
 
-class FlaxTrainer:
+class PlainFlaxTrainer:
     """A plain AdamW, for models that bring no training step of their own."""
 
     def __init__(
@@ -240,7 +240,8 @@ def _reach(
     def asked(zeros_TTD: jax.Array | None) -> jax.Array:
         def embed(original: Callable, layer: nnx.Embed, inputs: jax.Array) -> jax.Array:
             output = original(layer, inputs)
-            if inputs.shape != tokens_TT.shape or not bool(jnp.all(inputs == tokens_TT)):
+            traced = isinstance(inputs, jax.core.Tracer)  # inside the model's own jit
+            if traced or inputs.shape != tokens_TT.shape or bool(jnp.any(inputs != tokens_TT)):
                 return output
             found.append(jax.ShapeDtypeStruct(output.shape, output.dtype))
             return output if zeros_TTD is None else output + zeros_TTD

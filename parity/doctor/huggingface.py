@@ -52,13 +52,14 @@ def causal_lm_patient(
         labels = _without_padding(tokens, counts)
         return model(input_ids=tokens, attention_mask=_mask(tokens, counts), labels=labels).loss
 
+    if loss is None:
+        options["ignore_index"] = -100
     return torch_patient(
         module,
         forward=_forward,
         takes_counts=True,
         objective=objective,
         loss=loss or own_loss,
-        ignore_index=None if loss else -100,
         decoder=_decoder,
         generate=lambda model: functools.partial(_generate, model),
         keeps_graph=lambda model: functools.partial(_keeps_graph, model),

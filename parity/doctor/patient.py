@@ -68,7 +68,6 @@ class AdamW:
     Attributes:
         rates: the learning rate of each update, from the first.
         decays: whether the leaf of a name decays.
-        accumulation_steps: equal parts into which the rows of a batch are cut.
     """
 
     rates: tuple[float, ...]
@@ -78,7 +77,6 @@ class AdamW:
     weight_decay: float
     clip_norm: float | None
     decays: Callable[[str], bool]
-    accumulation_steps: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -130,7 +130,7 @@ def torch_patient(
 
     drops = any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in module.modules())
     built_in: dict[str, Any] = dict(
-        trainer=lambda rate: TorchTrainer(copy.deepcopy(module), learn, array, rate),
+        trainer=lambda rate: PlainTorchTrainer(copy.deepcopy(module), learn, array, rate),
         dropout_losses=dropout_losses if drops else None,
         cast=cast,
     )
@@ -147,7 +147,7 @@ def torch_patient(
     )  # fmt: skip
 
 
-class TorchTrainer:
+class PlainTorchTrainer:
     """A plain AdamW, for models that bring no training step of their own."""
 
     def __init__(self, module: nn.Module, objective: Callable, array: Callable, rate: float):

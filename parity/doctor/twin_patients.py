@@ -37,7 +37,11 @@ _TRAINING = dict(
 
 
 def twin_patient(
-    framework: str, package: ModuleType, config: Any = CONFIG, seed: int = 0
+    framework: str,
+    package: ModuleType,
+    config: Any = CONFIG,
+    seed: int = 0,
+    healthy: ModuleType | None = None,
 ) -> Patient:
     """A twin, or a changed copy of it, with initial weights from a seed.
 
@@ -45,13 +49,18 @@ def twin_patient(
         framework: flax or torch.
         package: flax_gpt or torch_gpt, or a changed copy of it.
         config: sizes, a GPTConfig of any copy.
-        seed: of the weights.
+        seed: of the weights and of the probes.
+        healthy: the package that it should do the same as.
     """
     sizes = dataclasses.asdict(config)
     make = {"flax": _flax_twin, "torch": _torch_twin}[framework]
     with jax_scope(config.dtype, jax.devices()[0]):
         model = package.GPT(package.GPTConfig(**sizes), package.random.key(seed))
-        return make(package, model, seed)
+        patient = make(package, model, seed)
+    if healthy is None:
+        return patient
+    reference = twin_patient(framework, healthy, config, seed)
+    return dataclasses.replace(patient, reference=reference)
 
 
 def _torch_twin(package: ModuleType, model: Any, seed: int) -> Patient:
@@ -174,7 +183,6 @@ def _shared(
             decays=lambda name: (
                 (".attention." in name or ".mlp." in name) and name.endswith((".weight", ".kernel"))
             ),
-            accumulation_steps=constants.accumulation_steps,
         )
 
     def dropout_losses(module: Any, tokens_BT: np.ndarray) -> tuple[float, float]:
@@ -192,7 +200,9 @@ def _shared(
         evaluate=lambda module: functools.partial(evaluate, module),
         trainer=lambda module: functools.partial(plain, module),
         reference_trainer=lambda module: functools.partial(reference, module),
-        dropout_losses=lambda module: functools.partial(dropout_losses, module),
+        dropout_losses=lambda module: (
+            functools.partial(dropout_losses, module) if module.config.dropout else None
+        ),
     )
 
 

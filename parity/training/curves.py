@@ -1,6 +1,5 @@
 """Pictures of trainings: the losses, and how far they are apart."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from parity.files import write_atomically
 from parity.levels.trajectory import FLOAT32, FLOAT64
+from parity.pictures import plain, save
 
 # A gap of zero has no place on a log axis; it is drawn at the rounding of a loss near 1.
 _FLOOR = 1e-17
@@ -56,8 +55,8 @@ def draw_training(path: Path, metrics: Sequence[Mapping[str, Any]], title: str) 
         )
         axes[1].set_ylabel("gap between the losses")
     axes[-1].set_xlabel("step")
-    _finish(figure, axes)
-    _save(figure, path)
+    plain(axes)
+    save(figure, path)
 
 
 def draw_precision(path: Path, report: Mapping[str, Any]) -> None:
@@ -96,18 +95,5 @@ def draw_precision(path: Path, report: Mapping[str, Any]) -> None:
     axes[2].set_ylabel("error of flax / error of torch")
     axes[2].set_xlabel("step")
     axes[0].legend(frameon=False, fontsize=8, ncol=2)
-    _finish(figure, axes)
-    _save(figure, path)
-
-
-def _finish(figure: Figure, axes: Sequence[Any]) -> None:
-    for axis in axes:
-        axis.grid(alpha=0.25, linewidth=0.6)
-        for side in ("top", "right"):
-            axis.spines[side].set_visible(False)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=140, format="png")
-    write_atomically(path, picture.getvalue())
+    plain(axes)
+    save(figure, path)

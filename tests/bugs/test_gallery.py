@@ -6,6 +6,7 @@ import pytest
 
 from parity.bugs.bug import FRAMEWORKS, edited, twin_folder
 from parity.bugs.gallery import BUGS, GALLERY
+from parity.doctor import DETECTORS
 
 PLANTS = [(bug, framework) for bug in BUGS for framework in bug.frameworks]
 
@@ -40,8 +41,6 @@ def test_every_copy_compiles_with_all_its_edits(plant):
     for file in {edit.file for edit in bug.edits(framework)}:
         text = edited(file, source(framework, file), bug.edits(framework))
         compile(text, file, "exec")
-        other = "torch_gpt" if framework == "flax" else "flax_gpt"
-        assert f"from {other}" not in text
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.id)
@@ -61,8 +60,8 @@ def test_a_bug_that_one_framework_cannot_have_says_why(bug):
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.id)
-def test_a_bug_is_caught_or_says_why_not(bug):
-    assert bool(bug.caught_by) != bool(bug.undetected)
+def test_a_bug_names_detectors_that_there_are(bug):
+    assert bug.caught_by and set(bug.caught_by) <= {detector.name for detector in DETECTORS}
     assert len(set(bug.caught_by)) == len(bug.caught_by)
 
 
@@ -79,5 +78,4 @@ def test_categories_come_in_the_order_of_the_program():
 
 def test_nearly_all_bugs_are_in_both_frameworks():
     both = [bug for bug in BUGS if len(bug.frameworks) == len(FRAMEWORKS)]
-    assert len(both) >= 45
-    assert len(BUGS) - len(both) <= 5
+    assert len(both) >= 45 and len(BUGS) - len(both) <= 2

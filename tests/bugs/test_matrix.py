@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-import flax_gpt
 from parity.bugs import BUGS, find, gallery, planted
 from parity.bugs.bug import twin
 from parity.bugs.matrix import NAMES, Matrix, Row, draw, measure
@@ -33,10 +32,8 @@ def test_a_planted_bug_is_seen_by_the_detectors_it_names(framework, bug):
     # `parity bugs matrix` asks everything in both.
     names = bug.caught_by if framework == "torch" else bug.caught_by[:1]
     with planted(framework, bug.edits(framework)) as package:
-        patient = twin_patient(framework, package)
-        if "parity" in names:
-            healthy = twin_patient(framework, twin(framework))
-            patient = dataclasses.replace(patient, reference=healthy)
+        healthy = twin(framework) if "parity" in names else None
+        patient = twin_patient(framework, package, healthy=healthy)
         for name in names:
             finding = _DETECTORS[name](patient)
             assert finding.verdict is Verdict.FAIL, f"{name}: {finding.sentence}"
@@ -48,10 +45,8 @@ def test_a_planted_bug_is_seen_by_the_detectors_it_names(framework, bug):
     + [pytest.param("flax", seed, marks=ONE_WORKER) for seed in range(3)],
 )
 def test_a_healthy_twin_raises_no_alarm(framework, seed):
-    patient = twin_patient(framework, twin(framework), seed=seed)
-    if seed % 5 == 0:
-        healthy = twin_patient(framework, twin(framework), seed=seed)
-        patient = dataclasses.replace(patient, reference=healthy)
+    healthy = twin(framework) if seed % 5 == 0 else None
+    patient = twin_patient(framework, twin(framework), seed=seed, healthy=healthy)
     found = examine(patient, stop_early=False)
     assert found.fired == (), [x.finding.sentence for x in found.answers]
 
@@ -61,22 +56,21 @@ def test_a_healthy_twin_raises_no_alarm(framework, seed):
     [
         dict(num_layers=1, num_heads=1, embed_dim=16, dropout=0.0),
         dict(vocab_size=61, context_length=37, embed_dim=45, num_heads=5, mlp_dim=50),
-        dict(num_layers=5, context_length=9, vocab_size=9),
+        dict(num_layers=5, context_length=11, vocab_size=11),
         dict(dtype="float32"),
     ],
     ids=str,
 )
 def test_a_healthy_twin_of_another_shape_raises_no_alarm(changes):
     config = dataclasses.replace(CONFIG, **changes)
-    found = examine(twin_patient("torch", twin("torch"), config), stop_early=False)
+    patient = twin_patient("torch", twin("torch"), config, healthy=twin("torch"))
+    found = examine(patient, stop_early=False)
     assert found.fired == (), [x.finding.sentence for x in found.answers]
 
 
-def test_at_least_19_of_20_bugs_are_seen_without_a_reference_or_say_why_not():
+def test_nine_of_ten_bugs_are_seen_without_a_reference():
     alone = [bug for bug in BUGS if set(bug.caught_by) - {"parity"}]
-    assert all(bug.caught_by or bug.undetected for bug in BUGS)
-    assert len([bug for bug in BUGS if bug.caught_by]) >= 0.95 * len(BUGS)
-    assert len(alone) >= 0.85 * len(BUGS)
+    assert len(alone) >= 0.9 * len(BUGS)
 
 
 def test_a_planted_copy_is_gone_afterwards():
@@ -94,7 +88,7 @@ def test_a_measured_matrix_tells_bugs_from_healthy_models(tmp_path):
     assert found.exit_code == 0 and not found.false_alarms and not found.missed
     assert "best-lag" in found.fired("no-shift")["torch"]
     assert "causality" in found.fired("mask-zero")["torch"]
-    assert "| mask-zero |" in found.to_markdown() and "2 of 2" in found.summary
+    assert "| mask-zero |" in found.to_markdown() and "2 times seen" in found.summary
     draw(found, tmp_path / "matrix.png")
     assert (tmp_path / "matrix.png").read_bytes().startswith(b"\x89PNG")
 
@@ -109,16 +103,12 @@ def test_a_miss_and_a_false_alarm_are_counted_and_change_the_exit_code():
     assert Matrix((row("no-shift", ()), healthy)).exit_code == 1
     assert Matrix((seen, row(None, ("causality",)))).exit_code == 1
     only = Matrix((row("no-shift", ("parity",)), healthy))
-    assert only.needing_a_reference and "0 of them without a reference" in only.summary
+    assert only.needing_a_reference and "0 of them without" in only.summary
 
 
 def test_an_unknown_bug_gets_a_suggestion():
     with pytest.raises(ValueError, match="Did you mean no-shift"):
         list(find(["no-shft"]))
-
-
-def test_the_config_of_the_patients_is_one_that_both_twins_take():
-    assert isinstance(CONFIG, flax_gpt.GPTConfig)
 
 
 def test_the_table_in_the_docs_has_every_bug_and_the_detectors_it_names():
@@ -132,4 +122,6 @@ def test_the_table_in_the_docs_has_every_bug_and_the_detectors_it_names():
     assert list(marked) == [bug.id for bug in BUGS]
     for bug in BUGS:
         assert set(bug.caught_by) <= marked[bug.id], bug.id
-    assert " 0 false alarms in " in text
+    (summary,) = re.findall(r"^\d+ bugs, .*$", text, re.MULTILINE)
+    assert "0 false alarms in 40 healthy models" in summary
+    assert summary in (Path(__file__).parents[2] / "README.md").read_text()

@@ -184,7 +184,7 @@ BUGS = (
     Bug(
         id="scale-missing",
         title="Scores are not divided by the root of the head width",
-        symptom="Attention grows sharp early and learning stalls, more so with wide heads.",
+        symptom="Attention grows sharp early, more so with wide heads; small models learn anyway.",
         why=(
             "Scores have a standard deviation of sqrt(H) instead of 1, and the softmax saturates "
             "as queries and keys grow. Its gradient then vanishes. With fresh small weights all "

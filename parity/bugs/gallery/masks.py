@@ -187,7 +187,7 @@ BUGS = (
     Bug(
         id="mask-transposed",
         title="Queries and keys are exchanged in the mask",
-        symptom="The loss is near zero in training; a cached call fails with mismatched shapes.",
+        symptom="Losses fall below what the text allows; cached calls fail on mismatched shapes.",
         why=(
             "Transposing a square triangle turns the past into the future, and no shape complains "
             "as long as there are as many keys as queries. Each token sees itself and all that "
@@ -239,7 +239,7 @@ BUGS = (
     Bug(
         id="mask-added-as-bool",
         title="A boolean mask is added to the scores",
-        symptom="The loss is near zero in training: the mask is there and hides next to nothing.",
+        symptom="Losses fall below what the text allows: the mask is there and hides little.",
         why=(
             "Additive masks hold 0 and minus infinity, boolean ones True and False. Added as "
             "numbers, True raises what may be seen by 1 and False leaves the rest as it is. The "

@@ -166,7 +166,7 @@ BUGS = (
         why=(
             "The table exists and is saved with the model, but the forward pass leaves it out. "
             "Attention without positions is blind to order except for what the causal mask tells. "
-            "The loss stops at what word counts alone can explain."
+            "A short training looks as good as any; what needs to know where, never comes."
         ),
         seen="a common trap",
         flax=(Edit("model.py", " + self.position_embedding(placement.positions_BT)", ""),),

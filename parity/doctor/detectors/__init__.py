@@ -59,7 +59,8 @@ DETECTORS = (
         "Do queries and keys of size one give scores of size one?",
         "Scores too large make attention a choice of one token before anything is learned; too "
         "small, a mean over all.",
-        "Divide by the root of the head dimension, not of the model's width.",
+        "Divide by the root of the head dimension, not of the model's width, unless another scale "
+        "is meant.",
         needs=("attention",),
         after=("causality", "attention-rows"),
     ),
@@ -124,6 +125,7 @@ DETECTORS = (
         "A parameter without one is not part of the model: a typo uses another in its place, or it "
         "is detached.",
         "Look where that parameter is used; compare with the line above and below.",
+        needs=("gradients",),
     ),
     Detector(
         "best-lag",
@@ -139,8 +141,8 @@ DETECTORS = (
         learning.overfit_one_batch,
         "Can one small batch be learned by heart?",
         "What cannot learn four rows will not learn a corpus; nothing is worth tuning before.",
-        "Check in this order: backward, step, zero_grad, the sign of the update, the shift, a "
-        "softmax in front of the cross entropy.",
+        "Check in this order: the shift, a softmax in front of the cross entropy, what is detached "
+        "or frozen; in a training step of your own backward, step, zero_grad and the sign.",
         needs=("trainer",),
     ),
     Detector(
@@ -150,7 +152,7 @@ DETECTORS = (
         "Wrong decay, betas, clipping or schedules train almost as well, and never the same.",
         "The step that is named first tells: step 1 moments and decay, step 2 stale gradients and "
         "betas, later ones the schedule.",
-        needs=("reference_trainer",),
+        needs=("reference_trainer", "gradients"),
     ),
     Detector(
         "nan-origin",
@@ -158,7 +160,7 @@ DETECTORS = (
         "Do large scores and missing gradients stay finite?",
         "NaN spreads to every weight in one step, so only the first place tells anything.",
         "Subtract the maximum before exp; add epsilon outside of the root.",
-        needs=("trainer",),
+        needs=("trainer", "gradients"),
     ),
     Detector(
         "dtype-audit",
@@ -209,8 +211,8 @@ DETECTORS = (
         "parity",
         reference.parity,
         "Does the model do what its reference does?",
-        "Some bugs make another model that is as healthy as the one that was meant: only a "
-        "reference tells them apart.",
+        "Some bugs make another model in which no question finds a fault: only a reference tells "
+        "them apart.",
         "`parity check` says in which module the two part.",
         needs=("reference",),
     ),

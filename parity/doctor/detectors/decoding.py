@@ -76,7 +76,7 @@ def _ragged(
     rows = len(ids)
     decoder = patient.decoder
     state, lengths = decoder.empty(rows, capacity), np.zeros(rows, int)
-    for counts in ((4, 1, 3, 2), (2, 4, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1), (4, 0, 2, 4)):
+    for counts in ((4, 1, 3, 2), (2, 4, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1), (1, 0, 2, 4)):
         counts = np.array(counts)
         width = int(counts.max())
         piece = np.stack([np.roll(ids[r], -lengths[r])[:width] for r in range(rows)])

@@ -25,7 +25,7 @@ from parity.leaves import Leaves
 # One shape for nearly all probes, because jax compiles for each.
 ROWS, LENGTH = 4, 16
 _IN_A_BLOCK = re.compile(r"(^|[._])\d+([._]|$)")
-_LONGEST = 1024  # a full context beyond this would take minutes
+LONGEST = 1024  # a full context beyond this would take minutes
 
 
 def cross_entropies(logits_BTV: np.ndarray, targets_BT: np.ndarray) -> np.ndarray:
@@ -92,7 +92,10 @@ def causality_gradient(patient: Patient) -> Finding:
     if blind := np.argwhere(_expected(reach_TT > 0.0) & (reach_TT == 0.0)).tolist():
         t, s = blind[0]
         return failed(f"The logits at {t} do not depend on token {s}, which they may see.")
-    return passed("Every position depends on itself and all before it, on nothing behind.", leak)
+    return passed(
+        f"Position t depends on token t and {_window(reach_TT > 0.0)} before it, on none behind.",
+        leak,
+    )
 
 
 def attention_rows(patient: Patient) -> Finding:
@@ -127,7 +130,8 @@ def attention_rows(patient: Patient) -> Finding:
                         f"{int(may_TS[t].sum())} slots and sees "
                         f"{int((found_NTS[:, t] > 0.0).any(axis=0).sum())}."
                     )
-    return passed("Weights add up to one; query t sees slots 0 to t in every row.")
+    window = _window((weights_BNTS[1] > 0.0).all(axis=0)[:, :length])
+    return passed(f"Weights add up to one; query t sees slot t and {window} before it.")
 
 
 def attention_scale(patient: Patient) -> Finding:
@@ -182,7 +186,7 @@ def residual_stream(patient: Patient) -> Finding:
 def position_sensitivity(patient: Patient) -> Finding:
     """Where a token stands must matter, and must not be all that matters."""
     token = tokens(patient, 1, 1)[0, 0]
-    length = min(LENGTH, patient.context_length)
+    length = _probe_length(patient)
     same = np.full((ROWS, length), token, np.int32)
     several = np.arange(ROWS, dtype=np.int32)[:, None].repeat(length, axis=1) % patient.vocab_size
     table = patient.position_table
@@ -230,6 +234,13 @@ def _expected(seen_TT: np.ndarray) -> np.ndarray:
     return causal_TT & (behind_TT <= max(window, 1))
 
 
+def _window(seen_TT: np.ndarray) -> str:
+    """How far back one sees, in words."""
+    behind = np.subtract.outer(np.arange(len(seen_TT)), np.arange(len(seen_TT)))
+    window = int(behind[seen_TT & (behind >= 0)].max(initial=0))
+    return "all" if window == len(seen_TT) - 1 else f"only {window} (if no such window is meant)"
+
+
 def _width(patient: Patient, leaves: Leaves) -> int:
     """D, by the matrix that has a row for each token."""
     for leaf in leaves.values():
@@ -272,14 +283,15 @@ def batch_independence(patient: Patient) -> Finding:
             tolerance(patient),
         )
     if patient.score:
-        whole = patient.score(together, ids).mean
-        rows = [patient.score(together[r : r + 1], ids[r : r + 1]).mean for r in range(len(ids))]
-        found = abs(whole - float(np.mean(rows)))
-        if not found <= max(tolerance(patient), 1e-5):
+        whole = patient.score(together, ids)
+        rows = [patient.score(together[r : r + 1], ids[r : r + 1]) for r in range(len(ids))]
+        weights = [1 if row.num_tokens is None else row.num_tokens for row in rows]
+        expected = float(np.average([row.mean for row in rows], weights=weights))
+        if not abs(whole.mean - expected) <= max(tolerance(patient), 1e-5):
             return failed(
-                f"The loss of a batch is {whole:.4f}, the mean of its rows {np.mean(rows):.4f}: "
-                "rows are scored against each other.",
-                found,
+                f"The loss of a batch is {whole.mean:.4f}, that of its rows one by one "
+                f"{expected:.4f}: a row is scored by what stands in another.",
+                abs(whole.mean - expected),
             )
     return passed("Rows do not know of each other.", worst, tolerance(patient))
 
@@ -309,9 +321,10 @@ def padding_invariance(patient: Patient) -> Finding:
 def boundary_lengths(patient: Patient) -> Finding:
     """One token and a full context must work; one more must be refused, not computed wrong."""
     patient = shaken(patient)
-    context = min(patient.context_length, _LONGEST)
+    context = min(patient.context_length, LONGEST)
     ids = tokens(patient, 1, context)
     whole = patient.logits(ids, None)
+    refused = []
     for length in (1, context - 1, context):
         found = patient.logits(ids[:, :length], None)
         if not np.all(np.isfinite(found)):
@@ -322,6 +335,7 @@ def boundary_lengths(patient: Patient) -> Finding:
         longer = np.concatenate([ids, ids[:, :1]], axis=1)
         if _answers(lambda: patient.logits(longer, None)[:, -1]):
             return failed(f"{context + 1} tokens in a context of {context} are read all the same.")
+        refused.append("a longer text")
     decoder = patient.decoder
     if decoder and decoder.bounded:
         capacity = min(4, context - 1)
@@ -331,7 +345,9 @@ def boundary_lengths(patient: Patient) -> Finding:
                 f"Token {capacity + 1} into a cache of {capacity} slots is neither refused nor NaN:"
                 " it overwrites what was there."
             )
-    return passed(f"Lengths 1, {context - 1} and {context} work, and no more than that.")
+        refused.append("one token more than a cache holds")
+    seen = f"Lengths 1, {context - 1} and {context} work"
+    return passed(f"{seen}; refused: {', '.join(refused)}." if refused else f"{seen}.")
 
 
 def _answers(call) -> bool:
@@ -372,8 +388,13 @@ def dtype_audit(patient: Patient) -> Finding:
     except (RuntimeError, NotImplementedError, TypeError) as error:
         return abstain(f"The model does not run in float64: {type(error).__name__}.")
     # Of a standard deviation; 40 units in the last place, where two layers need 3 and twelve 10.
+    right, silent = [], []
     for dtype, bound in (("float32", 5e-6), ("bfloat16", 0.3), ("float16", 0.04)):
-        logits = np.asarray(patient.cast(dtype).logits(ids, None)).astype(np.float64)
+        try:
+            logits = np.asarray(patient.cast(dtype).logits(ids, None)).astype(np.float64)
+        except (RuntimeError, NotImplementedError, TypeError):
+            silent.append(dtype)
+            continue
         if not np.all(np.isfinite(logits)):
             return failed(f"The logits in {dtype} are not finite, though those in float64 are.")
         found = float(np.sqrt(np.mean(np.square(logits - truth))) / np.std(truth))
@@ -383,4 +404,6 @@ def dtype_audit(patient: Patient) -> Finding:
                 found,
                 bound,
             )
-    return passed("float32, bfloat16 and float16 give the logits of float64 up to their digits.")
+        right.append(dtype)
+    seen = f"{', '.join(right)}: the logits of float64, up to their digits."
+    return passed(seen + (f" It does not run in {', '.join(silent)}." if silent else ""))

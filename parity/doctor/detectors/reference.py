@@ -1,6 +1,6 @@
 """The strongest question, for a model that has a reference: does it do the same?"""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -23,46 +23,59 @@ def parity(patient: Patient) -> Finding:
 
 
 def _answers(left: Patient, right: Patient) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(what was asked, answer, answer of the reference), in the order of a model's life."""
+    """(what was asked, answer, answer of the reference) for all that both offer, in the order of a
+    model's life."""
     mine, theirs = left.weights(), right.weights()
     if mine.keys() != theirs.keys():
         yield "The names of the weights", np.zeros(1), np.ones(1)
         return
     for name in mine:
         yield f"The initial {name}", mine[name], theirs[name]
-    leaves = randomized(theirs, 0)
+    leaves = randomized(theirs, right.seed)
     left, right = left.with_weights(leaves), right.with_weights(leaves)
+
+    def both(field: str) -> bool:
+        return bool(getattr(left, field) and getattr(right, field))
+
     ids = tokens(left, ROWS, LENGTH)
     counts = np.array([ids.shape[1], 5, 2, 1])
     yield "The logits", left.logits(ids, None), right.logits(ids, None)
-    if left.takes_counts:
+    if both("takes_counts"):
         padded = [x.logits(ids, counts) for x in (left, right)]
         for row, count in enumerate(counts):
             yield f"The logits of padded row {row}", *(x[row, :count] for x in padded)
-    wide = left.cast("float16"), right.cast("float16")
-    yield "The logits in float16", *(np.asarray(x.logits(ids, None), float) for x in wide)
-    mine, theirs = left.gradients(ids), right.gradients(ids)
-    for name, gradient in theirs.items():
-        given = mine[name]
-        yield f"The gradient of {name}", _or_zeros(given, gradient), _or_zeros(gradient, gradient)
-    logits = left.logits(ids, None)
-    for real in (None, counts):
-        yield "The loss", *(np.array([1.0, 1.0 + x.score(logits, ids, real).mean])
-                            for x in (left, right))  # fmt: skip
-    batches = [(ids, counts), (ids, np.array([1, 2, 1, 3]))]
-    yield (
-        "The evaluation",
-        *(np.array([1.0, 1.0 + x.evaluate(batches).mean]) for x in (left, right)),
-    )
-    trainers = left.reference_trainer()[0], right.reference_trainer()[0]
-    for step in range(2):
-        # Rows alternate in length, so that parts of a batch have different numbers of tokens.
-        real = np.array([LENGTH, LENGTH - 2, 3, 2])
-        losses = [x.step(tokens(left, ROWS, LENGTH, seed=step), real) for x in trainers]
-        yield f"The loss of step {step + 1}", *(np.array([1.0, 1.0 + x]) for x in losses)
-        yield f"The weights after step {step + 1}", *(_flat(x.parameters()) for x in trainers)
-    yield "Dropout", *(np.diff([*x.dropout_losses(ids), 0.0]) for x in (left, right))
-    yield from _decoded(left, right, ids)
+    if both("cast"):
+        narrow = left.cast("float16"), right.cast("float16")
+        yield "The logits in float16", *(np.asarray(x.logits(ids, None), float) for x in narrow)
+    if both("gradients"):
+        mine, theirs = left.gradients(ids), right.gradients(ids)
+        for name, gradient in theirs.items():
+            expected = _or_zeros(gradient, leaves[name])
+            yield f"The gradient of {name}", _or_zeros(mine[name], expected), expected
+    if both("score"):
+        logits = left.logits(ids, None)
+        for words, real in (("whole rows", None), ("padded rows", counts)):
+            if real is None or both("takes_counts"):
+                yield f"The loss of {words}", *_numbers(x.score(logits, ids, real).mean
+                                                        for x in (left, right))  # fmt: skip
+    if both("evaluate") and both("takes_counts"):
+        batches = [(ids, counts), (ids, np.array([1, 2, 1, 3]))]
+        yield "The evaluation", *_numbers(x.evaluate(batches).mean for x in (left, right))
+    if both("reference_trainer"):
+        trainers = left.reference_trainer()[0], right.reference_trainer()[0]
+        for step in range(2):
+            # Ragged, so that parts of a batch have different numbers of tokens.
+            batch = tokens(left, ROWS, LENGTH, seed=step)
+            real = np.array([batch.shape[1], batch.shape[1] - 2, 3, 2])
+            losses = [x.step(batch, real) for x in trainers]
+            yield f"The loss of step {step + 1}", *_numbers(losses)
+            yield f"The weights after step {step + 1}", *(_flat(x.parameters()) for x in trainers)
+    if both("dropout_losses"):
+        yield "Dropout", *(np.array(x.dropout_losses(ids)) for x in (left, right))
+    if both("decoder") and left.decoder.ragged and right.decoder.ragged:
+        yield from _decoded(left, right, ids)
+    if both("generate"):
+        yield from _generated(left, right, ids)
 
 
 def _decoded(
@@ -84,6 +97,11 @@ def _decoded(
         )
         yield f"Cached logits of {words}", np.concatenate(found), np.concatenate(expected)
         states = [a[1] for a in answers]
+
+
+def _generated(
+    left: Patient, right: Patient, ids: np.ndarray
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     prompt = ids[:, : min(left.context_length // 4, 6)]
     for words, options in (
         ("Greedy tokens", {}),
@@ -91,6 +109,11 @@ def _decoded(
         ("Greedy tokens with a stop", dict(stop_ids=(int(right.generate(prompt, 6)[0, 1]),))),
     ):
         yield words, *(x.generate(prompt, 6, **options).astype(float) for x in (left, right))
+
+
+def _numbers(values: Iterable[float]) -> list[np.ndarray]:
+    """Numbers as arrays in which a gap counts in units of nats: beside zero and one."""
+    return [np.array([-1.0, 1.0, value]) for value in values]
 
 
 def _or_zeros(gradient: np.ndarray | None, like: np.ndarray) -> np.ndarray:
