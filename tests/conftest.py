@@ -7,7 +7,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two busy cores: waiting t
 # `parity check`, and the test of the README's numbers, compile as users do.
 os.environ.setdefault(
     "XLA_FLAGS",
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true",
 )
 
 import contextlib

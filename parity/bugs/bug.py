@@ -6,9 +6,10 @@ import difflib
 import importlib
 import importlib.util
 import itertools
+import re
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -93,29 +94,47 @@ def planted(framework: str, edits: Sequence[Edit]) -> Iterator[ModuleType]:
     Raises:
         ValueError: when an edit names no file of the twin, or its text is not there exactly once.
     """
-    sources = sorted(twin_folder(framework).glob("*.py"))
-    if unknown := {edit.file for edit in edits} - {source.name for source in sources}:
+    healthy = f"{framework}_gpt"
+    sources = {path.stem: path.read_text("utf-8") for path in twin_folder(framework).glob("*.py")}
+    if unknown := {edit.file for edit in edits} - {f"{name}.py" for name in sources}:
         raise ValueError(
-            f"bug: no file {min(unknown)} in {framework}_gpt. A place is in a file of the twin. "
-            "Name one."
+            f"bug: no file {min(unknown)} in {healthy}. A place is in a file of the twin. Name one."
         )
-    name = f"{framework}_gpt_copy_{next(_numbers)}"
+    copied = _affected(healthy, sources, {edit.file.removesuffix(".py") for edit in edits})
+    name = f"{healthy}_copy_{next(_numbers)}"
     with tempfile.TemporaryDirectory() as folder:
-        for source in sources:
-            text = edited(source.name, source.read_text(encoding="utf-8"), edits)
-            text = text.replace(f"{framework}_gpt", name)
-            (Path(folder) / source.name).write_text(text, encoding="utf-8")
+        for stem in copied:
+            text = edited(f"{stem}.py", sources[stem], edits).replace(healthy, name)
+            (Path(folder) / f"{stem}.py").write_text(text, encoding="utf-8")
         spec = importlib.util.spec_from_file_location(
             name, Path(folder) / "__init__.py", submodule_search_locations=[folder]
         )
         module = importlib.util.module_from_spec(spec)
         sys.modules[name] = module
         try:
+            # What no edit reaches is shared: jax has compiled it already.
+            for stem in sources.keys() - copied:
+                shared = importlib.import_module(f"{healthy}.{stem}")
+                sys.modules[f"{name}.{stem}"] = shared
+                setattr(module, stem, shared)
             spec.loader.exec_module(module)
             yield module
         finally:
             for loaded in [x for x in sys.modules if x == name or x.startswith(f"{name}.")]:
                 del sys.modules[loaded]
+
+
+def _affected(package: str, sources: Mapping[str, str], changed: set[str]) -> set[str]:
+    """The files that change, and all that import one of them, however indirectly."""
+    pattern = re.compile(rf"^from {package}(?:\.(\w+))? import (.+)$", re.MULTILINE)
+    imports = {
+        name: {module or imported for module, imported in pattern.findall(text)}
+        for name, text in sources.items()
+    }
+    affected = changed | {"__init__"}
+    while more := {name for name in imports.keys() - affected if imports[name] & affected}:
+        affected |= more
+    return affected
 
 
 def twin(framework: str) -> ModuleType:

@@ -172,8 +172,8 @@ def matrix(
 ) -> None:
     """Plant every bug in both twins and put every question to each; healthy models among them.
 
-    Exit codes: 0 every bug seen and no false alarm, 1 not so, 2 bad input. About eight minutes for
-    all of it on two cores; jax compiles.
+    Exit codes: 0 every bug seen and no false alarm, 1 not so, 2 bad input. All of it takes half an
+    hour, nearly all in flax, which runs operation by operation; torch alone takes three minutes.
 
     Examples:
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from parity.bugs import BUGS, find, gallery, planted
+from parity.bugs import BUGS, GALLERY, Edit, find, gallery, planted
 from parity.bugs.bug import twin
 from parity.bugs.matrix import NAMES, Matrix, Row, draw, measure
 from parity.compare import Verdict
@@ -16,20 +16,20 @@ from parity.doctor.twin_patients import CONFIG
 _DETECTORS = {detector.name: detector for detector in DETECTORS}
 # jax compiles every operation once per process.
 ONE_WORKER = pytest.mark.xdist_group("flax, operation by operation")
-_PLANTED = [
-    pytest.param(
-        framework, bug, id=f"{framework}, {bug.id}",
-        marks=[ONE_WORKER] if framework == "flax" else [],
-    )
-    for bug in BUGS
-    for framework in bug.frameworks
-]  # fmt: skip
+# In torch, where a question takes a tenth of a second, every bug; in flax the first of each kind
+# that each question is the most telling one for. `parity bugs matrix` asks everything in both, and
+# its table is held to the gallery below.
+_IN_TORCH = [pytest.param("torch", bug, id=f"torch, {bug.id}") for bug in BUGS if bug.torch]
+_IN_FLAX = {
+    (category, bug.caught_by[0]): pytest.param("flax", bug, id=f"flax, {bug.id}", marks=ONE_WORKER)
+    for category, bugs in GALLERY.items()
+    for bug in reversed(bugs)
+    if bug.flax
+}
 
 
-@pytest.mark.parametrize(("framework", "bug"), _PLANTED)
+@pytest.mark.parametrize(("framework", "bug"), [*_IN_TORCH, *_IN_FLAX.values()])
 def test_a_planted_bug_is_seen_by_the_detectors_it_names(framework, bug):
-    # All of them in torch, where a question takes a tenth of a second, the most telling in flax;
-    # `parity bugs matrix` asks everything in both.
     names = bug.caught_by if framework == "torch" else bug.caught_by[:1]
     with planted(framework, bug.edits(framework)) as package:
         healthy = twin(framework) if "parity" in names else None
@@ -41,8 +41,7 @@ def test_a_planted_bug_is_seen_by_the_detectors_it_names(framework, bug):
 
 @pytest.mark.parametrize(
     ("framework", "seed"),
-    [pytest.param("torch", seed) for seed in range(20)]
-    + [pytest.param("flax", seed, marks=ONE_WORKER) for seed in range(3)],
+    [*(("torch", seed) for seed in range(20)), pytest.param("flax", 0, marks=ONE_WORKER)],
 )
 def test_a_healthy_twin_raises_no_alarm(framework, seed):
     healthy = twin(framework) if seed % 5 == 0 else None
@@ -76,9 +75,11 @@ def test_nine_of_ten_bugs_are_seen_without_a_reference():
 def test_a_planted_copy_is_gone_afterwards():
     import sys
 
-    with planted("torch", ()) as package:
+    edit = Edit("optimizer.py", "fused=False", "fused=False, foreach=False")
+    with planted("torch", [edit]) as package:
         name = package.__name__
-        assert package.GPT is not twin("torch").GPT and name in sys.modules
+        assert package.train_step is not twin("torch").train_step and name in sys.modules
+        assert package.GPT is twin("torch").GPT  # what the edit does not reach is shared
     assert not [module for module in sys.modules if module.startswith(name)]
 
 
