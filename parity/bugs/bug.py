@@ -89,7 +89,7 @@ def planted(framework: str, edits: Sequence[Edit]) -> Iterator[ModuleType]:
 
     Args:
         framework: flax or torch.
-        edits: the places; none for a healthy copy.
+        edits: the places. Files that none of them reaches are those of the healthy twin.
 
     Raises:
         ValueError: when an edit names no file of the twin, or its text is not there exactly once.

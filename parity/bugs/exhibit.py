@@ -21,7 +21,6 @@ from parity.bugs.bug import Bug, planted, twin
 from parity.corpus import Corpus, decode, encode
 from parity.doctor import Patient, examine, twin_patient
 from parity.doctor.detectors.forward import cross_entropies
-from parity.doctor.finding import gap
 from parity.environment import Scoped, jax_scope
 from parity.pictures import plain, save
 from parity.trainers import FlaxTrainer, TorchTrainer
@@ -227,10 +226,7 @@ def _drift(patient: Patient, ids: np.ndarray) -> tuple[float, ...]:
     except Exception:
         return (float("nan"),)
     scale = float(np.std(whole)) or 1.0
-    return tuple(
-        gap(cached[:, t], whole[:, t]) * float(np.std(whole[:, t])) / scale
-        for t in range(ids.shape[1])
-    )
+    return tuple(float(x) / scale for x in np.abs(cached - whole).max(axis=(0, 2)))
 
 
 def _text(patient: Patient, corpus: Corpus, seed: int) -> str:
@@ -246,5 +242,5 @@ def _text(patient: Patient, corpus: Corpus, seed: int) -> str:
 
 def _visible(text: str) -> str:
     """One line: line breaks and control characters as spaces."""
-    plain = "".join(" " if unicodedata.category(c).startswith("C") else c for c in text)
-    return " ".join(plain.split())
+    printable = "".join(" " if unicodedata.category(c).startswith("C") else c for c in text)
+    return " ".join(printable.split())

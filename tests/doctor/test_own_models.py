@@ -120,6 +120,27 @@ class GivesObject(Net):
         return types.SimpleNamespace(loss=None, logits=super().forward(tokens_BT))
 
 
+class Numbered(nn.Module):
+    """All parts in one list, so that embeddings and head have numbers in their names as well."""
+
+    def __init__(self):
+        super().__init__()
+        net = Net()
+        self.parts = nn.ModuleList([net.tokens, net.positions, *net.blocks, net.norm, net.head])
+
+    def forward(self, tokens_BT):
+        tokens, positions, *blocks, norm, head = self.parts
+        x_BTD = tokens(tokens_BT) + positions(torch.arange(tokens_BT.shape[1]))
+        for block in blocks:
+            x_BTD, _ = block(x_BTD)
+        return head(norm(x_BTD))
+
+
+def test_numbers_in_the_names_of_embeddings_and_head_make_no_blocks_of_them():
+    patient = as_patient(Numbered(), "own", context_length=CONTEXT)
+    assert fired(patient, "residual-stream", "position-sensitivity") == ()
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_plain_model_is_healthy(seed):
     assert fired(dataclasses.replace(as_patient(Net(seed), "own"), seed=seed)) == ()

@@ -171,7 +171,14 @@ def attention_scale(patient: Patient) -> Finding:
 def residual_stream(patient: Patient) -> Finding:
     """With the matrices of all blocks at zero, a token must still come through to the logits."""
     leaves = patient.weights()
-    inside = [name for name, leaf in leaves.items() if leaf.ndim >= 2 and _IN_A_BLOCK.search(name)]
+    inside = [
+        name
+        for name, leaf in leaves.items()
+        if leaf.ndim >= 2
+        and _IN_A_BLOCK.search(name)
+        and patient.vocab_size not in leaf.shape  # a numbered embedding or head is no block
+        and name != patient.position_table
+    ]
     if not inside:
         return abstain("No weight has the number of a block in its name.")
     silent = leaves | {name: np.zeros_like(leaves[name]) for name in inside}
