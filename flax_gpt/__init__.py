@@ -4,18 +4,13 @@ from flax_gpt import random
 from flax_gpt.cache import KVCache, LayerCache
 from flax_gpt.classifier import SequenceClassifier, TokenClassifier
 from flax_gpt.config import GREEDY, PRESETS, GPTConfig, Sampling, TrainConfig
-from flax_gpt.decode import (
-    NO_TOKEN,
-    Generation,
-    decode_step,
-    filter_logits,
-    generate,
-    prefill,
-    right_pad,
-)
+from flax_gpt.decode import decode_step, prefill
+from flax_gpt.decoder import Decoder
+from flax_gpt.generation import NO_TOKEN, Generation, filter_logits, generate, right_pad
 from flax_gpt.loss import IGNORE_INDEX, TokenLoss, cross_entropy, next_token_loss
 from flax_gpt.model import GPT, MLP, Attention, Block
 from flax_gpt.optimizer import adamw, learning_rate
+from flax_gpt.packing import PackedGPT, PackedLinear, pack
 from flax_gpt.tasks import NEXT_TOKEN, SEQUENCE_CLASS, TOKEN_CLASS, Batch, Task
 from flax_gpt.train import (
     Evaluation,
@@ -39,11 +34,14 @@ __all__ = [
     "Attention",
     "Batch",
     "Block",
+    "Decoder",
     "Evaluation",
     "GPTConfig",
     "Generation",
     "KVCache",
     "LayerCache",
+    "PackedGPT",
+    "PackedLinear",
     "Sampling",
     "SequenceClassifier",
     "StepResult",
@@ -61,6 +59,7 @@ __all__ = [
     "learning_rate",
     "next_token_loss",
     "overfit_one_batch",
+    "pack",
     "prefill",
     "random",
     "right_pad",

@@ -17,6 +17,8 @@ import numpy as np
 from flax_gpt.config import GPTConfig
 from flax_gpt.positions import Placement, read
 
+EXACT_TOKENS = 16  # of each call in which every token's numbers are the same to the last bit
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +29,13 @@ class LayerCache:
     values_BKSH: jax.Array
 
     def append(
-        self, keys_BTKH: jax.Array, values_BTKH: jax.Array, placement: Placement
+        self, keys_BKTH: jax.Array, values_BKTH: jax.Array, placement: Placement
     ) -> "LayerCache":
         """This layer with new tokens in their slots; padding is not written.
 
         Args:
-            keys_BTKH: keys of the new tokens.
-            values_BTKH: values of the new tokens.
+            keys_BKTH: keys of the new tokens.
+            values_BKTH: values of the new tokens.
             placement: where each token goes.
         """
         # twin: jax makes the value cheap by donation at the jit site; torch by ownership: the
@@ -41,8 +43,8 @@ class LayerCache:
         # a stale handle copies first.
         slots_BT = placement.slots_BT
         rows_B1 = jnp.arange(slots_BT.shape[0])[:, None]
-        keys_BTKH = keys_BTKH.astype(self.keys_BKSH.dtype)
-        values_BTKH = values_BTKH.astype(self.values_BKSH.dtype)
+        keys_BTKH = jnp.swapaxes(keys_BKTH, 1, 2).astype(self.keys_BKSH.dtype)
+        values_BTKH = jnp.swapaxes(values_BKTH, 1, 2).astype(self.values_BKSH.dtype)
         keys_BKSH = self.keys_BKSH.at[rows_B1, :, slots_BT].set(keys_BTKH, mode="drop")
         values_BKSH = self.values_BKSH.at[rows_B1, :, slots_BT].set(values_BTKH, mode="drop")
         return LayerCache(keys_BKSH, values_BKSH)
@@ -67,10 +69,14 @@ class KVCache:
     Attributes:
         layers: one LayerCache per block, all of the same shape.
         lengths_B: valid slots of each row. Moves in one place, `GPT.hidden`, once per call.
+        exact: whether a token's numbers are the same to the last bit, in whatever calls it and the
+            tokens before it came. Every call then takes EXACT_TOKENS tokens, padded, and reads all
+            slots, so it costs more.
     """
 
     layers: tuple[LayerCache, ...]
     lengths_B: jax.Array
+    exact: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     @classmethod
     def empty(
@@ -80,6 +86,7 @@ class KVCache:
         capacity: int,
         dtype: str | None = None,
         device: jax.Device | None = None,
+        exact: bool = False,
     ) -> "KVCache":
         """A cache of length 0 in every row.
 
@@ -89,6 +96,7 @@ class KVCache:
             capacity: S, slots allocated per row.
             dtype: of keys and values, by name; the model's own when None.
             device: where they live; the framework's default when None.
+            exact: see the class.
 
         Raises:
             ValueError: when there would be no row or no slot.
@@ -108,7 +116,7 @@ class KVCache:
             )
             for _ in range(config.num_layers)
         )
-        return cls(layers, jnp.zeros(batch_size, jnp.int32, device=device))
+        return cls(layers, jnp.zeros(batch_size, jnp.int32, device=device), exact)
 
     @property
     def batch_size(self) -> int:
@@ -155,12 +163,6 @@ class KVCache:
                 "truncate first or build a longer context."
             )
 
-    def slots_to_read(self, num_tokens: int, counts_B: jax.Array | None = None) -> int:
-        """How many slots an attention over this cache and the new tokens must read."""
-        # twin: a compiled program has static shapes, so jax reads to the capacity, which the
-        # caller keeps near the length with grow; torch reads to the end of the longest row.
-        return self.capacity
-
     def truncate(self, lengths_B: jax.Array) -> "KVCache":
         """This cache cut back to `lengths_B` tokens per row.
 
@@ -175,7 +177,7 @@ class KVCache:
                     f"KVCache.truncate: lengths {old_B.tolist()} to {new_B.tolist()}. Each row "
                     "can only be cut, to no less than 0. Give one length per row."
                 )
-        return KVCache(self.layers, lengths_B)
+        return KVCache(self.layers, lengths_B, self.exact)
 
     def select(self, rows_R: jax.Array) -> "KVCache":
         """A cache of the given rows, in that order; a row may be taken more than once.
@@ -193,7 +195,7 @@ class KVCache:
         layers = tuple(
             LayerCache(layer.keys_BKSH[rows_R], layer.values_BKSH[rows_R]) for layer in self.layers
         )
-        return KVCache(layers, self.lengths_B[rows_R])
+        return KVCache(layers, self.lengths_B[rows_R], self.exact)
 
     def grow(self, capacity: int) -> "KVCache":
         """This cache with `capacity` slots per row; nothing it holds changes.
@@ -211,7 +213,7 @@ class KVCache:
             LayerCache(_pad_slots(layer.keys_BKSH, extra), _pad_slots(layer.values_BKSH, extra))
             for layer in self.layers
         )
-        return KVCache(layers, self.lengths_B)
+        return KVCache(layers, self.lengths_B, self.exact)
 
 
 def _pad_slots(x_BKSH: jax.Array, extra: int) -> jax.Array:

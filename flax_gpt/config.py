@@ -4,7 +4,8 @@ Dimension key of the whole project. An array's name ends in the letters of its a
 
     B batch    T new tokens    S cache slots    D embed dim    K kv heads    H head dim
     F mlp dim  V vocabulary    L layers         G generated tokens
-    C classes  R selected rows                  1 a unit axis
+    C classes  R selected rows   P tokens of one pass of a prefill
+    I inputs   O outputs of a linear map        1 a unit axis
 
 Every head has keys and values of its own here, so K is also the number of query heads.
 """

@@ -1,53 +1,31 @@
 """Decoding: the cache goes in, a longer cache comes out. Read beside torch_gpt/decode.py.
 
-Dimension key: B batch, T prompt tokens, S sequence slots, G generated tokens, V vocab.
+Dimension key: B batch, T prompt tokens, P tokens of one pass, D embed dim, V vocab.
 """
-
-import dataclasses
-import functools
-import math
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import nnx
 
-from flax_gpt import random
-from flax_gpt.cache import KVCache
-from flax_gpt.config import GREEDY, Sampling
+from flax_gpt.cache import EXACT_TOKENS, KVCache
 from flax_gpt.model import GPT
 from flax_gpt.positions import check_counts
 
-NO_TOKEN = -1  # fills a generated row behind its stop
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """What `generate` wrote.
-
-    Attributes:
-        tokens_BG: the new tokens; NO_TOKEN behind a row's stop.
-        counts_B: new tokens per row, the stop among them.
-        margins_BG: by how much a token's score beat the second best, which tells near-ties. Scores
-            are logits, and where tokens are drawn what `filter_logits` gives, with noise; inf for a
-            token that was the only one left, NaN behind a row's stop.
-    """
-
-    tokens_BG: jax.Array
-    counts_B: jax.Array
-    margins_BG: jax.Array
-
 
 def prefill(
-    model: GPT, tokens_BT: jax.Array, cache: KVCache, counts_B: jax.Array | None = None
+    model: GPT,
+    tokens_BT: jax.Array,
+    cache: KVCache,
+    counts_B: jax.Array | None = None,
+    chunk: int | None = None,
 ) -> tuple[jax.Array, KVCache]:
-    """Reads whole prompts in one forward pass.
+    """Reads whole prompts, in one forward pass or in chunks.
 
     Args:
         tokens_BT: prompts, or the next part of them over a warm cache.
         cache: left as it was, so one prompt can be continued twice.
         counts_B: real tokens per row, at least 1, the rest is padding on the right; None for T.
+        chunk: tokens of a pass, which bounds the memory of the scores; None for all. An exact cache
+            has its own.
 
     Returns:
         Logits (B, V) behind each row's last real token, and the cache with the prompts in it.
@@ -56,8 +34,39 @@ def prefill(
         ValueError: for an empty prompt, or one that does not fit.
     """
     check_counts(counts_B, *tokens_BT.shape, least=1)
-    x_BTD, cache = model.hidden(tokens_BT, cache, counts_B)
-    return model.unembed(_last(x_BTD, counts_B))[:, 0], cache
+    batch_size, num_tokens = tokens_BT.shape
+    if not cache.exact and (chunk is None or num_tokens <= chunk):
+        x_BTD, cache = model.hidden(tokens_BT, cache, counts_B)
+        return model.unembed(last(x_BTD, counts_B))[:, 0], cache
+    cache.check_room(num_tokens, counts_B, model.config.context_length)
+    counts_B = num_tokens if counts_B is None else counts_B
+    counts_B = jnp.broadcast_to(jnp.asarray(counts_B, jnp.int32), batch_size)
+    if cache.exact:
+        chunk = EXACT_TOKENS
+        tokens_BT = _shifted(tokens_BT, cache.lengths_B % chunk, chunk - 1)
+    tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, -tokens_BT.shape[1] % chunk)))
+
+    def read_chunk(carry, start):
+        """One call, and for every row the stream of the last call that had tokens for it."""
+        cache, left_B, x_BPD, ends_B = carry
+        before_B = cache.lengths_B % chunk if cache.exact else 0
+        taken_B = jnp.minimum(left_B, chunk - before_B)
+        part_BP = jax.lax.dynamic_slice_in_dim(tokens_BT, start, chunk, axis=1)
+        y_BPD, cache = model.hidden(part_BP, cache, taken_B)
+        x_BPD = jnp.where((taken_B > 0)[:, None, None], y_BPD, x_BPD)
+        ends_B = jnp.where(taken_B > 0, before_B + taken_B, ends_B)
+        return (cache, left_B - taken_B, x_BPD, ends_B), None
+
+    # twin: jax compiles one chunk for all of them; torch takes one after the other.
+    embedding = model.token_embedding.embedding[...]
+    x_BPD = jnp.zeros((batch_size, chunk, embedding.shape[1]), embedding.dtype)
+    starts = jnp.arange(0, tokens_BT.shape[1], chunk)
+    (cache, _, x_BPD, ends_B), _ = jax.lax.scan(
+        read_chunk, (cache, counts_B, x_BPD, counts_B), starts
+    )
+    if cache.exact:
+        return last(model.unembed(x_BPD), ends_B)[:, 0], cache
+    return model.unembed(last(x_BPD, ends_B))[:, 0], cache
 
 
 def decode_step(model: GPT, tokens_B: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
@@ -70,245 +79,21 @@ def decode_step(model: GPT, tokens_B: jax.Array, cache: KVCache) -> tuple[jax.Ar
     Returns:
         Logits (B, V), and the cache with the tokens in it.
     """
+    if cache.exact:
+        return prefill(model, tokens_B[:, None], cache)
     logits_B1V, cache = model(tokens_B[:, None], cache)
     return logits_B1V[:, 0], cache
 
 
-def generate(
-    model: GPT,
-    tokens_BT: jax.Array,
-    max_new_tokens: int,
-    counts_B: jax.Array | None = None,
-    stop_ids: Sequence[int] = (),
-    use_cache: bool = True,
-    sampling: Sampling = GREEDY,
-    key: jax.Array | None = None,
-) -> Generation:
-    """Continues each prompt with the most likely token, or with one drawn from the likely.
-
-    Ties go to the lowest id in both twins, which is what makes equal tokens a fair demand. A row
-    ends behind its first stop id; the call ends when every row has, or after `max_new_tokens`.
-
-    The noise in a draw comes from the key, the row and the number of the token in this call. Other
-    rows, padding, the cache and the dtype of the model do not change it.
-
-    Args:
-        tokens_BT: prompts, padded on the right; `right_pad` converts padding on the left.
-        max_new_tokens: G.
-        counts_B: real tokens per prompt; None for T.
-        stop_ids: ids that end a row; a stop is part of the row's output.
-        use_cache: False computes every token from the whole sequence, as the reference.
-        sampling: how a token is chosen from its logits; the most likely one when not given.
-        key: draws the tokens, so each call needs its own; None when nothing is drawn.
-
-    Raises:
-        ValueError: on empty prompts, ids outside the vocabulary, more tokens than the context
-            holds, or nothing to draw from.
-    """
-    counts_B = _check_prompts(model, tokens_BT, counts_B, max_new_tokens, sampling, key)
-    if sampling.temperature == 0.0:
-        sampling, key = GREEDY, None  # the filters keep the first token, whatever they are
-    tokens_BT = tokens_BT[:, : model.config.context_length]  # what lies beyond is padding
-    # twin: jax compiles the whole loop once per shape, so it rounds the prompt length up to a
-    # power of two; torch takes one step after the other on the shape at hand.
-    length = min(1 << (tokens_BT.shape[1] - 1).bit_length(), model.config.context_length)
-    padding = length - tokens_BT.shape[1]
-    graphdef, parameters = nnx.split(model)
-    return Generation(
-        *_loop(
-            graphdef,
-            parameters,
-            jnp.pad(jnp.asarray(tokens_BT, jnp.int32), ((0, 0), (0, padding))),
-            jnp.asarray(counts_B, jnp.int32),
-            jnp.asarray(stop_ids, jnp.int32).reshape(-1),
-            key,
-            max_new_tokens=max_new_tokens,
-            use_cache=use_cache,
-            sampling=sampling,
-        )
-    )
-
-
-def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """The logits that a token is drawn from: divided by the temperature, what is dropped at -inf.
-
-    Every filter keeps the head of one ranking, in which of equal logits the lower id comes first.
-
-    Args:
-        logits_BV: of the next token.
-        sampling: a temperature above 0, and what to keep.
-
-    Returns:
-        Logits (B, V) in float32 or wider, counted from the highest, which becomes 0.
-    """
-    given_BV = _widened(logits_BV)
-    # From the highest, so that no temperature is too low: it stays 0, the others go to -inf. A
-    # factor, because XLA makes one of a divisor and torch does not.
-    factor = min(1.0 / sampling.temperature, float(jnp.finfo(given_BV.dtype).max))
-    logits_BV = (given_BV - jnp.max(given_BV, axis=-1, keepdims=True)) * factor
-    if sampling.top_k is not None or sampling.top_p < 1.0:
-        num = min(sampling.top_k or given_BV.shape[1], given_BV.shape[1])
-        # twin: lax.top_k keeps equals in order, once no zero is negative, and need not sort the
-        # rest; torch.topk promises no order.
-        ids = jax.lax.top_k(jnp.where(given_BV == 0.0, 0.0, given_BV), num)[1]
-        ranked = jnp.take_along_axis(logits_BV, ids, axis=-1)
-        if sampling.top_p < 1.0:
-            sums = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
-            before = jnp.pad(sums[:, :-1], ((0, 0), (1, 0)))
-            ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)
-        none_BV = jnp.full_like(logits_BV, -jnp.inf)
-        logits_BV = jnp.put_along_axis(none_BV, ids, ranked, axis=-1, inplace=False)
-    if sampling.min_p > 0.0:
-        logits_BV = jnp.where(logits_BV >= math.log(sampling.min_p), logits_BV, -jnp.inf)
-    return logits_BV
-
-
-def right_pad(tokens_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Moves padding to the right: the door for Hugging Face tokenizers' left padding.
-
-    Args:
-        tokens_BT: rows padded on either side.
-        mask_BT: 1 for real tokens, 0 for padding.
-
-    Returns:
-        tokens_BT with each row's real tokens first, and counts_B.
-
-    Raises:
-        ValueError: when padding lies between real tokens.
-    """
-    real_BT = np.asarray(mask_BT).astype(bool)
-    starts_BT = real_BT & ~np.pad(real_BT, ((0, 0), (1, 0)))[:, :-1]
-    for row in np.flatnonzero(starts_BT.sum(axis=1) > 1)[:1]:
-        raise ValueError(
-            f"right_pad: row {row} has padding between its tokens. A row is one run of tokens. Pad "
-            "on one side or both."
-        )
-    order_BT = np.argsort(~real_BT, axis=1, kind="stable")
-    tokens_BT = jnp.take_along_axis(jnp.asarray(tokens_BT), jnp.asarray(order_BT), axis=1)
-    return tokens_BT, jnp.asarray(real_BT.sum(axis=1), jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnames=("graphdef", "max_new_tokens", "use_cache", "sampling"))
-def _loop(
-    graphdef: nnx.GraphDef,
-    parameters: nnx.State,
-    tokens_BT: jax.Array,
-    counts_B: jax.Array,
-    stop_ids: jax.Array,
-    key: jax.Array | None,
-    max_new_tokens: int,
-    use_cache: bool,
-    sampling: Sampling,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The whole of `generate` on the device."""
-    model = nnx.merge(graphdef, parameters)
-    B, T = tokens_BT.shape
-    num_slots = min(T + max_new_tokens, model.config.context_length)
-    rows_B = jnp.arange(B)
-
-    def read(state):
-        """Logits behind all of the sequences, from nothing but the tokens."""
-        sequences_BS, lengths_B = state
-        x_BTD, _ = model.hidden(sequences_BS, None, lengths_B)
-        return model.unembed(_last(x_BTD, lengths_B))[:, 0], state
-
-    def extend(tokens_B, state):
-        """Logits behind one more token per row."""
-        if use_cache:
-            return decode_step(model, tokens_B, state)
-        sequences_BS, lengths_B = state
-        return read((sequences_BS.at[rows_B, lengths_B].set(tokens_B), lengths_B + 1))
-
-    def choose(step, logits_BV, ended_B, tokens_BG, margins_BG):
-        """Chooses the next token of each row and writes it down; says which rows have ended."""
-        scores_BV = _widened(logits_BV)
-        if sampling.temperature > 0.0:
-            left_BV = filter_logits(logits_BV, sampling)
-            scores_BV = random.perturb(random.fold_in(key, step), left_BV)
-        tokens_B = jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
-        chosen_BV = tokens_B[:, None] == jnp.arange(scores_BV.shape[1])[None, :]
-        second_B = jnp.max(jnp.where(chosen_BV, -jnp.inf, scores_BV), axis=-1)
-        margins_B = jnp.max(scores_BV, axis=-1) - second_B
-        tokens_BG = tokens_BG.at[:, step].set(jnp.where(ended_B, NO_TOKEN, tokens_B))
-        margins_BG = margins_BG.at[:, step].set(jnp.where(ended_B, jnp.nan, margins_B))
-        stops_B = jnp.any(tokens_B[:, None] == stop_ids[None, :], axis=1)
-        return tokens_B, ended_B | stops_B, tokens_BG, margins_BG
-
-    def unfinished(carry):
-        step, _, _, ended_B, _, _ = carry
-        return (step < max_new_tokens) & ~jnp.all(ended_B)
-
-    def body(carry):
-        step, state, tokens_B, *written = carry
-        logits_BV, state = extend(tokens_B, state)
-        return step + 1, state, *choose(step, logits_BV, *written)
-
-    if use_cache:
-        cache = KVCache.empty(model.config, B, num_slots)
-        logits_BV, state = prefill(model, tokens_BT, cache, counts_B)
-    else:
-        sequences_BS = jnp.pad(tokens_BT, ((0, 0), (0, num_slots - T)))
-        logits_BV, state = read((sequences_BS, counts_B))
-    tokens_BG = jnp.full((B, max_new_tokens), NO_TOKEN, jnp.int32)
-    margins_BG = jnp.full((B, max_new_tokens), jnp.nan, _widened(logits_BV).dtype)
-    first = choose(0, logits_BV, jnp.zeros(B, bool), tokens_BG, margins_BG)
-    carry = jax.lax.while_loop(unfinished, body, (jnp.int32(1), state, *first))
-    *_, tokens_BG, margins_BG = carry
-    return tokens_BG, jnp.sum(tokens_BG != NO_TOKEN, axis=1, dtype=jnp.int32), margins_BG
-
-
-def _widened(x: jax.Array) -> jax.Array:
-    """Scores in float32 at least: 16 bits make ties of what was none."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _last(x_BTD: jax.Array, counts_B: jax.Array | None) -> jax.Array:
-    """The stream at each row's last real token, (B, 1, D)."""
+def last(x: jax.Array, counts_B: jax.Array | None) -> jax.Array:
+    """What stands at each row's last real token, (B, 1, ...) of (B, T, ...)."""
     if counts_B is None:
-        return x_BTD[:, -1:]
-    return jnp.take_along_axis(x_BTD, (counts_B - 1)[:, None, None], axis=1)
+        return x[:, -1:]
+    return jnp.take_along_axis(x, (counts_B - 1)[:, None, None], axis=1)
 
 
-def _check_prompts(
-    model: GPT,
-    tokens_BT: jax.Array,
-    counts_B: jax.Array | None,
-    max_new_tokens: int,
-    sampling: Sampling,
-    key: jax.Array | None,
-) -> np.ndarray:
-    """counts_B on the host, after all that can be wrong with a request has been looked for."""
-    tokens_BT = np.asarray(tokens_BT)
-    if tokens_BT.ndim != 2 or 0 in tokens_BT.shape:
-        raise ValueError(
-            f"generate: prompts of shape {tokens_BT.shape}. A prompt is at least one token, and a "
-            "batch is (B, T). Give every row a token."
-        )
-    B, T = tokens_BT.shape
-    counts_B = np.full(B, T) if counts_B is None else np.asarray(counts_B)
-    problems = []
-    if max_new_tokens < 1:
-        problems.append(f"{max_new_tokens} new tokens are fewer than 1")
-    if counts_B.shape != (B,) or np.any(counts_B < 1) or np.any(counts_B > T):
-        problems.append(f"counts {counts_B.tolist()} are not {B} numbers from 1 to {T}")
-    else:
-        ids = tokens_BT[np.arange(T)[None, :] < counts_B[:, None]]
-        if ids.min() < 0 or ids.max() >= model.config.vocab_size:
-            problems.append(
-                f"ids {ids.min()} to {ids.max()} are not all in [0, {model.config.vocab_size})"
-            )
-        room = model.config.context_length - int(counts_B.max())
-        if max_new_tokens > room:
-            problems.append(
-                f"{counts_B.max()} prompt tokens + {max_new_tokens} new tokens = "
-                f"{counts_B.max() + max_new_tokens} > context_length "
-                f"{model.config.context_length}; ask for at most {max(room, 0)}"
-            )
-    if sampling.temperature > 0.0 and key is None:
-        problems.append(
-            f"temperature {sampling.temperature} and no key to draw with; give one or take "
-            "temperature 0"
-        )
-    if problems:
-        raise ValueError(f"generate: {'; '.join(problems)}.")
-    return counts_B
+def _shifted(tokens_BT: jax.Array, by_B: jax.Array, most: int) -> jax.Array:
+    """Each row moved to the right by its own number of places, of which there are so many."""
+    tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, most)))
+    columns_BT = jnp.arange(tokens_BT.shape[1])[None, :] - by_B[:, None]
+    return jnp.take_along_axis(tokens_BT, jnp.maximum(columns_BT, 0), axis=1)

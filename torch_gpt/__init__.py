@@ -4,18 +4,13 @@ from torch_gpt import random
 from torch_gpt.cache import KVCache, LayerCache
 from torch_gpt.classifier import SequenceClassifier, TokenClassifier
 from torch_gpt.config import GREEDY, PRESETS, GPTConfig, Sampling, TrainConfig
-from torch_gpt.decode import (
-    NO_TOKEN,
-    Generation,
-    decode_step,
-    filter_logits,
-    generate,
-    prefill,
-    right_pad,
-)
+from torch_gpt.decode import decode_step, prefill
+from torch_gpt.decoder import Decoder
+from torch_gpt.generation import NO_TOKEN, Generation, filter_logits, generate, right_pad
 from torch_gpt.loss import IGNORE_INDEX, TokenLoss, cross_entropy, next_token_loss
 from torch_gpt.model import GPT, MLP, Attention, Block
 from torch_gpt.optimizer import adamw, learning_rate
+from torch_gpt.packing import PackedGPT, PackedLinear, pack
 from torch_gpt.tasks import NEXT_TOKEN, SEQUENCE_CLASS, TOKEN_CLASS, Batch, Task
 from torch_gpt.train import (
     Evaluation,
@@ -39,11 +34,14 @@ __all__ = [
     "Attention",
     "Batch",
     "Block",
+    "Decoder",
     "Evaluation",
     "GPTConfig",
     "Generation",
     "KVCache",
     "LayerCache",
+    "PackedGPT",
+    "PackedLinear",
     "Sampling",
     "SequenceClassifier",
     "StepResult",
@@ -61,6 +59,7 @@ __all__ = [
     "learning_rate",
     "next_token_loss",
     "overfit_one_batch",
+    "pack",
     "prefill",
     "random",
     "right_pad",

@@ -17,6 +17,8 @@ from torch.utils import _pytree as pytree
 from torch_gpt.config import GPTConfig
 from torch_gpt.positions import NOWHERE, Placement, read
 
+EXACT_TOKENS = 16  # of each call in which every token's numbers are the same to the last bit
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerCache:
@@ -32,13 +34,13 @@ class LayerCache:
     )
 
     def append(
-        self, keys_BTKH: torch.Tensor, values_BTKH: torch.Tensor, placement: Placement
+        self, keys_BKTH: torch.Tensor, values_BKTH: torch.Tensor, placement: Placement
     ) -> "LayerCache":
         """This layer with new tokens in their slots; padding is not written.
 
         Args:
-            keys_BTKH: keys of the new tokens.
-            values_BTKH: values of the new tokens.
+            keys_BKTH: keys of the new tokens.
+            values_BKTH: values of the new tokens.
             placement: where each token goes.
         """
         # twin: jax makes the value cheap by donation at the jit site; torch by ownership: the
@@ -47,10 +49,22 @@ class LayerCache:
         keys_BKSH, values_BKSH = self.keys_BKSH, self.values_BKSH
         if self._must_copy() or not self._take_claim(placement.lengths_B):
             keys_BKSH, values_BKSH = keys_BKSH.clone(), values_BKSH.clone()
-        rows, steps = torch.nonzero(placement.slots_BT != NOWHERE, as_tuple=True)
-        slots = placement.slots_BT[rows, steps]
-        keys_BKSH[rows, :, slots] = keys_BTKH[rows, steps].to(keys_BKSH.dtype)
-        values_BKSH[rows, :, slots] = values_BTKH[rows, steps].to(values_BKSH.dtype)
+        if placement.filled and not placement.padded:
+            end = placement.rungs[-1]
+            start = end - keys_BKTH.shape[2]
+            keys_BKSH[:, :, start:end] = keys_BKTH
+            values_BKSH[:, :, start:end] = values_BKTH
+        else:
+            if placement.padded:
+                rows, steps = torch.nonzero(placement.slots_BT != NOWHERE, as_tuple=True)
+            else:
+                rows, steps = (
+                    torch.arange(n, device=keys_BKTH.device) for n in placement.slots_BT.shape
+                )
+                rows, steps = rows[:, None], steps[None, :]
+            slots = placement.slots_BT[rows, steps]
+            keys_BKSH[rows, :, slots] = keys_BKTH[rows, :, steps].to(keys_BKSH.dtype)
+            values_BKSH[rows, :, slots] = values_BKTH[rows, :, steps].to(values_BKSH.dtype)
         return LayerCache(keys_BKSH, values_BKSH)._owned(placement.ends_B)
 
     def _owned(self, lengths: torch.Tensor) -> "LayerCache":
@@ -61,7 +75,8 @@ class LayerCache:
     def _must_copy(self) -> bool:
         """True where a write in place could reach a backward graph, or slots that were allocated
         in an inference mode now over."""
-        if self.keys_BKSH.is_inference() and not torch.is_inference_mode_enabled():
+        inference = not torch.compiler.is_compiling() and self.keys_BKSH.is_inference()
+        if inference and not torch.is_inference_mode_enabled():
             return True
         held = self.keys_BKSH.requires_grad or self.values_BKSH.requires_grad
         return torch.is_grad_enabled() or held
@@ -95,10 +110,14 @@ class KVCache:
     Attributes:
         layers: one LayerCache per block, all of the same shape.
         lengths_B: valid slots of each row. Moves in one place, `GPT.hidden`, once per call.
+        exact: whether a token's numbers are the same to the last bit, in whatever calls it and the
+            tokens before it came. Every call then takes EXACT_TOKENS tokens, padded, and reads all
+            slots, so it costs more.
     """
 
     layers: tuple[LayerCache, ...]
     lengths_B: torch.Tensor
+    exact: bool = False
 
     @classmethod
     def empty(
@@ -108,6 +127,7 @@ class KVCache:
         capacity: int,
         dtype: str | None = None,
         device: torch.device | None = None,
+        exact: bool = False,
     ) -> "KVCache":
         """A cache of length 0 in every row.
 
@@ -117,6 +137,7 @@ class KVCache:
             capacity: S, slots allocated per row.
             dtype: of keys and values, by name; the model's own when None.
             device: where they live; the framework's default when None.
+            exact: see the class.
 
         Raises:
             ValueError: when there would be no row or no slot.
@@ -137,7 +158,7 @@ class KVCache:
             )._owned(lengths_B)
             for _ in range(config.num_layers)
         )
-        return cls(layers, lengths_B)
+        return cls(layers, lengths_B, exact)
 
     @property
     def batch_size(self) -> int:
@@ -187,13 +208,6 @@ class KVCache:
                 "truncate first or build a longer context."
             )
 
-    def slots_to_read(self, num_tokens: int, counts_B: torch.Tensor | None = None) -> int:
-        """How many slots an attention over this cache and the new tokens must read."""
-        # twin: a compiled program has static shapes, so jax reads to the capacity, which the
-        # caller keeps near the length with grow; torch reads to the end of the longest row.
-        new_B = num_tokens if counts_B is None else counts_B
-        return max(1, int((self.lengths_B + new_B).max()))
-
     def truncate(self, lengths_B: torch.Tensor) -> "KVCache":
         """This cache cut back to `lengths_B` tokens per row.
 
@@ -208,7 +222,7 @@ class KVCache:
                     f"KVCache.truncate: lengths {old_B.tolist()} to {new_B.tolist()}. Each row "
                     "can only be cut, to no less than 0. Give one length per row."
                 )
-        return KVCache(self.layers, lengths_B)
+        return KVCache(self.layers, lengths_B, self.exact)
 
     def select(self, rows_R: torch.Tensor) -> "KVCache":
         """A cache of the given rows, in that order; a row may be taken more than once.
@@ -228,7 +242,7 @@ class KVCache:
             LayerCache(layer.keys_BKSH[rows_R], layer.values_BKSH[rows_R])._owned(lengths_R)
             for layer in self.layers
         )
-        return KVCache(layers, lengths_R)
+        return KVCache(layers, lengths_R, self.exact)
 
     def grow(self, capacity: int) -> "KVCache":
         """This cache with `capacity` slots per row; nothing it holds changes.
@@ -248,7 +262,7 @@ class KVCache:
             )._owned(self.lengths_B)
             for layer in self.layers
         )
-        return KVCache(layers, self.lengths_B)
+        return KVCache(layers, self.lengths_B, self.exact)
 
 
 def _pad_slots(x_BKSH: torch.Tensor, extra: int) -> torch.Tensor:
@@ -259,4 +273,9 @@ def _pad_slots(x_BKSH: torch.Tensor, extra: int) -> torch.Tensor:
 pytree.register_dataclass(
     LayerCache, field_names=["keys_BKSH", "values_BKSH"], drop_field_names=["_claim"]
 )
-pytree.register_dataclass(KVCache)
+pytree.register_pytree_node(
+    KVCache,
+    lambda cache: ([cache.layers, cache.lengths_B], cache.exact),
+    lambda children, exact: KVCache(*children, exact),
+    serialized_type_name="torch_gpt.KVCache",
+)

@@ -1,51 +1,32 @@
 """Decoding: the cache goes in, a longer cache comes out. Read beside flax_gpt/decode.py.
 
-Dimension key: B batch, T prompt tokens, S sequence slots, G generated tokens, V vocab.
+Dimension key: B batch, T prompt tokens, P tokens of one pass, D embed dim, V vocab.
 """
 
-import dataclasses
-import math
-from collections.abc import Sequence
-
-import numpy as np
 import torch
+from torch.nn import functional as F
 
-from torch_gpt import random
-from torch_gpt.cache import KVCache
-from torch_gpt.config import GREEDY, Sampling
+from torch_gpt.cache import EXACT_TOKENS, KVCache
 from torch_gpt.model import GPT
 from torch_gpt.positions import check_counts
-
-NO_TOKEN = -1  # fills a generated row behind its stop
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """What `generate` wrote.
-
-    Attributes:
-        tokens_BG: the new tokens; NO_TOKEN behind a row's stop.
-        counts_B: new tokens per row, the stop among them.
-        margins_BG: by how much a token's score beat the second best, which tells near-ties. Scores
-            are logits, and where tokens are drawn what `filter_logits` gives, with noise; inf for a
-            token that was the only one left, NaN behind a row's stop.
-    """
-
-    tokens_BG: torch.Tensor
-    counts_B: torch.Tensor
-    margins_BG: torch.Tensor
 
 
 @torch.no_grad()
 def prefill(
-    model: GPT, tokens_BT: torch.Tensor, cache: KVCache, counts_B: torch.Tensor | None = None
+    model: GPT,
+    tokens_BT: torch.Tensor,
+    cache: KVCache,
+    counts_B: torch.Tensor | None = None,
+    chunk: int | None = None,
 ) -> tuple[torch.Tensor, KVCache]:
-    """Reads whole prompts in one forward pass.
+    """Reads whole prompts, in one forward pass or in chunks.
 
     Args:
         tokens_BT: prompts, or the next part of them over a warm cache.
         cache: left as it was, so one prompt can be continued twice.
         counts_B: real tokens per row, at least 1, the rest is padding on the right; None for T.
+        chunk: tokens of a pass, which bounds the memory of the scores; None for all. An exact cache
+            has its own.
 
     Returns:
         Logits (B, V) behind each row's last real token, and the cache with the prompts in it.
@@ -54,8 +35,39 @@ def prefill(
         ValueError: for an empty prompt, or one that does not fit.
     """
     check_counts(counts_B, *tokens_BT.shape, least=1)
-    x_BTD, cache = model.hidden(tokens_BT, cache, counts_B)
-    return model.unembed(_last(x_BTD, counts_B))[:, 0], cache
+    batch_size, num_tokens = tokens_BT.shape
+    if not cache.exact and (chunk is None or num_tokens <= chunk):
+        x_BTD, cache = model.hidden(tokens_BT, cache, counts_B)
+        return model.unembed(last(x_BTD, counts_B))[:, 0], cache
+    cache.check_room(num_tokens, counts_B, model.config.context_length)
+    counts_B = num_tokens if counts_B is None else counts_B
+    counts_B = torch.as_tensor(counts_B, device=tokens_BT.device).broadcast_to(batch_size)
+    if cache.exact:
+        chunk = EXACT_TOKENS
+        tokens_BT = _shifted(tokens_BT, cache.lengths_B % chunk, chunk - 1)
+    tokens_BT = F.pad(tokens_BT, (0, -tokens_BT.shape[1] % chunk))
+
+    def read_chunk(carry, start):
+        """One call, and for every row the stream of the last call that had tokens for it."""
+        cache, left_B, x_BPD, ends_B = carry
+        before_B = cache.lengths_B % chunk if cache.exact else 0
+        taken_B = torch.clip(left_B, max=chunk - before_B)
+        part_BP = tokens_BT[:, start : start + chunk]
+        y_BPD, cache = model.hidden(part_BP, cache, taken_B)
+        x_BPD = torch.where((taken_B > 0)[:, None, None], y_BPD, x_BPD)
+        ends_B = torch.where(taken_B > 0, before_B + taken_B, ends_B)
+        return cache, left_B - taken_B, x_BPD, ends_B
+
+    # twin: jax compiles one chunk for all of them; torch takes one after the other.
+    embedding = model.token_embedding.weight
+    x_BPD = embedding.new_zeros(batch_size, chunk, embedding.shape[1])
+    carry = cache, counts_B, x_BPD, counts_B
+    for start in range(0, tokens_BT.shape[1], chunk):
+        carry = read_chunk(carry, start)
+    cache, _, x_BPD, ends_B = carry
+    if cache.exact:
+        return last(model.unembed(x_BPD), ends_B)[:, 0], cache
+    return model.unembed(last(x_BPD, ends_B))[:, 0], cache
 
 
 @torch.no_grad()
@@ -69,237 +81,21 @@ def decode_step(model: GPT, tokens_B: torch.Tensor, cache: KVCache) -> tuple[tor
     Returns:
         Logits (B, V), and the cache with the tokens in it.
     """
+    if cache.exact:
+        return prefill(model, tokens_B[:, None], cache)
     logits_B1V, cache = model(tokens_B[:, None], cache)
     return logits_B1V[:, 0], cache
 
 
-def generate(
-    model: GPT,
-    tokens_BT: torch.Tensor,
-    max_new_tokens: int,
-    counts_B: torch.Tensor | None = None,
-    stop_ids: Sequence[int] = (),
-    use_cache: bool = True,
-    sampling: Sampling = GREEDY,
-    key: torch.Tensor | None = None,
-) -> Generation:
-    """Continues each prompt with the most likely token, or with one drawn from the likely.
-
-    Ties go to the lowest id in both twins, which is what makes equal tokens a fair demand. A row
-    ends behind its first stop id; the call ends when every row has, or after `max_new_tokens`.
-
-    The noise in a draw comes from the key, the row and the number of the token in this call. Other
-    rows, padding, the cache and the dtype of the model do not change it.
-
-    Args:
-        tokens_BT: prompts, padded on the right; `right_pad` converts padding on the left.
-        max_new_tokens: G.
-        counts_B: real tokens per prompt; None for T.
-        stop_ids: ids that end a row; a stop is part of the row's output.
-        use_cache: False computes every token from the whole sequence, as the reference.
-        sampling: how a token is chosen from its logits; the most likely one when not given.
-        key: draws the tokens, so each call needs its own; None when nothing is drawn.
-
-    Raises:
-        ValueError: on empty prompts, ids outside the vocabulary, more tokens than the context
-            holds, or nothing to draw from.
-    """
-    counts_B = _check_prompts(model, tokens_BT, counts_B, max_new_tokens, sampling, key)
-    if sampling.temperature == 0.0:
-        sampling, key = GREEDY, None  # the filters keep the first token, whatever they are
-    tokens_BT = tokens_BT[:, : model.config.context_length]  # what lies beyond is padding
-    # twin: jax compiles the whole loop once per shape, so it rounds the prompt length up to a
-    # power of two; torch takes one step after the other on the shape at hand.
-    device = model.token_embedding.weight.device
-    return Generation(
-        *_loop(
-            model,
-            torch.as_tensor(tokens_BT, device=device).long(),
-            torch.as_tensor(counts_B, device=device).long(),
-            torch.as_tensor(stop_ids, device=device).long().reshape(-1),
-            None if key is None else key.to(device),
-            max_new_tokens=max_new_tokens,
-            use_cache=use_cache,
-            sampling=sampling,
-        )
-    )
-
-
-def filter_logits(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """The logits that a token is drawn from: divided by the temperature, what is dropped at -inf.
-
-    Every filter keeps the head of one ranking, in which of equal logits the lower id comes first.
-
-    Args:
-        logits_BV: of the next token.
-        sampling: a temperature above 0, and what to keep.
-
-    Returns:
-        Logits (B, V) in float32 or wider, counted from the highest, which becomes 0.
-    """
-    given_BV = _widened(logits_BV)
-    # From the highest, so that no temperature is too low: it stays 0, the others go to -inf. A
-    # factor, because XLA makes one of a divisor and torch does not.
-    factor = min(1.0 / sampling.temperature, torch.finfo(given_BV.dtype).max)
-    logits_BV = (given_BV - torch.amax(given_BV, dim=-1, keepdim=True)) * factor
-    if sampling.top_k is not None or sampling.top_p < 1.0:
-        num = min(sampling.top_k or given_BV.shape[1], given_BV.shape[1])
-        # twin: lax.top_k keeps equals in order, once no zero is negative, and need not sort the
-        # rest; torch.topk promises no order.
-        ids = torch.argsort(given_BV, dim=-1, stable=True, descending=True)[:, :num]
-        ranked = torch.take_along_dim(logits_BV, ids, dim=-1)
-        if sampling.top_p < 1.0:
-            sums = torch.cumsum(torch.softmax(ranked, dim=-1), dim=-1)
-            before = torch.nn.functional.pad(sums[:, :-1], (1, 0))
-            ranked = torch.where(before < sampling.top_p, ranked, -torch.inf)
-        none_BV = torch.full_like(logits_BV, -torch.inf)
-        logits_BV = torch.scatter(none_BV, -1, ids, ranked)
-    if sampling.min_p > 0.0:
-        logits_BV = torch.where(logits_BV >= math.log(sampling.min_p), logits_BV, -torch.inf)
-    return logits_BV
-
-
-def right_pad(tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Moves padding to the right: the door for Hugging Face tokenizers' left padding.
-
-    Args:
-        tokens_BT: rows padded on either side.
-        mask_BT: 1 for real tokens, 0 for padding.
-
-    Returns:
-        tokens_BT with each row's real tokens first, and counts_B.
-
-    Raises:
-        ValueError: when padding lies between real tokens.
-    """
-    real_BT = np.asarray(torch.as_tensor(mask_BT).cpu()).astype(bool)
-    starts_BT = real_BT & ~np.pad(real_BT, ((0, 0), (1, 0)))[:, :-1]
-    for row in np.flatnonzero(starts_BT.sum(axis=1) > 1)[:1]:
-        raise ValueError(
-            f"right_pad: row {row} has padding between its tokens. A row is one run of tokens. Pad "
-            "on one side or both."
-        )
-    order_BT = np.argsort(~real_BT, axis=1, kind="stable")
-    tokens_BT = torch.as_tensor(tokens_BT)
-    order_BT = torch.as_tensor(order_BT, device=tokens_BT.device)
-    tokens_BT = torch.take_along_dim(tokens_BT, order_BT, dim=1)
-    return tokens_BT, torch.as_tensor(real_BT.sum(axis=1), device=tokens_BT.device)
-
-
-@torch.no_grad()
-def _loop(
-    model: GPT,
-    tokens_BT: torch.Tensor,
-    counts_B: torch.Tensor,
-    stop_ids: torch.Tensor,
-    key: torch.Tensor | None,
-    max_new_tokens: int,
-    use_cache: bool,
-    sampling: Sampling,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The whole of `generate` on the device."""
-    B, T = tokens_BT.shape
-    num_slots = min(T + max_new_tokens, model.config.context_length)
-    rows_B = torch.arange(B, device=tokens_BT.device)
-
-    def read(state):
-        """Logits behind all of the sequences, from nothing but the tokens."""
-        sequences_BS, lengths_B = state
-        x_BTD, _ = model.hidden(sequences_BS[:, : int(lengths_B.max())], None, lengths_B)
-        return model.unembed(_last(x_BTD, lengths_B))[:, 0], state
-
-    def extend(tokens_B, state):
-        """Logits behind one more token per row."""
-        if use_cache:
-            return decode_step(model, tokens_B, state)
-        sequences_BS, lengths_B = state
-        sequences_BS[rows_B, lengths_B] = tokens_B
-        return read((sequences_BS, lengths_B + 1))
-
-    def choose(step, logits_BV, ended_B, tokens_BG, margins_BG):
-        """Chooses the next token of each row and writes it down; says which rows have ended."""
-        scores_BV = _widened(logits_BV)
-        if sampling.temperature > 0.0:
-            left_BV = filter_logits(logits_BV, sampling)
-            scores_BV = random.perturb(random.fold_in(key, step), left_BV)
-        tokens_B = torch.argmax(scores_BV, dim=-1)
-        second_B = torch.amax(scores_BV.scatter(-1, tokens_B[:, None], -torch.inf), dim=-1)
-        margins_B = torch.amax(scores_BV, dim=-1) - second_B
-        tokens_BG[:, step] = torch.where(ended_B, NO_TOKEN, tokens_B)
-        margins_BG[:, step] = torch.where(ended_B, torch.nan, margins_B)
-        stops_B = torch.any(tokens_B[:, None] == stop_ids[None, :], dim=1)
-        return tokens_B, ended_B | stops_B
-
-    if use_cache:
-        cache = KVCache.empty(model.config, B, num_slots, device=tokens_BT.device)
-        logits_BV, state = prefill(model, tokens_BT, cache, counts_B)
-    else:
-        sequences_BS = torch.nn.functional.pad(tokens_BT, (0, num_slots - T))
-        logits_BV, state = read((sequences_BS, counts_B))
-    ended_B = torch.zeros_like(rows_B, dtype=torch.bool)
-    tokens_BG = torch.full((B, max_new_tokens), NO_TOKEN, device=tokens_BT.device)
-    margins_BG = torch.full_like(tokens_BG, torch.nan, dtype=_widened(logits_BV).dtype)
-    tokens_B, ended_B = choose(0, logits_BV, ended_B, tokens_BG, margins_BG)
-    for step in range(1, max_new_tokens):
-        if bool(torch.all(ended_B)):
-            break
-        logits_BV, state = extend(tokens_B, state)
-        tokens_B, ended_B = choose(step, logits_BV, ended_B, tokens_BG, margins_BG)
-    return tokens_BG, torch.sum(tokens_BG != NO_TOKEN, dim=1), margins_BG
-
-
-def _widened(x: torch.Tensor) -> torch.Tensor:
-    """Scores in float32 at least: 16 bits make ties of what was none."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _last(x_BTD: torch.Tensor, counts_B: torch.Tensor | None) -> torch.Tensor:
-    """The stream at each row's last real token, (B, 1, D)."""
+def last(x: torch.Tensor, counts_B: torch.Tensor | None) -> torch.Tensor:
+    """What stands at each row's last real token, (B, 1, ...) of (B, T, ...)."""
     if counts_B is None:
-        return x_BTD[:, -1:]
-    return torch.take_along_dim(x_BTD, (counts_B - 1)[:, None, None], dim=1)
+        return x[:, -1:]
+    return torch.take_along_dim(x, (counts_B - 1)[:, None, None], dim=1)
 
 
-def _check_prompts(
-    model: GPT,
-    tokens_BT: torch.Tensor,
-    counts_B: torch.Tensor | None,
-    max_new_tokens: int,
-    sampling: Sampling,
-    key: torch.Tensor | None,
-) -> np.ndarray:
-    """counts_B on the host, after all that can be wrong with a request has been looked for."""
-    tokens_BT = np.asarray(torch.as_tensor(tokens_BT).cpu())
-    if tokens_BT.ndim != 2 or 0 in tokens_BT.shape:
-        raise ValueError(
-            f"generate: prompts of shape {tokens_BT.shape}. A prompt is at least one token, and a "
-            "batch is (B, T). Give every row a token."
-        )
-    B, T = tokens_BT.shape
-    counts_B = np.full(B, T) if counts_B is None else np.asarray(torch.as_tensor(counts_B).cpu())
-    problems = []
-    if max_new_tokens < 1:
-        problems.append(f"{max_new_tokens} new tokens are fewer than 1")
-    if counts_B.shape != (B,) or np.any(counts_B < 1) or np.any(counts_B > T):
-        problems.append(f"counts {counts_B.tolist()} are not {B} numbers from 1 to {T}")
-    else:
-        ids = tokens_BT[np.arange(T)[None, :] < counts_B[:, None]]
-        if ids.min() < 0 or ids.max() >= model.config.vocab_size:
-            problems.append(
-                f"ids {ids.min()} to {ids.max()} are not all in [0, {model.config.vocab_size})"
-            )
-        room = model.config.context_length - int(counts_B.max())
-        if max_new_tokens > room:
-            problems.append(
-                f"{counts_B.max()} prompt tokens + {max_new_tokens} new tokens = "
-                f"{counts_B.max() + max_new_tokens} > context_length "
-                f"{model.config.context_length}; ask for at most {max(room, 0)}"
-            )
-    if sampling.temperature > 0.0 and key is None:
-        problems.append(
-            f"temperature {sampling.temperature} and no key to draw with; give one or take "
-            "temperature 0"
-        )
-    if problems:
-        raise ValueError(f"generate: {'; '.join(problems)}.")
-    return counts_B
+def _shifted(tokens_BT: torch.Tensor, by_B: torch.Tensor, most: int) -> torch.Tensor:
+    """Each row moved to the right by its own number of places, of which there are so many."""
+    tokens_BT = F.pad(tokens_BT, (0, most))
+    columns_BT = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None, :] - by_B[:, None]
+    return torch.take_along_dim(tokens_BT, columns_BT.clamp(min=0), dim=1)

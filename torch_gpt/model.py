@@ -12,17 +12,14 @@ from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
 from torch_gpt import random
-from torch_gpt.cache import KVCache, LayerCache
+from torch_gpt.attention import attend, mix, weigh
+from torch_gpt.cache import EXACT_TOKENS, KVCache, LayerCache
 from torch_gpt.config import GPTConfig
 from torch_gpt.positions import NOWHERE, Placement, check_counts, place
 
 
 class Attention(nn.Module):
-    """Causal multi-head attention over what the cache holds and the new tokens.
-
-    Written by hand: the frameworks' fused attentions compute their softmax in float32, which
-    spoils float64. Here it is float32 for the 16-bit types and the compute dtype for others.
-    """
+    """Causal multi-head attention over what the cache holds and the new tokens."""
 
     def __init__(self, config: GPTConfig, key: torch.Tensor | None = None):
         super().__init__()
@@ -45,32 +42,19 @@ class Attention(nn.Module):
     ) -> tuple[torch.Tensor, LayerCache | None]:
         """Mixes along time; returns the new stream part and the layer with the new tokens in it."""
         B, T, D = x_BTD.shape
-        mask_BTS = placement.mask_BTS
+        subkeys = split_or_none(key, 2)
         q_BTKH = self.query(x_BTD).reshape(B, T, self.num_heads, -1)
         k_BTKH = self.key(x_BTD).reshape(B, T, self.num_heads, -1)
         v_BTKH = self.value(x_BTD).reshape(B, T, self.num_heads, -1)
+        q_BKTH, k_BKTH, v_BKTH = (torch.swapaxes(x, 1, 2) for x in (q_BTKH, k_BTKH, v_BTKH))
+        new = LayerCache(k_BKTH, v_BKTH)
         if layer is None:
-            keys_BKSH = torch.swapaxes(k_BTKH, 1, 2)
-            values_BKSH = torch.swapaxes(v_BTKH, 1, 2)
+            weights_BKTS = weigh(q_BKTH, [new], placement.mask_BTS)
+            weights_BKTS = dropout(weights_BKTS, self.dropout, subkeys[0])
+            mixed_BKTH = mix(weights_BKTS, [new])
         else:
-            layer = layer.append(k_BTKH, v_BTKH, placement)
-            num_slots = mask_BTS.shape[-1]
-            keys_BKSH = layer.keys_BKSH[:, :, :num_slots].to(q_BTKH.dtype)
-            values_BKSH = layer.values_BKSH[:, :, :num_slots].to(q_BTKH.dtype)
-            # Garbage is zeroed as well as masked, because 0 times NaN is NaN.
-            seen_B1S1 = mask_BTS[:, -1, None, :, None]
-            keys_BKSH = torch.where(seen_B1S1, keys_BKSH, 0.0)
-            values_BKSH = torch.where(seen_B1S1, values_BKSH, 0.0)
-        scores_BKTS = torch.einsum("BTKH,BKSH->BKTS", q_BTKH, keys_BKSH) * q_BTKH.shape[-1] ** -0.5
-        # Not -inf: a row that sees nothing, such as padding, must stay finite.
-        scores_BKTS = scores_BKTS.to(torch.promote_types(scores_BKTS.dtype, torch.float32))
-        lowest = torch.finfo(scores_BKTS.dtype).min
-        scores_BKTS = torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)
-        weights_BKTS = torch.softmax(scores_BKTS, dim=-1).to(values_BKSH.dtype)
-        subkeys = split_or_none(key, 2)
-        weights_BKTS = dropout(weights_BKTS, self.dropout, subkeys[0])
-        mixed_BTKH = torch.einsum("BKTS,BKSH->BTKH", weights_BKTS, values_BKSH)
-        y_BTD = self.out(mixed_BTKH.reshape(B, T, D))
+            mixed_BKTH, layer = attend(q_BKTH, new, layer, placement)
+        y_BTD = self.out(torch.swapaxes(mixed_BKTH, 1, 2).reshape(B, T, D))
         return dropout(y_BTD, self.dropout, subkeys[1]), layer
 
 
@@ -179,7 +163,8 @@ class GPT(nn.Module):
                     f"GPT: {num_tokens} tokens > context_length {self.config.context_length}. The "
                     "position table ends there. Cut the sequence or build a longer context."
                 )
-            placement = place(num_tokens, num_tokens, tokens_BT.new_zeros(1), counts_B)
+            starts_1 = tokens_BT.new_zeros(1)
+            placement = place(num_tokens, num_tokens, starts_1, counts_B, cached=False)
             layers = [None] * len(self.blocks)
         else:
             if batch_size != cache.batch_size:
@@ -187,15 +172,20 @@ class GPT(nn.Module):
                     f"GPT: {batch_size} rows of tokens and a cache of {cache.batch_size}. Each "
                     "row continues its own. Select as many rows of the cache."
                 )
+            if cache.exact and num_tokens != EXACT_TOKENS:
+                raise ValueError(
+                    f"GPT: {num_tokens} tokens and an exact cache. Each of its calls has "
+                    f"{EXACT_TOKENS}, padding before and behind among them. Use prefill and "
+                    "decode_step, which see to that."
+                )
             if key is not None:
                 raise ValueError(
                     "GPT: a key and a cache. Dropout is for training, which reads whole sequences. "
                     "Leave one of them out."
                 )
             cache.check_room(num_tokens, counts_B, self.config.context_length)
-            num_slots = cache.slots_to_read(num_tokens, counts_B)
-            num_slots = min(num_slots, self.config.context_length)
-            placement = place(num_tokens, num_slots, cache.lengths_B, counts_B)
+            num_slots = min(cache.capacity, self.config.context_length)
+            placement = place(num_tokens, num_slots, cache.lengths_B, counts_B, exact=cache.exact)
             layers = list(cache.layers)
         # Padding may be any id; a negative one elsewhere must not wrap around.
         tokens_BT = torch.where(tokens_BT < 0, NOWHERE, tokens_BT)
@@ -205,7 +195,7 @@ class GPT(nn.Module):
         for index, block in enumerate(self.blocks):
             x_BTD, layers[index] = block(x_BTD, placement, layers[index], subkeys[index + 1])
         if cache is not None:
-            cache = KVCache(tuple(layers), placement.ends_B)
+            cache = KVCache(tuple(layers), placement.ends_B, cache.exact)
         return self.norm(x_BTD), cache
 
     def unembed(self, x_BTD: torch.Tensor) -> torch.Tensor:

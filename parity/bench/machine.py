@@ -1,10 +1,19 @@
-"""How fast this machine multiplies matrices: the roof that a training step is held against."""
+"""What this machine can do at best: the roofs that steps are held against.
 
+How fast it multiplies matrices bounds a training step, how fast it reads memory a decoding step.
+"""
+
+import contextlib
+import ctypes
 import dataclasses
+import gc
 import math
+import os
 import statistics
+import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +27,7 @@ SIZES = 512, 1024, 2048, 4096, 8192
 _LONG_S = 0.05
 # Products are repeated until a turn is this long, so that neither clock nor launch counts.
 _TURN_S = 0.05
+_SAMPLE_S = 0.002  # between two looks at the memory in use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,3 +120,147 @@ def _matrices(size: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal((size, size), np.float32) for _ in range(2))
     return a, b / np.float32(math.sqrt(size))
+
+
+class Bandwidth:
+    """How fast this machine reads memory, by the fastest of a few programs that do little else.
+
+    On a CPU these are a sum in either framework and a matrix times a vector in XLA, over one array
+    that both share; on a GPU a copy, of which both the read and the written bytes count.
+
+    Args:
+        devices: whose memory.
+        num_bytes: of the array, in float32: many times what any cache holds.
+        repeats: of each program per measurement, of which the best counts.
+    """
+
+    def __init__(self, devices: Devices, num_bytes: int = 1 << 29, repeats: int = 2):
+        self._repeats = repeats
+        columns = 1 << 10
+        rows = max(1, num_bytes // (4 * columns))
+        # Ones and not zeros: pages of zeros that nobody has written are one page, read from cache.
+        shared = torch.ones(rows, columns, device=devices.torch)
+        if devices.torch.type == "cuda":
+            target = torch.empty_like(shared)
+
+            def copy() -> None:
+                target.copy_(shared)
+                torch.cuda.synchronize(devices.torch)
+
+            self._programs = {"torch copy": (copy, 2 * shared.nbytes)}
+            return
+        with jax_scope("float32", devices.flax), pinned_precision():
+            array = jnp.from_dlpack(shared)
+            vector = jnp.ones(rows, jnp.float32)
+            add = jax.jit(jnp.sum).lower(array).compile()
+            multiply = jax.jit(jnp.matmul).lower(vector, array).compile()
+        self._programs = {
+            "torch sum": (lambda: torch.sum(shared), shared.nbytes),
+            "XLA sum": (lambda: jax.block_until_ready(add(array)), shared.nbytes),
+            "XLA matvec": (lambda: jax.block_until_ready(multiply(vector, array)), shared.nbytes),
+        }
+        for program, _ in self._programs.values():
+            program()
+
+    def rates(self) -> dict[str, float]:
+        """Bytes per second of every program, now."""
+        return {
+            name: num_bytes / min(_seconds(program) for _ in range(self._repeats))
+            for name, (program, num_bytes) in self._programs.items()
+        }
+
+
+class MemoryGrowth:
+    """Watches, inside a `with`, by how much the memory in use grows at its highest.
+
+    On a CPU this is the resident memory of the process, sampled by a thread, and Linux alone tells
+    it; on a GPU the memory that the device has given away. What an earlier part of the process has
+    freed and kept is taken again without being seen, so freed memory is handed back first.
+
+    Args:
+        devices: whose memory.
+
+    Attributes:
+        num_bytes: the growth; None where it cannot be told.
+    """
+
+    def __init__(self, devices: Devices):
+        self._device = devices.torch
+        self.num_bytes: int | None = None
+
+    def __enter__(self) -> "MemoryGrowth":
+        _hand_back_freed_memory()
+        self._before = self._highest = self._in_use()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        if self._before is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._before is None:
+            return
+        self._done.set()
+        self._thread.join()
+        self.num_bytes = max(self._highest, self._in_use()) - self._before
+
+    def _watch(self) -> None:
+        while not self._done.wait(_SAMPLE_S):
+            self._highest = max(self._highest, self._in_use())
+
+    def _in_use(self) -> int | None:
+        if self._device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self._device)
+            return total - free
+        try:
+            pages = Path("/proc/self/statm").read_text().split()[1]
+            return int(pages) * os.sysconf("SC_PAGE_SIZE")
+        except (OSError, ValueError, IndexError):
+            return None
+
+
+def load_average() -> float | None:
+    """Average number of processes that wanted to run in the last minute; None where unknown."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _hand_back_freed_memory() -> None:
+    """Frees what nobody refers to, and asks the C library to give it back; only glibc can."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _seconds(program: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    program()
+    return time.perf_counter() - start
+
+
+class Compilations:
+    """Counts, inside a `with`, the programs that XLA compiles, and how long that takes.
+
+    Attributes:
+        count: programs.
+        seconds: during which one was traced, lowered or compiled; nested ones count once.
+    """
+
+    def __init__(self):
+        self.count, self.seconds = 0, 0.0
+        self._spans: list[tuple[float, float]] = []
+
+    def __enter__(self) -> "Compilations":
+        jax.monitoring.register_event_time_span_listener(self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        jax.monitoring.unregister_event_time_span_listener(self._note)
+        reached = -math.inf
+        for start, end in sorted(self._spans):
+            self.seconds += max(0.0, end - max(start, reached))
+            reached = max(reached, end)
+
+    def _note(self, event: str, start: float, end: float, **_) -> None:
+        if event.startswith("/jax/core/compile/"):
+            self._spans.append((start, end))
+            self.count += event.endswith("backend_compile_duration")

@@ -17,7 +17,7 @@ import numpy as np
 
 import flax_gpt
 import torch_gpt
-from parity.bench.machine import Matmul, best_matmul
+from parity.bench.machine import Matmul, best_matmul, load_average
 from parity.bench.steps import FlaxStep, TorchStep, Unavailable
 from parity.bench.times import Contest, Timing, TrainingBench
 from parity.corpus import Corpus
@@ -102,7 +102,7 @@ def bench_training(
         _check_width(preset, config, columns)
         entries.append((preset, config, rows, columns))
     training = flax_gpt.TrainConfig(compute_dtype=None if dtype == "float32" else dtype)
-    before = _load()
+    before = load_average()
     contests = tuple(
         _contest(
             corpus, devices, dtype, dataclasses.asdict(training), *entry,
@@ -114,7 +114,7 @@ def bench_training(
         "system": platform.platform(),
         "cores": os.cpu_count(),
         "load_before": before,
-        "load_after": _load(),
+        "load_after": load_average(),
     }
     return TrainingBench(
         environment=environment,
@@ -263,8 +263,3 @@ def _check_agreement(preset: str, losses: Mapping[str, Sequence[float]], dtype: 
                 f"{DTYPES[dtype]:.0e} in {dtype}. Only steps that compute the same are worth "
                 "timing. Find out where they part by `parity check --level trajectory`."
             )
-
-
-def _load() -> float | None:
-    """Average number of processes that wanted to run in the last minute; None where unknown."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None

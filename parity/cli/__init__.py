@@ -10,13 +10,11 @@ from typing import Annotated
 
 import typer
 
-# Two thread pools share the cores: torch's waiting threads must sleep and not spin, and jax must
-# not take the whole GPU. Only before the frameworks are imported, and only if nobody else chose.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# Before the frameworks are imported, and only if nobody else chose: two thread pools share the
+# cores, and jax must not take the whole GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from parity.cli import bench, bugs, check, doctor, generate, precision, train
+from parity.cli import bench, bugs, check, doctor, generate, precision, threads, train
 from parity.cli.options import unwrapped
 
 app = typer.Typer(
@@ -35,6 +33,9 @@ def main() -> None:
     except Exception:
         traceback.print_exc()
         sys.exit(2)
+
+
+threads.sleep()
 
 
 def _version(wanted: bool) -> None:

@@ -6,21 +6,168 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from parity.cli.options import PRESETS, Device, check_outputs, in_one_line, unwrapped
+from parity.cli import threads
+from parity.cli.options import PRESETS, Device, Preset, check_outputs, in_one_line, unwrapped
 
-# The names of parity.bench.DTYPES; a test holds them equal.
+# The names of parity.bench.DTYPES and parity.bench.CONTENDERS; a test holds them equal.
 DTYPES = "float32", "bfloat16"
+CONTENDERS = (
+    "flax step", "flax loop", "flax uncached", "flax naive", "torch step", "torch uncached",
+    "torch in place", "transformers", "transformers static", "ctranslate2",
+)  # fmt: skip
 
-bench = typer.Typer(
-    no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="How fast the twins are, side by side in one run.",
-)
+bench = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
 
 
-@bench.callback()
-def _bench() -> None:
-    """Keeps `training` a word of its own while it is the only benchmark."""
+def decode(
+    context: typer.Context,
+    preset: Preset = "gpt2",
+    batch: Annotated[str, typer.Option(help="Rows, commas between more: 1,8.")] = "1",
+    contexts: Annotated[
+        str,
+        typer.Option("--context", help="Tokens of a row when a turn ends, commas between more."),
+    ] = "128,512,2048",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help=f"Of weights, cache and computation, commas between: {','.join(DTYPES)}."
+        ),
+    ] = "float32",
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 5,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens that a turn appends to each row.")
+    ] = 32,
+    only: Annotated[
+        str | None, typer.Option(help="Contenders to time, commas between. Default: all.")
+    ] = None,
+    without: Annotated[
+        str | None, typer.Option(help="Contenders to leave out, commas between.")
+    ] = None,
+    device: Device = "auto",
+    json: Annotated[
+        str | None,
+        typer.Option(help="Write the times to this file; - for the last line of standard output."),
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Draw into this folder, which is made if it is not there.")
+    ] = None,
+) -> None:
+    """Time one token: both twins with and without cache, baselines, and peers that are installed.
+
+    Every contender has the same random weights and the same prompt, and takes its turn in every
+    round. A cell of the grid is a dtype, a batch size and a context; a turn ends when every row
+    holds so many tokens, so its prompt is --tokens shorter. Nothing is timed before the logits of
+    the twins agree and every contender has written the same tokens.
+
+    Contenders: flax step (one compiled program per token), flax loop (all tokens in one), flax
+    uncached, flax naive (a donated step as people first write it), torch step, torch uncached,
+    torch in place (the same layers without handles), transformers, transformers static (its two
+    caches), ctranslate2. The last three need the extra: pip install 'parity-gpt\\[bench]'.
+
+    How to read the table: a token needs every weight and the valid part of the cache once, so its
+    time is held against the time that this machine takes to read as many bytes, measured in the
+    same round. The time of a token is the median, its spread that from the fastest to the slowest
+    round; x transf. is the speed against transformers, round by round; compiling is apart and in no
+    turn. Below the cells come the ratios
+    that the project has targets for, and how time, work and memory grow with the context.
+
+    Close what else computes; the load average is printed. Torch's threads that spin while they
+    wait are fastest on idle cores and stall each other on busy ones, so this command sets
+    GOMP_SPINCOUNT=30000 and the others OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=0, unless you
+    have set one of them. In programs of your own, set them before torch is imported.
+
+    On two CPU cores the default takes about seven minutes and 6 GB of memory.
+
+    Exit codes: 0 timed, 2 bad input, or contenders that do not write the same.
+
+    Examples:
+
+    parity bench
+
+    parity bench --batch 1,8 --context 512 --only 'flax step,torch step,transformers'
+
+    parity bench --dtype float32,bfloat16 --json times.json --png pictures
+
+    parity bench --preset gpt2-xl --dtype bfloat16 --device cuda --without ctranslate2
+    """
+    if context.invoked_subcommand is not None:
+        _refuse_options(context)
+        return
+    errors = Console(stderr=True)
+    with in_one_line(errors):
+        check_outputs({"--json": json})
+        batch_sizes, lengths = _numbers("--batch", batch), _numbers("--context", contexts)
+        dtypes = _words("--dtype", dtype, DTYPES)
+        names = _words("--only", only, CONTENDERS) if only is not None else CONTENDERS
+        left_out = _words("--without", without, CONTENDERS) if without is not None else ()
+        names = tuple(name for name in names if name not in left_out)
+        threads.spin()
+        with errors.status("loading jax and torch"):
+            from parity.bench import bench_decode, decode_phases, draw
+            from parity.environment import choose_devices
+            from parity.files import write_atomically
+            from parity.progress import interruptible, shown
+
+            devices = choose_devices(device)
+        if png is not None:
+            png.mkdir(parents=True, exist_ok=True)
+        phases = decode_phases(dtypes, batch_sizes, lengths)
+        with shown(errors, phases) as show, interruptible(show) as progress:
+            times = bench_decode(
+                preset, devices, batch_sizes=batch_sizes, contexts=lengths, dtypes=dtypes,
+                rounds=rounds, num_steps=tokens, names=names, progress=progress,
+            )  # fmt: skip
+        Console(stderr=json == "-").print(times)
+        if png is not None:
+            for path in draw(times, png):
+                errors.print(f"{path}", style="dim", highlight=False, soft_wrap=True)
+        if json == "-":
+            typer.echo(times.to_json(), nl=False)
+        elif json is not None:
+            write_atomically(Path(json), times.to_json(indent=1))
+
+
+def _refuse_options(context: typer.Context) -> None:
+    """Options in front of a subcommand would be dropped without a word.
+
+    Raises:
+        typer.BadParameter: for the first of them.
+    """
+    for name in context.params:
+        # By its name, for typer may bring a click of its own.
+        if context.get_parameter_source(name).name == "COMMANDLINE":
+            raise typer.BadParameter(
+                f"{name} before {context.invoked_subcommand}: it is an option of `parity bench` "
+                f"alone. Put options of {context.invoked_subcommand} behind it."
+            )
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Whole numbers of at least 1, with commas between.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+        raise ValueError(
+            f"{option} {text}: it takes whole numbers of at least 1. Put commas between them."
+        )
+    return tuple(int(part) for part in parts)
+
+
+def _words(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Some of the known words, with commas between.
+
+    Raises:
+        ValueError: for any other.
+    """
+    parts = tuple(part.strip() for part in text.split(","))
+    if not set(parts) <= set(known):
+        raise ValueError(
+            f"{option} {text}: there are {', '.join(known)}. Put commas between those you want."
+        )
+    return parts
 
 
 def training(
@@ -97,3 +244,4 @@ def training(
 
 
 bench.command(help=unwrapped(training))(training)
+bench.callback(invoke_without_command=True, help=unwrapped(decode))(decode)

@@ -94,7 +94,7 @@ def _torch_twin(package: ModuleType, model: Any, seed: int) -> Patient:
         ),
         keeps_graph=lambda module: functools.partial(keeps_graph, module),
         attention=lambda module: functools.partial(
-            _attention, package, "torch", module, _torch_numbers, torch.no_grad
+            _attention, package, module, _torch_numbers, torch.no_grad
         ),
     )
 
@@ -121,11 +121,13 @@ def _flax_twin(package: ModuleType, model: Any, seed: int) -> Patient:
             return _flax_twin(package, changed, seed)
 
     def num_programs(module: Any, lengths: tuple[int, ...]) -> int:
+        counts = []
         with scope():
-            before = package.decode._loop._cache_size()
             for length in lengths:
                 package.generate(module, jnp.zeros((1, length), jnp.int32), 2)
-            return package.decode._loop._cache_size() - before
+                counts.append(package.decoder._program()._cache_size())
+        # What the first length needs, a program that reads and one that goes on, counts as one.
+        return 1 + counts[-1] - counts[0]
 
     return flax_patient(
         model,
@@ -137,7 +139,7 @@ def _flax_twin(package: ModuleType, model: Any, seed: int) -> Patient:
         generate=lambda module: functools.partial(_generate, package, module, _flax_numbers, eager),
         num_programs=lambda module: functools.partial(num_programs, module),
         attention=lambda module: functools.partial(
-            _attention, package, "jnp", module, _flax_numbers, scope
+            _attention, package, module, _flax_numbers, scope
         ),
     )
 
@@ -269,34 +271,23 @@ def _generate(
 
 def _attention(
     package: ModuleType,
-    library: str,
     module: Any,
     numbers: Callable,
     scope: Callable,
     tokens_BT: np.ndarray,
     counts_B: np.ndarray | None = None,
 ) -> list[np.ndarray]:
-    """The weights that meet the values, overheard where the model calls einsum."""
-    spy = _Spy(getattr(package.model, library))
-    setattr(package.model, library, spy)
+    """The weights that meet the values, overheard where the model mixes values by them."""
+    mix, heard = package.model.mix, []
+
+    def overheard(weights_BKTS: Any, parts: Any) -> Any:
+        heard.append(weights_BKTS)
+        return mix(weights_BKTS, parts)
+
+    package.model.mix = overheard
     try:
         with scope():
             module(numbers(tokens_BT), counts_B=None if counts_B is None else numbers(counts_B))
-            return [np.asarray(weights) for weights in spy.heard]
+            return [np.asarray(weights) for weights in heard]
     finally:
-        setattr(package.model, library, spy.library)
-
-
-class _Spy:
-    """An array library that keeps the attention weights it is asked to multiply."""
-
-    def __init__(self, library: Any):
-        self.library, self.heard = library, []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.library, name)
-
-    def einsum(self, axes: str, *operands: Any) -> Any:
-        if axes.startswith("BKTS,"):
-            self.heard.append(operands[0])
-        return self.library.einsum(axes, *operands)
+        package.model.mix = mix

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-import flax_gpt.decode
+import flax_gpt.decoder
 
 B, T, G = 3, 7, 7
 COUNTS = (7, 2, 5)
@@ -265,15 +265,17 @@ def test_the_call_ends_when_every_row_has_ended(gpt, monkeypatch):
 
 def test_prompts_of_other_lengths_run_the_program_that_is_there(twins):
     flax, _ = twins
-    generated(flax)
-    programs = flax_gpt.decode._loop._cache_size()
+    generated(flax, stop_ids=(5,))
+    programs = flax_gpt.decoder._program()._cache_size()
     for width in (5, 6, 7, 8):  # all rounded up to 8
         tokens = np.random.default_rng(width).integers(0, 61, (B, width))
         for counts in ((1, 2, 3), (4, 4, 1), None):
             generated(flax, tokens, counts=counts)
-    assert flax_gpt.decode._loop._cache_size() == programs
     generated(flax, tokens, num=G - 1)
-    assert flax_gpt.decode._loop._cache_size() == programs + 1  # the count does count
+    generated(flax, tokens, stop_ids=(7,))
+    assert flax_gpt.decoder._program()._cache_size() == programs
+    generated(flax, np.resize(tokens, (B + 2, 8)), counts=None)
+    assert flax_gpt.decoder._program()._cache_size() == programs + 2  # the count does count
 
 
 # --- refusals ---

@@ -16,7 +16,7 @@ import torch
 import transformers
 from flax import nnx
 
-import flax_gpt.decode
+import flax_gpt.decoder
 from flax_gpt import GREEDY, Sampling
 
 B, T, G, V = 3, 7, 7, 61
@@ -84,7 +84,7 @@ def by_hand(logits, sampling):
 
 def filtered(gpt, logits, sampling):
     """`filter_logits` on the host."""
-    return gpt.numpy(gpt.package.decode.filter_logits(gpt.floats(logits), sampling))
+    return gpt.numpy(gpt.package.filter_logits(gpt.floats(logits), sampling))
 
 
 @pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("float64", 1e-12)])
@@ -189,7 +189,7 @@ def test_logits_of_16_bits_are_filtered_in_32(gpt):
     logits = np.random.default_rng(0).normal(0.0, 2.0, (3, V)).astype(ml_dtypes.bfloat16)
     wide, sampling = logits.astype("float32"), SETTINGS["all"]
     narrow = jnp.asarray(logits) if gpt.name == "flax" else torch.from_numpy(wide).bfloat16()
-    found = gpt.numpy(gpt.package.decode.filter_logits(narrow, sampling))
+    found = gpt.numpy(gpt.package.filter_logits(narrow, sampling))
     assert found.dtype == "float32"
     np.testing.assert_array_equal(found, filtered(gpt, wide, sampling))
 
@@ -375,13 +375,13 @@ def test_a_low_temperature_and_a_single_token_are_greedy(gpt, sampling):
 
 def test_temperature_zero_needs_no_key_and_no_program_of_its_own(gpt):
     expected, _, margins = generated(gpt, "greedy", seed=None)
-    programs = flax_gpt.decode._loop._cache_size()
+    programs = flax_gpt.decoder._program()._cache_size()
     for seed in (None, 0):
         sampling = Sampling(temperature=0.0, top_k=3, top_p=0.1, min_p=0.9)
         found, _, found_margins = generated(gpt, sampling, seed)
         np.testing.assert_array_equal(found, expected)
         np.testing.assert_array_equal(found_margins, margins)
-    assert flax_gpt.decode._loop._cache_size() == programs
+    assert flax_gpt.decoder._program()._cache_size() == programs
 
 
 # --- stops ---

@@ -177,8 +177,20 @@ BUGS = (
             "with larger queries, so no loss shows it."
         ),
         seen="a common trap",
-        flax=(Edit("model.py", "q_BTKH.shape[-1] ** -0.5", "D**-0.5"),),
-        torch=(Edit("model.py", "q_BTKH.shape[-1] ** -0.5", "D**-0.5"),),
+        flax=(
+            Edit(
+                "attention.py",
+                "q_BKTH.shape[-1] ** -0.5",
+                "(q_BKTH.shape[1] * q_BKTH.shape[-1]) ** -0.5",
+            ),
+        ),
+        torch=(
+            Edit(
+                "attention.py",
+                "q_BKTH.shape[-1] ** -0.5",
+                "(q_BKTH.shape[1] * q_BKTH.shape[-1]) ** -0.5",
+            ),
+        ),
         caught_by=("attention-scale",),
     ),
     Bug(
@@ -191,8 +203,8 @@ BUGS = (
             "scores are near 0, and nothing shows."
         ),
         seen="aladdinpersson/Machine-Learning-Collection#65",
-        flax=(Edit("model.py", " * q_BTKH.shape[-1] ** -0.5", ""),),
-        torch=(Edit("model.py", " * q_BTKH.shape[-1] ** -0.5", ""),),
+        flax=(Edit("attention.py", " * q_BKTH.shape[-1] ** -0.5", ""),),
+        torch=(Edit("attention.py", " * q_BKTH.shape[-1] ** -0.5", ""),),
         caught_by=("attention-scale",),
     ),
     Bug(
@@ -208,15 +220,15 @@ BUGS = (
         flax=(
             Edit(
                 "model.py",
-                "y_BTD = self.out(mixed_BTKH.reshape(B, T, D))",
-                "y_BTD = mixed_BTKH.reshape(B, T, D)",
+                "y_BTD = self.out(jnp.swapaxes(mixed_BKTH, 1, 2).reshape(B, T, D))",
+                "y_BTD = jnp.swapaxes(mixed_BKTH, 1, 2).reshape(B, T, D)",
             ),
         ),
         torch=(
             Edit(
                 "model.py",
-                "y_BTD = self.out(mixed_BTKH.reshape(B, T, D))",
-                "y_BTD = mixed_BTKH.reshape(B, T, D)",
+                "y_BTD = self.out(torch.swapaxes(mixed_BKTH, 1, 2).reshape(B, T, D))",
+                "y_BTD = torch.swapaxes(mixed_BKTH, 1, 2).reshape(B, T, D)",
             ),
         ),
         caught_by=("gradient-coverage",),
@@ -365,8 +377,15 @@ BUGS = (
             "with the rest and has no gradient."
         ),
         seen="a common trap",
-        flax=(Edit("model.py", "self.up(x_BTD)", "x_BTD @ self.up.kernel[...]"),),
-        torch=(Edit("model.py", "self.up(x_BTD)", "x_BTD @ self.up.weight.T"),),
+        # Used as a matrix it must stay one where weights are laid out.
+        flax=(
+            Edit("model.py", "self.up(x_BTD)", "x_BTD @ self.up.kernel[...]"),
+            Edit("packing.py", '("up", "down")', '("down",)'),
+        ),
+        torch=(
+            Edit("model.py", "self.up(x_BTD)", "x_BTD @ self.up.weight.T"),
+            Edit("packing.py", '("up", "down")', '("down",)'),
+        ),
         caught_by=("gradient-coverage",),
     ),
 )

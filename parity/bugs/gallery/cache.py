@@ -2,6 +2,10 @@
 
 from parity.bugs.bug import Bug, Edit
 
+# jax attends to new tokens apart from the cache, so what is written wrong shows one call later.
+# torch writes rows that stand alike as one slice; a bug in the slots does without that short cut.
+_NEVER_ALIKE = Edit("positions.py", "bool(np.all(found_B == reached))", "False")
+
 BUGS = (
     Bug(
         id="offset-zero",
@@ -17,14 +21,14 @@ BUGS = (
             Edit(
                 "positions.py",
                 "positions_BT = jnp.where(real_BT, slots_BT, 0)",
-                "positions_BT = jnp.where(real_BT, steps_1T, 0)",
+                "positions_BT = jnp.where(real_BT, steps_BT, 0)",
             ),
         ),
         torch=(
             Edit(
                 "positions.py",
                 "positions_BT = torch.where(real_BT, slots_BT, 0)",
-                "positions_BT = torch.where(real_BT, steps_1T, 0)",
+                "positions_BT = torch.where(real_BT, steps_BT, 0)",
             ),
         ),
         caught_by=("cached-equals-uncached",),
@@ -58,11 +62,11 @@ BUGS = (
     Bug(
         id="written-one-late",
         title="Keys and values are written one slot too far",
-        symptom="Tokens see an empty slot instead of themselves; text is odd from the start.",
+        symptom="Tokens see an empty slot, not the one written last; text is odd from the start.",
         why=(
             "The length is advanced before the write instead of after it. Slot 0 keeps its zeros, "
-            "and the newest token lies just beyond what its query may see. At the end of the cache "
-            "the last slot is written twice."
+            "and the token written last lies just beyond what a query may see. At the end of the "
+            "cache the last slot is written twice."
         ),
         seen="a common trap",
         flax=(
@@ -80,6 +84,7 @@ BUGS = (
                 "slots = placement.slots_BT[rows, steps]",
                 "slots = (placement.slots_BT[rows, steps] + 1).clamp(max=keys_BKSH.shape[2] - 1)",
             ),
+            _NEVER_ALIKE,
         ),
         caught_by=("cached-equals-uncached",),
     ),
@@ -102,6 +107,7 @@ BUGS = (
                 "slots = placement.slots_BT[rows, steps]",
                 "slots = placement.slots_BT[rows, steps] - 1",
             ),
+            _NEVER_ALIKE,
         ),
         caught_by=("cached-equals-uncached",),
     ),
@@ -118,25 +124,30 @@ BUGS = (
         flax=(
             Edit(
                 "positions.py",
-                "    mask_BTS = slots_11S < seen_BT[:, :, None]\n",
-                "    mask_BTS = slots_11S < seen_BT[:, :, None]\n"
-                "    if num_tokens == 1:\n"
-                "        mask_BTS = jnp.ones_like(mask_BTS)\n",
+                "rungs, rung, filled = reach(num_slots, lengths_B)",
+                "rungs, rung, filled = (num_slots,), 0, False",
+            ),
+            Edit(
+                "positions.py",
+                "        past = jnp.where(slots < lengths_B1, slots, NOWHERE)\n",
+                "        past = jnp.where(slots < lengths_B1, slots, NOWHERE)\n"
+                "        if num_tokens == 1:\n"
+                "            past = jnp.where(slots == slots_BT, NOWHERE, 0)\n",
             ),
         ),
         torch=(
             Edit(
                 "positions.py",
-                "    mask_BTS = slots_11S < seen_BT[:, :, None]\n",
-                "    mask_BTS = slots_11S < seen_BT[:, :, None]\n"
-                "    if num_tokens == 1:\n"
-                "        mask_BTS = torch.ones_like(mask_BTS)\n",
+                "rungs, rung, filled = reach(\n            num_slots, "
+                "lengths_B + (num_tokens if counts_B is None else counts_B)\n        )",
+                "rungs, rung, filled = (num_slots,), 0, False",
             ),
             Edit(
-                "cache.py",
-                "        new_B = num_tokens if counts_B is None else counts_B\n"
-                "        return max(1, int((self.lengths_B + new_B).max()))\n",
-                "        return self.capacity\n",
+                "positions.py",
+                "    mask_BTS = columns_BS[:, None, :] < seen_BT[:, :, None]\n",
+                "    mask_BTS = columns_BS[:, None, :] < seen_BT[:, :, None]\n"
+                "    if num_tokens == 1:\n"
+                "        mask_BTS = torch.ones_like(mask_BTS)\n",
             ),
         ),
         caught_by=("cached-equals-uncached",),
@@ -152,17 +163,11 @@ BUGS = (
         ),
         seen="pytorch/pytorch#144858; google/flax#5591; pytorch/executorch#21749",
         flax=(
-            Edit(
-                "positions.py",
-                "seen_BT = lengths_B1 + jnp.minimum(steps_1T + 1, counts_B1)",
-                "seen_BT = jnp.minimum(steps_1T + 1, counts_B1)",
-            ),
+            Edit("positions.py", "seen_BT = lengths_B1 + jnp.minimum(", "seen_BT = jnp.minimum("),
         ),
         torch=(
             Edit(
-                "positions.py",
-                "seen_BT = lengths_B1 + torch.minimum(steps_1T + 1, counts_B1)",
-                "seen_BT = torch.minimum(steps_1T + 1, counts_B1)",
+                "positions.py", "seen_BT = lengths_B1 + torch.minimum(", "seen_BT = torch.minimum("
             ),
         ),
         caught_by=("cached-equals-uncached",),
@@ -188,6 +193,11 @@ BUGS = (
                 "slots_BT = jnp.where(slots_BT < num_slots, slots_BT, NOWHERE)",
                 "slots_BT = jnp.where(real_BT, jnp.minimum(slots_BT, num_slots - 1), NOWHERE)",
             ),
+            Edit(
+                "positions.py",
+                "rung >= found_B.max()",
+                "rung >= min(num_slots, found_B.max())",
+            ),
         ),
         torch=(
             Edit(
@@ -201,9 +211,9 @@ BUGS = (
                 "slots_BT = torch.where(real_BT, slots_BT.clamp(max=num_slots - 1), NOWHERE)",
             ),
             Edit(
-                "cache.py",
-                "return max(1, int((self.lengths_B + new_B).max()))",
-                "return min(self.capacity, max(1, int((self.lengths_B + new_B).max())))",
+                "positions.py",
+                "max(1, int(found_B.max()))",
+                "min(num_slots, max(1, int(found_B.max())))",
             ),
         ),
         caught_by=("boundary-lengths",),
@@ -221,15 +231,20 @@ BUGS = (
         flax=(
             Edit(
                 "cache.py",
-                "values_BTKH = values_BTKH.astype(self.values_BKSH.dtype)",
-                "values_BTKH = keys_BTKH.astype(self.values_BKSH.dtype)",
+                "values_BTKH = jnp.swapaxes(values_BKTH, 1, 2)",
+                "values_BTKH = jnp.swapaxes(keys_BKTH, 1, 2)",
             ),
         ),
         torch=(
             Edit(
                 "cache.py",
-                "values_BTKH[rows, steps].to(values_BKSH.dtype)",
-                "keys_BTKH[rows, steps].to(values_BKSH.dtype)",
+                "values_BKTH[rows, :, steps].to(values_BKSH.dtype)",
+                "keys_BKTH[rows, :, steps].to(values_BKSH.dtype)",
+            ),
+            Edit(
+                "cache.py",
+                "values_BKSH[:, :, start:end] = values_BKTH",
+                "values_BKSH[:, :, start:end] = keys_BKTH",
             ),
         ),
         caught_by=("cached-equals-uncached",),
@@ -246,16 +261,16 @@ BUGS = (
         seen="awslabs/sockeye#731",
         flax=(
             Edit(
-                "model.py",
-                "layer.append(k_BTKH, v_BTKH, placement)",
-                "layer.append(v_BTKH, k_BTKH, placement)",
+                "attention.py",
+                "layer.append(new.keys_BKSH, new.values_BKSH, placement)",
+                "layer.append(new.values_BKSH, new.keys_BKSH, placement)",
             ),
         ),
         torch=(
             Edit(
-                "model.py",
-                "layer.append(k_BTKH, v_BTKH, placement)",
-                "layer.append(v_BTKH, k_BTKH, placement)",
+                "attention.py",
+                "layer.append(new.keys_BKSH, new.values_BKSH, placement)",
+                "layer.append(new.values_BKSH, new.keys_BKSH, placement)",
             ),
         ),
         caught_by=("cached-equals-uncached",),
@@ -273,15 +288,15 @@ BUGS = (
         flax=(
             Edit(
                 "cache.py",
-                "return KVCache(layers, self.lengths_B[rows_R])",
-                "return KVCache(self.layers, self.lengths_B[rows_R])",
+                "return KVCache(layers, self.lengths_B[rows_R], ",
+                "return KVCache(self.layers, self.lengths_B[rows_R], ",
             ),
         ),
         torch=(
             Edit(
                 "cache.py",
-                "return KVCache(layers, lengths_R)",
-                "return KVCache(self.layers, lengths_R)",
+                "return KVCache(layers, lengths_R, ",
+                "return KVCache(self.layers, lengths_R, ",
             ),
         ),
         caught_by=("cached-equals-uncached",),
@@ -328,15 +343,15 @@ BUGS = (
         flax=(
             Edit(
                 "model.py",
-                "KVCache(tuple(layers), placement.ends_B)",
-                "KVCache(tuple(layers), placement.lengths_B)",
+                "KVCache(tuple(layers), placement.ends_B, ",
+                "KVCache(tuple(layers), placement.lengths_B, ",
             ),
         ),
         torch=(
             Edit(
                 "model.py",
-                "KVCache(tuple(layers), placement.ends_B)",
-                "KVCache(tuple(layers), placement.lengths_B)",
+                "KVCache(tuple(layers), placement.ends_B, ",
+                "KVCache(tuple(layers), placement.lengths_B, ",
             ),
         ),
         caught_by=("cached-equals-uncached",),
@@ -380,7 +395,7 @@ BUGS = (
         torch=(
             Edit("decode.py", "@torch.no_grad()\ndef prefill(", "def prefill("),
             Edit("decode.py", "@torch.no_grad()\ndef decode_step(", "def decode_step("),
-            Edit("decode.py", "@torch.no_grad()\ndef _loop(", "def _loop("),
+            Edit("generation.py", "@torch.no_grad()\ndef _loop(", "def _loop("),
         ),
         absent="jax records operations only inside jax.grad, so a decoding step keeps no history.",
         caught_by=("growing-graph",),
@@ -397,10 +412,9 @@ BUGS = (
         seen="NovaSky-AI/SkyRL#539",
         flax=(
             Edit(
-                "decode.py",
-                "length = min(1 << (tokens_BT.shape[1] - 1).bit_length(), "
-                "model.config.context_length)",
-                "length = tokens_BT.shape[1]",
+                "decoder.py",
+                "length = room_for(num_tokens, self.config, least=1)",
+                "length = num_tokens",
             ),
         ),
         absent="Nothing is compiled in eager torch, which takes every length as it comes.",
@@ -420,18 +434,18 @@ BUGS = (
             Edit(
                 "decode.py",
                 "    if counts_B is None:\n"
-                "        return x_BTD[:, -1:]\n"
-                "    return jnp.take_along_axis(x_BTD, (counts_B - 1)[:, None, None], axis=1)\n",
-                "    return x_BTD[:, -1:]\n",
+                "        return x[:, -1:]\n"
+                "    return jnp.take_along_axis(x, (counts_B - 1)[:, None, None], axis=1)\n",
+                "    return x[:, -1:]\n",
             ),
         ),
         torch=(
             Edit(
                 "decode.py",
                 "    if counts_B is None:\n"
-                "        return x_BTD[:, -1:]\n"
-                "    return torch.take_along_dim(x_BTD, (counts_B - 1)[:, None, None], dim=1)\n",
-                "    return x_BTD[:, -1:]\n",
+                "        return x[:, -1:]\n"
+                "    return torch.take_along_dim(x, (counts_B - 1)[:, None, None], dim=1)\n",
+                "    return x[:, -1:]\n",
             ),
         ),
         caught_by=("sampling",),
@@ -482,14 +496,14 @@ BUGS = (
         seen="jax-ml/jax#170",
         flax=(
             Edit(
-                "decode.py",
+                "generation.py",
                 "random.perturb(random.fold_in(key, step), left_BV)",
                 "random.perturb(key, left_BV)",
             ),
         ),
         torch=(
             Edit(
-                "decode.py",
+                "generation.py",
                 "random.perturb(random.fold_in(key, step), left_BV)",
                 "random.perturb(key, left_BV)",
             ),
@@ -508,14 +522,14 @@ BUGS = (
         seen="pytorch/torchtune#949",
         flax=(
             Edit(
-                "decode.py",
+                "generation.py",
                 "stops_B = jnp.any(tokens_B[:, None] == stop_ids[None, :], axis=1)",
                 "stops_B = tokens_B == NO_TOKEN",
             ),
         ),
         torch=(
             Edit(
-                "decode.py",
+                "generation.py",
                 "stops_B = torch.any(tokens_B[:, None] == stop_ids[None, :], dim=1)",
                 "stops_B = tokens_B == NO_TOKEN",
             ),
@@ -534,14 +548,14 @@ BUGS = (
         seen="a common trap",
         flax=(
             Edit(
-                "decode.py",
+                "generation.py",
                 "min(1.0 / sampling.temperature, float(jnp.finfo(given_BV.dtype).max))",
                 "sampling.temperature",
             ),
         ),
         torch=(
             Edit(
-                "decode.py",
+                "generation.py",
                 "min(1.0 / sampling.temperature, torch.finfo(given_BV.dtype).max)",
                 "sampling.temperature",
             ),
@@ -561,15 +575,15 @@ BUGS = (
         flax=(
             Edit(
                 "cache.py",
-                "return KVCache(self.layers, lengths_B)",
-                "return KVCache(self.layers, self.lengths_B)",
+                "return KVCache(self.layers, lengths_B, ",
+                "return KVCache(self.layers, self.lengths_B, ",
             ),
         ),
         torch=(
             Edit(
                 "cache.py",
-                "return KVCache(self.layers, lengths_B)",
-                "return KVCache(self.layers, self.lengths_B)",
+                "return KVCache(self.layers, lengths_B, ",
+                "return KVCache(self.layers, self.lengths_B, ",
             ),
         ),
         caught_by=("cached-equals-uncached",),

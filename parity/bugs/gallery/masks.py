@@ -15,17 +15,17 @@ BUGS = (
         seen="a common trap",
         flax=(
             Edit(
-                "model.py",
-                "        lowest = jnp.finfo(scores_BKTS.dtype).min\n"
-                "        scores_BKTS = jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n",
+                "attention.py",
+                "    lowest = jnp.finfo(scores_BKTS.dtype).min\n"
+                "    scores_BKTS = jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n",
                 "",
             ),
         ),
         torch=(
             Edit(
-                "model.py",
-                "        lowest = torch.finfo(scores_BKTS.dtype).min\n"
-                "        scores_BKTS = torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n",
+                "attention.py",
+                "    lowest = torch.finfo(scores_BKTS.dtype).min\n"
+                "    scores_BKTS = torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n",
                 "",
             ),
         ),
@@ -43,14 +43,14 @@ BUGS = (
         seen="rasbt/LLMs-from-scratch#1061; pytorch/pytorch#170415",
         flax=(
             Edit(
-                "model.py",
+                "attention.py",
                 "jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
                 "jnp.where(mask_BTS[:, None, :, :], lowest, scores_BKTS)",
             ),
         ),
         torch=(
             Edit(
-                "model.py",
+                "attention.py",
                 "torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
                 "torch.where(mask_BTS[:, None, :, :], lowest, scores_BKTS)",
             ),
@@ -70,15 +70,15 @@ BUGS = (
         flax=(
             Edit(
                 "positions.py",
-                "jnp.minimum(steps_1T + 1, counts_B1)",
-                "jnp.minimum(steps_1T + 2, counts_B1)",
+                "jnp.maximum(steps_BT + 1, 0)",
+                "jnp.maximum(steps_BT + 2, 0)",
             ),
         ),
         torch=(
             Edit(
                 "positions.py",
-                "torch.minimum(steps_1T + 1, counts_B1)",
-                "torch.minimum(steps_1T + 2, counts_B1)",
+                "torch.clamp(steps_BT + 1, min=0)",
+                "torch.clamp(steps_BT + 2, min=0)",
             ),
         ),
         caught_by=("causality", "causality-gradient", "attention-rows"),
@@ -97,15 +97,15 @@ BUGS = (
         flax=(
             Edit(
                 "positions.py",
-                "jnp.minimum(steps_1T + 1, counts_B1)",
-                "jnp.minimum(steps_1T, counts_B1)",
+                "jnp.maximum(steps_BT + 1, 0)",
+                "jnp.maximum(steps_BT, 0)",
             ),
         ),
         torch=(
             Edit(
                 "positions.py",
-                "torch.minimum(steps_1T + 1, counts_B1)",
-                "torch.minimum(steps_1T, counts_B1)",
+                "torch.clamp(steps_BT + 1, min=0)",
+                "torch.clamp(steps_BT, min=0)",
             ),
         ),
         caught_by=("attention-rows", "causality"),
@@ -122,24 +122,22 @@ BUGS = (
         seen="a common trap",
         flax=(
             Edit(
-                "model.py",
-                "        lowest = jnp.finfo(scores_BKTS.dtype).min\n"
-                "        scores_BKTS = jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n"
-                "        weights_BKTS = jax.nn.softmax(scores_BKTS, axis=-1)"
-                ".astype(values_BKSH.dtype)\n",
-                "        weights_BKTS = jax.nn.softmax(scores_BKTS, axis=-1)"
-                ".astype(values_BKSH.dtype)\n"
-                "        weights_BKTS = jnp.where(mask_BTS[:, None, :, :], weights_BKTS, 0.0)\n",
+                "attention.py",
+                "    lowest = jnp.finfo(scores_BKTS.dtype).min\n"
+                "    scores_BKTS = jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n"
+                "    return jax.nn.softmax(scores_BKTS, axis=-1).astype(q_BKTH.dtype)\n",
+                "    weights_BKTS = jax.nn.softmax(scores_BKTS, axis=-1).astype(q_BKTH.dtype)\n"
+                "    return jnp.where(mask_BTS[:, None, :, :], weights_BKTS, 0.0)\n",
             ),
         ),
         torch=(
             Edit(
-                "model.py",
-                "        lowest = torch.finfo(scores_BKTS.dtype).min\n"
-                "        scores_BKTS = torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n"
-                "        weights_BKTS = torch.softmax(scores_BKTS, dim=-1).to(values_BKSH.dtype)\n",
-                "        weights_BKTS = torch.softmax(scores_BKTS, dim=-1).to(values_BKSH.dtype)\n"
-                "        weights_BKTS = torch.where(mask_BTS[:, None, :, :], weights_BKTS, 0.0)\n",
+                "attention.py",
+                "    lowest = torch.finfo(scores_BKTS.dtype).min\n"
+                "    scores_BKTS = torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n"
+                "    return torch.softmax(scores_BKTS, dim=-1).to(q_BKTH.dtype)\n",
+                "    weights_BKTS = torch.softmax(scores_BKTS, dim=-1).to(q_BKTH.dtype)\n"
+                "    return torch.where(mask_BTS[:, None, :, :], weights_BKTS, 0.0)\n",
             ),
         ),
         caught_by=("attention-rows", "causality-gradient", "causality"),
@@ -154,8 +152,10 @@ BUGS = (
             "and zeros, as if they were weights already."
         ),
         seen="a common trap",
-        flax=(Edit("model.py", "lowest = jnp.finfo(scores_BKTS.dtype).min", "lowest = 0.0"),),
-        torch=(Edit("model.py", "lowest = torch.finfo(scores_BKTS.dtype).min", "lowest = 0.0"),),
+        flax=(Edit("attention.py", "lowest = jnp.finfo(scores_BKTS.dtype).min", "lowest = 0.0"),),
+        torch=(
+            Edit("attention.py", "lowest = torch.finfo(scores_BKTS.dtype).min", "lowest = 0.0"),
+        ),
         caught_by=("causality", "causality-gradient", "attention-rows"),
     ),
     Bug(
@@ -170,14 +170,14 @@ BUGS = (
         seen="hyunwoongko/transformer#10",
         flax=(
             Edit(
-                "model.py",
+                "attention.py",
                 "jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
                 "jnp.where(mask_BTS[:, None, :, :], scores_BKTS, scores_BKTS - 10.0)",
             ),
         ),
         torch=(
             Edit(
-                "model.py",
+                "attention.py",
                 "torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
                 "torch.where(mask_BTS[:, None, :, :], scores_BKTS, scores_BKTS - 10.0)",
             ),
@@ -196,14 +196,14 @@ BUGS = (
         seen="a common trap",
         flax=(
             Edit(
-                "model.py",
+                "attention.py",
                 "jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
                 "jnp.where(mask_BTS.swapaxes(1, 2)[:, None, :, :], scores_BKTS, lowest)",
             ),
         ),
         torch=(
             Edit(
-                "model.py",
+                "attention.py",
                 "torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
                 "torch.where(mask_BTS.swapaxes(1, 2)[:, None, :, :], scores_BKTS, lowest)",
             ),
@@ -222,14 +222,14 @@ BUGS = (
         seen="a common trap",
         flax=(
             Edit(
-                "model.py",
+                "attention.py",
                 "jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
                 "jnp.where(mask_BTS[:1, None, :, :], scores_BKTS, lowest)",
             ),
         ),
         torch=(
             Edit(
-                "model.py",
+                "attention.py",
                 "torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
                 "torch.where(mask_BTS[:1, None, :, :], scores_BKTS, lowest)",
             ),
@@ -248,14 +248,14 @@ BUGS = (
         seen="a common trap",
         flax=(
             Edit(
-                "model.py",
+                "attention.py",
                 "jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
                 "scores_BKTS + mask_BTS[:, None, :, :].astype(scores_BKTS.dtype)",
             ),
         ),
         torch=(
             Edit(
-                "model.py",
+                "attention.py",
                 "torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
                 "scores_BKTS + mask_BTS[:, None, :, :].to(scores_BKTS.dtype)",
             ),
@@ -274,26 +274,26 @@ BUGS = (
         seen="pytorch/pytorch#110213",
         flax=(
             Edit(
-                "model.py",
-                "        scores_BKTS = scores_BKTS.astype(jnp.promote_types(scores_BKTS.dtype, "
+                "attention.py",
+                "    scores_BKTS = scores_BKTS.astype(jnp.promote_types(scores_BKTS.dtype, "
                 "jnp.float32))\n"
-                "        lowest = jnp.finfo(scores_BKTS.dtype).min\n"
-                "        scores_BKTS = jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n",
-                "        hidden_BTS = 1.0 - mask_BTS.astype(scores_BKTS.dtype)\n"
-                "        lowest = jnp.asarray(-1e9, jnp.float32).astype(scores_BKTS.dtype)\n"
-                "        scores_BKTS = scores_BKTS + hidden_BTS[:, None, :, :] * lowest\n",
+                "    lowest = jnp.finfo(scores_BKTS.dtype).min\n"
+                "    scores_BKTS = jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n",
+                "    hidden_BTS = 1.0 - mask_BTS.astype(scores_BKTS.dtype)\n"
+                "    lowest = jnp.asarray(-1e9, jnp.float32).astype(scores_BKTS.dtype)\n"
+                "    scores_BKTS = scores_BKTS + hidden_BTS[:, None, :, :] * lowest\n",
             ),
         ),
         torch=(
             Edit(
-                "model.py",
-                "        scores_BKTS = scores_BKTS.to(torch.promote_types(scores_BKTS.dtype, "
+                "attention.py",
+                "    scores_BKTS = scores_BKTS.to(torch.promote_types(scores_BKTS.dtype, "
                 "torch.float32))\n"
-                "        lowest = torch.finfo(scores_BKTS.dtype).min\n"
-                "        scores_BKTS = torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n",
-                "        hidden_BTS = 1.0 - mask_BTS.to(scores_BKTS.dtype)\n"
-                "        lowest = torch.tensor(-1e9).to(scores_BKTS.dtype)\n"
-                "        scores_BKTS = scores_BKTS + hidden_BTS[:, None, :, :] * lowest\n",
+                "    lowest = torch.finfo(scores_BKTS.dtype).min\n"
+                "    scores_BKTS = torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n",
+                "    hidden_BTS = 1.0 - mask_BTS.to(scores_BKTS.dtype)\n"
+                "    lowest = torch.tensor(-1e9).to(scores_BKTS.dtype)\n"
+                "    scores_BKTS = scores_BKTS + hidden_BTS[:, None, :, :] * lowest\n",
             ),
         ),
         caught_by=("dtype-audit",),
@@ -311,36 +311,33 @@ BUGS = (
         seen="a common trap",
         flax=(
             Edit(
-                "model.py",
-                "        scores_BKTS = scores_BKTS.astype(jnp.promote_types(scores_BKTS.dtype, "
+                "attention.py",
+                "    scores_BKTS = scores_BKTS.astype(jnp.promote_types(scores_BKTS.dtype, "
                 "jnp.float32))\n",
                 "",
             ),
             Edit(
-                "model.py",
-                "        weights_BKTS = jax.nn.softmax(scores_BKTS, axis=-1)"
-                ".astype(values_BKSH.dtype)\n",
-                "        scores_BKTS = scores_BKTS - jnp.max(scores_BKTS, axis=-1, keepdims=True)\n"
-                "        weights_BKTS = jnp.exp(scores_BKTS)\n"
-                "        weights_BKTS = weights_BKTS / jnp.sum(weights_BKTS, axis=-1, "
-                "keepdims=True)\n",
+                "attention.py",
+                "    return jax.nn.softmax(scores_BKTS, axis=-1).astype(q_BKTH.dtype)\n",
+                "    scores_BKTS = scores_BKTS - jnp.max(scores_BKTS, axis=-1, keepdims=True)\n"
+                "    weights_BKTS = jnp.exp(scores_BKTS)\n"
+                "    return weights_BKTS / jnp.sum(weights_BKTS, axis=-1, keepdims=True)\n",
             ),
         ),
         torch=(
             Edit(
-                "model.py",
-                "        scores_BKTS = scores_BKTS.to(torch.promote_types(scores_BKTS.dtype, "
+                "attention.py",
+                "    scores_BKTS = scores_BKTS.to(torch.promote_types(scores_BKTS.dtype, "
                 "torch.float32))\n",
                 "",
             ),
             Edit(
-                "model.py",
-                "        weights_BKTS = torch.softmax(scores_BKTS, dim=-1).to(values_BKSH.dtype)\n",
-                "        scores_BKTS = scores_BKTS - torch.amax(scores_BKTS, dim=-1, "
+                "attention.py",
+                "    return torch.softmax(scores_BKTS, dim=-1).to(q_BKTH.dtype)\n",
+                "    scores_BKTS = scores_BKTS - torch.amax(scores_BKTS, dim=-1, "
                 "keepdim=True)\n"
-                "        weights_BKTS = torch.exp(scores_BKTS)\n"
-                "        weights_BKTS = weights_BKTS / torch.sum(weights_BKTS, dim=-1, "
-                "keepdim=True)\n",
+                "    weights_BKTS = torch.exp(scores_BKTS)\n"
+                "    return weights_BKTS / torch.sum(weights_BKTS, dim=-1, keepdim=True)\n",
             ),
         ),
         caught_by=("parity",),
@@ -357,14 +354,14 @@ BUGS = (
         seen="labmlai/annotated_deep_learning_paper_implementations#282",
         flax=(
             Edit(
-                "model.py",
+                "attention.py",
                 "jax.nn.softmax(scores_BKTS, axis=-1)",
                 "jax.nn.softmax(scores_BKTS, axis=-2)",
             ),
         ),
         torch=(
             Edit(
-                "model.py",
+                "attention.py",
                 "torch.softmax(scores_BKTS, dim=-1)",
                 "torch.softmax(scores_BKTS, dim=-2)",
             ),
@@ -383,23 +380,20 @@ BUGS = (
         seen="a common trap",
         flax=(
             Edit(
-                "model.py",
-                "        weights_BKTS = jax.nn.softmax(scores_BKTS, axis=-1)"
-                ".astype(values_BKSH.dtype)\n",
-                "        weights_BKTS = jnp.exp(scores_BKTS)\n"
-                "        weights_BKTS = weights_BKTS / jnp.sum(weights_BKTS, axis=-1, "
-                "keepdims=True)\n"
-                "        weights_BKTS = weights_BKTS.astype(values_BKSH.dtype)\n",
+                "attention.py",
+                "    return jax.nn.softmax(scores_BKTS, axis=-1).astype(q_BKTH.dtype)\n",
+                "    weights_BKTS = jnp.exp(scores_BKTS)\n"
+                "    weights_BKTS = weights_BKTS / jnp.sum(weights_BKTS, axis=-1, keepdims=True)\n"
+                "    return weights_BKTS.astype(q_BKTH.dtype)\n",
             ),
         ),
         torch=(
             Edit(
-                "model.py",
-                "        weights_BKTS = torch.softmax(scores_BKTS, dim=-1).to(values_BKSH.dtype)\n",
-                "        weights_BKTS = torch.exp(scores_BKTS)\n"
-                "        weights_BKTS = weights_BKTS / torch.sum(weights_BKTS, dim=-1, "
-                "keepdim=True)\n"
-                "        weights_BKTS = weights_BKTS.to(values_BKSH.dtype)\n",
+                "attention.py",
+                "    return torch.softmax(scores_BKTS, dim=-1).to(q_BKTH.dtype)\n",
+                "    weights_BKTS = torch.exp(scores_BKTS)\n"
+                "    weights_BKTS = weights_BKTS / torch.sum(weights_BKTS, dim=-1, keepdim=True)\n"
+                "    return weights_BKTS.to(q_BKTH.dtype)\n",
             ),
         ),
         caught_by=("nan-origin",),
@@ -417,19 +411,21 @@ BUGS = (
         flax=(
             Edit(
                 "model.py",
-                "            keys_BKSH = jnp.swapaxes(k_BTKH, 1, 2)\n"
-                "            values_BKSH = jnp.swapaxes(v_BTKH, 1, 2)\n",
-                "            keys_BKSH = k_BTKH.reshape(B, self.num_heads, T, -1)\n"
-                "            values_BKSH = v_BTKH.reshape(B, self.num_heads, T, -1)\n",
+                "        if layer is None:\n",
+                "        if layer is None:\n"
+                "            k_BKTH = k_BTKH.reshape(B, self.num_heads, T, -1)\n"
+                "            v_BKTH = v_BTKH.reshape(B, self.num_heads, T, -1)\n"
+                "            new = LayerCache(k_BKTH, v_BKTH)\n",
             ),
         ),
         torch=(
             Edit(
                 "model.py",
-                "            keys_BKSH = torch.swapaxes(k_BTKH, 1, 2)\n"
-                "            values_BKSH = torch.swapaxes(v_BTKH, 1, 2)\n",
-                "            keys_BKSH = k_BTKH.reshape(B, self.num_heads, T, -1)\n"
-                "            values_BKSH = v_BTKH.reshape(B, self.num_heads, T, -1)\n",
+                "        if layer is None:\n",
+                "        if layer is None:\n"
+                "            k_BKTH = k_BTKH.reshape(B, self.num_heads, T, -1)\n"
+                "            v_BKTH = v_BTKH.reshape(B, self.num_heads, T, -1)\n"
+                "            new = LayerCache(k_BKTH, v_BKTH)\n",
             ),
         ),
         caught_by=("causality", "cached-equals-uncached"),

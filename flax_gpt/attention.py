@@ -1,0 +1,114 @@
+"""Attention by hand: over the new tokens, and over what the cache holds beside them.
+
+Read beside torch_gpt/attention.py.
+
+Dimension key: B batch, T new tokens, S columns, K kv heads, H head dim. A column is a slot of the
+cache or a new token.
+
+Written by hand, because the frameworks' fused attentions compute their softmax in float32, which
+spoils float64. Here it is float32 for the 16-bit types and the compute dtype for others.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from flax_gpt.cache import LayerCache
+from flax_gpt.positions import Placement, choose
+
+
+def weigh(q_BKTH: jax.Array, parts: Sequence[LayerCache], mask_BTS: jax.Array) -> jax.Array:
+    """The attention weights, softmax(q k / sqrt(H)), of columns that lie in more than one place.
+
+    Args:
+        q_BKTH: queries.
+        parts: keys and values, which side by side are the S columns.
+        mask_BTS: True where a query sees a column.
+
+    Returns:
+        Weights (B, K, T, S) in the dtype of the queries.
+    """
+    keys = [jnp.swapaxes(part.keys_BKSH, 2, 3).astype(q_BKTH.dtype) for part in parts]
+    scores = [q_BKTH @ keys_BKHS for keys_BKHS in keys]
+    scores_BKTS = scores[0] if len(scores) == 1 else jnp.concatenate(scores, axis=-1)
+    scores_BKTS = scores_BKTS * q_BKTH.shape[-1] ** -0.5
+    # Not -inf: a row that sees nothing, such as padding, must stay finite.
+    scores_BKTS = scores_BKTS.astype(jnp.promote_types(scores_BKTS.dtype, jnp.float32))
+    lowest = jnp.finfo(scores_BKTS.dtype).min
+    scores_BKTS = jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)
+    return jax.nn.softmax(scores_BKTS, axis=-1).astype(q_BKTH.dtype)
+
+
+def mix(weights_BKTS: jax.Array, parts: Sequence[LayerCache]) -> jax.Array:
+    """The values of all columns by their weights, (B, K, T, H)."""
+    mixed, start = [], 0
+    for part in parts:
+        end = start + part.values_BKSH.shape[2]
+        mixed.append(weights_BKTS[..., start:end] @ part.values_BKSH.astype(weights_BKTS.dtype))
+        start = end
+    return sum(mixed[1:], mixed[0])
+
+
+def attend(
+    q_BKTH: jax.Array, new: LayerCache, layer: LayerCache, placement: Placement
+) -> tuple[jax.Array, LayerCache]:
+    """Attention over what the cache holds, no further than needed, and over the new tokens.
+
+    Args:
+        q_BKTH: queries.
+        new: keys and values of the new tokens.
+        layer: those of the tokens before them.
+        placement: of the call.
+
+    Returns:
+        The mixed values (B, K, T, H), and the layer with the new tokens in it.
+    """
+    # twin: XLA copies a cache that is read after it was written, so jax attends to the slots and
+    # to the tokens apart and writes last; torch writes first and reads one piece.
+    longer = layer.append(new.keys_BKSH, new.values_BKSH, placement)
+    if placement.exact:
+        held = cleaned(longer, placement.mask_BTS)
+        return mix(weigh(q_BKTH, [held], placement.mask_BTS), [held]), longer
+    careful = functools.partial(_over, placement.rungs[-1], True)
+
+    @jax.custom_jvp
+    def quick(rung, *operands):
+        branches = [functools.partial(_over, num_slots, False) for num_slots in placement.rungs]
+        mixed_BKTH = choose(rung, branches, *operands)
+        # 0 times NaN is NaN, so garbage that is not finite shows.
+        shows = ~jnp.all(jnp.isfinite(mixed_BKTH))
+        branches = [lambda mixed_BKTH, *_: mixed_BKTH, lambda _, *operands: careful(*operands)]
+        return choose(shows, branches, mixed_BKTH, *operands)
+
+    # It need not show in a gradient, which takes the careful way.
+    quick.defjvp(lambda given, tangents: jax.jvp(careful, given[1:], tangents[1:]))
+    return quick(placement.rung, q_BKTH, new, layer, placement.mask_BTS), longer
+
+
+def cleaned(layer: LayerCache, mask_BTS: jax.Array) -> LayerCache:
+    """The layer with zeros where no query looks, for 0 times NaN is NaN."""
+    seen = mask_BTS[:, -1, None, :, None]
+    return LayerCache(
+        jnp.where(seen, layer.keys_BKSH, 0.0), jnp.where(seen, layer.values_BKSH, 0.0)
+    )
+
+
+def _over(
+    num_slots: int,
+    clean: bool,
+    q_BKTH: jax.Array,
+    new: LayerCache,
+    layer: LayerCache,
+    mask_BTS: jax.Array,
+) -> jax.Array:
+    """Attention over the first slots of the cache and the new tokens."""
+    num_tokens = new.keys_BKSH.shape[2]
+    mask_BTS = jnp.concatenate([mask_BTS[..., :num_slots], mask_BTS[..., -num_tokens:]], axis=-1)
+    past = LayerCache(layer.keys_BKSH[:, :, :num_slots], layer.values_BKSH[:, :, :num_slots])
+    parts = [past, new]
+    if clean:
+        masks = mask_BTS[..., :num_slots], mask_BTS[..., num_slots:]
+        parts = [cleaned(*pair) for pair in zip(parts, masks, strict=True)]
+    return mix(weigh(q_BKTH, parts, mask_BTS), parts)

@@ -1,0 +1,83 @@
+"""Weights laid out for steps of few rows, in which all time goes into reading them.
+
+Read beside torch_gpt/packing.py.
+
+Dimension key: B batch, T new tokens, D embed dim, V vocab, I inputs, O outputs of a linear map.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_gpt.model import GPT
+
+
+class PackedLinear(nnx.Module):
+    """The linear map of given weights, for calls without gradients.
+
+    Attributes:
+        extra_bytes: of memory that it takes beside the given weights.
+    """
+
+    # twin: of one row XLA reads a matrix faster by its outputs, which takes a transposed copy; for
+    # torch it lies so, but its product of one row uses one core, so the outputs are shared out.
+    # Of more rows XLA is at its best, and torch takes a copy in the order of oneDNN.
+
+    def __init__(self, weight_OI: jax.Array, bias_O: jax.Array | None, batch_size: int):
+        self.weight = nnx.Param(weight_OI)
+        self.bias = nnx.Param(bias_O)
+
+    @property
+    def extra_bytes(self) -> int:
+        return self.weight[...].nbytes
+
+    def __call__(self, x_BTI: jax.Array) -> jax.Array:
+        """The map of every token, (B, T, O)."""
+        y_BTO = jnp.einsum("BTI,OI->BTO", x_BTI, self.weight[...])
+        return y_BTO + self.bias[...][None, None, :]
+
+
+class PackedGPT(GPT):
+    """The same function as another GPT, whose other weights it shares.
+
+    Args:
+        model: whose weights are laid out.
+        batch_size: rows of a step.
+
+    Attributes:
+        extra_bytes: of memory that it takes beside the model.
+    """
+
+    def __init__(self, model: GPT, batch_size: int):
+        shared = nnx.merge(*nnx.split(model))
+        self.config = model.config
+        self.token_embedding = shared.token_embedding
+        self.position_embedding = shared.position_embedding
+        self.blocks = shared.blocks
+        self.norm = shared.norm
+        for block in self.blocks:
+            for part, names in (
+                (block.attention, ("query", "key", "value", "out")),
+                (block.mlp, ("up", "down")),
+            ):
+                for name in names:
+                    linear = getattr(part, name)
+                    weight_OI, bias_O = linear.kernel[...].T, linear.bias[...]
+                    setattr(part, name, PackedLinear(weight_OI, bias_O, batch_size))
+
+    @property
+    def extra_bytes(self) -> int:
+        return sum(x.extra_bytes for _, x in nnx.iter_modules(self) if isinstance(x, PackedLinear))
+
+    def unembed(self, x_BTD: jax.Array) -> jax.Array:
+        """Logits (B, T, V) by the token embedding."""
+        return jnp.einsum("BTD,VD->BTV", x_BTD, self.token_embedding.embedding[...])
+
+
+def pack(model: GPT, batch_size: int) -> GPT:
+    """The model for steps of so many rows: itself where no other layout is known to be faster."""
+    devices = model.token_embedding.embedding[...].devices()
+    on_cpu = all(device.platform == "cpu" for device in devices)
+    if isinstance(model, PackedGPT) or batch_size > 1 or not on_cpu:
+        return model
+    return PackedGPT(model, batch_size)

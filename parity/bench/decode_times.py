@@ -1,0 +1,594 @@
+"""The outcome of the decode bench as values: they print as tables and go to JSON."""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from parity.bench.complexity import ARGUMENTS, MIN_CONTEXTS, Law, Traffic
+
+REFERENCE = "transformers"  # whom speeds are relative to
+# Of issue 5, for gpt2 in float32 on two CPU cores: at least this, or at most.
+AT_LEAST = {
+    "flax over transformers": 1.9,
+    "torch over transformers": 1.9,
+    "flax share of bandwidth": 0.65,
+    "torch share of bandwidth": 0.65,
+    "flax over naive": 4.0,
+    "flax over ctranslate2": 1.2,
+    "batch 8 over batch 1": 3.5,
+    "batch 16 over batch 1": 4.5,
+}
+AT_MOST = {
+    "torch step over flax step": 1.15,
+    "capacity 8192 over 256, flax": 1.1,
+    "capacity 8192 over 256, torch": 1.1,
+    "torch handle over in place": 1.05,
+    "cache-shaped copies per step": 0,
+    "programs compiled after warm-up": 0,
+    "flax step compile seconds": 5.0,
+}
+# Where a target holds; elsewhere the number is given without one.
+SHARE_CONTEXTS = 512, 2048
+NAIVE_CONTEXT = 2048
+IN_PLACE_CONTEXTS = range(4097)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tie:
+    """A token that another contender chose differently, between two that are as good as equal.
+
+    Attributes:
+        row: of the batch.
+        number: of the token, from 0 for the prompt's.
+        gap: between their logits, in the reference.
+    """
+
+    row: int
+    number: int
+    gap: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """One contender in one cell; without turns where it could not run.
+
+    Attributes:
+        name: of the contender.
+        framework: flax, torch, transformers or ctranslate2.
+        form: cached, uncached or loop.
+        ran: what exactly was timed.
+        unavailable: why it could not run; None where it did.
+        compile_s: seconds of compilation for writing, which no turn contains; None where nothing
+            is compiled.
+        prefill_compile_s: the same for reading the prompt.
+        prefills_s: seconds to read the prompt, by repetition; none where it does not read.
+        memory_bytes: by how much memory grew while it was set up and ran first; None where unknown.
+        extra_bytes: of weights that it holds beside the twin's own; None where unknown.
+        num_steps: steps of a turn.
+        turns_s: seconds per step, by round; a slow contender sits out the later rounds.
+        num_tokens: tokens that were compared before.
+        ties: those that differed by a tie; behind one a row is not compared.
+        recompiled: programs that were compiled during its turns.
+    """
+
+    name: str
+    framework: str
+    form: str
+    ran: str
+    unavailable: str | None = None
+    compile_s: float | None = None
+    prefill_compile_s: float | None = None
+    prefills_s: tuple[float, ...] = ()
+    memory_bytes: int | None = None
+    extra_bytes: int | None = None
+    num_steps: int = 0
+    turns_s: tuple[float, ...] = ()
+    num_tokens: int = 0
+    ties: tuple[Tie, ...] = ()
+    recompiled: int = 0
+
+    @property
+    def step_s(self) -> float:
+        """Median seconds per step."""
+        return statistics.median(self.turns_s)
+
+    @property
+    def prefill_s(self) -> float | None:
+        """Median seconds to read the prompt."""
+        return statistics.median(self.prefills_s) if self.prefills_s else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """How the twins' logits compare, behind the prompt and along the tokens of a turn.
+
+    Attributes:
+        gap: largest difference over the largest logit.
+        bound: see `LOGITS`.
+        noise: largest difference. Two tokens are a tie when their logits are within twice this.
+        count: logits that were compared.
+        distinct: different tokens among the reference's, so that repetition shows.
+    """
+
+    gap: float
+    bound: float
+    noise: float
+    count: int
+    distinct: int
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheAccount:
+    """Bytes of one layer of a twin's cache behind the prompt; all layers are alike.
+
+    Attributes:
+        framework: whose cache.
+        capacity: slots per row.
+        allocated: what the slots take.
+        valid: the part of it that holds tokens.
+        read: the part of it that the first step reads.
+    """
+
+    framework: str
+    capacity: int
+    allocated: int
+    valid: int
+    read: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeCell:
+    """All contenders behind one prompt.
+
+    Attributes:
+        dtype: of weights, cache and computation.
+        batch_size: rows.
+        context: tokens of a row when a full turn ends.
+        prompt_length: tokens of a row when it begins.
+        traffic: bytes that a step must read.
+        agreement: of the twins.
+        accounts: of their caches.
+        contenders: by name, in the order of the table.
+        bandwidths: bytes per second in each round, by program.
+        cache_copies: cache-shaped arrays that flax's compiled step makes anew.
+        step_costs: FLOP and bytes of it by XLA's account, where there is one.
+    """
+
+    dtype: str
+    batch_size: int
+    context: int
+    prompt_length: int
+    traffic: Traffic
+    agreement: Agreement
+    accounts: tuple[CacheAccount, ...]
+    contenders: tuple[Decoding, ...]
+    bandwidths: Mapping[str, Sequence[float]]
+    cache_copies: int = 0
+    step_costs: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """Its place in the grid."""
+        return f"{self.dtype}, batch {self.batch_size}, context {self.context}"
+
+    @property
+    def roofs(self) -> list[float]:
+        """The fastest program's bytes per second in each round."""
+        return [max(of_round) for of_round in zip(*self.bandwidths.values(), strict=True)]
+
+    def get(self, name: str) -> Decoding | None:
+        """A contender that ran; None otherwise."""
+        found = (x for x in self.contenders if x.name == name and x.turns_s)
+        return next(found, None)
+
+    def speed(self, ours: str, theirs: str) -> float | None:
+        """How many times as fast one contender is as another; median of the rounds of both."""
+        one, other = self.get(ours), self.get(theirs)
+        if one is None or other is None:
+            return None
+        pairs = zip(one.turns_s, other.turns_s, strict=False)
+        return statistics.median(b / a for a, b in pairs)
+
+    def mean_length(self, decoding: Decoding) -> float:
+        """Tokens that a row holds before a step, the mean of a turn's steps."""
+        return self.prompt_length + (decoding.num_steps - 1) / 2
+
+    def bytes_per_step(self, decoding: Decoding) -> float | None:
+        """Weights and valid cache, the mean of a turn's steps; None without a cache."""
+        if decoding.form == "uncached":
+            return None
+        return self.traffic.per_step(self.mean_length(decoding))
+
+    def share(self, name: str) -> float | None:
+        """Bytes per second over the best read bandwidth; median of rounds."""
+        decoding = self.get(name)
+        num_bytes = decoding and self.bytes_per_step(decoding)
+        if num_bytes is None:
+            return None
+        pairs = zip(decoding.turns_s, self.roofs, strict=False)
+        return statistics.median(num_bytes / seconds / roof for seconds, roof in pairs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The cell as JSON has it."""
+        config = self.traffic.config
+        return {
+            "dtype": self.dtype,
+            "batch_size": self.batch_size,
+            "context": self.context,
+            "prompt_length": self.prompt_length,
+            "agreement": dataclasses.asdict(self.agreement),
+            "bandwidth": {
+                name: {"bytes_per_s": statistics.median(rates), "rounds_bytes_per_s": list(rates)}
+                for name, rates in self.bandwidths.items()
+            },
+            "best_bytes_per_s": statistics.median(self.roofs),
+            "weight_bytes_per_step": self.traffic.weights,
+            "cache": [
+                {
+                    "framework": account.framework,
+                    "capacity": account.capacity,
+                    "formula": "2 * B * K * S * H * itemsize per layer",
+                    "layers": [
+                        {
+                            "allocated_bytes": account.allocated,
+                            "valid_bytes": account.valid,
+                            "read_bytes_per_step": account.read,
+                        }
+                        for _ in range(config.num_layers)
+                    ],
+                }
+                for account in self.accounts
+            ],
+            "flax_step_program": {"cache_copies": self.cache_copies} | dict(self.step_costs),
+            "contenders": [self._contender(x) for x in self.contenders],
+        }
+
+    def _contender(self, decoding: Decoding) -> dict[str, Any]:
+        ran = bool(decoding.turns_s)
+        num_bytes = self.bytes_per_step(decoding) if ran else None
+        return {
+            "name": decoding.name,
+            "framework": decoding.framework,
+            "form": decoding.form,
+            "ran": decoding.ran,
+            "unavailable": decoding.unavailable,
+            "compile_s": decoding.compile_s,
+            "prefill_compile_s": decoding.prefill_compile_s,
+            "prefill_s": decoding.prefill_s,
+            "prefills_s": list(decoding.prefills_s),
+            "step_s": decoding.step_s if ran else None,
+            "fastest_s": min(decoding.turns_s) if ran else None,
+            "slowest_s": max(decoding.turns_s) if ran else None,
+            "rounds_s": list(decoding.turns_s),
+            "steps_per_round": decoding.num_steps,
+            "tokens_per_s": self.batch_size / decoding.step_s if ran else None,
+            "bytes_per_step": num_bytes,
+            "bytes_per_s": num_bytes / decoding.step_s if num_bytes else None,
+            "share_of_bandwidth": self.share(decoding.name),
+            "speed_over_transformers": self.speed(decoding.name, REFERENCE),
+            "memory_bytes": decoding.memory_bytes,
+            "extra_weight_bytes": decoding.extra_bytes,
+            "tokens_compared": decoding.num_tokens,
+            "ties": [dataclasses.asdict(tie) for tie in decoding.ties],
+            "programs_compiled_after_warm_up": decoding.recompiled,
+        }
+
+    def __rich__(self) -> RenderableType:
+        # Narrow enough for 80 columns.
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("", no_wrap=True)
+        heads = (
+            "compile\ns", "prefill\nms", "token\nms", "spread\n%", "tokens\n/s", "\nGB/s",
+            "\nshare",
+            "x\ntransf.", "memory\nGB",
+        )  # fmt: skip
+        for head in heads:
+            table.add_column(head, justify="right", no_wrap=True)
+        for decoding in self.contenders:
+            if not decoding.turns_s:
+                table.add_row(decoding.name, Text("none", style="yellow"))
+                continue
+            num_bytes, share = self.bytes_per_step(decoding), self.share(decoding.name)
+            speed = self.speed(decoding.name, REFERENCE)
+            spread = min(decoding.turns_s), max(decoding.turns_s)
+            table.add_row(
+                decoding.name,
+                _or_nothing(decoding.compile_s, lambda x: f"{x:.1f}"),
+                _or_nothing(decoding.prefill_s, lambda x: f"{x * 1e3:,.0f}"),
+                _milliseconds(decoding.step_s, decoding.step_s),
+                f"{(spread[1] - spread[0]) / decoding.step_s * 100:.0f}",
+                f"{self.batch_size / decoding.step_s:,.1f}",
+                _or_nothing(num_bytes, lambda x, s=decoding.step_s: f"{x / s / 1e9:.1f}"),
+                _or_nothing(share, lambda x: f"{x * 100:.0f}%"),
+                _or_nothing(speed, lambda x: f"{x:.2f}x"),
+                _or_nothing(decoding.memory_bytes, lambda x: f"{x / 1e9:.2f}"),
+            )
+        return Group(
+            Text(self.label, style="bold"),
+            table,
+            *(Text(note, style="dim") for note in self._notes()),
+        )
+
+    def _notes(self) -> Iterator[str]:
+        layers, agreement = self.traffic.config.num_layers, self.agreement
+        rounds = max((len(x.turns_s) for x in self.contenders), default=0)
+        slots = self.prompt_length
+        bandwidths = ", ".join(
+            f"{name} {statistics.median(rates) / 1e9:.1f}"
+            for name, rates in self.bandwidths.items()
+        )
+        weights, cache = _megabytes(self.traffic.weights), _megabytes(self.traffic.cache(slots))
+        yield (
+            f"{slots} tokens of prompt, {rounds} rounds; a step reads {weights} of weights and "
+            f"{cache} of valid cache and up; read bandwidth in GB/s: {bandwidths}"
+        )
+        for account in self.accounts:
+            yield (
+                f"{account.framework} cache: {layers} x {_megabytes(account.allocated)} "
+                f"allocated ({account.capacity} slots), {_megabytes(account.valid)} valid, "
+                f"{_megabytes(account.read)} read per step; 2 B K S H x itemsize, which num_bytes "
+                "confirms"
+            )
+        yield (
+            f"agreement: twins' logits {agreement.gap:.1e} of the largest apart (bound "
+            f"{agreement.bound:.0e}) over {agreement.count:,} of them; tokens of every contender "
+            f"equal, {agreement.distinct} different ones"
+            + "".join(
+                f"; {x.name}: {len(x.ties)} tied ({max(tie.gap for tie in x.ties):.1e} apart)"
+                for x in self.contenders
+                if x.ties
+            )
+        )
+        for decoding in self.contenders:
+            if decoding.unavailable is not None:
+                yield f"{decoding.name}: {decoding.unavailable}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """A number that the project has a target for.
+
+    Attributes:
+        name: a key of AT_LEAST or AT_MOST, or what else it is.
+        cell: where it was found.
+        context: tokens of a row there; None where that says nothing.
+        found: the number.
+        target: None where none was set.
+        at_most: whether the target is from above.
+    """
+
+    name: str
+    cell: str
+    context: int | None
+    found: float
+    target: float | None
+    at_most: bool
+
+    @property
+    def met(self) -> bool | None:
+        """None without a target."""
+        if self.target is None:
+            return None
+        return self.found <= self.target if self.at_most else self.found >= self.target
+
+    def to_dict(self) -> dict[str, Any]:
+        """The ratio as JSON has it."""
+        return dataclasses.asdict(self) | {"met": self.met}
+
+
+@dataclasses.dataclass(frozen=True)
+class CapacityTest:
+    """Seconds per step of one twin with few valid slots, in a large cache and in a small one.
+
+    Attributes:
+        framework: whose.
+        valid: slots that hold tokens when the turn begins.
+        capacities: slots of the small and of the large cache.
+        small_s: by round.
+        large_s: by round.
+    """
+
+    framework: str
+    valid: int
+    capacities: tuple[int, int]
+    small_s: tuple[float, ...]
+    large_s: tuple[float, ...]
+
+    @property
+    def ratio(self) -> float:
+        """Large over small; median of rounds."""
+        pairs = zip(self.large_s, self.small_s, strict=True)
+        return statistics.median(large / small for large, small in pairs)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeBench:
+    """The outcome: prints as a table per cell, ratios and exponents; goes to JSON.
+
+    Attributes:
+        environment: everything about the machine that can change a time.
+        preset: name of the model's size.
+        config: of the model.
+        seed: of weights and prompts.
+        cells: the grid.
+        capacity_tests: by framework.
+        laws: how costs grow with the context.
+    """
+
+    environment: Mapping[str, Any]
+    preset: str
+    config: Mapping[str, Any]
+    seed: int
+    cells: tuple[DecodeCell, ...]
+    capacity_tests: tuple[CapacityTest, ...]
+    laws: tuple[Law, ...]
+
+    @property
+    def ratios(self) -> tuple[Ratio, ...]:
+        """What the project has targets for, wherever the cells for it are there."""
+        found = [ratio for cell in self.cells for ratio in _ratios_of_cell(cell)]
+        found += _ratios_of_batches(self.cells)
+        for test in self.capacity_tests:
+            small, large = test.capacities
+            name = f"capacity {large} over {small}, {test.framework}"
+            found.append(_ratio(name, "batch 1", test.valid, test.ratio))
+        order = [*AT_LEAST, *AT_MOST]
+        return tuple(sorted(found, key=lambda x: order.index(x.name) if x.name in order else 99))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The outcome in schema 1."""
+        return {
+            "schema": 1,
+            "bench": "decode",
+            "environment": dict(self.environment),
+            "preset": self.preset,
+            "config": dict(self.config),
+            "seed": self.seed,
+            "cells": [cell.to_dict() for cell in self.cells],
+            "capacity": [
+                dataclasses.asdict(test) | {"ratio": test.ratio} for test in self.capacity_tests
+            ],
+            "ratios": [ratio.to_dict() for ratio in self.ratios],
+            "complexity": [law.to_dict() for law in self.laws],
+        }
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The outcome as text: on one line, or indented."""
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False) + "\n"
+
+    def __rich__(self) -> RenderableType:
+        environment = self.environment
+        load = f"{environment['load_before']} before and {environment['load_after']} after"
+        about = (
+            f"{self.preset}; {environment['devices']}; {environment['cores']} cores, load {load}, "
+            f"{environment['threads']} torch threads. Medians of rounds in turns; share: weights "
+            "and valid cache read once per step, over the best read bandwidth of the same round; "
+            f"x transf.: against {REFERENCE}, round by round; memory: growth while it was set up "
+            "and ran first, the twins' own weights left out."
+        )
+        ran: dict[str, str] = {}
+        for cell in self.cells:
+            ran |= {x.name: x.ran for x in cell.contenders if x.turns_s}
+        notes = [about, *(f"{name}: {what}." for name, what in ran.items())]
+        return Group(
+            *self.cells,
+            self._ratio_table(),
+            *self._complexity(),
+            *(Text(note, style="dim") for note in notes),
+        )
+
+    def _ratio_table(self) -> RenderableType:
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+        for head in ("ratio", "found", "target", "cell", "context"):
+            justify = "right" if head in ("found", "target", "context") else "left"
+            table.add_column(head, justify=justify, no_wrap=True)
+        rows: dict[tuple[str, str], list[Ratio]] = {}
+        for ratio in self.ratios:
+            rows.setdefault((ratio.name, ratio.cell), []).append(ratio)
+        for (name, cell), of_row in rows.items():
+            found = Text(" ").join(
+                Text(f"{x.found:.3g}", style={None: "", True: "green", False: "red"}[x.met])
+                for x in of_row
+            )
+            targets = {x.target for x in of_row if x.target is not None}
+            sign = "<=" if of_row[0].at_most else ">="
+            contexts = (f"{x.context}" for x in of_row if x.context is not None)
+            target = f"{sign} {targets.pop():g}" if targets else ""
+            table.add_row(name, found, target, cell, " ".join(contexts))
+        note = "targets are for gpt2 in float32 on two CPU cores that nothing else uses"
+        return Group(table, Text(note, style="dim"))
+
+    def _complexity(self) -> Iterator[RenderableType]:
+        fitted = [law for law in self.laws if law.exponent is not None]
+        if not fitted:
+            yield Text(f"no exponents are fitted: they need {MIN_CONTEXTS} contexts", style="dim")
+            return
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+        for head in ("cost of a token", "", "context to the power", "from"):
+            table.add_column(head, no_wrap=True)
+        for law in fitted:
+            table.add_row(
+                f"{law.framework} {law.form}", law.quantity, str(law.exponent), law.source
+            )
+        yield table
+        for form, argument in ARGUMENTS.items():
+            yield Text(f"{form}: {argument}.", style="dim")
+        yield Text(
+            "powers: least squares of logarithms over all rounds of all contexts; in brackets 95 % "
+            "by Student's t.",
+            style="dim",
+        )
+
+
+def _ratios_of_cell(cell: DecodeCell) -> Iterator[Ratio]:
+    """Those that one cell holds; targets hold in float32 and, but for one, for a single row."""
+    wide = cell.dtype == "float32"
+    single = wide and cell.batch_size == 1
+
+    def of(name: str, found: float | None, holds: bool) -> Iterator[Ratio]:
+        if found is not None:
+            where = f"{cell.dtype}, batch {cell.batch_size}"
+            yield _ratio(name, where, cell.context, found, holds)
+
+    for twin in ("flax", "torch"):
+        yield from of(f"{twin} over transformers", cell.speed(f"{twin} step", REFERENCE), single)
+    yield from of("torch step over flax step", cell.speed("flax step", "torch step"), wide)
+    for twin in ("flax", "torch"):
+        there = single and cell.context in SHARE_CONTEXTS
+        yield from of(f"{twin} share of bandwidth", cell.share(f"{twin} step"), there)
+    there = single and cell.context == NAIVE_CONTEXT
+    yield from of("flax over naive", cell.speed("flax step", "flax naive"), there)
+    there = single and cell.context in IN_PLACE_CONTEXTS
+    in_place = cell.speed("torch in place", "torch step")
+    yield from of("torch handle over in place", in_place, there)
+    yield from of("flax over ctranslate2", cell.speed("flax step", "ctranslate2"), single)
+    yield from of("cache-shaped copies per step", cell.cache_copies, True)
+    step = cell.get("flax step")
+    if step is not None:
+        compiled = sum(x.recompiled for x in cell.contenders if x.framework == "flax")
+        yield from of("programs compiled after warm-up", compiled, True)
+        yield from of("flax step compile seconds", step.compile_s, wide)
+
+
+def _ratios_of_batches(cells: Sequence[DecodeCell]) -> Iterator[Ratio]:
+    """Tokens per second of several rows over those of one; medians, for their rounds differ."""
+    for cell in cells:
+        alone = (
+            x for x in cells if (x.dtype, x.context, x.batch_size) == (cell.dtype, cell.context, 1)
+        )
+        single = next(alone, None)
+        if cell.batch_size == 1 or single is None:
+            continue
+        for name in ("flax step", "torch step"):
+            many, one = cell.get(name), single.get(name)
+            if many is not None and one is not None:
+                found = cell.batch_size * one.step_s / many.step_s
+                key = f"batch {cell.batch_size} over batch 1"
+                wide = cell.dtype == "float32"
+                yield _ratio(key, f"{name}, {cell.dtype}", cell.context, found, wide)
+
+
+def _ratio(name: str, cell: str, context: int | None, found: float, holds: bool = True) -> Ratio:
+    target = AT_LEAST.get(name, AT_MOST.get(name)) if holds else None
+    return Ratio(name, cell, context, float(found), target, name in AT_MOST)
+
+
+def _milliseconds(seconds: float, like: float) -> str:
+    """Three digits or so, as many behind the point as another time has."""
+    return f"{seconds * 1e3:,.{2 if like < 0.1 else 1 if like < 1.0 else 0}f}"
+
+
+def _megabytes(num_bytes: float) -> str:
+    scaled = num_bytes / 1e6
+    return f"{scaled:,.{0 if scaled >= 100 else 1 if scaled >= 1 else 3}f}MB"
+
+
+def _or_nothing(value: float | None, words: Callable[[float], str]) -> str:
+    return "" if value is None else words(value)

@@ -1,0 +1,428 @@
+"""What is timed: the twins' decoding in each of its forms, behind the same two methods.
+
+`prefill` reads the prompt and waits. `turn` first puts everything back to the state behind the
+prompt, which no clock sees, and then writes. Its tokens begin with the one that the prompt itself
+has chosen; each step appends a token to every row and chooses the next.
+"""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+
+import flax_gpt
+import torch_gpt
+from flax_gpt.decoder import room_for
+from parity.environment import Devices, jax_scope
+from parity.leaves import to_numpy
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One prompt to go on from.
+
+    Attributes:
+        config: of the model.
+        prompt_BT: token ids.
+        num_steps: steps of a full turn.
+        devices: where each framework runs.
+    """
+
+    config: flax_gpt.GPTConfig
+    prompt_BT: np.ndarray
+    num_steps: int
+    devices: Devices
+
+    @property
+    def batch_size(self) -> int:
+        """Rows."""
+        return self.prompt_BT.shape[0]
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of a row before the first turn."""
+        return self.prompt_BT.shape[1]
+
+    @property
+    def context(self) -> int:
+        """Tokens of a row when a full turn ends."""
+        return self.prompt_length + self.num_steps
+
+    @property
+    def words(self) -> str:
+        """Which it is, for messages."""
+        return f"{self.config.dtype}, batch {self.batch_size}, context {self.context}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """Tokens (B, 1 + steps), the first of which is the prompt's, and the seconds of all steps."""
+
+    tokens_BG: np.ndarray
+    seconds: float
+
+
+class Contender(Protocol):
+    """What the bench needs of whoever decodes.
+
+    Attributes:
+        name: in tables.
+        framework: whose it is.
+        form: cached, uncached, or loop for all steps in one call.
+        ran: what exactly is timed, in words.
+        reads: whether `prefill` reads the prompt; the others leave that to another contender.
+        extra_bytes: of weights that it holds beside the twin's own; None where unknown.
+    """
+
+    name: str
+    framework: str
+    form: str
+    ran: str
+    reads: bool
+    extra_bytes: int | None
+
+    def prefill(self) -> None:
+        """Reads the prompt and waits."""
+        ...
+
+    def turn(self, num_steps: int) -> Turn:
+        """Writes behind the prompt."""
+        ...
+
+
+class FlaxSteps:
+    """flax_gpt.Decoder.step in a Python loop, with the choice on the device.
+
+    Args:
+        model: the twin.
+        cell: what is decoded.
+        capacity: slots of the cache; None for what the decoder takes.
+    """
+
+    name = "flax step"
+    framework = "flax"
+    form = "cached"
+    ran = "Decoder.step in a Python loop: one compiled program per step, its cache donated"
+    reads = True
+
+    def __init__(self, model: nnx.Module, cell: Cell, capacity: int | None = None):
+        self._cell, self._capacity = cell, capacity
+        with self._scope():
+            self._decoder = flax_gpt.Decoder(model, cell.batch_size)
+            self._prompt_BT = jnp.asarray(cell.prompt_BT)
+            self._choose = jax.jit(_greedy)
+        self.extra_bytes = self._decoder.extra_bytes
+        self._behind = self._logits_BV = None
+        self._littered = False
+
+    @property
+    def model(self) -> nnx.Module:
+        """The twin with its weights laid out for the steps."""
+        return self._decoder.model
+
+    def prefill(self) -> None:
+        """Decoder.prefill, one compiled program."""
+        with self._scope():
+            self._logits_BV = self._behind = None  # their memory can be taken again
+            self._littered = False
+            self._logits_BV, self._behind = jax.block_until_ready(
+                self._decoder.prefill(self._prompt_BT, capacity=self._capacity)
+            )
+
+    def turn(self, num_steps: int) -> Turn:
+        """Steps, and the first token of each turn from the prompt."""
+        with self._scope():
+            cache, token_B = self.state()
+            found = [token_B]
+            start = time.perf_counter()
+            for _ in range(num_steps):
+                logits_BV, cache = self._decoder.step(token_B, cache)
+                token_B = self._choose(logits_BV)
+                found.append(token_B)
+            jax.block_until_ready((token_B, cache))
+            seconds = time.perf_counter() - start
+            return Turn(np.stack([np.asarray(x) for x in found], axis=1), seconds)
+
+    def state(self) -> tuple[Any, jax.Array]:
+        """A copy of the cache behind the prompt, garbage in its free slots, and the first token."""
+        with self._scope():
+            if not self._littered:
+                self._behind, self._littered = flax_littered(self._behind, self._cell), True
+            cache = jax.tree.map(jnp.copy, self._behind)
+            return jax.block_until_ready((cache, self._choose(self._logits_BV)))
+
+    @property
+    def cache(self) -> Any:
+        """The cache behind the prompt."""
+        return self._behind
+
+    def program(self) -> jax.stages.Compiled:
+        """The program of a step behind the prompt, to look into."""
+        with self._scope():
+            shapes = jax.eval_shape(lambda: self._behind)
+            tokens_B = jax.ShapeDtypeStruct((self._cell.batch_size,), jnp.int32)
+            return self._decoder.program(flax_gpt.decode_step, tokens_B, state=shapes)
+
+    def logits_along(self, tokens_BG: np.ndarray) -> Iterator[np.ndarray]:
+        """Logits (B, V) behind the prompt, and behind each of these tokens but the last."""
+        with self._scope():
+            yield np.asarray(self._logits_BV, np.float32)
+            cache, _ = self.state()
+            for token_B in tokens_BG.T[:-1]:
+                logits_BV, cache = self._decoder.step(jnp.asarray(token_B, jnp.int32), cache)
+                yield np.asarray(logits_BV, np.float32)
+
+    def _scope(self) -> Any:
+        return jax_scope(self._cell.config.dtype, self._cell.devices.flax)
+
+
+class FlaxLoop:
+    """flax_gpt.generate: all steps in one compiled loop, behind a prompt that has been read.
+
+    Args:
+        cell: what is decoded.
+        reader: has the weights as they lie for its steps.
+    """
+
+    name = "flax loop"
+    framework = "flax"
+    form = "loop"
+    ran = "generate(Decoder) behind its prompt: all steps in one compiled loop, its cache donated"
+    reads = False
+
+    def __init__(self, cell: Cell, reader: FlaxSteps):
+        self._cell = cell
+        with jax_scope(cell.config.dtype, cell.devices.flax):
+            self._decoder = _ReadsAhead(reader.model, cell.batch_size)
+            self._prompt_BT = jnp.asarray(cell.prompt_BT)
+        self.extra_bytes = reader.extra_bytes
+
+    def prefill(self) -> None:
+        """Decoder.prefill, which `generate` calls first of all."""
+        with jax_scope(self._cell.config.dtype, self._cell.devices.flax):
+            self._decoder.read(self._prompt_BT, self._cell)
+
+    def turn(self, num_steps: int) -> Turn:
+        """The clock sees what `generate` does beside reading the prompt."""
+        with jax_scope(self._cell.config.dtype, self._cell.devices.flax):
+            self._decoder.rewind()
+            start = time.perf_counter()
+            generation = flax_gpt.generate(self._decoder, self._prompt_BT, num_steps + 1)
+            tokens_BG = jax.block_until_ready(generation.tokens_BG)
+            seconds = time.perf_counter() - start
+            return Turn(np.asarray(tokens_BG), seconds)
+
+
+class _ReadsAhead(flax_gpt.Decoder):
+    """A decoder that has read the prompt before `generate` asks it to."""
+
+    def read(self, prompt_BT: jax.Array, cell: Cell) -> None:
+        """Reads the prompt, into as much room as `generate` wants for a full turn."""
+        # One token more than the context: the last one is chosen, but not appended.
+        capacity = room_for(cell.context + 1, cell.config)
+        logits_BV, cache = super().prefill(prompt_BT, capacity=capacity)
+        self._behind = jax.block_until_ready((logits_BV, flax_littered(cache, cell)))
+
+    def rewind(self) -> None:
+        """Makes a copy of all that was read, to be used up."""
+        self._copy = jax.block_until_ready(jax.tree.map(jnp.copy, self._behind))
+
+    def prefill(self, *_: Any, **__: Any) -> Any:
+        """What was read before."""
+        return self._copy
+
+
+class FlaxUncached:
+    """flax_gpt.generate without a cache.
+
+    Args:
+        model: the twin.
+        cell: what is decoded.
+    """
+
+    name = "flax uncached"
+    framework = "flax"
+    form = "uncached"
+    ran = "generate(use_cache=False): one compiled loop, every token from the whole sequence"
+    reads = False
+    extra_bytes = 0
+
+    def __init__(self, model: nnx.Module, cell: Cell):
+        self._cell = cell
+        with jax_scope(cell.config.dtype, cell.devices.flax):
+            self._decoder = flax_gpt.Decoder(model, cell.batch_size, packed=False)
+            self._prompt_BT = jnp.asarray(cell.prompt_BT)
+
+    def prefill(self) -> None:
+        """Nothing is kept, so nothing is read ahead."""
+
+    def turn(self, num_steps: int) -> Turn:
+        """Time is by token: the first costs as much as every other."""
+        with jax_scope(self._cell.config.dtype, self._cell.devices.flax):
+            start = time.perf_counter()
+            generation = flax_gpt.generate(
+                self._decoder, self._prompt_BT, num_steps + 1, use_cache=False
+            )
+            tokens_BG = np.asarray(jax.block_until_ready(generation.tokens_BG))
+            seconds = time.perf_counter() - start
+        return Turn(tokens_BG, seconds * num_steps / (num_steps + 1))
+
+
+class TorchSteps:
+    """torch_gpt.Decoder.step in a Python loop, with the choice on the device.
+
+    Args:
+        model: the twin, on its device.
+        cell: what is decoded.
+        capacity: slots of the cache; None for what the decoder takes.
+    """
+
+    name = "torch step"
+    framework = "torch"
+    form = "cached"
+    reads = True
+
+    def __init__(self, model: torch.nn.Module, cell: Cell, capacity: int | None = None):
+        self._cell, self._capacity = cell, capacity
+        self._device = cell.devices.torch
+        self._decoder = torch_gpt.Decoder(model, cell.batch_size)
+        self._prompt_BT = torch.from_numpy(cell.prompt_BT).long().to(self._device)
+        self.extra_bytes = self._decoder.extra_bytes
+        how = "eager" if self._device.type == "cpu" else "one compiled graph per step"
+        self.ran = f"Decoder.step in a Python loop, {how}; the newest handle writes in place"
+        self._behind = self._logits_BV = None
+        self._littered = False
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The twin with its weights laid out for the steps."""
+        return self._decoder.model
+
+    @torch.no_grad()
+    def prefill(self) -> None:
+        """Decoder.prefill."""
+        self._logits_BV = self._behind = None  # their memory can be taken again
+        self._littered = False
+        self._logits_BV, self._behind = self._decoder.prefill(
+            self._prompt_BT, capacity=self._capacity
+        )
+        wait_for_torch(self._device)
+
+    @torch.no_grad()
+    def turn(self, num_steps: int) -> Turn:
+        """Steps, and the first token of each turn from the prompt."""
+        cache, token_B = self.state()
+        found = [token_B]
+        wait_for_torch(self._device)
+        start = time.perf_counter()
+        for _ in range(num_steps):
+            logits_BV, cache = self._decoder.step(token_B, cache)
+            token_B = torch.argmax(logits_BV, dim=-1)
+            found.append(token_B)
+        wait_for_torch(self._device)
+        seconds = time.perf_counter() - start
+        return Turn(to_numpy(torch.stack(found, dim=1)), seconds)
+
+    @torch.no_grad()
+    def state(self) -> tuple[Any, torch.Tensor]:
+        """A copy of the cache behind the prompt, garbage in its free slots, and the first token."""
+        # All rows selected are a new allocation, which owns its free slots.
+        rows_B = torch.arange(self._cell.batch_size)
+        if not self._littered:
+            self._behind, self._littered = self._behind.select(rows_B), True
+            for layer in self._behind.layers:
+                for slots_BKSH in (layer.keys_BKSH, layer.values_BKSH):
+                    garbage_BKSH = torch.from_numpy(garbage_like(tuple(slots_BKSH.shape)))
+                    free = slice(self._cell.prompt_length, None)
+                    slots_BKSH[:, :, free] = garbage_BKSH[:, :, free].to(slots_BKSH)
+        cache = self._behind.select(rows_B)
+        return cache, torch.argmax(self._logits_BV, dim=-1)
+
+    @property
+    def cache(self) -> Any:
+        """The cache behind the prompt."""
+        return self._behind
+
+    @torch.no_grad()
+    def logits_along(self, tokens_BG: np.ndarray) -> Iterator[np.ndarray]:
+        """Logits (B, V) behind the prompt, and behind each of these tokens but the last."""
+        yield to_numpy(self._logits_BV.float())
+        cache, _ = self.state()
+        for token_B in tokens_BG.T[:-1]:
+            token_B = torch.from_numpy(token_B.copy()).long().to(self._device)
+            logits_BV, cache = self._decoder.step(token_B, cache)
+            yield to_numpy(logits_BV.float())
+
+
+class TorchUncached:
+    """torch_gpt.generate without a cache.
+
+    Args:
+        model: the twin, on its device.
+        cell: what is decoded.
+    """
+
+    name = "torch uncached"
+    framework = "torch"
+    form = "uncached"
+    ran = "generate(use_cache=False): eager, every token from the whole sequence"
+    reads = False
+    extra_bytes = 0
+
+    def __init__(self, model: torch.nn.Module, cell: Cell):
+        self._device = cell.devices.torch
+        self._decoder = torch_gpt.Decoder(model, cell.batch_size, packed=False)
+        self._prompt_BT = torch.from_numpy(cell.prompt_BT).long().to(self._device)
+
+    def prefill(self) -> None:
+        """Nothing is kept, so nothing is read ahead."""
+
+    def turn(self, num_steps: int) -> Turn:
+        """Time is by token: the first costs as much as every other."""
+        start = time.perf_counter()
+        generation = torch_gpt.generate(
+            self._decoder, self._prompt_BT, num_steps + 1, use_cache=False
+        )
+        wait_for_torch(self._device)
+        seconds = time.perf_counter() - start
+        return Turn(to_numpy(generation.tokens_BG), seconds * num_steps / (num_steps + 1))
+
+
+def flax_littered(cache: Any, cell: Cell) -> Any:
+    """A copy of a cache behind a cell's prompt, with garbage in its free slots.
+
+    Zeros that nobody has written are one page of memory over and over, which is read from the
+    processor's own cache, and a leak from free slots would not be seen.
+    """
+
+    def litter(slots: jax.Array) -> jax.Array:
+        if slots.ndim != 4:
+            return jnp.copy(slots)
+        garbage = jnp.asarray(garbage_like(slots.shape), slots.dtype)
+        return slots.at[:, :, cell.prompt_length :].set(garbage[:, :, cell.prompt_length :])
+
+    return jax.tree.map(litter, cache)
+
+
+def garbage_like(shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers as large as keys and values are, in float32."""
+    return np.resize(_GARBAGE, shape)
+
+
+def wait_for_torch(device: torch.device) -> None:
+    """Until all that was asked of a device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _greedy(logits_BV: jax.Array) -> jax.Array:
+    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+
+
+_GARBAGE = np.random.default_rng(0).standard_normal(10_007).astype(np.float32)
