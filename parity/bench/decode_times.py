@@ -285,9 +285,8 @@ class DecodeCell:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("", no_wrap=True)
         heads = (
-            "compile\ns", "prefill\nms", "token\nms", "spread\n%", "tokens\n/s", "\nGB/s",
-            "\nshare",
-            "x\ntransf.", "memory\nGB",
+            "build\ns", "prompt\nms", "token\nms", "spread\n%", "tokens\n/s", "\nGB/s", "\nshare",
+            "x tf", "mem.\nGB",
         )  # fmt: skip
         for head in heads:
             table.add_column(head, justify="right", no_wrap=True)
@@ -470,7 +469,7 @@ class DecodeBench:
             f"{self.preset}; {environment['devices']}; {environment['cores']} cores, load {load}, "
             f"{environment['threads']} torch threads. Medians of rounds in turns; share: weights "
             "and valid cache read once per step, over the best read bandwidth of the same round; "
-            f"x transf.: against {REFERENCE}, round by round; memory: growth while it was set up "
+            f"x tf: speed against {REFERENCE}, round by round; mem.: growth while it was set up "
             "and ran first, the twins' own weights left out."
         )
         ran: dict[str, str] = {}
@@ -488,7 +487,7 @@ class DecodeBench:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
         for head in ("ratio", "found", "target", "cell", "context"):
             justify = "right" if head in ("found", "target", "context") else "left"
-            table.add_column(head, justify=justify, no_wrap=True)
+            table.add_column(head, justify=justify, no_wrap=head == "target")
         rows: dict[tuple[str, str], list[Ratio]] = {}
         for ratio in self.ratios:
             rows.setdefault((ratio.name, ratio.cell), []).append(ratio)
@@ -512,7 +511,7 @@ class DecodeBench:
             return
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
         for head in ("cost of a token", "", "context to the power", "from"):
-            table.add_column(head, no_wrap=True)
+            table.add_column(head)
         for law in fitted:
             table.add_row(
                 f"{law.framework} {law.form}", law.quantity, str(law.exponent), law.source

@@ -67,9 +67,9 @@ def decode(
     How to read the table: a token needs every weight and the valid part of the cache once, so its
     time is held against the time that this machine takes to read as many bytes, measured in the
     same round. The time of a token is the median, its spread that from the fastest to the slowest
-    round; x transf. is the speed against transformers, round by round; compiling is apart and in no
-    turn. Below the cells come the ratios
-    that the project has targets for, and how time, work and memory grow with the context.
+    round; x tf is the speed against transformers, round by round; build is compiling, which is in
+    no turn. Below the cells come the ratios that the project has targets for, and how time, work
+    and memory grow with the context.
 
     Close what else computes; the load average is printed. Torch's threads that spin while they
     wait are fastest on idle cores and stall each other on busy ones, so this command sets
