@@ -69,10 +69,6 @@ class PackedGPT(GPT):
     def extra_bytes(self) -> int:
         return sum(x.extra_bytes for _, x in nnx.iter_modules(self) if isinstance(x, PackedLinear))
 
-    def unembed(self, x_BTD: jax.Array) -> jax.Array:
-        """Logits (B, T, V) by the token embedding."""
-        return jnp.einsum("BTD,VD->BTV", x_BTD, self.token_embedding.embedding[...])
-
 
 def pack(model: GPT, batch_size: int) -> GPT:
     """The model for steps of so many rows: itself where no other layout is known to be faster."""

@@ -33,8 +33,9 @@ class PackedLinear(nn.Module):
         # A matrix per core, and what is left over.
         self._num_cores = torch.get_num_threads()
         self._num_left = num_outputs % self._num_cores
-        num_shared = num_outputs - self._num_left
-        self._shares = weight_OI[:num_shared].view(self._num_cores, -1, num_inputs)
+        share = num_outputs // self._num_cores
+        num_shared = share * self._num_cores
+        self._shares = weight_OI[:num_shared].view(self._num_cores, share, num_inputs)
         self._left_OI = weight_OI[num_shared:]
         if batch_size > 1 and _can_pack(weight_OI.dtype):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, batch_size)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import flax_gpt
+from flax_gpt.decoder import _program
 from flax_gpt.generation import _loop
 from parity.bench.structure import remade_caches
 
@@ -104,8 +105,6 @@ def test_the_work_without_a_cache_is_quadratic_in_the_length():
 
 
 def test_the_programs_of_a_mix_of_prompts_are_bounded():
-    from flax_gpt.decoder import _program
-
     decoder = decoder_of(1)
     before = _program()._cache_size()
     for length, new in itertools.product((3, 9, 17, 60, 130, 250), (1, 5)):

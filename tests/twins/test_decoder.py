@@ -222,6 +222,15 @@ def test_a_packed_model_shares_what_it_can_and_says_what_it_adds(gpt):
     assert gpt.package.pack(packed, 1) is packed
 
 
+def test_a_machine_may_have_more_cores_than_a_layer_has_outputs(twins, monkeypatch):
+    _, gpt = twins
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 20)
+    model, prompt, new = gpt.model(), tokens_of(rows=1), tokens_of(2, 1, seed=1)
+    found = decoded(gpt, gpt.package.Decoder(model, 1), prompt, new)
+    expected = uncached(gpt, model, prompt, new)
+    np.testing.assert_allclose(found.logits, expected, rtol=0, atol=1e-12)
+
+
 def test_without_onednn_torch_falls_back_on_its_own_linear(twins, monkeypatch):
     _, gpt = twins
     monkeypatch.setattr(torch_gpt.packing, "_can_pack", lambda dtype: False)

@@ -36,6 +36,7 @@ ONE_SIDED = {
     ("flax", "train.py", "TrainState.graphdef"): "the model without its weights",
     ("flax", "train.py", "TrainState.parameters"): "the weights without their model",
     ("torch", "train.py", "TrainState.model"): "a torch model holds its weights",
+    ("torch", "packing.py", "PackedGPT.unembed"): "jax reads the embedding as fast as it lies",
     ("flax", "decoder.py", "Decoder.run"): "only jax compiles what else is decoded",
     ("flax", "decoder.py", "Decoder.program"): "and has programs to look into",
 }
@@ -259,8 +260,7 @@ def test_an_einsum_says_what_the_names_of_its_operands_say(side):
 
 def test_the_twins_write_the_same_einsums():
     specs = [[spec for spec, _, _ in einsums(side)] for side in FOLDERS]
-    for spec in ("BTI,OI->BTO", "BTD,VD->BTV"):  # packing.py: others in torch
-        specs[0].remove(spec)
+    specs[0].remove("BTI,OI->BTO")  # packing.py: other operations in torch
     assert specs[0] == specs[1] and len(specs[0]) >= 1
 
 
