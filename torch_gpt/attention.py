@@ -30,8 +30,7 @@ def weigh(
     Returns:
         Weights (B, K, T, S) in the dtype of the queries.
     """
-    keys = [torch.swapaxes(part.keys_BKSH, 2, 3).to(q_BKTH.dtype) for part in parts]
-    scores = [q_BKTH @ keys_BKHS for keys_BKHS in keys]
+    scores = [_score(q_BKTH, part.keys_BKSH.to(q_BKTH.dtype)) for part in parts]
     scores_BKTS = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
     scores_BKTS = scores_BKTS * q_BKTH.shape[-1] ** -0.5
     # Not -inf: a row that sees nothing, such as padding, must stay finite.
@@ -94,3 +93,9 @@ def cleaned(layer: LayerCache, mask_BTS: torch.Tensor) -> LayerCache:
     return LayerCache(
         torch.where(seen, layer.keys_BKSH, 0.0), torch.where(seen, layer.values_BKSH, 0.0)
     )
+
+
+def _score(q_BKTH: torch.Tensor, keys_BKSH: torch.Tensor) -> torch.Tensor:
+    """Products of queries and keys, (B, K, T, S)."""
+    # twin: XLA takes keys that it has to swap at half the speed; BLAS swaps them as it reads.
+    return q_BKTH @ torch.swapaxes(keys_BKSH, 2, 3)

@@ -3,9 +3,11 @@
 from parity.bench.agreement import LOGITS, Reference
 from parity.bench.complexity import Exponent, Law, Traffic, fit_exponent
 from parity.bench.decode import CONTENDERS, bench_decode, decode_phases
+from parity.bench.decode_outcome import DecodeBench
 from parity.bench.decode_plots import draw
-from parity.bench.decode_times import DecodeBench, DecodeCell, Decoding, Ratio
+from parity.bench.decode_times import DecodeCell, Decoding
 from parity.bench.machine import Bandwidth, Matmul, best_matmul
+from parity.bench.ratios import Ratio
 from parity.bench.times import Contest, Timing, TrainingBench
 from parity.bench.training import DTYPES, bench_training, flop_per_step, phases
 

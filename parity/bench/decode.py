@@ -1,50 +1,30 @@
 """Decoding timed side by side: the twins in each of their forms, baselines, and peers.
 
-The contenders take turns, so that whatever slows the machine down slows all of them, and ratios
-are taken inside a round. What does not write the same tokens is not timed.
+A grid of cells, and beside it the cost of a large cache and the powers of the context.
 """
 
 import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import os
 import platform
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-import torch
-from flax import nnx
 
 import flax_gpt
 import torch_gpt
-from parity.bench.agreement import LOGITS, Reference, agree
-from parity.bench.baselines import FlaxNaive, TorchInPlace
-from parity.bench.complexity import MIN_CONTEXTS, Law, Traffic
-from parity.bench.decode_times import (
-    CacheAccount,
-    CapacityTest,
-    DecodeBench,
-    DecodeCell,
-    Decoding,
-    Tie,
-)
-from parity.bench.decoders import (
-    Cell,
-    Contender,
-    FlaxLoop,
-    FlaxSteps,
-    FlaxUncached,
-    TorchSteps,
-    TorchUncached,
-)
-from parity.bench.machine import Bandwidth, Compilations, MemoryGrowth, load_average
-from parity.bench.peers import CTranslate2, Transformers
-from parity.bench.programs import costs, uncached_costs
-from parity.bench.steps import Unavailable
-from parity.bench.structure import remade_caches
+from parity.bench.agreement import LOGITS
+from parity.bench.complexity import MIN_CONTEXTS, Law
+from parity.bench.decode_cell import TWIN_STEPS, Subject, cell_phases, time_cell
+from parity.bench.decode_outcome import DecodeBench
+from parity.bench.decode_times import CapacityTest, DecodeCell
+from parity.bench.decoders import Cell, FlaxSteps, TorchSteps
+from parity.bench.machine import Bandwidth, load_average
+from parity.bench.peers import Peers
+from parity.bench.programs import uncached_costs
 from parity.environment import Devices, fingerprint, jax_scope, pinned_precision
 from parity.leaves import flax_leaves, load_flax
 from parity.rules import TWINS
@@ -55,57 +35,12 @@ CONTENDERS = (
     "flax step", "flax loop", "flax uncached", "flax naive", "torch step", "torch uncached",
     "torch in place", "transformers", "transformers static", "ctranslate2",
 )  # fmt: skip
-_TWINS = "flax step", "torch step"
 
 # Slots of a small and of a large cache, and how many of them hold tokens.
 CAPACITIES, VALID = (256, 8192), 128
-# Without a cache a token is a whole prefill, so a turn is as short as it can be.
-_UNCACHED_STEPS = 1
-# A turn has fewer steps where it would take longer than this, in seconds, and a contender sits out
-# the rounds behind these many seconds, but not the first two.
-_TURN_S = 2.5
-_ALL_TURNS_S = 15.0
-_MIN_ROUNDS = 2
-# The prompt is read again until this is over, in seconds, but so often at most.
-_PREFILLS_S, _PREFILLS = 2.0, 3
 _LOUD = 16.0  # times the size of other embeddings
 _VARIABLES = "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "XLA_FLAGS"
 _PEERS = "transformers", "ctranslate2"
-
-
-@dataclasses.dataclass(frozen=True)
-class _Subject:
-    """The twins with the same weights, and where they run."""
-
-    config: flax_gpt.GPTConfig
-    flax: nnx.Module
-    torch: torch.nn.Module
-    devices: Devices
-
-
-@dataclasses.dataclass
-class _Entry:
-    """A contender that has run once, and what is known of it so far."""
-
-    contender: Contender
-    fields: dict[str, Any]
-    num_steps: int
-    warm_BG: np.ndarray
-    turns_s: list[float] = dataclasses.field(default_factory=list)
-    ties: dict[tuple[int, int], Tie] = dataclasses.field(default_factory=dict)
-    recompiled: int = 0
-    spent_s: float = 0.0
-
-    def timing(self) -> Decoding:
-        """All of it."""
-        return Decoding(
-            **self.fields,
-            num_steps=self.num_steps,
-            turns_s=tuple(self.turns_s),
-            num_tokens=self.warm_BG.size,
-            ties=tuple(self.ties.values()),
-            recompiled=self.recompiled,
-        )
 
 
 def decode_phases(
@@ -116,7 +51,7 @@ def decode_phases(
     for number, dtype in enumerate(dict.fromkeys(dtypes)):
         for rows in dict.fromkeys(batch_sizes):
             for context in dict.fromkeys(contexts):
-                phases += _phases(dtype, rows, context)
+                phases += cell_phases(dtype, rows, context)
         phases += ["large cache", "exponents"] if number == 0 else []
     return tuple(phases)
 
@@ -171,11 +106,12 @@ def bench_decode(
         roof = bandwidth(devices)
         for dtype in dtypes:
             subject = _subject(dataclasses.replace(config, dtype=dtype), devices, seed)
-            for rows in batch_sizes:
-                for context in contexts:
+            with Peers(subject.flax) as peers:
+                for rows, context in itertools.product(batch_sizes, contexts):
                     prompt_BT = _prompt(config, rows, context - num_steps, seed)
                     cell = Cell(subject.config, prompt_BT, num_steps, devices)
-                    cells.append(_cell(subject, cell, names, rounds, roof, progress))
+                    cells.append(time_cell(subject, peers, cell, names, rounds, roof, progress))
+                    peers.clear()
             if dtype == dtypes[0]:
                 tests = _capacity_tests(subject, names, rounds, num_steps, seed, progress)
                 laws = _laws(subject, cells, batch_sizes[0], progress)
@@ -190,173 +126,8 @@ def bench_decode(
     )
 
 
-def _cell(
-    subject: _Subject,
-    cell: Cell,
-    names: Sequence[str],
-    rounds: int,
-    bandwidth: Bandwidth,
-    progress: Callable[[str, float], None],
-) -> DecodeCell:
-    """Agreement first, then the turns."""
-    agreeing, timing = _phases(cell.config.dtype, cell.batch_size, cell.context)
-    progress(agreeing, 0.0)
-    # The twins are set up in any case: nothing is timed where they were not compared.
-    wanted = [*_TWINS, *(name for name in names if name not in _TWINS)]
-    entries: dict[str, _Entry] = {}
-    absent: dict[str, Decoding] = {}
-    for number, name in enumerate(wanted, 1):
-        try:
-            entries[name] = _set_up(name, subject, cell, entries)
-        except Unavailable as error:
-            absent[name] = Decoding(
-                name=name, framework=name.split()[0], form="cached", ran="", unavailable=str(error)
-            )
-        if name == _TWINS[-1]:
-            flax_steps, torch_steps = (entries[x].contender for x in _TWINS)
-            tokens_BG = entries[_TWINS[0]].warm_BG
-            reference, agreement = agree(cell, flax_steps, torch_steps, tokens_BG)
-            _note_ties(entries[name], reference, entries[name].warm_BG)
-        elif name in entries and number > len(_TWINS):
-            _note_ties(entries[name], reference, entries[name].warm_BG)
-        progress(agreeing, number / len(wanted))
-    accounts = (
-        _account("flax", cell, flax_steps.cache, flax_gpt),
-        _account("torch", cell, torch_steps.cache, torch_gpt),
-    )
-    program, keys_BKSH = flax_steps.program(), flax_steps.cache.layers[0].keys_BKSH
-    timed = [entries[name] for name in names if name in entries]
-    bandwidths = _rounds(timed, reference, rounds, bandwidth, lambda done: progress(timing, done))
-    return DecodeCell(
-        dtype=cell.config.dtype,
-        batch_size=cell.batch_size,
-        context=cell.context,
-        prompt_length=cell.prompt_length,
-        traffic=_traffic(cell),
-        agreement=agreement,
-        accounts=accounts,
-        contenders=tuple(absent.get(name) or entries[name].timing() for name in names),
-        bandwidths=bandwidths,
-        cache_copies=len(remade_caches(program.as_text(), keys_BKSH.shape)),
-        step_costs=costs(program),
-    )
-
-
-def _set_up(name: str, subject: _Subject, cell: Cell, entries: Mapping[str, _Entry]) -> _Entry:
-    """A contender that has run once, watched while it did.
-
-    Raises:
-        Unavailable: when it cannot run here.
-    """
-    with MemoryGrowth(subject.devices) as memory:
-        contender = _made(name, subject, cell, entries)
-        with Compilations() as reading:
-            contender.prefill()
-        num_steps = _UNCACHED_STEPS if contender.form == "uncached" else cell.num_steps
-        with Compilations() as writing:
-            warm = contender.turn(num_steps)
-    compile_s = writing.seconds if contender.framework == "flax" else None
-    prefills_s = _prefills(contender) if contender.reads else ()
-    if contender.form != "uncached":
-        few = min(2, num_steps)
-        step_s = contender.turn(few).seconds / few
-        if contender.name == "torch step" and subject.devices.torch.type != "cpu":
-            compile_s = max(0.0, warm.seconds - num_steps * step_s)
-        num_steps = max(1, min(num_steps, int(_TURN_S / step_s)))
-        if num_steps < cell.num_steps:
-            contender.turn(num_steps)  # what it compiles for another number is not to be timed
-    return _Entry(
-        contender=contender,
-        warm_BG=warm.tokens_BG,
-        num_steps=num_steps,
-        fields=dict(
-            name=name,
-            framework=contender.framework,
-            form=contender.form,
-            ran=contender.ran,
-            compile_s=compile_s,
-            prefill_compile_s=reading.seconds if reading.count else None,
-            prefills_s=prefills_s,
-            memory_bytes=memory.num_bytes,
-            extra_bytes=contender.extra_bytes,
-        ),
-    )
-
-
-def _made(name: str, subject: _Subject, cell: Cell, entries: Mapping[str, _Entry]) -> Contender:
-    """A contender by its name."""
-    match name:
-        case "flax step":
-            return FlaxSteps(subject.flax, cell)
-        case "flax loop":
-            return FlaxLoop(cell, entries["flax step"].contender)
-        case "flax uncached":
-            return FlaxUncached(subject.flax, cell)
-        case "flax naive":
-            return FlaxNaive(subject.flax, cell, entries["flax step"].contender)
-        case "torch step":
-            return TorchSteps(subject.torch, cell)
-        case "torch uncached":
-            return TorchUncached(subject.torch, cell)
-        case "torch in place":
-            return TorchInPlace(cell, entries["torch step"].contender)
-        case "transformers" | "transformers static":
-            return Transformers(subject.flax, cell, static=name.endswith("static"))
-        case "ctranslate2":
-            return CTranslate2(subject.flax, cell)
-    raise ValueError(name)
-
-
-def _prefills(contender: Contender) -> tuple[float, ...]:
-    """Seconds of a few more readings of the prompt."""
-    found: list[float] = []
-    while len(found) < _PREFILLS and sum(found) < _PREFILLS_S:
-        start = time.perf_counter()
-        contender.prefill()
-        found.append(time.perf_counter() - start)
-    return tuple(found)
-
-
-def _note_ties(entry: _Entry, reference: Reference, tokens_BG: np.ndarray) -> None:
-    """Compares tokens, and keeps where they part by a tie."""
-    for tie in reference.compare(entry.contender.name, tokens_BG):
-        entry.ties[tie.row, tie.number] = tie
-
-
-def _rounds(
-    entries: Sequence[_Entry],
-    reference: Reference,
-    rounds: int,
-    bandwidth: Bandwidth,
-    progress: Callable[[float], None],
-) -> dict[str, tuple[float, ...]]:
-    """A turn of each contender in every round, whose tokens are compared again.
-
-    Returns:
-        Bytes per second of the programs that read memory, by round.
-    """
-    rates = []
-    for number in range(rounds):
-        # Whoever comes first comes last next time, so that nobody always follows the same one.
-        first = number % len(entries)
-        for place, entry in enumerate((*entries[first:], *entries[:first])):
-            progress((number + place / len(entries)) / rounds)
-            if number >= _MIN_ROUNDS and entry.spent_s > _ALL_TURNS_S:
-                continue
-            start = time.perf_counter()
-            with Compilations() as compilations:
-                turn = entry.contender.turn(entry.num_steps)
-            entry.spent_s += time.perf_counter() - start
-            entry.recompiled += compilations.count
-            entry.turns_s.append(turn.seconds / entry.num_steps)
-            _note_ties(entry, reference, turn.tokens_BG)
-        rates.append(bandwidth.rates())
-    progress(1.0)
-    return {name: tuple(of_round[name] for of_round in rates) for name in rates[0]}
-
-
 def _capacity_tests(
-    subject: _Subject,
+    subject: Subject,
     names: Sequence[str],
     rounds: int,
     num_steps: int,
@@ -367,7 +138,7 @@ def _capacity_tests(
     cell = Cell(subject.config, _prompt(subject.config, 1, VALID, seed), num_steps, subject.devices)
     makers = {"flax step": FlaxSteps, "torch step": TorchSteps}
     models = {"flax step": subject.flax, "torch step": subject.torch}
-    wanted = [name for name in _TWINS if name in names]
+    wanted = [name for name in TWIN_STEPS if name in names]
     progress("large cache", 0.0)
     found = []
     for place, name in enumerate(wanted, 1):
@@ -387,7 +158,7 @@ def _capacity_tests(
 
 
 def _laws(
-    subject: _Subject,
+    subject: Subject,
     cells: Sequence[DecodeCell],
     rows: int,
     progress: Callable[[str, float], None],
@@ -439,32 +210,7 @@ def _law(
     )  # fmt: skip
 
 
-def _account(framework: str, cell: Cell, cache: Any, package: Any) -> CacheAccount:
-    """Bytes of a cache behind the prompt, held against the formula.
-
-    Raises:
-        ValueError: when the cache says otherwise.
-    """
-    traffic, layers = _traffic(cell), cell.config.num_layers
-    formula = traffic.cache(cache.capacity), traffic.cache(cell.prompt_length)
-    given = cache.num_bytes.allocated, cache.num_bytes.valid
-    if formula != given:
-        raise ValueError(
-            f"bench: a cache of {framework} in {cell.words}: {given[0]} bytes allocated and "
-            f"{given[1]} valid, by its own account; 2 B K S H x itemsize in {layers} layers is "
-            f"{formula[0]:.0f} and {formula[1]:.0f}. One of them is wrong. Look into num_bytes."
-        )
-    num_slots = min(cache.capacity, cell.config.context_length)
-    rungs, _, _ = package.positions.reach(num_slots, cache.lengths_B)
-    read = int(traffic.layer_cache(rungs[-1]))
-    return CacheAccount(framework, cache.capacity, given[0] // layers, given[1] // layers, read)
-
-
-def _traffic(cell: Cell) -> Traffic:
-    return Traffic(cell.config, cell.batch_size, jnp.dtype(cell.config.dtype).itemsize)
-
-
-def _subject(config: flax_gpt.GPTConfig, devices: Devices, seed: int) -> _Subject:
+def _subject(config: flax_gpt.GPTConfig, devices: Devices, seed: int) -> Subject:
     """The twins with weights of which every one matters.
 
     Positions are made loud, or else one token would follow itself for ever, whatever the cache
@@ -478,17 +224,12 @@ def _subject(config: flax_gpt.GPTConfig, devices: Devices, seed: int) -> _Subjec
         load_flax(flax_model, leaves)
     torch_model = torch_gpt.GPT(torch_gpt.GPTConfig(**dataclasses.asdict(config)))
     transplant(flax_model, torch_model, TWINS)
-    return _Subject(config, flax_model, torch_model.to(devices.torch), devices)
+    return Subject(config, flax_model, torch_model.to(devices.torch), devices)
 
 
 def _prompt(config: flax_gpt.GPTConfig, rows: int, length: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng((seed, 1))
     return rng.integers(0, config.vocab_size, (rows, length), dtype=np.int32)
-
-
-def _phases(dtype: str, rows: int, context: int) -> tuple[str, str]:
-    cell = f"{dtype}, {rows} x {context}"
-    return f"{cell}, agreeing", f"{cell}, timing"
 
 
 def _check_request(

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from parity.bench.complexity import Law
-from parity.bench.decode_times import DecodeBench, DecodeCell
+from parity.bench.decode_outcome import DecodeBench
+from parity.bench.decode_times import DecodeCell
 from parity.pictures import plain, save
 
 # One colour per system, one line style per form of it.

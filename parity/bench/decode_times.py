@@ -1,7 +1,6 @@
-"""The outcome of the decode bench as values: they print as tables and go to JSON."""
+"""What was timed behind one prompt, as values: they print as a table and go to JSON."""
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -11,33 +10,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from parity.bench.complexity import ARGUMENTS, MIN_CONTEXTS, Law, Traffic
+from parity.bench.complexity import Traffic
 
 REFERENCE = "transformers"  # whom speeds are relative to
-# Of issue 5, for gpt2 in float32 on two CPU cores: at least this, or at most.
-AT_LEAST = {
-    "flax over transformers": 1.9,
-    "torch over transformers": 1.9,
-    "flax share of bandwidth": 0.65,
-    "torch share of bandwidth": 0.65,
-    "flax over naive": 4.0,
-    "flax over ctranslate2": 1.2,
-    "batch 8 over batch 1": 3.5,
-    "batch 16 over batch 1": 4.5,
-}
-AT_MOST = {
-    "torch step over flax step": 1.15,
-    "capacity 8192 over 256, flax": 1.1,
-    "capacity 8192 over 256, torch": 1.1,
-    "torch handle over in place": 1.05,
-    "cache-shaped copies per step": 0,
-    "programs compiled after warm-up": 0,
-    "flax step compile seconds": 5.0,
-}
-# Where a target holds; elsewhere the number is given without one.
-SHARE_CONTEXTS = 512, 2048
-NAIVE_CONTEXT = 2048
-IN_PLACE_CONTEXTS = range(4097)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +257,7 @@ class DecodeCell:
 
     def __rich__(self) -> RenderableType:
         # Narrow enough for 80 columns.
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
         table.add_column("", no_wrap=True)
         heads = (
             "build\ns", "prompt\nms", "token\nms", "spread\n%", "tokens\n/s", "\nGB/s", "\nshare",
@@ -351,38 +326,6 @@ class DecodeCell:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ratio:
-    """A number that the project has a target for.
-
-    Attributes:
-        name: a key of AT_LEAST or AT_MOST, or what else it is.
-        cell: where it was found.
-        context: tokens of a row there; None where that says nothing.
-        found: the number.
-        target: None where none was set.
-        at_most: whether the target is from above.
-    """
-
-    name: str
-    cell: str
-    context: int | None
-    found: float
-    target: float | None
-    at_most: bool
-
-    @property
-    def met(self) -> bool | None:
-        """None without a target."""
-        if self.target is None:
-            return None
-        return self.found <= self.target if self.at_most else self.found >= self.target
-
-    def to_dict(self) -> dict[str, Any]:
-        """The ratio as JSON has it."""
-        return dataclasses.asdict(self) | {"met": self.met}
-
-
-@dataclasses.dataclass(frozen=True)
 class CapacityTest:
     """Seconds per step of one twin with few valid slots, in a large cache and in a small one.
 
@@ -405,178 +348,6 @@ class CapacityTest:
         """Large over small; median of rounds."""
         pairs = zip(self.large_s, self.small_s, strict=True)
         return statistics.median(large / small for large, small in pairs)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeBench:
-    """The outcome: prints as a table per cell, ratios and exponents; goes to JSON.
-
-    Attributes:
-        environment: everything about the machine that can change a time.
-        preset: name of the model's size.
-        config: of the model.
-        seed: of weights and prompts.
-        cells: the grid.
-        capacity_tests: by framework.
-        laws: how costs grow with the context.
-    """
-
-    environment: Mapping[str, Any]
-    preset: str
-    config: Mapping[str, Any]
-    seed: int
-    cells: tuple[DecodeCell, ...]
-    capacity_tests: tuple[CapacityTest, ...]
-    laws: tuple[Law, ...]
-
-    @property
-    def ratios(self) -> tuple[Ratio, ...]:
-        """What the project has targets for, wherever the cells for it are there."""
-        found = [ratio for cell in self.cells for ratio in _ratios_of_cell(cell)]
-        found += _ratios_of_batches(self.cells)
-        for test in self.capacity_tests:
-            small, large = test.capacities
-            name = f"capacity {large} over {small}, {test.framework}"
-            found.append(_ratio(name, "batch 1", test.valid, test.ratio))
-        order = [*AT_LEAST, *AT_MOST]
-        return tuple(sorted(found, key=lambda x: order.index(x.name) if x.name in order else 99))
-
-    def to_dict(self) -> dict[str, Any]:
-        """The outcome in schema 1."""
-        return {
-            "schema": 1,
-            "bench": "decode",
-            "environment": dict(self.environment),
-            "preset": self.preset,
-            "config": dict(self.config),
-            "seed": self.seed,
-            "cells": [cell.to_dict() for cell in self.cells],
-            "capacity": [
-                dataclasses.asdict(test) | {"ratio": test.ratio} for test in self.capacity_tests
-            ],
-            "ratios": [ratio.to_dict() for ratio in self.ratios],
-            "complexity": [law.to_dict() for law in self.laws],
-        }
-
-    def to_json(self, indent: int | None = None) -> str:
-        """The outcome as text: on one line, or indented."""
-        return json.dumps(self.to_dict(), indent=indent, allow_nan=False) + "\n"
-
-    def __rich__(self) -> RenderableType:
-        environment = self.environment
-        load = f"{environment['load_before']} before and {environment['load_after']} after"
-        about = (
-            f"{self.preset}; {environment['devices']}; {environment['cores']} cores, load {load}, "
-            f"{environment['threads']} torch threads. Medians of rounds in turns; share: weights "
-            "and valid cache read once per step, over the best read bandwidth of the same round; "
-            f"x tf: speed against {REFERENCE}, round by round; mem.: growth while it was set up "
-            "and ran first, the twins' own weights left out."
-        )
-        ran: dict[str, str] = {}
-        for cell in self.cells:
-            ran |= {x.name: x.ran for x in cell.contenders if x.turns_s}
-        notes = [about, *(f"{name}: {what}." for name, what in ran.items())]
-        return Group(
-            *self.cells,
-            self._ratio_table(),
-            *self._complexity(),
-            *(Text(note, style="dim") for note in notes),
-        )
-
-    def _ratio_table(self) -> RenderableType:
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
-        for head in ("ratio", "found", "target", "cell", "context"):
-            justify = "right" if head in ("found", "target", "context") else "left"
-            table.add_column(head, justify=justify, no_wrap=head == "target")
-        rows: dict[tuple[str, str], list[Ratio]] = {}
-        for ratio in self.ratios:
-            rows.setdefault((ratio.name, ratio.cell), []).append(ratio)
-        for (name, cell), of_row in rows.items():
-            found = Text(" ").join(
-                Text(f"{x.found:.3g}", style={None: "", True: "green", False: "red"}[x.met])
-                for x in of_row
-            )
-            targets = {x.target for x in of_row if x.target is not None}
-            sign = "<=" if of_row[0].at_most else ">="
-            contexts = (f"{x.context}" for x in of_row if x.context is not None)
-            target = f"{sign} {targets.pop():g}" if targets else ""
-            table.add_row(name, found, target, cell, " ".join(contexts))
-        note = "targets are for gpt2 in float32 on two CPU cores that nothing else uses"
-        return Group(table, Text(note, style="dim"))
-
-    def _complexity(self) -> Iterator[RenderableType]:
-        fitted = [law for law in self.laws if law.exponent is not None]
-        if not fitted:
-            yield Text(f"no exponents are fitted: they need {MIN_CONTEXTS} contexts", style="dim")
-            return
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
-        for head in ("cost of a token", "", "context to the power", "from"):
-            table.add_column(head)
-        for law in fitted:
-            table.add_row(
-                f"{law.framework} {law.form}", law.quantity, str(law.exponent), law.source
-            )
-        yield table
-        for form, argument in ARGUMENTS.items():
-            yield Text(f"{form}: {argument}.", style="dim")
-        yield Text(
-            "powers: least squares of logarithms over all rounds of all contexts; in brackets 95 % "
-            "by Student's t.",
-            style="dim",
-        )
-
-
-def _ratios_of_cell(cell: DecodeCell) -> Iterator[Ratio]:
-    """Those that one cell holds; targets hold in float32 and, but for one, for a single row."""
-    wide = cell.dtype == "float32"
-    single = wide and cell.batch_size == 1
-
-    def of(name: str, found: float | None, holds: bool) -> Iterator[Ratio]:
-        if found is not None:
-            where = f"{cell.dtype}, batch {cell.batch_size}"
-            yield _ratio(name, where, cell.context, found, holds)
-
-    for twin in ("flax", "torch"):
-        yield from of(f"{twin} over transformers", cell.speed(f"{twin} step", REFERENCE), single)
-    yield from of("torch step over flax step", cell.speed("flax step", "torch step"), wide)
-    for twin in ("flax", "torch"):
-        there = single and cell.context in SHARE_CONTEXTS
-        yield from of(f"{twin} share of bandwidth", cell.share(f"{twin} step"), there)
-    there = single and cell.context == NAIVE_CONTEXT
-    yield from of("flax over naive", cell.speed("flax step", "flax naive"), there)
-    there = single and cell.context in IN_PLACE_CONTEXTS
-    in_place = cell.speed("torch in place", "torch step")
-    yield from of("torch handle over in place", in_place, there)
-    yield from of("flax over ctranslate2", cell.speed("flax step", "ctranslate2"), single)
-    yield from of("cache-shaped copies per step", cell.cache_copies, True)
-    step = cell.get("flax step")
-    if step is not None:
-        compiled = sum(x.recompiled for x in cell.contenders if x.framework == "flax")
-        yield from of("programs compiled after warm-up", compiled, True)
-        yield from of("flax step compile seconds", step.compile_s, wide)
-
-
-def _ratios_of_batches(cells: Sequence[DecodeCell]) -> Iterator[Ratio]:
-    """Tokens per second of several rows over those of one; medians, for their rounds differ."""
-    for cell in cells:
-        alone = (
-            x for x in cells if (x.dtype, x.context, x.batch_size) == (cell.dtype, cell.context, 1)
-        )
-        single = next(alone, None)
-        if cell.batch_size == 1 or single is None:
-            continue
-        for name in ("flax step", "torch step"):
-            many, one = cell.get(name), single.get(name)
-            if many is not None and one is not None:
-                found = cell.batch_size * one.step_s / many.step_s
-                key = f"batch {cell.batch_size} over batch 1"
-                wide = cell.dtype == "float32"
-                yield _ratio(key, f"{name}, {cell.dtype}", cell.context, found, wide)
-
-
-def _ratio(name: str, cell: str, context: int | None, found: float, holds: bool = True) -> Ratio:
-    target = AT_LEAST.get(name, AT_MOST.get(name)) if holds else None
-    return Ratio(name, cell, context, float(found), target, name in AT_MOST)
 
 
 def _milliseconds(seconds: float, like: float) -> str:

@@ -173,23 +173,24 @@ class Bandwidth:
 class MemoryGrowth:
     """Watches, inside a `with`, by how much the memory in use grows at its highest.
 
-    On a CPU this is the resident memory of the process, sampled by a thread, and Linux alone tells
+    On a CPU this is the resident memory of a process, sampled by a thread, and Linux alone tells
     it; on a GPU the memory that the device has given away. What an earlier part of the process has
     freed and kept is taken again without being seen, so freed memory is handed back first.
 
     Args:
         devices: whose memory.
+        pid: of the process; None for this one.
 
     Attributes:
         num_bytes: the growth; None where it cannot be told.
     """
 
-    def __init__(self, devices: Devices):
-        self._device = devices.torch
+    def __init__(self, devices: Devices, pid: int | None = None):
+        self._device, self._process = devices.torch, "self" if pid is None else str(pid)
         self.num_bytes: int | None = None
 
     def __enter__(self) -> "MemoryGrowth":
-        _hand_back_freed_memory()
+        hand_back_freed_memory()
         self._before = self._highest = self._in_use()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -213,7 +214,7 @@ class MemoryGrowth:
             free, total = torch.cuda.mem_get_info(self._device)
             return total - free
         try:
-            pages = Path("/proc/self/statm").read_text().split()[1]
+            pages = Path("/proc", self._process, "statm").read_text().split()[1]
             return int(pages) * os.sysconf("SC_PAGE_SIZE")
         except (OSError, ValueError, IndexError):
             return None
@@ -224,7 +225,7 @@ def load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
-def _hand_back_freed_memory() -> None:
+def hand_back_freed_memory() -> None:
     """Frees what nobody refers to, and asks the C library to give it back; only glibc can."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):

@@ -1,9 +1,12 @@
 """Other systems with the same weights: transformers and CTranslate2, where they are installed.
 
 Both are timed from inside: one passes each token to a streamer, the other to a callback, so that
-reading the prompt and writing behind it come apart although a single call does both.
+reading the prompt and writing behind it come apart although a single call does both. Each library
+has a process of its own, so what it needs travels as a file and plain values.
 """
 
+import contextlib
+import dataclasses
 import importlib.util
 import json
 import tempfile
@@ -13,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from flax import nnx
+from safetensors.numpy import load_file, save_file
 
 import flax_gpt
+from parity.bench.aside import Aside, Room
 from parity.bench.decoders import Cell, Turn
 from parity.bench.steps import Unavailable
 from parity.leaves import Leaves, flax_leaves, load_torch, torch_leaves
@@ -26,24 +31,101 @@ _END = "<end>"
 _NEVER = -1e30
 
 
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a peer is to do.
+
+    Attributes:
+        weights: a file of the flax twin's leaves.
+        config: of the model.
+        prompt_BT: token ids.
+        context: tokens of a row when a full turn ends.
+        device: where torch runs.
+    """
+
+    weights: Path
+    config: flax_gpt.GPTConfig
+    prompt_BT: np.ndarray
+    context: int
+    device: torch.device
+
+    def leaves(self) -> Leaves:
+        """The weights, with as many positions as are needed: tables of peers grow with these."""
+        leaves = load_file(self.weights)
+        name = "position_embedding.embedding"
+        return leaves | {name: np.ascontiguousarray(leaves[name][: self.context + 1])}
+
+
+class Peers:
+    """All peers, a process for each library, which starts when it is first wanted. For a `with`.
+
+    Args:
+        model: the flax twin, whose weights they get.
+    """
+
+    def __init__(self, model: nnx.Module):
+        self._model = model
+        self._stack = contextlib.ExitStack()
+        self._rooms: dict[str, Room] = {}
+        self._weights: Path | None = None
+
+    def __enter__(self) -> "Peers":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._stack.close()
+
+    def room(self, name: str) -> Room:
+        """The process of a peer.
+
+        Raises:
+            Unavailable: when its library is not installed.
+        """
+        library = name.split()[0]
+        if importlib.util.find_spec(library) is None:
+            raise Unavailable(f"{library} is not installed; pip install 'parity-gpt[bench]'")
+        if library not in self._rooms:
+            self._rooms[library] = self._stack.enter_context(Room(library))
+        return self._rooms[library]
+
+    def make(self, name: str, cell: Cell) -> Aside:
+        """A peer by its name.
+
+        Raises:
+            Unavailable: when it cannot do what is asked.
+        """
+        room = self.room(name)
+        if self._weights is None:
+            folder = self._stack.enter_context(tempfile.TemporaryDirectory())
+            self._weights = Path(folder) / "weights.safetensors"
+            save_file(flax_leaves(self._model), self._weights)
+        task = Task(self._weights, cell.config, cell.prompt_BT, cell.context, cell.devices.torch)
+        if name == "ctranslate2":
+            return room.make(CTranslate2, task)
+        return room.make(Transformers, task, name.endswith("static"))
+
+    def clear(self) -> None:
+        """Ends what was made."""
+        for room in self._rooms.values():
+            room.clear()
+
+
 class Transformers:
     """`generate` of transformers' GPT2LMHeadModel, eager, with one of its caches.
 
     Args:
-        model: the flax twin, whose weights it gets.
-        cell: what is decoded.
+        task: what is decoded.
         static: whether its cache has a fixed size, all of which every token reads.
 
     Raises:
-        Unavailable: when transformers is not installed.
+        Unavailable: for a version that its weights do not fill.
     """
 
     framework = "transformers"
     form = "cached"
     reads = True
 
-    def __init__(self, model: nnx.Module, cell: Cell, static: bool):
-        _need("transformers")
+    def __init__(self, task: Task, static: bool):
         from transformers import (
             DynamicCache,
             GenerationConfig,
@@ -52,16 +134,16 @@ class Transformers:
             StaticCache,
         )
 
-        config = cell.config
+        config = task.config
         self.name = "transformers static" if static else "transformers"
         self.ran = (
             f"GPT2LMHeadModel.generate, eager, {'StaticCache' if static else 'DynamicCache'}, "
             "from one streamed token to the last"
         )
-        self._cell, self._static, self._device = cell, static, cell.devices.torch
+        self._static, self._device = static, task.device
         theirs = GPT2Config(
             vocab_size=config.vocab_size,
-            n_positions=cell.context + 1,
+            n_positions=task.context + 1,
             n_embd=config.embed_dim,
             n_layer=config.num_layers,
             n_head=config.num_heads,
@@ -77,14 +159,14 @@ class Transformers:
         self._model.to_empty(device="cpu").tie_weights()
         for weight in self._model.parameters():
             torch.nn.init.zeros_(weight)  # left as it is, memory may hold what nobody can compare
-        _transplant(_leaves(model, cell), self._model)
+        _transplant(task.leaves(), self._model)
         self._model.to(self._device)
         self.extra_bytes = sum(x.nbytes for x in self._model.parameters())
         self._model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
-        self._prompt_BT = torch.from_numpy(cell.prompt_BT).long().to(self._device)
+        self._prompt_BT = torch.from_numpy(task.prompt_BT).long().to(self._device)
         self._mask_BT = torch.ones_like(self._prompt_BT)
         self._new_cache = (
-            (lambda: StaticCache(config=theirs, max_cache_len=cell.context))
+            (lambda: StaticCache(config=theirs, max_cache_len=task.context))
             if static
             else (lambda: DynamicCache(config=theirs))
         )
@@ -153,11 +235,10 @@ class CTranslate2:
     """`generate_batch` of a CTranslate2 Generator in float32, on the CPU.
 
     Args:
-        model: the flax twin, whose weights it gets.
-        cell: what is decoded.
+        task: what is decoded.
 
     Raises:
-        Unavailable: when it is not installed, or for another dtype or device.
+        Unavailable: for another dtype or device.
     """
 
     name = "ctranslate2"
@@ -166,20 +247,18 @@ class CTranslate2:
     reads = True
     ran = "Generator.generate_batch, greedy, float32, from one callback to the last"
 
-    def __init__(self, model: nnx.Module, cell: Cell):
-        _need("ctranslate2")
-        if cell.config.dtype != "float32" or cell.devices.torch.type != "cpu":
+    def __init__(self, task: Task):
+        if task.config.dtype != "float32" or task.device.type != "cpu":
             raise Unavailable("is measured in float32 on a CPU alone")
         import ctranslate2
 
-        self._cell = cell
         with tempfile.TemporaryDirectory() as folder:
-            _write_ctranslate2(_leaves(model, cell), cell.config, Path(folder))
+            _write_ctranslate2(task.leaves(), task.config, Path(folder))
             self.extra_bytes = (Path(folder) / "model.bin").stat().st_size
             self._generator = ctranslate2.Generator(
                 folder, compute_type="float32", intra_threads=torch.get_num_threads()
             )
-        self._rows = [[str(token) for token in row] for row in cell.prompt_BT]
+        self._rows = [[str(token) for token in row] for row in task.prompt_BT]
         # One row: the state behind all tokens but the last is kept between calls. More rows would
         # have to begin with the same tokens, so they are read again.
         self._head = self._rows[0][:-1] if len(self._rows) == 1 else None
@@ -210,13 +289,6 @@ class CTranslate2:
         )  # fmt: skip
         # It is told of each row in turn, so the first step ends with the last row's call.
         return Turn(np.array(tokens), times[-1] - times[len(rows) - 1])
-
-
-def _leaves(model: nnx.Module, cell: Cell) -> Leaves:
-    """The twin's weights, with as many positions as the cell needs: tables grow with these."""
-    leaves = flax_leaves(model)
-    name = "position_embedding.embedding"
-    return leaves | {name: np.ascontiguousarray(leaves[name][: cell.context + 1])}
 
 
 def _transplant(leaves: Leaves, target: torch.nn.Module) -> None:
@@ -288,13 +360,3 @@ def _linear(spec, leaves, *names: str) -> None:
     kernel = np.concatenate([leaves[f"{name}.kernel"] for name in names], axis=1)
     spec.weight = np.ascontiguousarray(kernel.T)
     spec.bias = np.concatenate([leaves[f"{name}.bias"] for name in names])
-
-
-def _need(package: str) -> None:
-    """Says how to get a package that is not here.
-
-    Raises:
-        Unavailable: when it is not installed.
-    """
-    if importlib.util.find_spec(package) is None:
-        raise Unavailable(f"{package} is not installed; pip install 'parity-gpt[bench]'")

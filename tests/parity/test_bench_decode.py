@@ -60,8 +60,8 @@ def small_caches() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(parity.bench.decode, "CAPACITIES", (256, 512))
         monkeypatch.setattr(parity.bench.decode, "VALID", 9)
-        monkeypatch.setattr(parity.bench.decode, "_PREFILLS", 1)
-        monkeypatch.setattr(parity.bench.machine, "_hand_back_freed_memory", lambda: None)
+        monkeypatch.setattr(parity.bench.decode_cell, "_PREFILLS", 1)
+        monkeypatch.setattr(parity.bench.machine, "hand_back_freed_memory", lambda: None)
         yield
 
 
@@ -161,7 +161,7 @@ def test_a_table_per_cell_then_ratios_exponents_and_what_ran(times):
         if INSTALLED.get(name, True):
             assert f"\n{name}: " in table
     assert "flax cache: 1 x " in table and "num_bytes confirms" in table
-    assert "capacity 512 over 256, flax" in table and "programs compiled after warm-up" in table
+    assert "512 slots over 256, flax" in table and "programs after warm-up" in table
     assert re.search(r"flax uncached +FLOP +\d", table)
     assert "affine in the context" in table and "Student's t" in table and "cores, load" in table
 
@@ -256,7 +256,7 @@ class Slipping(TorchInPlace):
 @pytest.mark.parametrize("turns", [0, 2], ids=["before", "while timing"])
 def test_a_contender_that_writes_another_token_is_not_timed(monkeypatch, turns):
     monkeypatch.setattr(
-        parity.bench.decode, "TorchInPlace", functools.partial(Slipping, turns=turns)
+        parity.bench.decode_cell, "TorchInPlace", functools.partial(Slipping, turns=turns)
     )
     message = r"bench: token 0 of row 0 in float32, batch 1, context 13: .* torch in place \d+, "
     with pytest.raises(ValueError, match=message):
@@ -272,7 +272,7 @@ def test_twins_that_part_while_they_write_are_not_timed(monkeypatch, error):
         return logits_BV + error * logits_BV.abs().max(), cache
 
     monkeypatch.setattr(torch_gpt.Decoder, "step", wrong)
-    monkeypatch.setattr(parity.bench.decode, "_rounds", None)
+    monkeypatch.setattr(parity.bench.decode_cell, "_rounds", None)
     message = (
         r"bench: logits of flax and torch in float32, batch 1, context 13: (\d\.\de-0\d|nan) of "
         r"the largest apart > 1e-04\. Only twins .* `parity check`\."
@@ -334,15 +334,15 @@ def test_peers_that_are_not_installed_are_named_with_the_remedy(monkeypatch):
 
 
 def test_a_slow_contender_sits_out_later_rounds_and_ratios_take_the_shared_ones(monkeypatch):
-    monkeypatch.setattr(parity.bench.decode, "_ALL_TURNS_S", 0.05)
-    monkeypatch.setattr(parity.bench.decode, "_MIN_ROUNDS", 1)
+    monkeypatch.setattr(parity.bench.decode_cell, "_ALL_TURNS_S", 0.05)
+    monkeypatch.setattr(parity.bench.decode_cell, "_MIN_ROUNDS", 1)
 
     class Slow(TorchUncached):
         def turn(self, num_steps: int) -> Turn:
             time.sleep(0.06)
             return super().turn(num_steps)
 
-    monkeypatch.setattr(parity.bench.decode, "TorchUncached", Slow)
+    monkeypatch.setattr(parity.bench.decode_cell, "TorchUncached", Slow)
     (cell,) = bench(names=("torch step", "torch uncached"), rounds=3).cells
     assert [len(x.turns_s) for x in cell.contenders] == [3, 1]
     assert cell.speed("torch step", "torch uncached") > 0
@@ -410,13 +410,13 @@ def test_ratios_know_their_targets_and_where_these_hold():
     assert met["flax over naive", one, 128] == (2.0, None)
     assert met["torch handle over in place", one, 2048] == (1.008, True)
     assert met["flax over ctranslate2", one, 2048] == (1.1, False)
-    assert met["batch 8 over batch 1", "flax step, float32", 2048] == (4.0, True)
-    assert met["batch 8 over batch 1", "torch step, float32", 2048] == (3.0, False)
-    assert met["capacity 8192 over 256, torch", "batch 1", 128] == (1.05, True)
-    assert met["flax step compile seconds", one, 2048] == (1.5, True)
+    assert met["batch 8 over batch 1", "flax, float32", 2048] == (4.0, True)
+    assert met["batch 8 over batch 1", "torch, float32", 2048] == (3.0, False)
+    assert met["8192 slots over 256, torch", one, 128] == (1.05, True)
+    assert met["flax step compile s", one, 2048] == (1.5, True)
     assert met["flax share of bandwidth", one, 128][1] is None
     table = printed(bench)
-    assert re.search(r"flax over naive +5 2 +>= 4 +float32, batch 1 +2048 128", table)
+    assert re.search(r"flax over naive +5 2 +>= 4 +float32 x 1 +2048 128", table)
 
 
 def test_the_pictures_are_drawn(times, tmp_path):
