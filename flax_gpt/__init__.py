@@ -3,7 +3,7 @@
 from flax_gpt import random
 from flax_gpt.cache import KVCache, LayerCache
 from flax_gpt.classifier import SequenceClassifier, TokenClassifier
-from flax_gpt.config import GREEDY, PRESETS, GPTConfig, Sampling, TrainConfig
+from flax_gpt.config import GREEDY, PRESETS, GPTConfig, Rotary, Sampling, TrainConfig
 from flax_gpt.decode import decode_step, prefill
 from flax_gpt.decoder import Decoder
 from flax_gpt.generation import NO_TOKEN, Generation, filter_logits, generate, right_pad
@@ -42,6 +42,7 @@ __all__ = [
     "LayerCache",
     "PackedGPT",
     "PackedLinear",
+    "Rotary",
     "Sampling",
     "SequenceClassifier",
     "StepResult",

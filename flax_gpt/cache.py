@@ -107,7 +107,7 @@ class KVCache:
                 "least 1. Allocate a row per prompt and a slot per token."
             )
         # Zeros, never uninitialised memory, which may hold NaN.
-        shape = batch_size, config.num_heads, capacity, config.head_dim
+        shape = batch_size, config.kv_heads, capacity, config.head_width
         dtype = jnp.dtype(dtype or config.dtype)
         layers = tuple(
             LayerCache(
@@ -159,7 +159,7 @@ class KVCache:
             )
         if context_length is not None and total > context_length:
             raise ValueError(
-                f"{held} > context_length {context_length}. The position table ends there. Call "
+                f"{held} > context_length {context_length}. Positions end there. Call "
                 "truncate first or build a longer context."
             )
 

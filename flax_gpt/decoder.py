@@ -111,7 +111,7 @@ class Decoder:
         if longest > self.config.context_length:
             raise ValueError(
                 f"Decoder.step: {longest - 1} tokens + 1 new = {longest} > context_length "
-                f"{self.config.context_length}. The position table ends there. Truncate the cache "
+                f"{self.config.context_length}. Positions end there. Truncate the cache "
                 "or build a longer context."
             )
         if longest > cache.capacity:

@@ -25,7 +25,7 @@ class PackedLinear(nnx.Module):
 
     def __init__(self, weight_OI: jax.Array, bias_O: jax.Array | None, batch_size: int):
         self.weight = nnx.Param(weight_OI)
-        self.bias = nnx.Param(bias_O)
+        self.bias = None if bias_O is None else nnx.Param(bias_O)
 
     @property
     def extra_bytes(self) -> int:
@@ -34,7 +34,7 @@ class PackedLinear(nnx.Module):
     def __call__(self, x_BTI: jax.Array) -> jax.Array:
         """The map of every token, (B, T, O)."""
         y_BTO = jnp.einsum("BTI,OI->BTO", x_BTI, self.weight[...])
-        return y_BTO + self.bias[...][None, None, :]
+        return y_BTO if self.bias is None else y_BTO + self.bias[...][None, None, :]
 
 
 class PackedGPT(GPT):
@@ -53,17 +53,19 @@ class PackedGPT(GPT):
         self.config = model.config
         self.token_embedding = shared.token_embedding
         self.position_embedding = shared.position_embedding
+        self.distance_embedding = shared.distance_embedding
+        self.embedding_norm = shared.embedding_norm
         self.blocks = shared.blocks
         self.norm = shared.norm
-        for block in self.blocks:
-            for part, names in (
-                (block.attention, ("query", "key", "value", "out")),
-                (block.mlp, ("up", "down")),
-            ):
-                for name in names:
-                    linear = getattr(part, name)
-                    weight_OI, bias_O = linear.kernel[...].T, linear.bias[...]
-                    setattr(part, name, PackedLinear(weight_OI, bias_O, batch_size))
+        self.head = shared.head
+        parts = [self, *(part for x in self.blocks for part in (x.attention, x.mlp))]
+        for part in parts:
+            for name, linear in list(vars(part).items()):
+                if isinstance(linear, nnx.Linear):
+                    bias_O = None if linear.bias is None else linear.bias[...]
+                    packed = PackedLinear(linear.kernel[...].T, bias_O, batch_size)
+                    setattr(part, name, packed)
+        # twin: XLA reads the embedding as fast as it lies; torch needs it shared out, too.
 
     @property
     def extra_bytes(self) -> int:

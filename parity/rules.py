@@ -9,7 +9,7 @@ import dataclasses
 import enum
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 
 class Layout(enum.StrEnum):
@@ -21,11 +21,21 @@ class Layout(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One line of a weight map."""
+    """One line of a weight map.
+
+    Attributes:
+        torch: pattern of torch leaves.
+        flax: pattern of flax leaves.
+        layout: how one lies in the other.
+        heads: fused leaves alternate head by head, in so many heads; 1 for one behind the other.
+        optional: whether it may match nothing.
+    """
 
     torch: str
     flax: str
     layout: Layout = Layout.SAME
+    heads: int = 1
+    optional: bool = False
 
     def __str__(self) -> str:
         return f"{self.torch} <-> {self.flax} ({self.layout})"
@@ -38,6 +48,16 @@ class Rule:
         stars = iter(found.groups())
         filled = re.sub(r"\*", lambda _: next(stars), self.flax)
         return tuple(_alternatives(filled))
+
+    def torch_names(self, flax_names: Collection[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+        """The torch leaves that the rule makes of flax leaves, each with those it is made of."""
+        first, *_ = _alternatives(self.flax)
+        for name in flax_names:
+            found = re.fullmatch(_regex(first), name)
+            if found is not None:
+                stars = iter(found.groups())
+                filled = re.sub(r"\*", lambda _, stars=stars: next(stars), self.torch)
+                yield filled, self.flax_names(filled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,21 +94,42 @@ def _alternatives(name: str) -> Iterator[str]:
 TWINS = Rules(
     (
         Rule("*_embedding.weight", "*_embedding.embedding"),
+        Rule("embedding_norm.weight", "embedding_norm.scale", optional=True),
+        Rule("embedding_norm.bias", "embedding_norm.bias", optional=True),
         Rule("blocks.*.norm_*.weight", "blocks.*.norm_*.scale"),
-        Rule("blocks.*.norm_*.bias", "blocks.*.norm_*.bias"),
-        Rule("blocks.*.attention.*.weight", "blocks.*.attention.*.kernel", Layout.TRANSPOSED),
-        Rule("blocks.*.attention.*.bias", "blocks.*.attention.*.bias"),
+        Rule("blocks.*.norm_*.bias", "blocks.*.norm_*.bias", optional=True),
+        *(
+            Rule(
+                f"blocks.*.attention.{name}.weight",
+                f"blocks.*.attention.{name}.kernel",
+                Layout.TRANSPOSED,
+            )
+            for name in ("query", "key", "value", "out")
+        ),
+        Rule("blocks.*.attention.*.bias", "blocks.*.attention.*.bias", optional=True),
+        *(
+            Rule(
+                f"blocks.*.attention.{name}_norm.weight",
+                f"blocks.*.attention.{name}_norm.scale",
+                optional=True,
+            )
+            for name in ("query", "key")
+        ),
         Rule("blocks.*.mlp.*.weight", "blocks.*.mlp.*.kernel", Layout.TRANSPOSED),
-        Rule("blocks.*.mlp.*.bias", "blocks.*.mlp.*.bias"),
+        Rule("blocks.*.mlp.*.bias", "blocks.*.mlp.*.bias", optional=True),
         Rule("norm.weight", "norm.scale"),
-        Rule("norm.bias", "norm.bias"),
+        Rule("norm.bias", "norm.bias", optional=True),
+        Rule("head.weight", "head.kernel", Layout.TRANSPOSED, optional=True),
     )
 )
 
 # The twins' classifiers: the GPT, and a linear head on it.
 CLASSIFIERS = Rules(
     (
-        *(Rule(f"gpt.{rule.torch}", f"gpt.{rule.flax}", rule.layout) for rule in TWINS.rules),
+        *(
+            dataclasses.replace(rule, torch=f"gpt.{rule.torch}", flax=f"gpt.{rule.flax}")
+            for rule in TWINS.rules
+        ),
         Rule("head.weight", "head.kernel", Layout.TRANSPOSED),
         Rule("head.bias", "head.bias"),
     )

@@ -34,10 +34,14 @@ class Link:
     torch: str
     flax: tuple[str, ...]
     layout: Layout
+    heads: int = 1
 
     def to_torch(self, parts: list[np.ndarray]) -> np.ndarray:
         """The torch leaf, from its flax parts."""
-        joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+        joined = parts[0]
+        if len(parts) > 1:
+            by_head = [part.reshape(*part.shape[:-1], self.heads, -1) for part in parts]
+            joined = np.concatenate(by_head, axis=-1).reshape(*joined.shape[:-1], -1)
         return np.ascontiguousarray(joined.T if self.layout is Layout.TRANSPOSED else joined)
 
     def to_flax(self, leaf: np.ndarray, widths: list[int]) -> list[np.ndarray]:
@@ -45,17 +49,27 @@ class Link:
         joined = leaf.T if self.layout is Layout.TRANSPOSED else leaf
         if len(widths) == 1:
             return [np.ascontiguousarray(joined)]
-        return [np.ascontiguousarray(x) for x in np.split(joined, np.cumsum(widths)[:-1], axis=-1)]
+        by_head = joined.reshape(*joined.shape[:-1], self.heads, -1)
+        ends = np.cumsum(widths)[:-1] // self.heads
+        parts = np.split(by_head, ends, axis=-1)
+        return [np.ascontiguousarray(x.reshape(*joined.shape[:-1], -1)) for x in parts]
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightMap:
-    """Rules resolved for one pair of models: the proof that every leaf is used exactly once."""
+    """Rules resolved for one pair of models: the proof that every leaf is used exactly once.
+
+    Attributes:
+        links: one per torch leaf.
+        ties: pairs of torch names (alias, original) of one tensor.
+        ignored: torch leaves that are left out.
+        widths: of the last axis of every flax leaf.
+    """
 
     links: tuple[Link, ...]
     ties: tuple[tuple[str, str], ...]
     ignored: tuple[str, ...]
-    _widths: Mapping[str, int]
+    widths: Mapping[str, int]
 
     def to_torch(self, leaves: Mapping[str, np.ndarray]) -> Leaves:
         """Torch leaves from flax leaves: weights, or anything shaped like them, as gradients."""
@@ -69,7 +83,7 @@ class WeightMap:
             for link in self.links
             for name, part in zip(
                 link.flax,
-                link.to_flax(leaves[link.torch], [self._widths[x] for x in link.flax]),
+                link.to_flax(leaves[link.torch], [self.widths[x] for x in link.flax]),
                 strict=True,
             )
         }
@@ -101,13 +115,17 @@ def resolve(
         absent = [x for x in names if x not in flax_leaves]
         problems += [f"torch leaf {name} wants flax leaf {x}, which does not exist" for x in absent]
         if not absent:
-            links.append(Link(name, names, rule.layout))
+            links.append(Link(name, names, rule.layout, rule.heads))
     uses = Counter(name for link in links for name in link.flax)
     problems += [
         f"flax leaf {name} is used by {n} torch leaves" for name, n in uses.items() if n > 1
     ]
     problems += [f"no torch leaf for flax leaf {name}" for name in flax_leaves if name not in uses]
-    problems += [f"rule {rule} matches nothing" for rule in rules.rules if not used_rules[rule]]
+    problems += [
+        f"rule {rule} matches nothing"
+        for rule in rules.rules
+        if not rule.optional and not used_rules[rule]
+    ]
     for alias, original in aliases.items():
         if original not in torch_leaves:
             problems.append(f"torch leaf {alias} is tied to {original}, which does not exist")
@@ -150,7 +168,8 @@ def _misfits(link: Link, leaf: np.ndarray, parts: list[np.ndarray]) -> list[str]
         return [f"torch leaf {link.torch} is {leaf.dtype}, flax {names} is {parts[0].dtype}"]
     if any(part.ndim != leaf.ndim or part.shape[:-1] != parts[0].shape[:-1] for part in parts):
         return [f"torch leaf {link.torch} {list(leaf.shape)} does not line up with flax {names}"]
-    shape = list(link.to_torch(parts).shape)
+    shape = [*parts[0].shape[:-1], sum(part.shape[-1] for part in parts)] if leaf.ndim else []
+    shape = shape[::-1] if link.layout is Layout.TRANSPOSED else shape
     if shape != list(leaf.shape):
         return [f"torch leaf {link.torch} is {list(leaf.shape)}, flax {names} makes {shape}"]
     return []

@@ -3,7 +3,7 @@
 from torch_gpt import random
 from torch_gpt.cache import KVCache, LayerCache
 from torch_gpt.classifier import SequenceClassifier, TokenClassifier
-from torch_gpt.config import GREEDY, PRESETS, GPTConfig, Sampling, TrainConfig
+from torch_gpt.config import GREEDY, PRESETS, GPTConfig, Rotary, Sampling, TrainConfig
 from torch_gpt.decode import decode_step, prefill
 from torch_gpt.decoder import Decoder
 from torch_gpt.generation import NO_TOKEN, Generation, filter_logits, generate, right_pad
@@ -42,6 +42,7 @@ __all__ = [
     "LayerCache",
     "PackedGPT",
     "PackedLinear",
+    "Rotary",
     "Sampling",
     "SequenceClassifier",
     "StepResult",

@@ -1,21 +1,23 @@
-"""GPT-2 class model: learned positions, pre-norm blocks, tied head. Read beside flax_gpt/model.py.
+"""A decoder-only model of pre-norm blocks: GPT-2, and by its config Llama, Qwen, BLOOM and others.
+Read beside flax_gpt/model.py.
 
-Dimension key: B batch, T new tokens, S cache slots, D embed dim, K kv heads, H head dim,
-F mlp dim, V vocab.
+Dimension key: B batch, T new tokens, S cache slots, D embed dim, N query heads, K kv heads, Q query
+heads of one kv head, H head dim, F mlp dim, V vocab.
 
 A call without a key is an evaluation: dropout is active only where a key says which elements fall.
 """
 
+import dataclasses
+
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torch.nn.utils import skip_init
 
-from torch_gpt import random
+from torch_gpt import relative, rotary
 from torch_gpt.attention import attend, mix, weigh
 from torch_gpt.cache import EXACT_TOKENS, KVCache, LayerCache
 from torch_gpt.config import GPTConfig
-from torch_gpt.positions import NOWHERE, Placement, check_counts, place
+from torch_gpt.layers import activate, dropout, embedding, linear, norm, residual_std, split_or_none
+from torch_gpt.positions import NOWHERE, Placement, check_counts, place, windowed
 
 
 class Attention(nn.Module):
@@ -24,14 +26,19 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, key: torch.Tensor | None = None):
         super().__init__()
         subkeys = split_or_none(key, 4)
-        self.num_heads = config.num_heads
+        self.num_heads, self.num_kv_heads = config.num_heads, config.kv_heads
         self.dropout = config.dropout
-        self.query = linear(config, config.embed_dim, config.embed_dim, config.init_std, subkeys[0])
-        self.key = linear(config, config.embed_dim, config.embed_dim, config.init_std, subkeys[1])
-        self.value = linear(config, config.embed_dim, config.embed_dim, config.init_std, subkeys[2])
+        std, bias = config.init_std, config.qkv_bias
+        inside = config.num_heads * config.head_width
+        shared = config.kv_heads * config.head_width
+        self.query = linear(config, config.embed_dim, inside, std, subkeys[0], bias)
+        self.key = linear(config, config.embed_dim, shared, std, subkeys[1], bias)
+        self.value = linear(config, config.embed_dim, shared, std, subkeys[2], bias)
         self.out = linear(
-            config, config.embed_dim, config.embed_dim, residual_std(config), subkeys[3]
+            config, inside, config.embed_dim, residual_std(config), subkeys[3], config.out_bias
         )
+        self.query_norm = norm(config, config.head_width) if config.qk_norm else None
+        self.key_norm = norm(config, config.head_width) if config.qk_norm else None
 
     def forward(
         self,
@@ -41,39 +48,51 @@ class Attention(nn.Module):
         key: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, LayerCache | None]:
         """Mixes along time; returns the new stream part and the layer with the new tokens in it."""
-        B, T, D = x_BTD.shape
+        B, T, _ = x_BTD.shape
         subkeys = split_or_none(key, 2)
-        q_BTKH = self.query(x_BTD).reshape(B, T, self.num_heads, -1)
-        k_BTKH = self.key(x_BTD).reshape(B, T, self.num_heads, -1)
-        v_BTKH = self.value(x_BTD).reshape(B, T, self.num_heads, -1)
-        q_BKTH, k_BKTH, v_BKTH = (torch.swapaxes(x, 1, 2) for x in (q_BTKH, k_BTKH, v_BTKH))
+        q_BTNH = self.query(x_BTD).reshape(B, T, self.num_heads, -1)
+        k_BTKH = self.key(x_BTD).reshape(B, T, self.num_kv_heads, -1)
+        v_BTKH = self.value(x_BTD).reshape(B, T, self.num_kv_heads, -1)
+        if self.query_norm is not None:
+            q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
+        if placement.turn is not None:
+            # Keys turn before they are cached: what they are at does not change any more.
+            q_BTNH = rotary.rotate(q_BTNH, placement.turn)
+            k_BTKH = rotary.rotate(k_BTKH, placement.turn)
+        q_BNTH, k_BKTH, v_BKTH = (torch.swapaxes(x, 1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
+        q_BKQTH = q_BNTH.reshape(B, self.num_kv_heads, -1, *q_BNTH.shape[2:])
         new = LayerCache(k_BKTH, v_BKTH)
         if layer is None:
-            weights_BKTS = weigh(q_BKTH, [new], placement.mask_BTS)
-            weights_BKTS = dropout(weights_BKTS, self.dropout, subkeys[0])
-            mixed_BKTH = mix(weights_BKTS, [new])
+            weights_BKQTS = weigh(q_BKQTH, [new], placement.mask_BTS, placement.bias_BKQTS)
+            weights_BKQTS = dropout(weights_BKQTS, self.dropout, subkeys[0])
+            mixed_BKQTH = mix(weights_BKQTS, [new])
         else:
-            mixed_BKTH, layer = attend(q_BKTH, new, layer, placement)
-        y_BTD = self.out(torch.swapaxes(mixed_BKTH, 1, 2).reshape(B, T, D))
+            mixed_BKQTH, layer = attend(q_BKQTH, new, layer, placement)
+        mixed_BNTH = mixed_BKQTH.reshape(q_BNTH.shape)
+        y_BTD = self.out(torch.swapaxes(mixed_BNTH, 1, 2).reshape(B, T, -1))
         return dropout(y_BTD, self.dropout, subkeys[1]), layer
 
 
 class MLP(nn.Module):
-    """Two linear maps around a GELU, in its tanh form as in GPT-2."""
+    """Two linear maps around a nonlinear function; in the gated form, times a third map."""
 
     def __init__(self, config: GPTConfig, key: torch.Tensor | None = None):
         super().__init__()
-        subkeys = split_or_none(key, 2)
-        self.dropout = config.dropout
-        self.up = linear(config, config.embed_dim, config.mlp_dim, config.init_std, subkeys[0])
-        self.down = linear(
-            config, config.mlp_dim, config.embed_dim, residual_std(config), subkeys[1]
-        )
+        subkeys = split_or_none(key, 3 if config.gated else 2)
+        self.config = config
+        sizes, std, bias = (config.embed_dim, config.mlp_dim), config.init_std, config.mlp_bias
+        self.up = linear(config, *sizes, std, subkeys[0], bias)
+        self.down = linear(config, *sizes[::-1], residual_std(config), subkeys[1], bias)
+        self.gate = linear(config, *sizes, std, subkeys[2], bias) if config.gated else None
 
     def forward(self, x_BTD: torch.Tensor, key: torch.Tensor | None = None) -> torch.Tensor:
         """Works on each token alone."""
-        h_BTF = F.gelu(self.up(x_BTD), approximate="tanh")
-        return dropout(self.down(h_BTF), self.dropout, key)
+        h_BTF = self.up(x_BTD)
+        if self.gate is None:
+            h_BTF = activate(self.config, h_BTF)
+        else:
+            h_BTF = activate(self.config, self.gate(x_BTD)) * h_BTF
+        return dropout(self.down(h_BTF), self.config.dropout, key)
 
 
 class Block(nn.Module):
@@ -104,7 +123,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """A decoder-only language model. Radford et al., "Language models are unsupervised multitask
-    learners", 2019.
+    learners", 2019; what else its config can say is cited there.
 
     Args:
         config: sizes and constants.
@@ -114,12 +133,26 @@ class GPT(nn.Module):
 
     def __init__(self, config: GPTConfig, key: torch.Tensor | None = None):
         super().__init__()
-        subkeys = split_or_none(key, config.num_layers + 2)
+        num_layers = config.num_layers
+        subkeys = split_or_none(key, num_layers + (2 if config.tied_head else 3))
         self.config = config
         self.token_embedding = embedding(config, config.vocab_size, subkeys[0])
-        self.position_embedding = embedding(config, config.context_length, subkeys[1])
-        self.blocks = nn.ModuleList([Block(config, block_key) for block_key in subkeys[2:]])
+        self.position_embedding = (
+            embedding(config, config.context_length, subkeys[1])
+            if config.positions == "learned"
+            else None
+        )
+        self.distance_embedding = (
+            embedding(config, config.t5_buckets, subkeys[1], config.num_heads)
+            if config.positions == "t5"
+            else None
+        )
+        self.embedding_norm = norm(config) if config.embedding_norm else None
+        block_keys = subkeys[2 : num_layers + 2]
+        self.blocks = nn.ModuleList([Block(config, block_key) for block_key in block_keys])
         self.norm = norm(config)
+        sizes, std = (config.embed_dim, config.vocab_size), config.init_std
+        self.head = None if config.tied_head else linear(config, *sizes, std, subkeys[-1], False)
 
     def forward(
         self,
@@ -190,84 +223,41 @@ class GPT(nn.Module):
         # Padding may be any id; a negative one elsewhere must not wrap around.
         tokens_BT = torch.where(tokens_BT < 0, NOWHERE, tokens_BT)
         tokens_BT = torch.where(placement.real_BT, tokens_BT, 0)
-        x_BTD = self.token_embedding(tokens_BT) + self.position_embedding(placement.positions_BT)
+        # A token for which there is no slot is no token either.
+        tokens_BT = torch.where(placement.positions_BT == NOWHERE, NOWHERE, tokens_BT)
+        x_BTD = self.token_embedding(tokens_BT)
+        if self.embedding_norm is not None:
+            x_BTD = self.embedding_norm(x_BTD)
+        if self.position_embedding is not None:
+            x_BTD = x_BTD + self.position_embedding(placement.positions_BT)
         x_BTD = dropout(x_BTD, self.config.dropout, subkeys[0])
+        placement = self._oriented(placement)
+        narrow = placement
+        if self.config.window is not None:
+            narrow = windowed(placement, self.config.window)
         for index, block in enumerate(self.blocks):
-            x_BTD, layers[index] = block(x_BTD, placement, layers[index], subkeys[index + 1])
+            seen = placement if index < self.config.num_full_layers else narrow
+            x_BTD, layers[index] = block(x_BTD, seen, layers[index], subkeys[index + 1])
         if cache is not None:
             cache = KVCache(tuple(layers), placement.ends_B, cache.exact)
         return self.norm(x_BTD), cache
 
     def unembed(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Logits (B, T, V) by the token embedding itself, so tying needs no alias."""
+        """Logits (B, T, V); a tied head is the token embedding itself, so tying needs no alias."""
+        if self.head is not None:
+            return self.head(x_BTD)
         return torch.einsum("BTD,VD->BTV", x_BTD, self.token_embedding.weight)
 
-
-def dropout(x: torch.Tensor, rate: float, key: torch.Tensor | None) -> torch.Tensor:
-    """Zeroes elements with probability `rate` and scales up the rest; does nothing without a key.
-
-    By hand, because the frameworks' own layers draw from different generators.
-    """
-    if key is None or rate == 0.0:
-        return x
-    kept = random.bernoulli(key.to(x.device), 1.0 - rate, x.shape)
-    return torch.where(kept, x / (1.0 - rate), 0.0)
-
-
-def norm(config: GPTConfig) -> nn.LayerNorm:
-    """Layer norm over D with scale and bias, by the two-pass variance."""
-    return nn.LayerNorm(config.embed_dim, eps=config.norm_epsilon, dtype=parameter_dtype(config))
-
-
-def linear(
-    config: GPTConfig, in_dim: int, out_dim: int, std: float, key: torch.Tensor | None
-) -> nn.Linear:
-    """The native linear layer with weights from our generator and biases of zero."""
-    layer = skip_init(nn.Linear, in_dim, out_dim, dtype=parameter_dtype(config))
-    with torch.no_grad():
-        layer.weight.copy_(initial(config, (in_dim, out_dim), std, key).T)
-        layer.bias.zero_()
-    return layer
-
-
-def embedding(config: GPTConfig, num_rows: int, key: torch.Tensor | None) -> nn.Embedding:
-    """The native embedding table with weights from our generator."""
-    table = skip_init(nn.Embedding, num_rows, config.embed_dim, dtype=parameter_dtype(config))
-    with torch.no_grad():
-        table.weight.copy_(initial(config, (num_rows, config.embed_dim), config.init_std, key))
-    return table
-
-
-def initial(
-    config: GPTConfig, shape: tuple[int, ...], std: float, key: torch.Tensor | None
-) -> torch.Tensor:
-    """Normal numbers of the given standard deviation; zeros without a key.
-
-    In the 16-bit types they are those of float32, rounded.
-    """
-    if key is None:
-        return torch.zeros(shape, dtype=parameter_dtype(config))
-    dtype = parameter_dtype(config)
-    wide = torch.promote_types(dtype, torch.float32)
-    return (random.normal(key, shape, str(wide).removeprefix("torch.")) * std).to(dtype)
-
-
-def residual_std(config: GPTConfig) -> float:
-    """Smaller for the two maps per block that add to the stream, so that its variance does not
-    grow with depth. GPT-2 report, 2019, section 2.3."""
-    return config.init_std / (2 * config.num_layers) ** 0.5
-
-
-def parameter_dtype(config: GPTConfig) -> torch.dtype:
-    """The framework's dtype of that name.
-
-    Raises:
-        ValueError: where the framework would silently compute in another one.
-    """
-    # twin: jax makes float64 into float32 unless told otherwise; torch needs no switch.
-    return getattr(torch, config.dtype)
-
-
-def split_or_none(key: torch.Tensor | None, num: int) -> list[torch.Tensor | None]:
-    """`num` keys from one, or as many Nones from None."""
-    return [None] * num if key is None else list(random.split(key, num))
+    def _oriented(self, placement: Placement) -> Placement:
+        """The placement with what blocks must know of positions; nothing where they are learned."""
+        config = self.config
+        if config.positions == "rotary":
+            turn = rotary.rotation(config, placement.positions_BT)
+            return dataclasses.replace(placement, turn=turn)
+        if config.positions == "alibi":
+            return dataclasses.replace(placement, bias_BKQTS=relative.alibi(config, placement))
+        if config.positions == "t5":
+            table = self.distance_embedding.weight
+            bias_BKQTS = relative.t5(config, placement, table)
+            return dataclasses.replace(placement, bias_BKQTS=bias_BKQTS)
+        return placement

@@ -77,26 +77,24 @@ class PackedGPT(GPT):
         self.config = model.config
         self.token_embedding = model.token_embedding
         self.position_embedding = model.position_embedding
+        self.distance_embedding = model.distance_embedding
+        self.embedding_norm = model.embedding_norm
         self.blocks = copy.deepcopy(model.blocks, shared)
         self.norm = model.norm
-        self.head = PackedLinear(model.token_embedding.weight.detach(), None, batch_size)
-        for block in self.blocks:
-            for part, names in (
-                (block.attention, ("query", "key", "value", "out")),
-                (block.mlp, ("up", "down")),
-            ):
-                for name in names:
-                    linear = getattr(part, name)
-                    weight_OI, bias_O = linear.weight.detach(), linear.bias.detach()
-                    setattr(part, name, PackedLinear(weight_OI, bias_O, batch_size))
+        self.head = model.head
+        parts = [self, *(part for x in self.blocks for part in (x.attention, x.mlp))]
+        for part in parts:
+            for name, linear in list(part.named_children()):
+                if isinstance(linear, nn.Linear):
+                    bias_O = None if linear.bias is None else linear.bias.detach()
+                    setattr(part, name, PackedLinear(linear.weight.detach(), bias_O, batch_size))
+        # twin: XLA reads the embedding as fast as it lies; torch needs it shared out, too.
+        if self.head is None:
+            self.head = PackedLinear(model.token_embedding.weight.detach(), None, batch_size)
 
     @property
     def extra_bytes(self) -> int:
         return sum(x.extra_bytes for x in self.modules() if isinstance(x, PackedLinear))
-
-    def unembed(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Logits (B, T, V) by the token embedding."""
-        return self.head(x_BTD)
 
 
 def pack(model: GPT, batch_size: int) -> GPT:

@@ -25,12 +25,15 @@ class Placement:
         ends_B: and after it.
         positions_BT: index into the position table; 0 for padding.
         slots_BT: cache slot to write; NOWHERE for padding.
+        columns_BS: the slot that each column stands for; NOWHERE for none.
         mask_BTS: True where query t of row b sees column s; see `place`.
         rungs: how many slots may be read, in rising order; the last reaches every token.
         rung: number of the lowest rung that reaches every token of every row.
         filled: whether all slots up to there are known to be valid in every row.
         padded: whether a token may be padding.
         exact: whether every call reads all slots, so that its sums have the same terms.
+        turn: of queries and keys, where positions are rotary.
+        bias_BKQTS: added to the scores, where positions are a bias; None where not.
     """
 
     real_BT: torch.Tensor
@@ -38,12 +41,15 @@ class Placement:
     ends_B: torch.Tensor
     positions_BT: torch.Tensor
     slots_BT: torch.Tensor
+    columns_BS: torch.Tensor
     mask_BTS: torch.Tensor
     rungs: tuple[int, ...]
     rung: int | torch.Tensor
     filled: bool
     padded: bool
     exact: bool
+    turn: Any = None
+    bias_BKQTS: torch.Tensor | None = None
 
 
 def place(
@@ -115,9 +121,16 @@ def place(
     mask_BTS = columns_BS[:, None, :] < seen_BT[:, :, None]
     padded = counts_B is not None
     return Placement(
-        real_BT, lengths_B, ends_B, positions_BT, slots_BT, mask_BTS, rungs, rung, filled, padded,
-        exact,
+        real_BT, lengths_B, ends_B, positions_BT, slots_BT, columns_BS, mask_BTS, rungs, rung,
+        filled, padded, exact,
     )  # fmt: skip
+
+
+def windowed(placement: Placement, window: int) -> Placement:
+    """The same tokens, of which each sees so many at most, itself among them."""
+    first_BT = placement.positions_BT - window + 1
+    seen_BTS = placement.columns_BS[:, None, :] >= first_BT[:, :, None]
+    return dataclasses.replace(placement, mask_BTS=placement.mask_BTS & seen_BTS)
 
 
 def reach(

@@ -145,7 +145,7 @@ class TorchInPlace:
             keys_BKSH[:, :, length] = attention.key(y_B1D).view(B, K, -1)
             values_BKSH[:, :, length] = attention.value(y_B1D).view(B, K, -1)
             seen_BKHS = keys_BKSH[:, :, : length + 1].transpose(-1, -2)
-            scores_BK1S = (q_BK1H @ seen_BKHS).float() * config.head_dim**-0.5
+            scores_BK1S = (q_BK1H @ seen_BKHS).float() * config.head_width**-0.5
             weights_BK1S = torch.softmax(scores_BK1S, dim=-1).to(x_B1D.dtype)
             mixed_BK1H = weights_BK1S @ values_BKSH[:, :, : length + 1]
             x_B1D = x_B1D + attention.out(mixed_BK1H.view(B, 1, -1))
@@ -176,7 +176,7 @@ def _naive_step(
         keys_BKSH = jax.lax.dynamic_update_slice(keys_BKSH, k_BKH[:, :, None], where)
         values_BKSH = jax.lax.dynamic_update_slice(values_BKSH, v_BKH[:, :, None], where)
         written.append((keys_BKSH, values_BKSH))
-        scores_BKS = jnp.einsum("BKH,BKSH->BKS", q_BKH, keys_BKSH) * config.head_dim**-0.5
+        scores_BKS = jnp.einsum("BKH,BKSH->BKS", q_BKH, keys_BKSH) * config.head_width**-0.5
         seen_11S = (jnp.arange(keys_BKSH.shape[2]) <= length)[None, None]
         scores_BKS = jnp.where(seen_11S, scores_BKS.astype(jnp.float32), -jnp.inf)
         weights_BKS = jax.nn.softmax(scores_BKS, axis=-1).astype(values_BKSH.dtype)

@@ -143,7 +143,7 @@ class Traffic:
     def layer_cache(self, slots: float) -> float:
         """Keys and values of so many slots per row in one layer: 2 B K S H and the itemsize."""
         config = self.config
-        return 2 * self.batch_size * config.num_heads * slots * config.head_dim * self.itemsize
+        return 2 * self.batch_size * config.kv_heads * slots * config.head_width * self.itemsize
 
     def cache(self, slots: float) -> float:
         """The same in all layers."""

@@ -54,7 +54,7 @@ def flop_per_step(config: flax_gpt.GPTConfig, batch_size: int, width: int) -> in
     """
     attention, mlp = 4 * config.embed_dim**2, 2 * config.embed_dim * config.mlp_dim
     multiplied = config.num_layers * (attention + mlp) + config.vocab_size * config.embed_dim
-    scores = config.num_layers * config.num_heads * config.head_dim * width
+    scores = config.num_layers * config.num_heads * config.head_width * width
     return batch_size * width * (6 * multiplied + 12 * scores)
 
 

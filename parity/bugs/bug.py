@@ -128,7 +128,11 @@ def _affected(package: str, sources: Mapping[str, str], changed: set[str]) -> se
     """The files that change, and all that import one of them, however indirectly."""
     pattern = re.compile(rf"^from {package}(?:\.(\w+))? import (.+)$", re.MULTILINE)
     imports = {
-        name: {module or imported for module, imported in pattern.findall(text)}
+        name: {
+            part
+            for module, imported in pattern.findall(text)
+            for part in ([module] if module else imported.split(", "))
+        }
         for name, text in sources.items()
     }
     affected = changed | {"__init__"}

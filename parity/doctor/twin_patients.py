@@ -280,14 +280,15 @@ def _attention(
     """The weights that meet the values, overheard where the model mixes values by them."""
     mix, heard = package.model.mix, []
 
-    def overheard(weights_BKTS: Any, parts: Any) -> Any:
-        heard.append(weights_BKTS)
-        return mix(weights_BKTS, parts)
+    def overheard(weights_BKQTS: Any, parts: Any) -> Any:
+        heard.append(weights_BKQTS)
+        return mix(weights_BKQTS, parts)
 
     package.model.mix = overheard
     try:
         with scope():
             module(numbers(tokens_BT), counts_B=None if counts_B is None else numbers(counts_B))
-            return [np.asarray(weights) for weights in heard]
+            heads = [np.asarray(weights_BKQTS) for weights_BKQTS in heard]
+            return [x.reshape(x.shape[0], -1, *x.shape[3:]) for x in heads]
     finally:
         package.model.mix = mix

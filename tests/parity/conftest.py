@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
+from typing import Any
 
 import jax
 import pytest
@@ -30,8 +31,8 @@ def small(corpus) -> Callable[..., Pair]:
         num_heads=4, mlp_dim=28,
     )  # fmt: skip
 
-    def make(dropout: float = 0.0, **options) -> Pair:
-        sizes = dataclasses.replace(config, dropout=dropout)
+    def make(changes: Mapping[str, Any] = {}, **options) -> Pair:
+        sizes = dataclasses.replace(config, **changes)
         return twins(corpus, sizes, max_new_tokens=16, **options)
 
     return make

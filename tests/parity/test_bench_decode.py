@@ -130,7 +130,7 @@ def test_the_cache_is_accounted_for_by_layer_and_by_the_formula(times):
     config = flax_gpt.GPTConfig(**times.config)
     for cell in times.cells:
         for account, name in zip(cell.accounts, ("flax", "torch"), strict=True):
-            slot = 2 * 1 * config.num_heads * config.head_dim * 4
+            slot = 2 * 1 * config.num_heads * config.head_width * 4
             assert account.framework == name
             assert account.allocated == account.capacity * slot
             assert account.valid == cell.prompt_length * slot

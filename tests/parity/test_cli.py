@@ -60,10 +60,10 @@ def test_json_on_standard_output_is_nothing_but_json(tmp_path):
 def test_a_broken_twin_exits_1_and_names_the_module(tmp_path):
     for package in ("flax_gpt", "torch_gpt", "parity"):
         shutil.copytree(ROOT / package, tmp_path / package)
-    model = tmp_path / "torch_gpt" / "model.py"
+    layers = tmp_path / "torch_gpt" / "layers.py"
     right, wrong = 'approximate="tanh"', 'approximate="none"'
-    assert right in model.read_text()
-    model.write_text(model.read_text().replace(right, wrong))
+    assert right in layers.read_text()
+    layers.write_text(layers.read_text().replace(right, wrong))
     done = parity("check", "--dtype", "float64", "--json", "out.json", cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert "first differs at blocks.0.mlp (forward)" in done.stdout.replace("\n", " ")

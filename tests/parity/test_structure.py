@@ -23,7 +23,7 @@ def decoder_of(batch_size):
 
 
 def shape_of(batch_size, capacity=CAPACITY):
-    return batch_size, CONFIG.num_heads, capacity, CONFIG.head_dim
+    return batch_size, CONFIG.num_heads, capacity, CONFIG.head_width
 
 
 def step_program(decoder, batch_size, capacity=CAPACITY):

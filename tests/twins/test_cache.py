@@ -493,7 +493,7 @@ def test_an_empty_cache_has_the_shapes_and_zeros_it_says(gpt):
     assert (cache.batch_size, cache.capacity, len(cache.layers)) == (B, S, config.num_layers)
     for layer in cache.layers:
         for array in (gpt.numpy(layer.keys_BKSH), gpt.numpy(layer.values_BKSH)):
-            assert array.shape == (B, config.num_heads, S, config.head_dim)
+            assert array.shape == (B, config.num_heads, S, config.head_width)
             assert array.dtype == config.dtype
             assert not array.any()
     np.testing.assert_array_equal(gpt.numpy(cache.lengths_B), [0] * B)
@@ -511,7 +511,7 @@ def test_bytes_count_every_slot_and_the_valid_ones(gpt, dtype, itemsize):
     config, lengths = model_of(gpt).config, np.array((7, 2, 5))
     empty = gpt.package.KVCache.empty(config, B, S, dtype)
     cache = gpt.package.KVCache(empty.layers, gpt.ints(lengths))
-    slot = 2 * config.num_layers * config.num_heads * config.head_dim * itemsize
+    slot = 2 * config.num_layers * config.num_heads * config.head_width * itemsize
     assert cache.num_bytes == gpt.package.cache.CacheBytes(B * S * slot, lengths.sum() * slot)
     assert empty.num_bytes.valid == 0
 

@@ -121,7 +121,7 @@ def test_the_config_file_is_the_same_bytes_in_both_packages():
 def test_a_preset_has_the_published_sizes(gpt, name):
     config = gpt.package.GPTConfig.preset(name)
     assert (config.num_layers, config.embed_dim) == PUBLISHED[name]
-    assert config.head_dim == 64
+    assert config.head_width == 64
     assert config.mlp_dim == 4 * config.embed_dim
 
 
@@ -244,4 +244,4 @@ def test_configs_cannot_be_changed(gpt):
 
 def test_the_heads_share_the_width_evenly(gpt):
     config = gpt.config(embed_dim=35, num_heads=5)
-    assert config.head_dim * config.num_heads == config.embed_dim
+    assert config.head_width * config.num_heads == config.embed_dim

@@ -171,7 +171,7 @@ def test_an_append_writes_as_much_to_a_large_cache_as_to_a_small_one(gpt, counts
     written = []
     for capacity in (16, 4096):
         cache = gpt.package.KVCache.empty(config, B, capacity)
-        new = gpt.floats(np.ones((B, config.num_heads, 1, config.head_dim)))
+        new = gpt.floats(np.ones((B, config.num_heads, 1, config.head_width)))
         if gpt.name == "torch":
             placement = gpt.package.positions.place(1, capacity, cache.lengths_B, counts)
             with Written() as found:

@@ -180,15 +180,15 @@ BUGS = (
         flax=(
             Edit(
                 "attention.py",
-                "q_BKTH.shape[-1] ** -0.5",
-                "(q_BKTH.shape[1] * q_BKTH.shape[-1]) ** -0.5",
+                "q_BKQTH.shape[-1] ** -0.5",
+                "(q_BKQTH.shape[1] * q_BKQTH.shape[-1]) ** -0.5",
             ),
         ),
         torch=(
             Edit(
                 "attention.py",
-                "q_BKTH.shape[-1] ** -0.5",
-                "(q_BKTH.shape[1] * q_BKTH.shape[-1]) ** -0.5",
+                "q_BKQTH.shape[-1] ** -0.5",
+                "(q_BKQTH.shape[1] * q_BKQTH.shape[-1]) ** -0.5",
             ),
         ),
         caught_by=("attention-scale",),
@@ -203,8 +203,8 @@ BUGS = (
             "scores are near 0, and nothing shows."
         ),
         seen="aladdinpersson/Machine-Learning-Collection#65",
-        flax=(Edit("attention.py", " * q_BKTH.shape[-1] ** -0.5", ""),),
-        torch=(Edit("attention.py", " * q_BKTH.shape[-1] ** -0.5", ""),),
+        flax=(Edit("attention.py", " * q_BKQTH.shape[-1] ** -0.5", ""),),
+        torch=(Edit("attention.py", " * q_BKQTH.shape[-1] ** -0.5", ""),),
         caught_by=("attention-scale",),
     ),
     Bug(
@@ -220,15 +220,15 @@ BUGS = (
         flax=(
             Edit(
                 "model.py",
-                "y_BTD = self.out(jnp.swapaxes(mixed_BKTH, 1, 2).reshape(B, T, D))",
-                "y_BTD = jnp.swapaxes(mixed_BKTH, 1, 2).reshape(B, T, D)",
+                "y_BTD = self.out(jnp.swapaxes(mixed_BNTH, 1, 2).reshape(B, T, -1))",
+                "y_BTD = jnp.swapaxes(mixed_BNTH, 1, 2).reshape(B, T, -1)",
             ),
         ),
         torch=(
             Edit(
                 "model.py",
-                "y_BTD = self.out(torch.swapaxes(mixed_BKTH, 1, 2).reshape(B, T, D))",
-                "y_BTD = torch.swapaxes(mixed_BKTH, 1, 2).reshape(B, T, D)",
+                "y_BTD = self.out(torch.swapaxes(mixed_BNTH, 1, 2).reshape(B, T, -1))",
+                "y_BTD = torch.swapaxes(mixed_BNTH, 1, 2).reshape(B, T, -1)",
             ),
         ),
         caught_by=("gradient-coverage",),
@@ -246,15 +246,15 @@ BUGS = (
         flax=(
             Edit(
                 "model.py",
-                "h_BTF = jax.nn.gelu(self.up(x_BTD), approximate=True)",
-                "h_BTF = self.up(x_BTD)",
+                "h_BTF = activate(self.config, h_BTF)",
+                "pass",
             ),
         ),
         torch=(
             Edit(
                 "model.py",
-                'h_BTF = F.gelu(self.up(x_BTD), approximate="tanh")',
-                "h_BTF = self.up(x_BTD)",
+                "h_BTF = activate(self.config, h_BTF)",
+                "pass",
             ),
         ),
         caught_by=("parity",),
@@ -269,8 +269,16 @@ BUGS = (
             "with one and run with the other are slightly wrong everywhere."
         ),
         seen="a common trap",
-        flax=(Edit("model.py", "approximate=True", "approximate=False"),),
-        torch=(Edit("model.py", 'approximate="tanh"', 'approximate="none"'),),
+        flax=(
+            Edit("layers.py", 'approximate=config.activation == "gelu_tanh"', "approximate=False"),
+        ),
+        torch=(
+            Edit(
+                "layers.py",
+                'approximate="tanh" if config.activation == "gelu_tanh" else "none"',
+                'approximate="none"',
+            ),
+        ),
         caught_by=("parity",),
     ),
     Bug(
@@ -283,8 +291,8 @@ BUGS = (
             "Beside the variance of fresh embeddings, 8e-4, it is half a percent."
         ),
         seen="a common trap",
-        flax=(Edit("model.py", "epsilon=config.norm_epsilon", "epsilon=1e-6"),),
-        torch=(Edit("model.py", "eps=config.norm_epsilon", "eps=1e-6"),),
+        flax=(Edit("layers.py", "epsilon=config.norm_epsilon", "epsilon=1e-6"),),
+        torch=(Edit("layers.py", "eps=config.norm_epsilon", "eps=1e-6"),),
         caught_by=("parity",),
     ),
     Bug(
@@ -324,18 +332,20 @@ BUGS = (
         seen="a common trap (met in Flax's MiniGPT tutorial)",
         flax=(
             Edit(
-                "model.py",
+                "layers.py",
                 "layer.kernel.set_value(initial(config, (in_dim, out_dim), std, key))",
                 "layer.kernal = nnx.Param(initial(config, (in_dim, out_dim), std, key))",
             ),
         ),
         torch=(
             Edit(
-                "model.py",
+                "layers.py",
                 "        layer.weight.copy_(initial(config, (in_dim, out_dim), std, key).T)\n"
-                "        layer.bias.zero_()\n",
+                "        if bias:\n"
+                "            layer.bias.zero_()\n",
                 "        layer.weight.zero_()\n"
-                "        layer.bias.zero_()\n"
+                "        if bias:\n"
+                "            layer.bias.zero_()\n"
                 "    layer.wieght = nn.Parameter(initial(config, (in_dim, out_dim), std, key).T)\n",
             ),
         ),
@@ -380,11 +390,19 @@ BUGS = (
         # Used as a matrix it must stay one where weights are laid out.
         flax=(
             Edit("model.py", "self.up(x_BTD)", "x_BTD @ self.up.kernel[...]"),
-            Edit("packing.py", '("up", "down")', '("down",)'),
+            Edit(
+                "packing.py",
+                "if isinstance(linear, nnx.Linear):",
+                'if isinstance(linear, nnx.Linear) and name != "up":',
+            ),
         ),
         torch=(
             Edit("model.py", "self.up(x_BTD)", "x_BTD @ self.up.weight.T"),
-            Edit("packing.py", '("up", "down")', '("down",)'),
+            Edit(
+                "packing.py",
+                "if isinstance(linear, nn.Linear):",
+                'if isinstance(linear, nn.Linear) and name != "up":',
+            ),
         ),
         caught_by=("gradient-coverage",),
     ),

@@ -462,12 +462,12 @@ BUGS = (
         seen="a common trap (met in Flax's MiniGPT tutorial)",
         flax=(
             Edit(
-                "model.py",
+                "layers.py",
                 "import jax.numpy as jnp\n",
                 "import jax.numpy as jnp\nimport numpy as np\n",
             ),
             Edit(
-                "model.py",
+                "layers.py",
                 "    if key is None or rate == 0.0:\n        return x\n",
                 "    if rate == 0.0:\n"
                 "        return x\n"
@@ -477,7 +477,7 @@ BUGS = (
         ),
         torch=(
             Edit(
-                "model.py",
+                "layers.py",
                 "    if key is None or rate == 0.0:\n        return x\n",
                 "    if key is None:\n        return F.dropout(x, rate)\n",
             ),

@@ -16,16 +16,18 @@ BUGS = (
         flax=(
             Edit(
                 "attention.py",
-                "    lowest = jnp.finfo(scores_BKTS.dtype).min\n"
-                "    scores_BKTS = jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n",
+                "    lowest = jnp.finfo(scores_BKQTS.dtype).min\n"
+                "    scores_BKQTS = jnp.where(mask_BTS[:, None, None, :, :], scores_BKQTS, "
+                "lowest)\n",
                 "",
             ),
         ),
         torch=(
             Edit(
                 "attention.py",
-                "    lowest = torch.finfo(scores_BKTS.dtype).min\n"
-                "    scores_BKTS = torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n",
+                "    lowest = torch.finfo(scores_BKQTS.dtype).min\n"
+                "    scores_BKQTS = torch.where(mask_BTS[:, None, None, :, :], scores_BKQTS, "
+                "lowest)\n",
                 "",
             ),
         ),
@@ -44,15 +46,15 @@ BUGS = (
         flax=(
             Edit(
                 "attention.py",
-                "jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
-                "jnp.where(mask_BTS[:, None, :, :], lowest, scores_BKTS)",
+                "jnp.where(mask_BTS[:, None, None, :, :], scores_BKQTS, lowest)",
+                "jnp.where(mask_BTS[:, None, None, :, :], lowest, scores_BKQTS)",
             ),
         ),
         torch=(
             Edit(
                 "attention.py",
-                "torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
-                "torch.where(mask_BTS[:, None, :, :], lowest, scores_BKTS)",
+                "torch.where(mask_BTS[:, None, None, :, :], scores_BKQTS, lowest)",
+                "torch.where(mask_BTS[:, None, None, :, :], lowest, scores_BKQTS)",
             ),
         ),
         caught_by=("causality", "causality-gradient"),
@@ -123,21 +125,23 @@ BUGS = (
         flax=(
             Edit(
                 "attention.py",
-                "    lowest = jnp.finfo(scores_BKTS.dtype).min\n"
-                "    scores_BKTS = jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n"
-                "    return jax.nn.softmax(scores_BKTS, axis=-1).astype(q_BKTH.dtype)\n",
-                "    weights_BKTS = jax.nn.softmax(scores_BKTS, axis=-1).astype(q_BKTH.dtype)\n"
-                "    return jnp.where(mask_BTS[:, None, :, :], weights_BKTS, 0.0)\n",
+                "    lowest = jnp.finfo(scores_BKQTS.dtype).min\n"
+                "    scores_BKQTS = jnp.where(mask_BTS[:, None, None, :, :], scores_BKQTS, "
+                "lowest)\n"
+                "    return jax.nn.softmax(scores_BKQTS, axis=-1).astype(q_BKQTH.dtype)\n",
+                "    weights_BKQTS = jax.nn.softmax(scores_BKQTS, axis=-1).astype(q_BKQTH.dtype)\n"
+                "    return jnp.where(mask_BTS[:, None, None, :, :], weights_BKQTS, 0.0)\n",
             ),
         ),
         torch=(
             Edit(
                 "attention.py",
-                "    lowest = torch.finfo(scores_BKTS.dtype).min\n"
-                "    scores_BKTS = torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n"
-                "    return torch.softmax(scores_BKTS, dim=-1).to(q_BKTH.dtype)\n",
-                "    weights_BKTS = torch.softmax(scores_BKTS, dim=-1).to(q_BKTH.dtype)\n"
-                "    return torch.where(mask_BTS[:, None, :, :], weights_BKTS, 0.0)\n",
+                "    lowest = torch.finfo(scores_BKQTS.dtype).min\n"
+                "    scores_BKQTS = torch.where(mask_BTS[:, None, None, :, :], scores_BKQTS, "
+                "lowest)\n"
+                "    return torch.softmax(scores_BKQTS, dim=-1).to(q_BKQTH.dtype)\n",
+                "    weights_BKQTS = torch.softmax(scores_BKQTS, dim=-1).to(q_BKQTH.dtype)\n"
+                "    return torch.where(mask_BTS[:, None, None, :, :], weights_BKQTS, 0.0)\n",
             ),
         ),
         caught_by=("attention-rows", "causality-gradient", "causality"),
@@ -152,9 +156,9 @@ BUGS = (
             "and zeros, as if they were weights already."
         ),
         seen="a common trap",
-        flax=(Edit("attention.py", "lowest = jnp.finfo(scores_BKTS.dtype).min", "lowest = 0.0"),),
+        flax=(Edit("attention.py", "lowest = jnp.finfo(scores_BKQTS.dtype).min", "lowest = 0.0"),),
         torch=(
-            Edit("attention.py", "lowest = torch.finfo(scores_BKTS.dtype).min", "lowest = 0.0"),
+            Edit("attention.py", "lowest = torch.finfo(scores_BKQTS.dtype).min", "lowest = 0.0"),
         ),
         caught_by=("causality", "causality-gradient", "attention-rows"),
     ),
@@ -171,15 +175,15 @@ BUGS = (
         flax=(
             Edit(
                 "attention.py",
-                "jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
-                "jnp.where(mask_BTS[:, None, :, :], scores_BKTS, scores_BKTS - 10.0)",
+                "jnp.where(mask_BTS[:, None, None, :, :], scores_BKQTS, lowest)",
+                "jnp.where(mask_BTS[:, None, None, :, :], scores_BKQTS, scores_BKQTS - 10.0)",
             ),
         ),
         torch=(
             Edit(
                 "attention.py",
-                "torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
-                "torch.where(mask_BTS[:, None, :, :], scores_BKTS, scores_BKTS - 10.0)",
+                "torch.where(mask_BTS[:, None, None, :, :], scores_BKQTS, lowest)",
+                "torch.where(mask_BTS[:, None, None, :, :], scores_BKQTS, scores_BKQTS - 10.0)",
             ),
         ),
         caught_by=("causality-gradient", "causality"),
@@ -197,15 +201,15 @@ BUGS = (
         flax=(
             Edit(
                 "attention.py",
-                "jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
-                "jnp.where(mask_BTS.swapaxes(1, 2)[:, None, :, :], scores_BKTS, lowest)",
+                "jnp.where(mask_BTS[:, None, None, :, :], scores_BKQTS, lowest)",
+                "jnp.where(mask_BTS.swapaxes(1, 2)[:, None, None, :, :], scores_BKQTS, lowest)",
             ),
         ),
         torch=(
             Edit(
                 "attention.py",
-                "torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
-                "torch.where(mask_BTS.swapaxes(1, 2)[:, None, :, :], scores_BKTS, lowest)",
+                "torch.where(mask_BTS[:, None, None, :, :], scores_BKQTS, lowest)",
+                "torch.where(mask_BTS.swapaxes(1, 2)[:, None, None, :, :], scores_BKQTS, lowest)",
             ),
         ),
         caught_by=("causality", "cached-equals-uncached", "attention-rows"),
@@ -223,15 +227,15 @@ BUGS = (
         flax=(
             Edit(
                 "attention.py",
-                "jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
-                "jnp.where(mask_BTS[:1, None, :, :], scores_BKTS, lowest)",
+                "jnp.where(mask_BTS[:, None, None, :, :], scores_BKQTS, lowest)",
+                "jnp.where(mask_BTS[:1, None, None, :, :], scores_BKQTS, lowest)",
             ),
         ),
         torch=(
             Edit(
                 "attention.py",
-                "torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
-                "torch.where(mask_BTS[:1, None, :, :], scores_BKTS, lowest)",
+                "torch.where(mask_BTS[:, None, None, :, :], scores_BKQTS, lowest)",
+                "torch.where(mask_BTS[:1, None, None, :, :], scores_BKQTS, lowest)",
             ),
         ),
         caught_by=("padding-invariance", "attention-rows"),
@@ -249,15 +253,15 @@ BUGS = (
         flax=(
             Edit(
                 "attention.py",
-                "jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
-                "scores_BKTS + mask_BTS[:, None, :, :].astype(scores_BKTS.dtype)",
+                "jnp.where(mask_BTS[:, None, None, :, :], scores_BKQTS, lowest)",
+                "scores_BKQTS + mask_BTS[:, None, None, :, :].astype(scores_BKQTS.dtype)",
             ),
         ),
         torch=(
             Edit(
                 "attention.py",
-                "torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)",
-                "scores_BKTS + mask_BTS[:, None, :, :].to(scores_BKTS.dtype)",
+                "torch.where(mask_BTS[:, None, None, :, :], scores_BKQTS, lowest)",
+                "scores_BKQTS + mask_BTS[:, None, None, :, :].to(scores_BKQTS.dtype)",
             ),
         ),
         caught_by=("causality", "causality-gradient", "attention-rows"),
@@ -275,25 +279,35 @@ BUGS = (
         flax=(
             Edit(
                 "attention.py",
-                "    scores_BKTS = scores_BKTS.astype(jnp.promote_types(scores_BKTS.dtype, "
-                "jnp.float32))\n"
-                "    lowest = jnp.finfo(scores_BKTS.dtype).min\n"
-                "    scores_BKTS = jnp.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n",
-                "    hidden_BTS = 1.0 - mask_BTS.astype(scores_BKTS.dtype)\n"
-                "    lowest = jnp.asarray(-1e9, jnp.float32).astype(scores_BKTS.dtype)\n"
-                "    scores_BKTS = scores_BKTS + hidden_BTS[:, None, :, :] * lowest\n",
+                "    scores_BKQTS = scores_BKQTS.astype(jnp.promote_types(scores_BKQTS.dtype, "
+                "jnp.float32))\n",
+                "",
+            ),
+            Edit(
+                "attention.py",
+                "    lowest = jnp.finfo(scores_BKQTS.dtype).min\n"
+                "    scores_BKQTS = jnp.where(mask_BTS[:, None, None, :, :], scores_BKQTS, "
+                "lowest)\n",
+                "    hidden_BTS = 1.0 - mask_BTS.astype(scores_BKQTS.dtype)\n"
+                "    lowest = jnp.asarray(-1e9, jnp.float32).astype(scores_BKQTS.dtype)\n"
+                "    scores_BKQTS = scores_BKQTS + hidden_BTS[:, None, None, :, :] * lowest\n",
             ),
         ),
         torch=(
             Edit(
                 "attention.py",
-                "    scores_BKTS = scores_BKTS.to(torch.promote_types(scores_BKTS.dtype, "
-                "torch.float32))\n"
-                "    lowest = torch.finfo(scores_BKTS.dtype).min\n"
-                "    scores_BKTS = torch.where(mask_BTS[:, None, :, :], scores_BKTS, lowest)\n",
-                "    hidden_BTS = 1.0 - mask_BTS.to(scores_BKTS.dtype)\n"
-                "    lowest = torch.tensor(-1e9).to(scores_BKTS.dtype)\n"
-                "    scores_BKTS = scores_BKTS + hidden_BTS[:, None, :, :] * lowest\n",
+                "    scores_BKQTS = scores_BKQTS.to(torch.promote_types(scores_BKQTS.dtype, "
+                "torch.float32))\n",
+                "",
+            ),
+            Edit(
+                "attention.py",
+                "    lowest = torch.finfo(scores_BKQTS.dtype).min\n"
+                "    scores_BKQTS = torch.where(mask_BTS[:, None, None, :, :], scores_BKQTS, "
+                "lowest)\n",
+                "    hidden_BTS = 1.0 - mask_BTS.to(scores_BKQTS.dtype)\n"
+                "    lowest = torch.tensor(-1e9).to(scores_BKQTS.dtype)\n"
+                "    scores_BKQTS = scores_BKQTS + hidden_BTS[:, None, None, :, :] * lowest\n",
             ),
         ),
         caught_by=("dtype-audit",),
@@ -312,32 +326,32 @@ BUGS = (
         flax=(
             Edit(
                 "attention.py",
-                "    scores_BKTS = scores_BKTS.astype(jnp.promote_types(scores_BKTS.dtype, "
+                "    scores_BKQTS = scores_BKQTS.astype(jnp.promote_types(scores_BKQTS.dtype, "
                 "jnp.float32))\n",
                 "",
             ),
             Edit(
                 "attention.py",
-                "    return jax.nn.softmax(scores_BKTS, axis=-1).astype(q_BKTH.dtype)\n",
-                "    scores_BKTS = scores_BKTS - jnp.max(scores_BKTS, axis=-1, keepdims=True)\n"
-                "    weights_BKTS = jnp.exp(scores_BKTS)\n"
-                "    return weights_BKTS / jnp.sum(weights_BKTS, axis=-1, keepdims=True)\n",
+                "    return jax.nn.softmax(scores_BKQTS, axis=-1).astype(q_BKQTH.dtype)\n",
+                "    scores_BKQTS = scores_BKQTS - jnp.max(scores_BKQTS, axis=-1, keepdims=True)\n"
+                "    weights_BKQTS = jnp.exp(scores_BKQTS)\n"
+                "    return weights_BKQTS / jnp.sum(weights_BKQTS, axis=-1, keepdims=True)\n",
             ),
         ),
         torch=(
             Edit(
                 "attention.py",
-                "    scores_BKTS = scores_BKTS.to(torch.promote_types(scores_BKTS.dtype, "
+                "    scores_BKQTS = scores_BKQTS.to(torch.promote_types(scores_BKQTS.dtype, "
                 "torch.float32))\n",
                 "",
             ),
             Edit(
                 "attention.py",
-                "    return torch.softmax(scores_BKTS, dim=-1).to(q_BKTH.dtype)\n",
-                "    scores_BKTS = scores_BKTS - torch.amax(scores_BKTS, dim=-1, "
+                "    return torch.softmax(scores_BKQTS, dim=-1).to(q_BKQTH.dtype)\n",
+                "    scores_BKQTS = scores_BKQTS - torch.amax(scores_BKQTS, dim=-1, "
                 "keepdim=True)\n"
-                "    weights_BKTS = torch.exp(scores_BKTS)\n"
-                "    return weights_BKTS / torch.sum(weights_BKTS, dim=-1, keepdim=True)\n",
+                "    weights_BKQTS = torch.exp(scores_BKQTS)\n"
+                "    return weights_BKQTS / torch.sum(weights_BKQTS, dim=-1, keepdim=True)\n",
             ),
         ),
         caught_by=("parity",),
@@ -355,15 +369,15 @@ BUGS = (
         flax=(
             Edit(
                 "attention.py",
-                "jax.nn.softmax(scores_BKTS, axis=-1)",
-                "jax.nn.softmax(scores_BKTS, axis=-2)",
+                "jax.nn.softmax(scores_BKQTS, axis=-1)",
+                "jax.nn.softmax(scores_BKQTS, axis=-2)",
             ),
         ),
         torch=(
             Edit(
                 "attention.py",
-                "torch.softmax(scores_BKTS, dim=-1)",
-                "torch.softmax(scores_BKTS, dim=-2)",
+                "torch.softmax(scores_BKQTS, dim=-1)",
+                "torch.softmax(scores_BKQTS, dim=-2)",
             ),
         ),
         caught_by=("attention-rows", "causality", "causality-gradient"),
@@ -381,19 +395,21 @@ BUGS = (
         flax=(
             Edit(
                 "attention.py",
-                "    return jax.nn.softmax(scores_BKTS, axis=-1).astype(q_BKTH.dtype)\n",
-                "    weights_BKTS = jnp.exp(scores_BKTS)\n"
-                "    weights_BKTS = weights_BKTS / jnp.sum(weights_BKTS, axis=-1, keepdims=True)\n"
-                "    return weights_BKTS.astype(q_BKTH.dtype)\n",
+                "    return jax.nn.softmax(scores_BKQTS, axis=-1).astype(q_BKQTH.dtype)\n",
+                "    weights_BKQTS = jnp.exp(scores_BKQTS)\n"
+                "    weights_BKQTS = weights_BKQTS / jnp.sum(weights_BKQTS, axis=-1, "
+                "keepdims=True)\n"
+                "    return weights_BKQTS.astype(q_BKQTH.dtype)\n",
             ),
         ),
         torch=(
             Edit(
                 "attention.py",
-                "    return torch.softmax(scores_BKTS, dim=-1).to(q_BKTH.dtype)\n",
-                "    weights_BKTS = torch.exp(scores_BKTS)\n"
-                "    weights_BKTS = weights_BKTS / torch.sum(weights_BKTS, dim=-1, keepdim=True)\n"
-                "    return weights_BKTS.to(q_BKTH.dtype)\n",
+                "    return torch.softmax(scores_BKQTS, dim=-1).to(q_BKQTH.dtype)\n",
+                "    weights_BKQTS = torch.exp(scores_BKQTS)\n"
+                "    weights_BKQTS = weights_BKQTS / torch.sum(weights_BKQTS, dim=-1, "
+                "keepdim=True)\n"
+                "    return weights_BKQTS.to(q_BKQTH.dtype)\n",
             ),
         ),
         caught_by=("nan-origin",),

@@ -16,28 +16,17 @@ BUGS = (
         flax=(
             Edit(
                 "model.py",
-                "        self.position_embedding = embedding(config, config.context_length, "
-                "subkeys[1])\n",
-                "        self.position_embedding = embedding(config, config.context_length, "
-                "subkeys[1])\n"
-                "        shape = config.context_length, config.embed_dim\n"
-                "        self.position_embedding.embedding.set_value(\n"
-                "            initial(config, shape, 1.0, subkeys[1])\n"
-                "        )\n",
+                "embedding(config, config.context_length, subkeys[1])",
+                "embedding(dataclasses.replace(config, init_std=1.0), config.context_length, "
+                "subkeys[1])",
             ),
         ),
         torch=(
             Edit(
                 "model.py",
-                "        self.position_embedding = embedding(config, config.context_length, "
-                "subkeys[1])\n",
-                "        self.position_embedding = embedding(config, config.context_length, "
-                "subkeys[1])\n"
-                "        shape = config.context_length, config.embed_dim\n"
-                "        with torch.no_grad():\n"
-                "            self.position_embedding.weight.copy_(\n"
-                "                initial(config, shape, 1.0, subkeys[1])\n"
-                "            )\n",
+                "embedding(config, config.context_length, subkeys[1])",
+                "embedding(dataclasses.replace(config, init_std=1.0), config.context_length, "
+                "subkeys[1])",
             ),
         ),
         caught_by=("position-sensitivity",),
@@ -268,24 +257,17 @@ BUGS = (
         flax=(
             Edit(
                 "model.py",
-                "        self.token_embedding = embedding(config, config.vocab_size, subkeys[0])\n",
-                "        self.token_embedding = embedding(config, config.vocab_size, subkeys[0])\n"
-                "        shape = config.vocab_size, config.embed_dim\n"
-                "        self.token_embedding.embedding.set_value(\n"
-                "            initial(config, shape, 1.0, subkeys[0])\n"
-                "        )\n",
+                "embedding(config, config.vocab_size, subkeys[0])",
+                "embedding(dataclasses.replace(config, init_std=1.0), config.vocab_size, "
+                "subkeys[0])",
             ),
         ),
         torch=(
             Edit(
                 "model.py",
-                "        self.token_embedding = embedding(config, config.vocab_size, subkeys[0])\n",
-                "        self.token_embedding = embedding(config, config.vocab_size, subkeys[0])\n"
-                "        shape = config.vocab_size, config.embed_dim\n"
-                "        with torch.no_grad():\n"
-                "            self.token_embedding.weight.copy_(\n"
-                "                initial(config, shape, 1.0, subkeys[0])\n"
-                "            )\n",
+                "embedding(config, config.vocab_size, subkeys[0])",
+                "embedding(dataclasses.replace(config, init_std=1.0), config.vocab_size, "
+                "subkeys[0])",
             ),
         ),
         caught_by=("initial-loss",),

@@ -1,0 +1,139 @@
+"""The layers that a model is built of, with weights from our generator. Read beside
+torch_gpt/layers.py.
+
+Dimension key: B batch, T new tokens, D embed dim.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from flax_gpt import random
+from flax_gpt.config import GPTConfig
+
+
+class RMSNormPlusOne(nnx.RMSNorm):
+    """An RMS norm that multiplies by 1 + its weight, so that a weight of 0 changes nothing."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Norms the last axis, in float32 at least."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        scale = 1.0 + self.scale[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+        return (wide * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(x.dtype)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes elements with probability `rate` and scales up the rest; does nothing without a key.
+
+    By hand, because the frameworks' own layers draw from different generators.
+    """
+    if key is None or rate == 0.0:
+        return x
+    kept = random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), 0.0)
+
+
+def activate(config: GPTConfig, x: jax.Array) -> jax.Array:
+    """The MLP's nonlinear function of each number."""
+    if config.activation == "silu":
+        return jax.nn.silu(x)
+    if config.activation == "gelu_bloom":
+        return x * 0.5 * (1.0 + jnp.tanh(0.79788456 * x * (1.0 + 0.044715 * x * x)))
+    return jax.nn.gelu(x, approximate=config.activation == "gelu_tanh")
+
+
+def norm(config: GPTConfig, width: int | None = None) -> nnx.LayerNorm | nnx.RMSNorm:
+    """The config's norm over the last axis, D wide or as given; variance in two passes."""
+    options = dict(
+        epsilon=config.norm_epsilon, use_fast_variance=False, param_dtype=parameter_dtype(config),
+        rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    width = config.embed_dim if width is None else width
+    if config.norm == "layer":
+        return nnx.LayerNorm(width, **options)
+    if config.norm == "rms":
+        return nnx.RMSNorm(width, **options)
+    return RMSNormPlusOne(width, scale_init=nnx.initializers.zeros_init(), **options)
+
+
+def linear(
+    config: GPTConfig,
+    in_dim: int,
+    out_dim: int,
+    std: float,
+    key: jax.Array | None,
+    bias: bool = True,
+) -> nnx.Linear:
+    """The native linear layer with weights from our generator and biases of zero."""
+    # nnx layers ask for a stream of their own. The weights come afterwards: an initializer of our
+    # own would be part of the graph definition, and no two models would share a compiled program.
+    layer = nnx.Linear(
+        in_dim,
+        out_dim,
+        use_bias=bias,
+        kernel_init=nnx.initializers.zeros_init(),
+        bias_init=nnx.initializers.zeros_init(),
+        param_dtype=parameter_dtype(config),
+        rngs=nnx.Rngs(0),
+    )
+    layer.kernel.set_value(initial(config, (in_dim, out_dim), std, key))
+    return layer
+
+
+def embedding(
+    config: GPTConfig, num_rows: int, key: jax.Array | None, width: int | None = None
+) -> nnx.Embed:
+    """The native embedding table, D wide or as given, with weights from our generator."""
+    width = config.embed_dim if width is None else width
+    table = nnx.Embed(
+        num_rows,
+        width,
+        embedding_init=nnx.initializers.zeros_init(),
+        param_dtype=parameter_dtype(config),
+        dtype=parameter_dtype(config),
+        rngs=nnx.Rngs(0),
+    )
+    table.embedding.set_value(initial(config, (num_rows, width), config.init_std, key))
+    return table
+
+
+def initial(
+    config: GPTConfig, shape: tuple[int, ...], std: float, key: jax.Array | None
+) -> jax.Array:
+    """Normal numbers of the given standard deviation; zeros without a key.
+
+    In the 16-bit types they are those of float32, rounded.
+    """
+    if key is None:
+        return jnp.zeros(shape, parameter_dtype(config))
+    dtype = parameter_dtype(config)
+    wide = jnp.promote_types(dtype, jnp.float32)
+    return (random.normal(key, shape, wide.name) * std).astype(dtype)
+
+
+def residual_std(config: GPTConfig) -> float:
+    """Smaller for the two maps per block that add to the stream, so that its variance does not
+    grow with depth. GPT-2 report, 2019, section 2.3."""
+    return config.init_std / (2 * config.num_layers) ** 0.5
+
+
+def parameter_dtype(config: GPTConfig) -> jnp.dtype:
+    """The framework's dtype of that name.
+
+    Raises:
+        ValueError: where the framework would silently compute in another one.
+    """
+    # twin: jax makes float64 into float32 unless told otherwise; torch needs no switch.
+    dtype = jnp.dtype(config.dtype)
+    if jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(
+            f"GPT: dtype {config.dtype} with jax_enable_x64 off. jax would compute in float32. "
+            "Build and run the model inside jax.enable_x64()."
+        )
+    return dtype
+
+
+def split_or_none(key: jax.Array | None, num: int) -> list[jax.Array | None]:
+    """`num` keys from one, or as many Nones from None."""
+    return [None] * num if key is None else list(random.split(key, num))

@@ -1,0 +1,370 @@
+"""A checkpoint folder of transformers: opened with suspicion, read tensor by tensor, written whole
+or not at all.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import torch
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+import flax_gpt
+import torch_gpt
+from flax_gpt import GPTConfig
+from parity.environment import jax_scope
+from parity.huggingface.config import read_config, write_config
+from parity.huggingface.families import FAMILIES, Family
+from parity.leaves import Leaves, cast_array, from_numpy
+from parity.rules import TWINS
+from parity.transplant import TransplantError, WeightMap, resolve
+
+# Their names of the types that weights may be stored in.
+STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+_HEAD = "lm_head.weight"
+# What else belongs to a checkpoint and goes along unread.
+_BESIDE = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A folder that is understood: every tensor has its place, and none has been read yet.
+
+    Attributes:
+        path: the folder.
+        family: whose rules hold.
+        config: of the model, in the type that the folder was stored in or that was asked for.
+        weight_map: torch names of the family to flax leaves.
+        notes: what was left aside, a line each.
+    """
+
+    path: Path
+    family: Family
+    config: GPTConfig
+    weight_map: WeightMap
+    notes: tuple[str, ...]
+    _files: Mapping[str, tuple[Path, str]]  # by name of the family, the file and the name in it
+
+    @classmethod
+    def open(cls, path: Path, dtype: str | None = None) -> "Checkpoint":
+        """Reads config.json and the headers of all weights.
+
+        Args:
+            path: the folder.
+            dtype: of the model; None for what the folder says, or float32.
+
+        Raises:
+            ValueError: for a folder that is not whole, not safe or not understood; all problems in
+                one line.
+        """
+        document = _json(path / _CONFIG)
+        where = f"checkpoint {path}"
+        family, fields, problems, notes = read_config(document, f"{where}/{_CONFIG}")
+        tensors = _headers(path)
+        stored = sorted({STORED.get(kind, kind) for _, _, _, kind in tensors.values()})
+        problems += [
+            f"{name} is stored as {kind}, there are {', '.join(STORED)}"
+            for name, (_, _, _, kind) in tensors.items()
+            if kind not in STORED
+        ]
+        dtype = dtype or document.get("dtype") or document.get("torch_dtype")
+        if dtype not in flax_gpt.config.DTYPES:
+            dtype = stored[0] if len(stored) == 1 and stored[0] in STORED.values() else "float32"
+        if not problems:
+            try:
+                config = GPTConfig(**fields, dtype=dtype)
+            except (ValueError, TypeError) as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError(f"{where}: {'; '.join(problems)}. Give a checkpoint without these.")
+        files, shapes = {}, {}
+        for name, (file, inside, shape, _) in _named(tensors, family).items():
+            files[name], shapes[name] = (file, inside), _blank(shape)
+        try:
+            weight_map = resolve(family.rules(config), shapes, _flax_shapes(config))
+        except TransplantError as error:
+            raise ValueError(
+                f"{where}: {'; '.join(error.problems)}. Every tensor has one place in a "
+                f"{family.name} with this config.json. Give weights that belong to it."
+            ) from error
+        checkpoint = cls(path, family, config, weight_map, tuple(notes), files)
+        checkpoint._check_ties()
+        return checkpoint
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the weights in the files."""
+        return sum(file.stat().st_size for file in {file for file, _ in self._files.values()})
+
+    def leaves(self, dtype: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        """Flax leaves, one tensor after the other; of several read at once only one is held.
+
+        Args:
+            dtype: to cast to; None for that of the config.
+
+        Raises:
+            ValueError: for numbers that are not finite, or a file that ends too early.
+        """
+        dtype = dtype or self.config.dtype
+        widths = self.weight_map.widths
+        for link in self.weight_map.links:
+            leaf = cast_array(self._read(link.torch), ml_dtypes_name(dtype))
+            parts = link.to_flax(leaf, [widths[name] for name in link.flax])
+            yield from zip(link.flax, parts, strict=True)
+
+    def flax(self, device: jax.Device | None = None) -> nnx.Module:
+        """The Flax twin with these weights.
+
+        Raises:
+            ValueError: see `leaves`.
+        """
+        device = device or jax.devices("cpu")[0]
+        with jax_scope(self.config.dtype, device):
+            model = nnx.eval_shape(lambda: flax_gpt.GPT(self.config))
+            variables = dict(nnx.to_flat_state(nnx.state(model)))
+            by_name = {".".join(map(str, path)): x for path, x in variables.items()}
+            for name, leaf in self.leaves():
+                by_name[name].set_value(jnp.asarray(leaf))
+            return model
+
+    def torch(self, device: torch.device | None = None) -> torch.nn.Module:
+        """The PyTorch twin with these weights.
+
+        Raises:
+            ValueError: see `leaves`.
+        """
+        model = torch_gpt.GPT(torch_gpt.GPTConfig(**dataclasses.asdict(self.config)))
+        links = resolve(TWINS, _shapes_of(model), _flax_shapes(self.config)).links
+        names = {link.flax[0]: link for link in links}
+        targets = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, leaf in self.leaves():
+                targets[names[name].torch].copy_(from_numpy(names[name].to_torch([leaf])))
+        return model if device is None else model.to(device)
+
+    def _read(self, name: str) -> np.ndarray:
+        file, inside = self._files[name]
+        with _suspicious(file), safe_open(file, framework="numpy") as opened:
+            tensor = opened.get_tensor(inside)
+        bad = int(np.count_nonzero(~np.isfinite(tensor.astype(np.float32, copy=False))))
+        if bad:
+            raise ValueError(
+                f"checkpoint {self.path}: {bad} of {tensor.size} numbers in {inside} are not "
+                "finite. Nothing can be computed with them. Get the file again."
+            )
+        return tensor
+
+    def _check_ties(self) -> None:
+        """A head that is saved although it is tied must be the embedding."""
+        for alias, original in self.weight_map.ties:
+            if not np.array_equal(self._read(alias), self._read(original)):
+                raise ValueError(
+                    f"checkpoint {self.path}: {alias} is not {original}, although config.json says "
+                    "that they are tied. One of them is wrong. Say tie_word_embeddings: false to "
+                    "use both."
+                )
+
+
+def save(
+    path: Path, family: str, config: GPTConfig, leaves: Leaves, source: Path | None = None
+) -> None:
+    """Writes a folder that transformers loads.
+
+    Args:
+        path: of the new folder, which must not be there, or be empty.
+        family: a key of FAMILIES.
+        config: of the model.
+        leaves: of the Flax twin, in the type to store.
+        source: a folder whose tokenizer goes along.
+
+    Raises:
+        ValueError: when the family has no such models, or the folder is in use.
+    """
+    table = FAMILIES[family]
+    document = write_config(table, config, config.dtype)
+    rules = table.rules(config)
+    theirs = _torch_names(rules, leaves)
+    weight_map = resolve(rules, theirs, leaves)
+    links = {link.torch: link for link in weight_map.links}
+    tensors = {name: link.to_torch([leaves[x] for x in link.flax]) for name, link in links.items()}
+    with new_folder(path) as folder:
+        (folder / _CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        save_file(tensors, folder / _SINGLE, metadata={"format": "pt"})
+        for name in _BESIDE if source is not None else ():
+            if (source / name).is_file():
+                shutil.copyfile(source / name, folder / name)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that takes its name at the end; nothing is left of it on an error.
+
+    Raises:
+        ValueError: when there is something in `path`, or no folder to make it in.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(
+            f"{path}: there is something already. Nothing is written over. Name another."
+        )
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{path}: no folder {path.parent}. Make it or name another.")
+    folder = Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix=f".{path.name}."))
+    try:
+        yield folder
+        os.chmod(folder, 0o755)
+        if path.exists():
+            path.rmdir()
+        folder.rename(path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def ml_dtypes_name(dtype: str) -> Any:
+    """The NumPy dtype of that name; bfloat16 is not one of NumPy's own."""
+    return ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+
+
+def _torch_names(rules: Any, leaves: Leaves) -> dict[str, np.ndarray]:
+    """Blank tensors of the family for all leaves, by its rules read from right to left."""
+    found = {}
+    for rule in rules.rules:
+        for name, parts in rule.torch_names(leaves):
+            shapes = [leaves[part].shape for part in parts]
+            shape = [*shapes[0][:-1], sum(x[-1] for x in shapes)]
+            found[name] = _blank(shape[::-1] if rule.layout == "transposed" else shape,
+                                 leaves[parts[0]].dtype)  # fmt: skip
+    return found
+
+
+def _flax_shapes(config: GPTConfig) -> dict[str, np.ndarray]:
+    """Blank leaves of the Flax twin."""
+    with jax_scope("float32", jax.devices("cpu")[0]):
+        config = dataclasses.replace(config, dtype="float32")
+        state = nnx.state(nnx.eval_shape(lambda: flax_gpt.GPT(config)))
+    return {".".join(map(str, path)): _blank(x.shape) for path, x in nnx.to_flat_state(state)}
+
+
+def _shapes_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    return {name: _blank(tuple(x.shape)) for name, x in model.named_parameters()}
+
+
+def _blank(shape: Any, dtype: Any = np.float32) -> np.ndarray:
+    """An array of that shape that takes no memory."""
+    return np.broadcast_to(np.zeros((), dtype), tuple(shape))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: in one line.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"checkpoint {path.parent}: no {path.name}. A folder of transformers has one, and "
+            "weights in safetensors. Give such a folder."
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: cannot be read ({reason}). Get the file again.") from error
+    if not isinstance(document, dict):
+        raise ValueError(f"{path}: a {type(document).__name__}, not an object. Get the file again.")
+    return document
+
+
+def _headers(path: Path) -> dict[str, tuple[Path, str, list[int], str]]:
+    """File, name, shape and type of every tensor, from one file or the shards of an index.
+
+    Raises:
+        ValueError: for weights that are missing, damaged, or only there as pickles.
+    """
+    if (path / _INDEX).is_file():
+        index = _json(path / _INDEX).get("weight_map")
+        if not isinstance(index, dict) or not all(isinstance(x, str) for x in index.values()):
+            raise ValueError(f"{path / _INDEX}: no weight_map of names. Get the file again.")
+        outside = [x for x in index.values() if Path(x).name != x]
+        if outside:
+            raise ValueError(
+                f"{path / _INDEX}: {outside[0]!r} is not in the folder. Shards lie beside their "
+                "index. Get the files from somewhere else."
+            )
+        missing = sorted({x for x in index.values() if not (path / x).is_file()})
+        if missing:
+            raise ValueError(
+                f"checkpoint {path}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
+                "missing. The index names them. Get them again."
+            )
+        found = {}
+        for file in sorted(set(index.values())):
+            found |= _header(path / file)
+        if set(found) != set(index):
+            names = ", ".join(sorted(set(found) ^ set(index))[:5])
+            raise ValueError(
+                f"checkpoint {path}: {names}: the index and the shards do not agree. They are of "
+                "different checkpoints. Get them again."
+            )
+        return found
+    if (path / _SINGLE).is_file():
+        return _header(path / _SINGLE)
+    pickles = sorted(x.name for x in path.glob("*") if x.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    if pickles:
+        raise ValueError(
+            f"checkpoint {path}: only {pickles[0]}, a pickle, which can run any code when it is "
+            "read. It is not opened. Get the weights as safetensors."
+        )
+    raise ValueError(
+        f"checkpoint {path}: no {_SINGLE} and no {_INDEX}. Give a folder with weights."
+    )
+
+
+def _header(file: Path) -> dict[str, tuple[Path, str, list[int], str]]:
+    with _suspicious(file), safe_open(file, framework="numpy") as opened:
+        found = {}
+        for name in opened.keys():
+            part = opened.get_slice(name)
+            found[name] = file, name, list(part.get_shape()), str(part.get_dtype())
+        return found
+
+
+@contextlib.contextmanager
+def _suspicious(file: Path) -> Iterator[None]:
+    """What can be wrong with a safetensors file, in one line.
+
+    Raises:
+        ValueError: when it is.
+    """
+    try:
+        yield
+    except (SafetensorError, OSError, struct.error, json.JSONDecodeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{file}: cannot be read ({reason}). The file is truncated or damaged. Get it again."
+        ) from error
+
+
+def _named(tensors: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Tensors by the names of the whole model; a base model is saved without its prefix."""
+    return {
+        name if name.startswith(family.prefix) or name == _HEAD else family.prefix + name: x
+        for name, x in tensors.items()
+    }

@@ -1,0 +1,373 @@
+"""Checkpoint folders: what transformers writes both twins read, and what we write it reads."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+from torch.overrides import TorchFunctionMode
+
+import flax_gpt
+import torch_gpt
+from parity.huggingface import Checkpoint, save
+from parity.leaves import flax_leaves, torch_leaves
+
+BOUND = 1e-12
+B, T, G = 6, 11, 9
+IDS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=0)
+# Odd sizes, all different: 3 layers, 6 heads of 20 in a stream that is not their product.
+LLAMA = IDS | dict(
+    vocab_size=97, hidden_size=42, num_hidden_layers=3, num_attention_heads=6,
+    num_key_value_heads=2, intermediate_size=34, max_position_embeddings=40, head_dim=20,
+)  # fmt: skip
+MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config, IDS | dict(
+        vocab_size=97, n_embd=100, n_layer=3, n_head=5, n_inner=34, n_positions=40)),
+    "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, LLAMA | dict(
+        rope_parameters=dict(rope_type="llama3", rope_theta=300.0, factor=4.0, low_freq_factor=1.0,
+                             high_freq_factor=4.0, original_max_position_embeddings=16),
+        attention_bias=True, mlp_bias=True)),
+    "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig, LLAMA | dict(
+        sliding_window=5, rope_parameters=dict(rope_type="linear", rope_theta=200.0, factor=2.0))),
+    "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config, {
+        name: value for name, value in LLAMA.items() if name != "head_dim"} | dict(
+        hidden_size=120, use_sliding_window=True, sliding_window=6, max_window_layers=1,
+        tie_word_embeddings=True)),
+    "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config, LLAMA),
+    "bloom": (transformers.BloomForCausalLM, transformers.BloomConfig, IDS | dict(
+        vocab_size=97, hidden_size=100, n_layer=3, n_head=5, seq_length=40)),
+}  # fmt: skip
+
+
+class Wide(TorchFunctionMode):
+    """float64 wherever a library asks for float32, as it does in norms, angles and softmax."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        wide = {torch.float32: torch.float64}
+        kwargs = {
+            name: wide.get(x, x) if isinstance(x, torch.dtype) else x
+            for name, x in (kwargs or {}).items()
+        }
+        args = tuple(wide.get(x, x) if isinstance(x, torch.dtype) else x for x in args)
+        if function is torch.Tensor.float:
+            function = torch.Tensor.double
+        return function(*args, **kwargs)
+
+    def __enter__(self):
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.set_default_dtype(torch.float32)
+        return super().__exit__(*error)
+
+
+@functools.cache
+def theirs(family: str) -> Any:
+    """A model of transformers with random numbers in every leaf, in float64 throughout."""
+    model, config, sizes = MODELS[family]
+    with Wide():
+        torch.manual_seed(0)
+        model = model(config(**sizes, attn_implementation="eager")).double().eval()
+    rng = np.random.default_rng(4)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Loud blocks, or a head that is the embedding would say the same token for ever.
+            loud = 1.0 if "embed" in name or "wte" in name else 3.0
+            small = loud * min(parameter.shape) ** -0.5
+            centre, spread = float(name.endswith("weight")), 0.3
+            if parameter.ndim > 1:
+                centre, spread = 0.0, small
+            parameter.copy_(torch.from_numpy(rng.normal(centre, spread, parameter.shape)))
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory) -> Callable[[str], Path]:
+    """Where a family's model is saved, by transformers itself."""
+
+    @functools.cache
+    def made(family: str) -> Path:
+        path = tmp_path_factory.mktemp(family) / "checkpoint"
+        theirs(family).save_pretrained(path)
+        return path
+
+    return made
+
+
+@contextlib.contextmanager
+def both(checkpoint: Checkpoint) -> Iterator[list]:
+    """Both twins of a checkpoint, as functions of arrays."""
+    with jax.enable_x64(True), torch.no_grad():
+        flax, torch_model = checkpoint.flax(), checkpoint.torch()
+        yield [
+            (flax_gpt, flax, lambda x: jax.numpy.asarray(np.asarray(x)), np.asarray),
+            (torch_gpt, torch_model, lambda x: torch.from_numpy(np.array(x)), lambda x: x.numpy()),
+        ]
+
+
+def prompts() -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 97, (B, T))
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_both_twins_compute_what_transformers_does(family, folder_of):
+    checkpoint = Checkpoint.open(folder_of(family))
+    assert checkpoint.config.dtype == "float64" and checkpoint.notes == ()
+    with Wide(), torch.no_grad():
+        expected = theirs(family)(torch.from_numpy(prompts())).logits.numpy()
+    assert expected.dtype == np.float64 and expected.std() > 0.3
+    with both(checkpoint) as twins:
+        for _, model, array, numpy in twins:
+            found = numpy(model(array(prompts()))[0])
+            np.testing.assert_allclose(found, expected, rtol=0, atol=BOUND)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_both_twins_write_what_transformers_does_behind_padding_on_the_left(family, folder_of):
+    counts = np.array((T, 6, 2, 9, 1, T))
+    tokens, mask = prompts(), np.arange(T) >= T - counts[:, None]
+    with Wide(), torch.no_grad():
+        written = theirs(family).generate(
+            torch.from_numpy(np.where(mask, tokens, 0)),
+            attention_mask=torch.from_numpy(mask.astype(np.int64)), max_new_tokens=G,
+            do_sample=False,
+        )  # fmt: skip
+    expected = written[:, T:].numpy()
+    assert len(np.unique(expected)) > 5
+    with both(Checkpoint.open(folder_of(family))) as twins:
+        for package, model, array, numpy in twins:
+            padded, lengths = package.right_pad(array(tokens), array(mask.astype(np.int64)))
+            generation = package.generate(model, padded, G, lengths)
+            np.testing.assert_array_equal(numpy(generation.tokens_BG), expected)
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_folder_that_we_write_is_the_same_model_to_transformers(family, folder_of, tmp_path):
+    checkpoint = Checkpoint.open(folder_of(family))
+    save(tmp_path / "out", family, checkpoint.config, dict(checkpoint.leaves()))
+    with Wide(), torch.no_grad():
+        again = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", dtype=torch.float64, attn_implementation="eager"
+        )
+        pairs = [model(torch.from_numpy(prompts())).logits for model in (theirs(family), again)]
+    names = theirs(family).state_dict()
+    assert all(torch.equal(x, names[name]) for name, x in again.state_dict().items())
+    assert torch.dist(*pairs, p=float("inf")) <= BOUND  # memory that is aligned otherwise
+    assert Checkpoint.open(tmp_path / "out").config == checkpoint.config
+
+
+def test_a_sharded_folder_in_half_precision_without_a_prefix_is_read(folder_of, tmp_path):
+    """As hubs have GPT-2: shards, bfloat16, no `transformer.`, mask buffers, no head."""
+    tensors = load_file(folder_of("gpt2") / "model.safetensors")
+    tensors = {name.removeprefix("transformer."): x for name, x in tensors.items()}
+    tensors["h.0.attn.bias"] = np.ones((1, 1, 40, 40))
+    import ml_dtypes
+
+    half = {name: x.astype(ml_dtypes.bfloat16) for name, x in tensors.items()}
+    names = sorted(half)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, inside in shards.items():
+        save_file({name: half[name] for name in inside}, tmp_path / file)
+    index = {name: file for file, inside in shards.items() for name in inside}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    document = json.loads((folder_of("gpt2") / "config.json").read_text())
+    document = {name: x for name, x in document.items() if name != "dtype"}
+    document["torch_dtype"] = "bfloat16"
+    document["n_ctx"] = document.pop("n_positions")
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.config.dtype == "bfloat16" and checkpoint.config.context_length == 40
+    assert (
+        dataclasses.replace(checkpoint.config, dtype="float64")
+        == Checkpoint.open(folder_of("gpt2")).config
+    )
+    loaded = flax_leaves(checkpoint.flax()), torch_leaves(checkpoint.torch())
+    name = "blocks.1.mlp.up.kernel"
+    expected = half["h.1.mlp.c_fc.weight"]
+    np.testing.assert_array_equal(loaded[0][name], expected)
+    np.testing.assert_array_equal(loaded[1]["blocks.1.mlp.up.weight"], expected.T)
+
+
+def test_the_old_spelling_of_rotary_positions_means_the_same(folder_of, tmp_path):
+    for name in ("llama", "mistral"):
+        document = json.loads((folder_of(name) / "config.json").read_text())
+        new = document.pop("rope_parameters")
+        document["rope_theta"] = new.pop("rope_theta")
+        document["rope_scaling"] = {
+            ("type" if name == "mistral" else "rope_type"): new.pop("rope_type")
+        }
+        document["rope_scaling"] |= new
+        folder = tmp_path / name
+        shutil.copytree(folder_of(name), folder)
+        (folder / "config.json").write_text(json.dumps(document))
+        assert Checkpoint.open(folder).config == Checkpoint.open(folder_of(name)).config
+
+
+def test_dynamic_scaling_is_that_of_transformers_token_by_token(tmp_path):
+    """Behind the original length each token turns as if the text ended with it."""
+    config = transformers.LlamaConfig(**LLAMA | dict(
+        max_position_embeddings=8,
+        rope_parameters=dict(rope_type="dynamic", rope_theta=300.0, factor=4.0),
+        attn_implementation="eager",
+    ))  # fmt: skip
+    with Wide():
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(config).double().eval()
+        model.save_pretrained(tmp_path / "dynamic")
+        tokens = torch.from_numpy(np.random.default_rng(1).integers(0, 97, (1, 20)))
+        with torch.no_grad():
+            out = model(tokens[:, :6], use_cache=True)
+            expected, cache = [out.logits[:, -1]], out.past_key_values
+            for place in range(6, 20):
+                out = model(tokens[:, place : place + 1], past_key_values=cache, use_cache=True)
+                expected.append(out.logits[:, -1])
+    expected = torch.stack(expected, dim=1).numpy()
+    checkpoint = Checkpoint.open(tmp_path / "dynamic")
+    assert checkpoint.config.context_length == 32
+    with both(checkpoint) as twins:
+        for _, gpt, array, numpy in twins:
+            found = numpy(gpt(array(tokens.numpy()))[0])[:, 5:]
+            np.testing.assert_allclose(found, expected, rtol=0, atol=BOUND)
+    save(tmp_path / "out", "llama", checkpoint.config, dict(checkpoint.leaves()))
+    assert Checkpoint.open(tmp_path / "out").config == checkpoint.config
+
+
+class Exploding:
+    """Runs code when it is unpickled."""
+
+    def __reduce__(self):
+        return Path.touch, (Path("exploded"),)
+
+
+def corrupted(folder: Path, how: str) -> None:
+    """Does something bad to a folder of a llama."""
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    document = json.loads(config.read_text())
+    tensors = load_file(weights)
+    key = "model.layers.1.self_attn.k_proj.weight"
+    match how:
+        case "truncated":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "garbage":
+            weights.write_bytes(b"not safetensors at all")
+        case "wrong shape":
+            save_file(tensors | {key: tensors[key][:-1]}, weights)
+        case "missing tensor":
+            save_file({name: x for name, x in tensors.items() if name != key}, weights)
+        case "unknown tensor":
+            save_file(tensors | {"model.layers.0.adapter": np.ones(3)}, weights)
+        case "two at once":
+            kept = {name: x for name, x in tensors.items() if name != key}
+            save_file(kept | {"model.layers.0.adapter": np.ones(3)}, weights)
+        case "nan":
+            tensors[key][0, 0] = np.nan
+            save_file(tensors, weights)
+        case "integers":
+            save_file(tensors | {key: tensors[key].astype(np.int32)}, weights)
+        case "missing shard" | "escaping shard" | "index disagrees":
+            weights.rename(folder / "a.safetensors")
+            index = dict.fromkeys(tensors, "a.safetensors")
+            other = {"missing shard": "b.safetensors", "escaping shard": "../a.safetensors"}
+            if how in other:
+                index[key] = other[how]
+            else:
+                index["more"] = "a.safetensors"
+            path = folder / "model.safetensors.index.json"
+            path.write_text(json.dumps({"weight_map": index}))
+        case "pickle":
+            weights.unlink()
+            torch.save({"x": Exploding()}, folder / "pytorch_model.bin")
+        case "no weights":
+            weights.unlink()
+        case "no config":
+            config.unlink()
+        case "broken config":
+            config.write_text("{")
+        case "list config":
+            config.write_text("[]")
+        case "unknown architecture":
+            config.write_text(json.dumps(document | {"model_type": "mamba"}))
+        case "unknown activation":
+            config.write_text(json.dumps(document | {"hidden_act": "relu2"}))
+        case "unknown rope":
+            document["rope_parameters"]["rope_type"] = "yarn"
+            config.write_text(json.dumps(document))
+        case "several problems":
+            del document["hidden_size"]
+            config.write_text(json.dumps(document | {"hidden_act": "relu2"}))
+        case "sizes of strings":
+            config.write_text(json.dumps(document | {"hidden_size": "42"}))
+        case "heads":
+            config.write_text(json.dumps(document | {"num_key_value_heads": 4}))
+
+
+BAD = {
+    "truncated": r"model\.safetensors: cannot be read \(.*\)\. The file is truncated",
+    "garbage": r"model\.safetensors: cannot be read",
+    "wrong shape": r"torch leaf model\.layers\.1\.self_attn\.k_proj\.weight is \[39, 42\]",
+    "missing tensor": r"no torch leaf for flax leaf blocks\.1\.attention\.key\.kernel",
+    "unknown tensor": r"no rule for torch leaf model\.layers\.0\.adapter",
+    "two at once": r"adapter; .*blocks\.1\.attention\.key\.kernel",
+    "nan": r"1 of 1680 numbers in model\.layers\.1\.self_attn\.k_proj\.weight are not finite",
+    "integers": r"k_proj\.weight is stored as I32, there are F64",
+    "missing shard": r"b\.safetensors is missing\. The index names them",
+    "escaping shard": r"'\.\./a\.safetensors' is not in the folder",
+    "index disagrees": r"more: the index and the shards do not agree",
+    "pickle": r"only pytorch_model\.bin, a pickle, which can run any code",
+    "no weights": r"no model\.safetensors and no",
+    "no config": r"no config\.json",
+    "broken config": r"config\.json: cannot be read",
+    "list config": r"config\.json: a list, not an object",
+    "unknown architecture": r"model_type 'mamba' is not among gpt2, llama",
+    "unknown activation": r"hidden_act is 'relu2'",
+    "unknown rope": r"rope type is 'yarn', there are default, linear, dynamic, llama3",
+    "several problems": r"hidden_size is missing; hidden_act is 'relu2'",
+    "sizes of strings": r"embed_dim is '42', it must be an integer",
+    "heads": r"num_heads 6 does not divide into 4 kv heads",
+}
+
+
+@pytest.mark.parametrize("how", BAD)
+def test_a_corrupt_folder_is_refused_in_one_line_and_nothing_runs(
+    how, folder_of, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder_of("llama"), tmp_path / "bad")
+    corrupted(tmp_path / "bad", how)
+    with pytest.raises(ValueError, match=BAD[how]) as raised:
+        Checkpoint.open(tmp_path / "bad").torch()
+    assert "\n" not in str(raised.value)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["bad"]  # nothing has exploded
+
+
+def test_what_a_family_cannot_be_is_not_written(folder_of, tmp_path):
+    checkpoint = Checkpoint.open(folder_of("qwen3"))
+    leaves = dict(checkpoint.leaves())
+    with pytest.raises(ValueError, match=r"convert to llama: .*qk_norm is True"):
+        save(tmp_path / "out", "llama", checkpoint.config, leaves)
+    with pytest.raises(ValueError, match=r"convert to gpt2: .*positions is 'rotary'"):
+        save(tmp_path / "out", "gpt2", checkpoint.config, leaves)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(ValueError, match="there is something already"):
+        save(tmp_path / "full", "qwen3", checkpoint.config, leaves)
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["full"]
+
+
+def test_entries_that_are_not_understood_are_named(folder_of, tmp_path):
+    shutil.copytree(folder_of("qwen3"), tmp_path / "more")
+    document = json.loads((tmp_path / "more" / "config.json").read_text())
+    (tmp_path / "more" / "config.json").write_text(json.dumps(document | {"logit_softcap": 30}))
+    (note,) = Checkpoint.open(tmp_path / "more").notes
+    assert "logit_softcap: not understood and left aside" in note
