@@ -82,6 +82,14 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.numpy().copy()
 
 
+def numpy_view(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's own memory, on the host, as an array of the same bits."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
 def from_numpy(array: np.ndarray) -> torch.Tensor:
     """A tensor of the same bits, on the host."""
     array = np.ascontiguousarray(array)

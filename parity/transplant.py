@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -87,6 +87,14 @@ class WeightMap:
                 strict=True,
             )
         }
+
+
+def links_of(rules: Rules, torch_names: Iterable[str]) -> Iterator[Link]:
+    """The links of torch leaves by their names alone; `resolve` is what proves that they fit."""
+    for name in torch_names:
+        for rule in rules.rules:
+            if names := rule.flax_names(name):
+                yield Link(name, names, rule.layout, rule.heads)
 
 
 def resolve(

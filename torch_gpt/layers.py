@@ -66,7 +66,8 @@ def linear(
     bias: bool = True,
 ) -> nn.Linear:
     """The native linear layer with weights from our generator and biases of zero."""
-    layer = skip_init(nn.Linear, in_dim, out_dim, bias=bias, dtype=parameter_dtype(config))
+    options = dict(dtype=parameter_dtype(config), device=torch.get_default_device())
+    layer = skip_init(nn.Linear, in_dim, out_dim, bias=bias, **options)
     with torch.no_grad():
         layer.weight.copy_(initial(config, (in_dim, out_dim), std, key).T)
         if bias:
@@ -79,7 +80,8 @@ def embedding(
 ) -> nn.Embedding:
     """The native embedding table, D wide or as given, with weights from our generator."""
     width = config.embed_dim if width is None else width
-    table = skip_init(nn.Embedding, num_rows, width, dtype=parameter_dtype(config))
+    options = dict(dtype=parameter_dtype(config), device=torch.get_default_device())
+    table = skip_init(nn.Embedding, num_rows, width, **options)
     with torch.no_grad():
         table.weight.copy_(initial(config, (num_rows, width), config.init_std, key))
     return table

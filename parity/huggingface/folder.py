@@ -28,38 +28,114 @@ from flax_gpt import GPTConfig
 from parity.environment import jax_scope
 from parity.huggingface.config import read_config, write_config
 from parity.huggingface.families import FAMILIES, Family
-from parity.leaves import Leaves, cast_array, from_numpy
+from parity.leaves import Leaves, dotted, numpy_view
 from parity.rules import TWINS
-from parity.transplant import TransplantError, WeightMap, resolve
+from parity.transplant import TransplantError, WeightMap, links_of, resolve
 
 # Their names of the types that weights may be stored in.
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _HEAD = "lm_head.weight"
 # What else belongs to a checkpoint and goes along unread.
-_BESIDE = (
+BESIDE = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
     "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
-class Checkpoint:
+class Header:
+    """What a file says of one tensor: its name there, its shape, and the type it is stored in."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
     """A folder that is understood: every tensor has its place, and none has been read yet.
 
     Attributes:
         path: the folder.
-        family: whose rules hold.
+        family: a key of FAMILIES, whose rules hold.
         config: of the model, in the type that the folder was stored in or that was asked for.
-        weight_map: torch names of the family to flax leaves.
         notes: what was left aside, a line each.
     """
 
     path: Path
-    family: Family
+    family: str
     config: GPTConfig
-    weight_map: WeightMap
     notes: tuple[str, ...]
+
+    def leaves(self, dtype: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
+        """Flax leaves by name, one tensor after the other, so that few are held at once.
+
+        Args:
+            dtype: to cast to; None for that of the config.
+
+        Raises:
+            ValueError: for numbers that are not finite, or a file that ends too early.
+        """
+        raise NotImplementedError
+
+    def flax(self, device: jax.Device | None = None) -> nnx.Module:
+        """The Flax twin with these weights.
+
+        Raises:
+            ValueError: see `leaves`.
+        """
+        device = device or jax.devices("cpu")[0]
+        with jax_scope(self.config.dtype, device):
+            model = nnx.eval_shape(lambda: flax_gpt.GPT(self.config))
+            flat = nnx.to_flat_state(nnx.state(model))
+            by_name = {dotted(path): variable for path, variable in flat}
+            for name, leaf in self.leaves():
+                by_name[name].set_value(jnp.asarray(leaf))
+            return model
+
+    def torch(self, device: torch.device | None = None) -> torch.nn.Module:
+        """The PyTorch twin with these weights.
+
+        Raises:
+            ValueError: see `leaves`.
+        """
+        with torch.device("meta"):  # nothing is drawn or zeroed that will be written over
+            model = torch_gpt.GPT(torch_gpt.GPTConfig(**dataclasses.asdict(self.config)))
+        model = model.to_empty(device="cpu")
+        targets = dict(model.named_parameters())
+        links = {link.flax: link for link in links_of(TWINS, targets)}
+        for name, leaf in self.leaves():
+            link = links[(name,)]
+            np.copyto(numpy_view(targets[link.torch]), link.to_torch([leaf]))
+        return model if device is None else model.to(device)
+
+    def finite(self, name: str, leaf: np.ndarray, dtype: str | None) -> np.ndarray:
+        """A leaf in the type that is wanted.
+
+        Raises:
+            ValueError: for numbers that are not finite.
+        """
+        bad = int(np.count_nonzero(~np.isfinite(leaf)))
+        if bad:
+            raise ValueError(
+                f"checkpoint {self.path}: {bad} of {leaf.size} numbers in {name} are not finite. "
+                "Nothing can be computed with them. Get the file again."
+            )
+        dtype = dtype or self.config.dtype
+        return leaf.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype, copy=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint(Weights):
+    """A folder of transformers.
+
+    Attributes:
+        weight_map: torch names of the family to flax leaves.
+    """
+
+    weight_map: WeightMap
     _files: Mapping[str, tuple[Path, str]]  # by name of the family, the file and the name in it
 
     @classmethod
@@ -74,15 +150,15 @@ class Checkpoint:
             ValueError: for a folder that is not whole, not safe or not understood; all problems in
                 one line.
         """
-        document = _json(path / _CONFIG)
+        document = read_json(path / _CONFIG)
         where = f"checkpoint {path}"
         family, fields, problems, notes = read_config(document, f"{where}/{_CONFIG}")
-        tensors = _headers(path)
-        stored = sorted({STORED.get(kind, kind) for _, _, _, kind in tensors.values()})
+        tensors = headers(path)
+        stored = sorted({STORED.get(x.kind, x.kind) for x in tensors.values()})
         problems += [
-            f"{name} is stored as {kind}, there are {', '.join(STORED)}"
-            for name, (_, _, _, kind) in tensors.items()
-            if kind not in STORED
+            f"{name} is stored as {x.kind}, there are {', '.join(STORED)}"
+            for name, x in tensors.items()
+            if x.kind not in STORED
         ]
         dtype = dtype or document.get("dtype") or document.get("torch_dtype")
         if dtype not in flax_gpt.config.DTYPES:
@@ -95,81 +171,31 @@ class Checkpoint:
         if problems:
             raise ValueError(f"{where}: {'; '.join(problems)}. Give a checkpoint without these.")
         files, shapes = {}, {}
-        for name, (file, inside, shape, _) in _named(tensors, family).items():
-            files[name], shapes[name] = (file, inside), _blank(shape)
+        for name, x in _named(tensors, family).items():
+            files[name], shapes[name] = (x.file, x.name), _blank(x.shape)
         try:
-            weight_map = resolve(family.rules(config), shapes, _flax_shapes(config))
+            weight_map = resolve(family.rules(config), shapes, flax_shapes(config))
         except TransplantError as error:
             raise ValueError(
                 f"{where}: {'; '.join(error.problems)}. Every tensor has one place in a "
                 f"{family.name} with this config.json. Give weights that belong to it."
             ) from error
-        checkpoint = cls(path, family, config, weight_map, tuple(notes), files)
+        checkpoint = cls(path, family.name, config, tuple(notes), weight_map, files)
         checkpoint._check_ties()
         return checkpoint
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the weights in the files."""
-        return sum(file.stat().st_size for file in {file for file, _ in self._files.values()})
-
     def leaves(self, dtype: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
-        """Flax leaves, one tensor after the other; of several read at once only one is held.
-
-        Args:
-            dtype: to cast to; None for that of the config.
-
-        Raises:
-            ValueError: for numbers that are not finite, or a file that ends too early.
-        """
-        dtype = dtype or self.config.dtype
+        """See `Weights`."""
         widths = self.weight_map.widths
         for link in self.weight_map.links:
-            leaf = cast_array(self._read(link.torch), ml_dtypes_name(dtype))
+            leaf = self.finite(self._files[link.torch][1], self._read(link.torch), dtype)
             parts = link.to_flax(leaf, [widths[name] for name in link.flax])
             yield from zip(link.flax, parts, strict=True)
 
-    def flax(self, device: jax.Device | None = None) -> nnx.Module:
-        """The Flax twin with these weights.
-
-        Raises:
-            ValueError: see `leaves`.
-        """
-        device = device or jax.devices("cpu")[0]
-        with jax_scope(self.config.dtype, device):
-            model = nnx.eval_shape(lambda: flax_gpt.GPT(self.config))
-            variables = dict(nnx.to_flat_state(nnx.state(model)))
-            by_name = {".".join(map(str, path)): x for path, x in variables.items()}
-            for name, leaf in self.leaves():
-                by_name[name].set_value(jnp.asarray(leaf))
-            return model
-
-    def torch(self, device: torch.device | None = None) -> torch.nn.Module:
-        """The PyTorch twin with these weights.
-
-        Raises:
-            ValueError: see `leaves`.
-        """
-        model = torch_gpt.GPT(torch_gpt.GPTConfig(**dataclasses.asdict(self.config)))
-        links = resolve(TWINS, _shapes_of(model), _flax_shapes(self.config)).links
-        names = {link.flax[0]: link for link in links}
-        targets = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, leaf in self.leaves():
-                targets[names[name].torch].copy_(from_numpy(names[name].to_torch([leaf])))
-        return model if device is None else model.to(device)
-
     def _read(self, name: str) -> np.ndarray:
         file, inside = self._files[name]
-        with _suspicious(file), safe_open(file, framework="numpy") as opened:
-            tensor = opened.get_tensor(inside)
-        bad = int(np.count_nonzero(~np.isfinite(tensor.astype(np.float32, copy=False))))
-        if bad:
-            raise ValueError(
-                f"checkpoint {self.path}: {bad} of {tensor.size} numbers in {inside} are not "
-                "finite. Nothing can be computed with them. Get the file again."
-            )
-        return tensor
+        with suspicious(file), safe_open(file, framework="numpy") as opened:
+            return opened.get_tensor(inside)
 
     def _check_ties(self) -> None:
         """A head that is saved although it is tied must be the embedding."""
@@ -207,7 +233,7 @@ def save(
     with new_folder(path) as folder:
         (folder / _CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, folder / _SINGLE, metadata={"format": "pt"})
-        for name in _BESIDE if source is not None else ():
+        for name in BESIDE if source is not None else ():
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
 
@@ -237,11 +263,6 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise
 
 
-def ml_dtypes_name(dtype: str) -> Any:
-    """The NumPy dtype of that name; bfloat16 is not one of NumPy's own."""
-    return ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
-
-
 def _torch_names(rules: Any, leaves: Leaves) -> dict[str, np.ndarray]:
     """Blank tensors of the family for all leaves, by its rules read from right to left."""
     found = {}
@@ -254,16 +275,17 @@ def _torch_names(rules: Any, leaves: Leaves) -> dict[str, np.ndarray]:
     return found
 
 
-def _flax_shapes(config: GPTConfig) -> dict[str, np.ndarray]:
-    """Blank leaves of the Flax twin."""
+def flax_shapes(config: GPTConfig) -> Leaves:
+    """Leaves of the Flax twin in float32, which take no memory."""
     with jax_scope("float32", jax.devices("cpu")[0]):
         config = dataclasses.replace(config, dtype="float32")
         state = nnx.state(nnx.eval_shape(lambda: flax_gpt.GPT(config)))
-    return {".".join(map(str, path)): _blank(x.shape) for path, x in nnx.to_flat_state(state)}
+    return {dotted(path): _blank(x.shape) for path, x in nnx.to_flat_state(state)}
 
 
-def _shapes_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
-    return {name: _blank(tuple(x.shape)) for name, x in model.named_parameters()}
+def torch_shapes(config: GPTConfig) -> Leaves:
+    """Leaves of the PyTorch twin in float32, which take no memory."""
+    return _torch_names(TWINS, flax_shapes(config))
 
 
 def _blank(shape: Any, dtype: Any = np.float32) -> np.ndarray:
@@ -271,7 +293,7 @@ def _blank(shape: Any, dtype: Any = np.float32) -> np.ndarray:
     return np.broadcast_to(np.zeros((), dtype), tuple(shape))
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
@@ -292,14 +314,14 @@ def _json(path: Path) -> dict[str, Any]:
     return document
 
 
-def _headers(path: Path) -> dict[str, tuple[Path, str, list[int], str]]:
-    """File, name, shape and type of every tensor, from one file or the shards of an index.
+def headers(path: Path) -> dict[str, Header]:
+    """Every tensor by its name, from one file or the shards of an index.
 
     Raises:
         ValueError: for weights that are missing, damaged, or only there as pickles.
     """
     if (path / _INDEX).is_file():
-        index = _json(path / _INDEX).get("weight_map")
+        index = read_json(path / _INDEX).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(x, str) for x in index.values()):
             raise ValueError(f"{path / _INDEX}: no weight_map of names. Get the file again.")
         outside = [x for x in index.values() if Path(x).name != x]
@@ -337,17 +359,17 @@ def _headers(path: Path) -> dict[str, tuple[Path, str, list[int], str]]:
     )
 
 
-def _header(file: Path) -> dict[str, tuple[Path, str, list[int], str]]:
-    with _suspicious(file), safe_open(file, framework="numpy") as opened:
+def _header(file: Path) -> dict[str, Header]:
+    with suspicious(file), safe_open(file, framework="numpy") as opened:
         found = {}
         for name in opened.keys():
             part = opened.get_slice(name)
-            found[name] = file, name, list(part.get_shape()), str(part.get_dtype())
+            found[name] = Header(file, name, tuple(part.get_shape()), str(part.get_dtype()))
         return found
 
 
 @contextlib.contextmanager
-def _suspicious(file: Path) -> Iterator[None]:
+def suspicious(file: Path) -> Iterator[None]:
     """What can be wrong with a safetensors file, in one line.
 
     Raises:

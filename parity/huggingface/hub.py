@@ -1,0 +1,37 @@
+"""From a name to a folder: what is on this disk, or a download by huggingface_hub."""
+
+import re
+from pathlib import Path
+
+_WANTED = "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"
+
+
+def folder_of(name: str) -> Path:
+    """The folder of a checkpoint.
+
+    Args:
+        name: a folder, or `organization/model` of the hub. Pickles are never downloaded.
+
+    Raises:
+        ValueError: when there is neither.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"checkpoint {name}: a file. A checkpoint is a folder. Name its folder.")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        raise ValueError(
+            f"checkpoint {name}: no such folder, and no name of the hub. Give a folder, or a name "
+            "like openai-community/gpt2."
+        )
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_WANTED)))
+    except Exception as error:  # of the network, the library, or the disk: none is a crash of ours
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"checkpoint {name}: no such folder, and the hub does not give it ({reason}). Give a "
+            "folder, or look at the name and the connection."
+        ) from error
