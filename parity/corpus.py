@@ -57,6 +57,11 @@ class Corpus:
         number = {character: index for index, character in enumerate(vocabulary)}
         return cls(source, vocabulary, np.array([number[c] for c in text], np.int32))
 
+    @classmethod
+    def from_ids(cls, ids: np.ndarray, source: str) -> "Corpus":
+        """Ids that somebody else has made; nobody can say which characters they are."""
+        return cls(source, "", np.asarray(ids, np.int32))
+
     def split(self, held_out: float = 0.1) -> tuple["Corpus", "Corpus"]:
         """The front of the text to learn from, and its end to be judged by."""
         cut = int(len(self.ids) * (1.0 - held_out))

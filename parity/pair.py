@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from parity.leaves import Leaves
 from parity.rules import Rules
 
 
@@ -75,6 +76,7 @@ class Pair:
             None for a pair that is not to be sampled from.
         sequences: tokens (B, T) and counts (B,) to read in chunks; None without a decoder.
         config: what the report says of the models.
+        leaves: the flax side's weights under test; None for random ones, which hide nothing.
     """
 
     flax: Side
@@ -88,3 +90,4 @@ class Pair:
     sampling: Mapping[str, Any] | None = None
     sequences: tuple[np.ndarray, np.ndarray] | None = None
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    leaves: Leaves | None = None

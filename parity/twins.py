@@ -14,7 +14,7 @@ from flax import nnx
 import flax_gpt
 import torch_gpt
 from parity.corpus import Corpus
-from parity.leaves import to_numpy
+from parity.leaves import Leaves, to_numpy
 from parity.pair import Batch, Pair, Side
 from parity.rules import CLASSIFIERS, TWINS
 from parity.trainers import FlaxTrainer, TorchTrainer
@@ -80,6 +80,7 @@ def twins(
     task: str = "next-token",
     seed: int = 0,
     max_new_tokens: int = 256,
+    leaves: Leaves | None = None,
     flax_package: ModuleType = flax_gpt,
     torch_package: ModuleType = torch_gpt,
 ) -> Pair:
@@ -92,6 +93,7 @@ def twins(
             the character before each token, and how many of a passage's characters are letters.
         seed: of the passages and of dropout.
         max_new_tokens: tokens to generate behind each prompt; the prompts leave room for them.
+        leaves: weights of the Flax twin to test; None for random ones.
         flax_package: the Flax twin, or a changed copy of it.
         torch_package: the PyTorch twin, or a changed copy of it.
 
@@ -146,6 +148,7 @@ def twins(
         sampling=_SAMPLING if decodes else None,
         sequences=sequences,
         config=sizes | {"data": corpus.source, "task": task},
+        leaves=leaves,
     )
 
 
@@ -165,12 +168,15 @@ def labels(
     Of a token: itself, or the kind (letter, digit, space, other) of the character before it. Of a
     passage: in which fourth of 0 to 1 its share of letters lies.
     """
-    kinds = np.array([_kind(character) for character in corpus.vocabulary])[tokens]
+    wanted = tokens
+    if task != "next-token":
+        kinds = np.array([_kind(character) for character in corpus.vocabulary])[tokens]
     if task == "sequence-class":
         real = np.arange(tokens.shape[1]) < counts[:, None]
         share = np.sum(real & (kinds == 0), axis=1) / np.maximum(counts, 1)
         return np.minimum(share * CLASSES, CLASSES - 1).astype(np.int32)
-    wanted = tokens if task == "next-token" else np.roll(kinds, 1, axis=1)
+    if task == "token-class":
+        wanted = np.roll(kinds, 1, axis=1)
     unscored = rng.random(tokens.shape) < _UNSCORED
     return np.where(unscored, flax_gpt.IGNORE_INDEX, wanted).astype(np.int32)
 

@@ -14,7 +14,7 @@ import typer
 # cores, and jax must not take the whole GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from parity.cli import bench, bugs, check, doctor, generate, precision, threads, train
+from parity.cli import bench, bugs, check, convert, doctor, generate, precision, threads, train
 from parity.cli.options import unwrapped
 
 app = typer.Typer(
@@ -59,7 +59,10 @@ def parity(
     """
 
 
-for command in (check.check, train.train, generate.generate, precision.precision, doctor.doctor):
+for command in (
+    check.check, train.train, generate.generate, convert.convert, precision.precision,
+    doctor.doctor,
+):  # fmt: skip
     app.command(help=unwrapped(command))(command)
 app.add_typer(bench.bench, name="bench")
 app.add_typer(bugs.bugs, name="bugs")

@@ -22,6 +22,13 @@ def check(
             "and --tokens are small."
         ),
     ] = "tiny",
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            help="The weights and sizes of a folder of transformers (gpt2, llama, mistral, qwen2, "
+            "qwen3, bloom), of one that `parity convert` made, or of a name of the hub."
+        ),
+    ] = None,
     task: Task = "next-token",
     level: Annotated[
         list[str] | None,
@@ -35,8 +42,13 @@ def check(
         float, typer.Option(help="Dropout in training, with the same masks in both.")
     ] = 0.0,
     tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens to generate behind each of four prompts.")
-    ] = 256,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens to generate behind each of four prompts. Default: 256, or half of a "
+            "checkpoint's context where that is less.",
+        ),
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of the weights and of the text passages.")
     ] = 0,
@@ -51,7 +63,8 @@ def check(
 ) -> None:
     """Prove that the Flax twin and the PyTorch twin are the same function.
 
-    Both get the same random weights and climb these levels; a failure blocks the rest.
+    Both get the same random weights, or those of a checkpoint, and climb these levels; a failure
+    blocks the rest.
 
     [bold]weights[/]     each leaf used once, bit for bit, matrices right way round
     [bold]logits[/]      equal outputs: full context, padding, repetition, one token
@@ -73,13 +86,26 @@ def check(
     parity check --steps 1000 --dropout 0.1 --level trajectory
 
     parity check --level logits --level gradients --dtype float64
+
+    parity check --checkpoint ./llama --steps 3
     """
     errors = Console(stderr=True)
     files = {"--json": json, "--markdown": markdown}
     with in_one_line(errors):
         check_outputs(files)
         report = _run(
-            errors, data, preset, task, level, dtype, steps, dropout, tokens, seed, device
+            errors,
+            data,
+            preset,
+            checkpoint,
+            task,
+            level,
+            dtype,
+            steps,
+            dropout,
+            tokens,
+            seed,
+            device,
         )
         Console(stderr="-" in files.values()).print(report)
         _write(json, report.to_json)
@@ -97,7 +123,10 @@ def _write(name: str | None, text: Callable[[], str]) -> None:
         write_atomically(Path(name), text())
 
 
-def _run(errors: Console, data, preset, task, level, dtype, steps, dropout, tokens, seed, device):
+def _run(
+    errors: Console, data, preset, checkpoint, task, level, dtype, steps, dropout, tokens, seed,
+    device,
+):  # fmt: skip
     """The report, with a live progress line on the error stream."""
     dtypes = tuple(name.strip() for name in dtype.split(","))
     if dtypes not in (("float64",), ("float64", "float32")):
@@ -106,6 +135,11 @@ def _run(errors: Console, data, preset, task, level, dtype, steps, dropout, toke
         raise ValueError(f"--level {min(unknown)}: no such level. Choose {', '.join(LEVELS)}.")
     levels = [name for name in LEVELS if not level or name in level]
     check_data(data)
+    if checkpoint is not None and (preset != "tiny" or task != "next-token"):
+        raise ValueError(
+            f"--checkpoint {checkpoint} with --preset or --task: a checkpoint has sizes of its own "
+            "and predicts the next token. Leave the others out."
+        )
     with errors.status("loading jax and torch"):
         from parity.check import check as run
         from parity.corpus import Corpus
@@ -114,8 +148,16 @@ def _run(errors: Console, data, preset, task, level, dtype, steps, dropout, toke
 
         devices = choose_devices(device)
         corpus = Corpus.load(data)
-        config = preset_config(corpus, preset, dropout=dropout)
-        pair = twins(corpus, config, task=task, seed=seed, max_new_tokens=tokens)
+        if checkpoint is None:
+            config = preset_config(corpus, preset, dropout=dropout)
+            pair = twins(corpus, config, task=task, seed=seed, max_new_tokens=tokens or 256)
+        else:
+            from parity.huggingface import folder_of, open_checkpoint, pair_of
+
+            weights = open_checkpoint(folder_of(checkpoint))
+            for note in weights.notes:
+                errors.print(note, style="yellow", highlight=False, soft_wrap=True)
+            pair = pair_of(weights, corpus, dropout=dropout, seed=seed, max_new_tokens=tokens)
     from parity.progress import interruptible, shown
 
     with shown(errors, levels) as show, interruptible(show) as progress:

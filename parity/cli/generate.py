@@ -1,5 +1,6 @@
-"""`parity generate`: text from a run, the same from either twin."""
+"""`parity generate`: text from a run or a checkpoint, the same from either twin."""
 
+import itertools
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +11,17 @@ from parity.cli.options import Device, Only, frameworks, in_one_line
 
 
 def generate(
-    run: Annotated[Path, typer.Argument(help="Folder that `parity train --out` made.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder that `parity train --out` or `parity convert` made, one of "
+            "transformers, or a name of the Hugging Face hub."
+        ),
+    ],
     prompt: Annotated[str, typer.Argument(help="What to continue.")],
-    tokens: Annotated[int, typer.Option(min=1, help="Characters to write.")] = 200,
+    tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to write; a run's are characters.")
+    ] = 200,
     temperature: Annotated[
         float, typer.Option(help="0 takes the most likely token; 1 draws as the model says.")
     ] = 0.8,
@@ -34,8 +43,9 @@ def generate(
 ) -> None:
     """Continue a prompt with both twins, which must write the same text from the same weights.
 
-    Those are flax's where flax was trained, else torch's. The text goes to standard output; what
-    was compared, and the other text where there is one, goes to the error stream.
+    Of a run those are flax's where flax was trained, else torch's. The text goes to standard
+    output, of a checkpoint as it is written; what was compared, and the other text where there is
+    one, goes to the error stream. A checkpoint without tokenizer.json takes and writes ids.
 
     Exit codes: 0 the same text (or a near-tie, with its margin), 1 different texts, 2 bad input.
 
@@ -44,10 +54,19 @@ def generate(
     parity generate runs/a "To be" --tokens 200 --temperature 0.8 --seed 1
 
     parity generate runs/a "The " --temperature 0 --only torch
+
+    parity generate ./llama "Once upon a time" --tokens 50
     """
     errors = Console(stderr=True)
     with in_one_line(errors):
         twins = frameworks(only)
+        if not Path(source).is_dir() or (Path(source) / "config.json").is_file():
+            verdict = _stream(
+                errors, source, prompt, tokens, temperature, top_k, top_p, min_p, seed, twins,
+                cache, device,
+            )  # fmt: skip
+            raise typer.Exit(verdict)
+        run = Path(source)
         with errors.status("loading jax and torch"):
             from flax_gpt import Sampling
             from parity.compare import Verdict
@@ -73,3 +92,54 @@ def generate(
         for text in texts[1:]:
             errors.print(f"torch_gpt wrote: {prompt}{text}", markup=False, highlight=False)
     raise typer.Exit(1 if written.verdict is Verdict.FAIL else 0)
+
+
+def _stream(
+    errors: Console, source, prompt, tokens, temperature, top_k, top_p, min_p, seed, twins, cache,
+    device,
+) -> int:  # fmt: skip
+    """Writes as it goes; returns the exit code."""
+    with errors.status("loading jax and torch"):
+        from flax_gpt import Sampling
+        from parity.compare import Verdict
+        from parity.environment import choose_devices
+        from parity.huggingface import Tokens, folder_of, open_checkpoint, stream
+
+        devices = choose_devices(device)
+        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        weights = open_checkpoint(folder_of(source))
+        text = Tokens(weights.path, weights.config.vocab_size)
+        ids = text.encode(prompt)
+        choices = stream(weights, ids, tokens, sampling, seed, devices, twins, cache)
+        first = next(choices)
+    for note in weights.notes:
+        errors.print(note, style="yellow", highlight=False, soft_wrap=True)
+    typer.echo(prompt, nl=False)
+    written, shown, parted, smallest = [], "", [], (float("inf"), 0)
+    for number, choice in enumerate(itertools.chain([first], choices), 1):
+        if choice.token in text.stop_ids:
+            break
+        written.append(choice.token)
+        now = text.decode(written)
+        if now.startswith(shown):
+            typer.echo(now[len(shown) :], nl=False)
+            shown = now
+        smallest = min(smallest, (choice.margin, number))
+        if choice.others is not None:
+            parted.append((number, choice))
+    typer.echo()
+    names = " and ".join(f"{name}_gpt" for name in twins)
+    same = "the same from " if len(twins) > 1 else ""
+    margin = f"smallest margin {smallest[0]:.1e} at token {smallest[1]}"
+    line, style = f"{len(written)} tokens, {same}{names}, {margin}", "dim"
+    wrong = [pair for pair in parted if pair[1].verdict is Verdict.FAIL]
+    if parted:
+        number, choice = (wrong or parted)[0]
+        line = (
+            f"{'FAIL' if wrong else 'TIE'}: token {number} is {choice.token} by flax_gpt and "
+            f"{choice.others} by torch_gpt, margin {choice.margin:.1e}, scores {choice.gap:.1e} "
+            "apart" + ("" if wrong else ", which rounding explains")
+        )
+        style = "bold red" if wrong else "yellow"
+    errors.print(line, style=style, highlight=False, soft_wrap=True)
+    return 1 if wrong else 0

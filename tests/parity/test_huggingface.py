@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -16,10 +17,15 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 from torch.overrides import TorchFunctionMode
+from typer.testing import CliRunner
 
 import flax_gpt
 import torch_gpt
-from parity.huggingface import Checkpoint, save
+from parity import cli
+from parity.check import check
+from parity.compare import Verdict
+from parity.huggingface import Checkpoint, open_checkpoint, pair_of, save
+from parity.huggingface import folder_of as folder_of_name
 from parity.leaves import flax_leaves, torch_leaves
 
 BOUND = 1e-12
@@ -73,8 +79,11 @@ class Wide(TorchFunctionMode):
 
 
 @functools.cache
-def theirs(family: str) -> Any:
-    """A model of transformers with random numbers in every leaf, in float64 throughout."""
+def theirs(family: str, loud: float = 3.0) -> Any:
+    """A model of transformers with random numbers in every leaf, in float64 throughout.
+
+    Loud blocks write many different tokens, though a head that is the embedding favours the last.
+    """
     model, config, sizes = MODELS[family]
     with Wide():
         torch.manual_seed(0)
@@ -82,12 +91,10 @@ def theirs(family: str) -> Any:
     rng = np.random.default_rng(4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            # Loud blocks, or a head that is the embedding would say the same token for ever.
-            loud = 1.0 if "embed" in name or "wte" in name else 3.0
-            small = loud * min(parameter.shape) ** -0.5
             centre, spread = float(name.endswith("weight")), 0.3
             if parameter.ndim > 1:
-                centre, spread = 0.0, small
+                size = 1.0 if "embed" in name or "wte" in name else loud
+                centre, spread = 0.0, size * min(parameter.shape) ** -0.5
             parameter.copy_(torch.from_numpy(rng.normal(centre, spread, parameter.shape)))
     return model
 
@@ -371,3 +378,165 @@ def test_entries_that_are_not_understood_are_named(folder_of, tmp_path):
     (tmp_path / "more" / "config.json").write_text(json.dumps(document | {"logit_softcap": 30}))
     (note,) = Checkpoint.open(tmp_path / "more").notes
     assert "logit_softcap: not understood and left aside" in note
+
+
+LEVELS = "weights", "logits", "cache", "tokens"
+
+
+@pytest.fixture(scope="module")
+def quiet_folder_of(tmp_path_factory) -> Callable[[str], Path]:
+    """The same with weights that keep a signal's size, as those of a trained model do."""
+
+    @functools.cache
+    def made(family: str) -> Path:
+        path = tmp_path_factory.mktemp(family) / "quiet"
+        theirs(family, 1.0).save_pretrained(path)
+        return path
+
+    return made
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_checkpoint_passes_the_check(family, quiet_folder_of, corpus):
+    pair = pair_of(open_checkpoint(quiet_folder_of(family)), corpus, max_new_tokens=8)
+    report = check(pair, levels=LEVELS, dtypes=("float64",))
+    verdicts = [level.verdict for level in report.levels]
+    assert set(verdicts) <= {Verdict.PASS, Verdict.TIE} and verdicts[1] is Verdict.PASS, report
+    assert report.subject["config"]["family"] == family
+    assert report.subject["config"]["data"] == "random ids"
+
+
+def test_the_check_tests_the_weights_of_the_checkpoint(quiet_folder_of, corpus):
+    path = quiet_folder_of("qwen3")
+    pair = pair_of(open_checkpoint(path), corpus, max_new_tokens=8)
+    name = "model.layers.2.self_attn.q_norm.weight"
+    expected = load_file(path / "model.safetensors")[name].astype(np.float32)
+    np.testing.assert_array_equal(pair.leaves["blocks.2.attention.query_norm.scale"], expected)
+
+
+def test_a_long_context_is_checked_as_far_as_scores_fit_and_angles_stay(
+    folder_of, tmp_path, corpus
+):
+    shutil.copytree(folder_of("qwen3"), tmp_path / "long")
+    document = json.loads((tmp_path / "long" / "config.json").read_text())
+    document["max_position_embeddings"] = 131_072
+    document["rope_parameters"] = dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)
+    (tmp_path / "long" / "config.json").write_text(json.dumps(document))
+    config = pair_of(open_checkpoint(tmp_path / "long"), corpus).config
+    assert config["context_length"] == 1024
+    assert config["rotary"]["original_length"] == 131_072
+
+
+def with_tokenizer(folder: Path) -> Path:
+    """Adds a tokenizer of single characters."""
+    import tokenizers
+    from tokenizers import decoders, models, pre_tokenizers
+
+    letters = [chr(code) for code in range(32, 127)] + ["<eos>", "<unk>"]
+    vocabulary = {letter: index for index, letter in enumerate(letters)}
+    made = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.decoder = decoders.Fuse()
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def parity(*arguments: str):
+    return CliRunner().invoke(cli.app, [str(x) for x in arguments])
+
+
+def test_the_commands_convert_and_write_text(quiet_folder_of, tmp_path):
+    source = with_tokenizer(Path(shutil.copytree(quiet_folder_of("llama"), tmp_path / "llama")))
+    written = set()
+    for kind, folder in (
+        ("flax", source),
+        ("torch", tmp_path / "flax"),
+        ("hf", tmp_path / "torch"),
+    ):
+        done = parity("convert", folder, tmp_path / kind, "--to", kind)
+        assert done.exit_code == 0, done.stderr
+        for temperature, seed in (("0", "0"), ("0.9", "3")):
+            done = parity(
+                "generate", tmp_path / kind, "To be", "--tokens", "9", "--temperature", temperature,
+                "--seed", seed,
+            )  # fmt: skip
+            assert done.exit_code == 0, done.stderr
+            assert "9 tokens, the same from flax_gpt and torch_gpt" in done.stderr
+            assert done.stdout.startswith("To be") and len(done.stdout) == len("To be") + 9 + 1
+            written.add(done.stdout)
+    assert len(written) == 2  # greedy and drawn, whatever the folder
+    uncached = parity(
+        "generate", source, "To be", "--tokens", "9", "--temperature", "0", "--no-cache", "--only",
+        "torch",
+    )  # fmt: skip
+    assert uncached.stdout in written
+    ours, again = (load_file(x / "model.safetensors") for x in (source, tmp_path / "hf"))
+    assert all(np.array_equal(ours[name], again[name]) for name in ours) and set(ours) == set(again)
+
+
+def test_twins_that_part_while_they_write_exit_1(quiet_folder_of, monkeypatch):
+    step = torch_gpt.Decoder.step
+
+    def wrong(decoder, tokens_B, cache):
+        logits_BV, cache = step(decoder, tokens_B, cache)
+        return -logits_BV, cache
+
+    monkeypatch.setattr(torch_gpt.Decoder, "step", wrong)
+    done = parity(
+        "generate", quiet_folder_of("qwen3"), "5 17", "--tokens", "3", "--temperature", "0"
+    )
+    assert done.exit_code == 1 and "FAIL: token 2 is" in done.stderr
+
+
+def test_the_command_checks_a_checkpoint(quiet_folder_of):
+    done = parity(
+        "check", "--checkpoint", quiet_folder_of("gpt2"), "--dtype", "float64", "--level", "logits",
+        "--json", "-",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert document["verdict"] == "PASS" and document["subject"]["config"]["family"] == "gpt2"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "--checkpoint", "nowhere"], "checkpoint nowhere: no such folder, and no name"),
+        (["check", "--checkpoint", "x", "--preset", "gpt2"], "a checkpoint has sizes of its own"),
+        (["convert", "nowhere", "out", "--to", "hf"], "checkpoint nowhere: no such folder"),
+        (["convert", "FOLDER", "out", "--to", "onnx"], "--to onnx: there are flax, torch, hf"),
+        (["convert", "FOLDER", "no/where", "--to", "hf"], "no folder no"),
+        (["convert", "FOLDER", "out", "--to", "hf", "--dtype", "int8"], "--dtype int8: there are"),
+        (["generate", "FOLDER", "hello"], "the checkpoint has no tokenizer.json"),
+        (["generate", "FOLDER", "97"], "id 97, the model has 97"),
+        (["generate", "FOLDER", "5", "--tokens", "99"], "> context_length 40. Ask for at most 39"),
+    ],
+)
+def test_bad_input_ends_in_one_line_with_code_2(
+    arguments, message, quiet_folder_of, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    folder = str(quiet_folder_of("gpt2"))
+    done = parity(*(folder if x == "FOLDER" else x for x in arguments))
+    lines = [line for line in done.stderr.splitlines() if line.startswith("parity: ")]
+    assert done.exit_code == 2 and len(lines) == 1 and message in lines[0], done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_of_the_hub_is_downloaded_without_pickles(quiet_folder_of, monkeypatch):
+    asked = {}
+
+    def download(name, allow_patterns):
+        asked.update(name=name, patterns=allow_patterns)
+        return str(quiet_folder_of("gpt2"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert open_checkpoint(folder_of_name("some/gpt2")).family == "gpt2"
+    assert asked["name"] == "some/gpt2" and not any("bin" in x for x in asked["patterns"])
+
+    def offline(name, allow_patterns):
+        raise ConnectionError("no route\nto anywhere")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ValueError, match=r"some/gpt2: .* the hub does not give it \(no route\)\."):
+        folder_of_name("some/gpt2")
