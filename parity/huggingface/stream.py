@@ -17,7 +17,6 @@ from parity.huggingface.folder import Weights
 from parity.leaves import to_numpy
 from parity.levels.tokens import ERROR
 
-
 # Of the largest score, how far 16 bits may be off: a bfloat16 number rounds by up to 2**-9 of
 # itself, and four such roundings per block in either twin add up like a random walk over 48 blocks.
 _HALF = 4e-2

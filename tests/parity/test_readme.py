@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import torch_gpt
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 PYTHON = re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", README, re.DOTALL)
@@ -72,3 +74,15 @@ def test_the_table_of_numbers_comes_out_again():
 
 
 NUMBER = r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?:e-\d+)?(?!\w)"
+
+
+def test_the_bytes_of_a_token_are_those_of_the_caches():
+    table = re.search(r"<!-- memory -->\n(.*?)\n\n", README, re.DOTALL)[1].splitlines()[2:]
+    gpt2 = dict(num_layers=12, num_heads=12, head_dim=64, dtype="float32")
+    llama = dict(num_layers=32, num_heads=32, head_dim=128, dtype="bfloat16")
+    for line, shape, heads in zip(table, (gpt2, llama), ((12, 4, 1), (32, 8, 1)), strict=True):
+        said = [int(cell.replace(",", "")) for cell in line.strip("| ").split(" | ")[1:]]
+        for kv_heads, num_bytes in zip(heads, said, strict=True):
+            sizes = dict(vocab_size=2, context_length=2, embed_dim=8, mlp_dim=2)
+            config = torch_gpt.GPTConfig(**sizes, **shape, num_kv_heads=kv_heads)
+            assert torch_gpt.KVCache.empty(config, 3, 2).num_bytes.allocated == 3 * 2 * num_bytes

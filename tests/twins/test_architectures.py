@@ -15,6 +15,7 @@ BOUND = 1e-12
 B, T, S = 4, 17, 21
 COUNTS = np.array((T, 9, 1, T))
 WIDTHS = 6, 1  # of calls, few different ones, for each is compiled
+CHUNKS = 6, 1, 1, 6, 1, 1, 1
 # All different, and the head is not the stream divided by the heads. A block's other parts take
 # turns, so that each is met in some cell.
 SIZES = dict(vocab_size=61, context_length=23, embed_dim=15, num_layers=2, num_heads=6, head_dim=4,
@@ -88,6 +89,13 @@ def test_the_twins_agree_with_and_without_a_cache(twins, name, heads, window):
         at_once, cache = model(gpt.ints(tokens), empty)
         assert gpt.numpy(cache.layers[0].keys_BKSH).shape == (B, KV_HEADS[heads], S, 4)
         np.testing.assert_allclose(gpt.numpy(at_once), whole[-1], rtol=0, atol=BOUND)
+        start, cache = 0, empty
+        for width in CHUNKS:
+            part = gpt.ints(tokens[:, start : start + width])
+            logits, cache = model(part, cache)
+            expected = whole[-1][:, start : start + width]
+            np.testing.assert_allclose(gpt.numpy(logits), expected, rtol=0, atol=BOUND)
+            start += width
         for found in (ragged, in_pieces(gpt, model, tokens, 1)):
             np.testing.assert_allclose(found[real], whole[-1][real], rtol=0, atol=BOUND)
     assert whole[0].std() > 0.3
