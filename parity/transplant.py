@@ -29,7 +29,14 @@ class TransplantError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """One torch leaf and the flax leaves it is made of."""
+    """One torch leaf and the flax leaves it is made of.
+
+    Attributes:
+        torch: its name.
+        flax: theirs, in the order in which they are fused.
+        layout: how one lies in the other.
+        heads: see `Rule`.
+    """
 
     torch: str
     flax: tuple[str, ...]

@@ -193,8 +193,8 @@ class GPT(nn.Module):
         if cache is None:
             if num_tokens > self.config.context_length:
                 raise ValueError(
-                    f"GPT: {num_tokens} tokens > context_length {self.config.context_length}. The "
-                    "position table ends there. Cut the sequence or build a longer context."
+                    f"GPT: {num_tokens} tokens > context_length {self.config.context_length}. "
+                    "Positions end there. Cut the sequence or build a longer context."
                 )
             starts_1 = tokens_BT.new_zeros(1)
             placement = place(num_tokens, num_tokens, starts_1, counts_B, cached=False)

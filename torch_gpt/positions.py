@@ -23,7 +23,7 @@ class Placement:
         real_BT: False where a token is padding.
         lengths_B: valid slots of each row before the call.
         ends_B: and after it.
-        positions_BT: index into the position table; 0 for padding.
+        positions_BT: where each token stands in its row, from 0; 0 for padding.
         slots_BT: cache slot to write; NOWHERE for padding.
         columns_BS: the slot that each column stands for; NOWHERE for none.
         mask_BTS: True where query t of row b sees column s; see `place`.

@@ -17,6 +17,7 @@ import torch
 
 from parity.bench.decoders import Contender, Turn
 from parity.bench.machine import hand_back_freed_memory
+from parity.bench.steps import Unavailable
 
 
 class Room:
@@ -53,7 +54,8 @@ class Room:
         """A contender in here; its class and what it is made of are pickled.
 
         Raises:
-            Exception: what the class raises.
+            Unavailable: when the class says so.
+            ValueError: with whatever else it raises, in words.
         """
         return Aside(self, *self.ask("make", kind, *arguments))
 
@@ -65,8 +67,8 @@ class Room:
         """What the process answers.
 
         Raises:
-            ValueError: when the process has ended.
-            Exception: what was raised in there.
+            Unavailable: when it was raised in there.
+            ValueError: for whatever else was, and when the process has ended.
         """
         self._send(request)
         return self._receive()
@@ -126,8 +128,10 @@ def _serve(connection: Connection, library: str, num_threads: int) -> None:
             request = connection.recv()
             try:
                 answer = _answer(contenders, *request)
-            except Exception as error:
+            except Unavailable as error:
                 connection.send((None, error))
+            except Exception as error:  # of any class, which may not survive the way
+                connection.send((None, ValueError(f"{type(error).__name__}: {error}")))
             else:
                 connection.send((answer, None))
 

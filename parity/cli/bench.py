@@ -76,7 +76,7 @@ def decode(
     GOMP_SPINCOUNT=30000 and the others OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=0, unless you
     have set one of them. In programs of your own, set them before torch is imported.
 
-    On two CPU cores the default takes about seven minutes and 6 GB of memory.
+    On two CPU cores the default takes eight to eleven minutes. Peers run in processes of their own.
 
     Exit codes: 0 timed, 2 bad input, or contenders that do not write the same.
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from parity.cli.options import DTYPES, in_one_line
+from parity.cli.options import DTYPES, check_dtype, in_one_line
 
 KINDS = "flax", "torch", "hf"
 
@@ -29,7 +29,8 @@ def convert(
     """Convert a checkpoint: into the names of a twin, or back into a folder of transformers.
 
     Families: gpt2, llama, mistral, qwen2, qwen3 and bloom. Every tensor goes to one place, bit for
-    bit unless --dtype rounds it, and the tokenizer's files go along. A pickle is never opened. The
+    bit unless --dtype rounds it (types that differ go into the widest), and the tokenizer's files
+    go along. A pickle is never opened. The
     new folder appears whole or not at all.
 
     Exit codes: 0 written, 2 bad input.
@@ -46,11 +47,12 @@ def convert(
     with in_one_line(errors):
         if to not in KINDS:
             raise ValueError(f"--to {to}: there are {', '.join(KINDS)}. Choose one of them.")
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"--dtype {dtype}: there are {', '.join(DTYPES)}. Choose one of them.")
+        if dtype is not None:
+            check_dtype(dtype)
         with errors.status("loading jax and torch"):
-            from parity.huggingface import folder_of, open_checkpoint, save, write_twin
+            from parity.huggingface import check_new, folder_of, open_checkpoint, save, write_twin
 
+            check_new(out)
             weights = open_checkpoint(folder_of(source), dtype)
         for note in weights.notes:
             errors.print(note, style="yellow", highlight=False, soft_wrap=True)

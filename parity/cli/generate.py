@@ -1,6 +1,7 @@
 """`parity generate`: text from a run or a checkpoint, the same from either twin."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -43,9 +44,10 @@ def generate(
 ) -> None:
     """Continue a prompt with both twins, which must write the same text from the same weights.
 
-    Of a run those are flax's where flax was trained, else torch's. The text goes to standard
-    output, of a checkpoint as it is written; what was compared, and the other text where there is
-    one, goes to the error stream. A checkpoint without tokenizer.json takes and writes ids.
+    Of a run, these weights are flax's where flax was trained, else torch's. The text goes to
+    standard output, of a checkpoint as it is written; what was compared, and the other text where
+    there is one, goes to the error stream. A checkpoint without tokenizer.json takes and writes
+    ids.
 
     Exit codes: 0 the same text (or a near-tie, with its margin), 1 different texts, 2 bad input.
 
@@ -58,9 +60,9 @@ def generate(
     parity generate ./llama "Once upon a time" --tokens 50
     """
     errors = Console(stderr=True)
-    with in_one_line(errors):
+    with in_one_line(errors, interrupted="the text ends here"):
         twins = frameworks(only)
-        if not Path(source).is_dir() or (Path(source) / "config.json").is_file():
+        if _is_checkpoint(source):
             verdict = _stream(
                 errors, source, prompt, tokens, temperature, top_k, top_p, min_p, seed, twins,
                 cache, device,
@@ -94,6 +96,18 @@ def generate(
     raise typer.Exit(1 if written.verdict is Verdict.FAIL else 0)
 
 
+def _is_checkpoint(source: str) -> bool:
+    """Whether it is not a run: a folder of transformers or of `parity convert`, or a hub's name."""
+    path = Path(source)
+    if not path.is_dir():
+        return "/" in source
+    try:
+        document = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return not (path / "config.json").exists() and any(path.glob("*.safetensors"))
+    return isinstance(document, dict) and bool({"model_type", "format"} & set(document))
+
+
 def _stream(
     errors: Console, source, prompt, tokens, temperature, top_k, top_p, min_p, seed, twins, cache,
     device,
@@ -115,18 +129,21 @@ def _stream(
     for note in weights.notes:
         errors.print(note, style="yellow", highlight=False, soft_wrap=True)
     typer.echo(prompt, nl=False)
-    written, shown, parted, smallest = [], "", [], (float("inf"), 0)
+    now = shown = text.decode(ids)
+    written, parted, smallest = [], [], (float("inf"), 0)
     for number, choice in enumerate(itertools.chain([first], choices), 1):
-        if choice.token in text.stop_ids:
-            break
-        written.append(choice.token)
-        now = text.decode(written)
-        if now.startswith(shown):
-            typer.echo(now[len(shown) :], nl=False)
-            shown = now
         smallest = min(smallest, (choice.margin, number))
         if choice.others is not None:
             parted.append((number, choice))
+        if choice.token in text.stop_ids:
+            break
+        written.append(choice.token)
+        now = text.decode([*ids, *written])
+        if now.startswith(shown):
+            typer.echo(now[len(shown) :], nl=False)
+            shown = now
+    if not now.startswith(shown):  # later tokens have changed what earlier ones are
+        typer.echo(f"\n{now}", nl=False)
     typer.echo()
     names = " and ".join(f"{name}_gpt" for name in twins)
     same = "the same from " if len(twins) > 1 else ""

@@ -1,7 +1,7 @@
 """Checkpoint folders of Hugging Face's transformers, in both directions."""
 
 from parity.huggingface.families import FAMILIES
-from parity.huggingface.folder import STORED, Checkpoint, Weights, save
+from parity.huggingface.folder import STORED, Checkpoint, Weights, check_new, save
 from parity.huggingface.hub import folder_of
 from parity.huggingface.pairs import pair_of
 from parity.huggingface.stream import Choice, stream
@@ -16,6 +16,7 @@ __all__ = [
     "Tokens",
     "TwinFolder",
     "Weights",
+    "check_new",
     "folder_of",
     "open_checkpoint",
     "pair_of",

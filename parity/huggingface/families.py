@@ -28,8 +28,8 @@ class Entry:
     Attributes:
         names: its spellings there; the first is the one that is written.
         field: its name in GPTConfig.
-        default: what a folder without it means, or a function of the fields before it; None for
-            what GPTConfig makes of it.
+        default: what a folder without it means; an entry that is null means None, which leaves it
+            to GPTConfig, or to four widths in the MLP.
     """
 
     names: tuple[str, ...]
@@ -145,18 +145,25 @@ _TIED = Entry(("tie_word_embeddings",), "tied_head", True)
 _UNTIED = Entry(("tie_word_embeddings",), "tied_head", False)
 
 
-_LLAMA_ENTRIES = (
-    _VOCABULARY,
-    Entry(("max_position_embeddings",), "context_length", 2048),
-    Entry(("hidden_size",), "embed_dim"),
-    Entry(("num_hidden_layers",), "num_layers"),
-    Entry(("num_attention_heads",), "num_heads"),
-    Entry(("num_key_value_heads",), "num_kv_heads", None),
-    Entry(("head_dim",), "head_dim", None),
-    Entry(("intermediate_size",), "mlp_dim"),
-    Entry(("rms_norm_eps",), "norm_epsilon", 1e-6),
-    _INIT,
-)
+def _llama_entries(
+    kv_heads: int | None, head_dim: int | None, has_head_dim: bool = True
+) -> tuple[Entry, ...]:
+    """Those of Llama and its kin, which differ in what they take where nothing is said."""
+    own = (Entry(("head_dim",), "head_dim", head_dim),) if has_head_dim else ()
+    return (
+        _VOCABULARY,
+        Entry(("max_position_embeddings",), "context_length", 2048),
+        Entry(("hidden_size",), "embed_dim"),
+        Entry(("num_hidden_layers",), "num_layers"),
+        Entry(("num_attention_heads",), "num_heads"),
+        Entry(("num_key_value_heads",), "num_kv_heads", kv_heads),
+        *own,
+        Entry(("intermediate_size",), "mlp_dim"),
+        Entry(("rms_norm_eps",), "norm_epsilon", 1e-6),
+        _INIT,
+    )
+
+
 _BIASES = (
     Entry(("attention_bias",), "qkv_bias", False),
     Entry(("attention_bias",), "out_bias", False),
@@ -179,7 +186,7 @@ FAMILIES = {
                 Entry(("n_embd",), "embed_dim"),
                 Entry(("n_layer",), "num_layers"),
                 Entry(("n_head",), "num_heads"),
-                Entry(("n_inner",), "mlp_dim", lambda config: 4 * config["embed_dim"]),
+                Entry(("n_inner",), "mlp_dim", None),
                 Entry(("layer_norm_epsilon",), "norm_epsilon", 1e-5),
                 _INIT,
                 _TIED,
@@ -197,7 +204,7 @@ FAMILIES = {
             name="llama",
             architecture="LlamaForCausalLM",
             entries=(
-                *_LLAMA_ENTRIES,
+                *_llama_entries(None, None),
                 *_BIASES,
                 Entry(("mlp_bias",), "mlp_bias", False),
                 _UNTIED,
@@ -209,7 +216,7 @@ FAMILIES = {
         Family(
             name="mistral",
             architecture="MistralForCausalLM",
-            entries=(*_LLAMA_ENTRIES, _UNTIED),
+            entries=(*_llama_entries(8, None), _UNTIED),
             fixed=_LLAMA_FIXED | dict(qkv_bias=False, out_bias=False, mlp_bias=False),
             accepted={},
             window=("", "sliding_window", ""),
@@ -218,7 +225,7 @@ FAMILIES = {
         Family(
             name="qwen2",
             architecture="Qwen2ForCausalLM",
-            entries=(*_LLAMA_ENTRIES, _UNTIED),
+            entries=(*_llama_entries(32, None, False), _UNTIED),
             fixed=_LLAMA_FIXED | dict(qkv_bias=True, out_bias=False, mlp_bias=False),
             accepted={},
             window=("use_sliding_window", "sliding_window", "max_window_layers"),
@@ -227,7 +234,7 @@ FAMILIES = {
         Family(
             name="qwen3",
             architecture="Qwen3ForCausalLM",
-            entries=(*_LLAMA_ENTRIES, *_BIASES, _UNTIED),
+            entries=(*_llama_entries(32, 128), *_BIASES, _UNTIED),
             fixed=_LLAMA_FIXED | dict(qk_norm=True, mlp_bias=False),
             accepted={},
             window=("use_sliding_window", "sliding_window", "max_window_layers"),
@@ -248,7 +255,10 @@ FAMILIES = {
                 _TIED,
             ),
             fixed=dict(positions="alibi", activation="gelu_bloom", embedding_norm=True),
-            accepted={"apply_residual_connection_post_layernorm": (False,)},
+            accepted={
+                "apply_residual_connection_post_layernorm": (False,),
+                "n_inner": (None,),
+            },
             rules=_bloom_rules,
         ),
     )

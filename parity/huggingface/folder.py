@@ -124,7 +124,14 @@ class Weights:
                 "Nothing can be computed with them. Get the file again."
             )
         dtype = dtype or self.config.dtype
-        return leaf.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype, copy=False)
+        with np.errstate(over="ignore"):  # which is an error of ours, in the next line
+            cast = leaf.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype, copy=False)
+        if cast is not leaf and not np.all(np.isfinite(cast)):
+            raise ValueError(
+                f"checkpoint {self.path}: numbers in {name} are too large for {dtype}. They would "
+                "become infinite. Take a wider type."
+            )
+        return cast
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +151,7 @@ class Checkpoint(Weights):
 
         Args:
             path: the folder.
-            dtype: of the model; None for what the folder says, or float32.
+            dtype: of the model; None for the widest that a tensor is stored in.
 
         Raises:
             ValueError: for a folder that is not whole, not safe or not understood; all problems in
@@ -154,34 +161,37 @@ class Checkpoint(Weights):
         where = f"checkpoint {path}"
         family, fields, problems, notes = read_config(document, f"{where}/{_CONFIG}")
         tensors = headers(path)
-        stored = sorted({STORED.get(x.kind, x.kind) for x in tensors.values()})
-        problems += [
-            f"{name} is stored as {x.kind}, there are {', '.join(STORED)}"
-            for name, x in tensors.items()
-            if x.kind not in STORED
-        ]
-        dtype = dtype or document.get("dtype") or document.get("torch_dtype")
-        if dtype not in flax_gpt.config.DTYPES:
-            dtype = stored[0] if len(stored) == 1 and stored[0] in STORED.values() else "float32"
+        named = _named(tensors, family, problems)
         if not problems:
             try:
-                config = GPTConfig(**fields, dtype=dtype)
+                config = GPTConfig(**fields, dtype=dtype or "float32")
             except (ValueError, TypeError) as error:
                 problems.append(str(error))
         if problems:
             raise ValueError(f"{where}: {'; '.join(problems)}. Give a checkpoint without these.")
-        files, shapes = {}, {}
-        for name, x in _named(tensors, family).items():
-            files[name], shapes[name] = (x.file, x.name), _blank(x.shape)
+        rules = family.rules(config)
+        aliases = {alias: original for alias, original in rules.ties if alias in named}
+        read = {name: x for name, x in named.items() if not rules.is_ignored(name)}
+        problems += [
+            f"{x.name} is stored as {x.kind}, there are {', '.join(STORED)}"
+            for x in read.values()
+            if x.kind not in STORED
+        ]
+        if problems:
+            raise ValueError(f"{where}: {'; '.join(problems)}. Give a checkpoint without these.")
+        if dtype is None:
+            config = dataclasses.replace(config, dtype=_widest({x.kind for x in read.values()}))
+        blank = {name: _blank(x.shape) for name, x in read.items() if name not in aliases}
         try:
-            weight_map = resolve(family.rules(config), shapes, flax_shapes(config))
+            weight_map = resolve(rules, blank, flax_shapes(config))
         except TransplantError as error:
             raise ValueError(
                 f"{where}: {'; '.join(error.problems)}. Every tensor has one place in a "
                 f"{family.name} with this config.json. Give weights that belong to it."
             ) from error
+        files = {name: (x.file, x.name) for name, x in read.items()}
         checkpoint = cls(path, family.name, config, tuple(notes), weight_map, files)
-        checkpoint._check_ties()
+        checkpoint._check_ties(aliases)
         return checkpoint
 
     def leaves(self, dtype: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
@@ -197,9 +207,9 @@ class Checkpoint(Weights):
         with suspicious(file), safe_open(file, framework="numpy") as opened:
             return opened.get_tensor(inside)
 
-    def _check_ties(self) -> None:
+    def _check_ties(self, aliases: Mapping[str, str]) -> None:
         """A head that is saved although it is tied must be the embedding."""
-        for alias, original in self.weight_map.ties:
+        for alias, original in aliases.items():
             if not np.array_equal(self._read(alias), self._read(original)):
                 raise ValueError(
                     f"checkpoint {self.path}: {alias} is not {original}, although config.json says "
@@ -224,7 +234,7 @@ def save(
         ValueError: when the family has no such models, or the folder is in use.
     """
     table = FAMILIES[family]
-    document = write_config(table, config, config.dtype)
+    document = ids_of(source) | write_config(table, config, config.dtype)
     rules = table.rules(config)
     theirs = _torch_names(rules, leaves)
     weight_map = resolve(rules, theirs, leaves)
@@ -238,9 +248,19 @@ def save(
                 shutil.copyfile(source / name, folder / name)
 
 
-@contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder beside `path` that takes its name at the end; nothing is left of it on an error.
+def ids_of(folder: Path | None) -> dict[str, Any]:
+    """The ids that begin, end and pad texts, by a folder's config.json."""
+    if folder is None:
+        return {}
+    return {
+        name: value
+        for name, value in read_json(folder / _CONFIG).items()
+        if name.endswith("_token_id")
+    }
+
+
+def check_new(path: Path) -> None:
+    """Refuses a folder that could not be made after all the work.
 
     Raises:
         ValueError: when there is something in `path`, or no folder to make it in.
@@ -251,6 +271,16 @@ def new_folder(path: Path) -> Iterator[Path]:
         )
     if not path.absolute().parent.is_dir():
         raise ValueError(f"{path}: no folder {path.parent}. Make it or name another.")
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder beside `path` that takes its name at the end; nothing is left of it on an error.
+
+    Raises:
+        ValueError: see `check_new`.
+    """
+    check_new(path)
     folder = Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix=f".{path.name}."))
     try:
         yield folder
@@ -320,6 +350,8 @@ def headers(path: Path) -> dict[str, Header]:
     Raises:
         ValueError: for weights that are missing, damaged, or only there as pickles.
     """
+    if (path / _SINGLE).is_file():  # first, as the library has it: an index may be older
+        return _header(path / _SINGLE)
     if (path / _INDEX).is_file():
         index = read_json(path / _INDEX).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(x, str) for x in index.values()):
@@ -346,8 +378,6 @@ def headers(path: Path) -> dict[str, Header]:
                 "different checkpoints. Get them again."
             )
         return found
-    if (path / _SINGLE).is_file():
-        return _header(path / _SINGLE)
     pickles = sorted(x.name for x in path.glob("*") if x.suffix in (".bin", ".pt", ".pth", ".ckpt"))
     if pickles:
         raise ValueError(
@@ -384,9 +414,19 @@ def suspicious(file: Path) -> Iterator[None]:
         ) from error
 
 
-def _named(tensors: Mapping[str, Any], family: Family) -> dict[str, Any]:
+def _named(tensors: Mapping[str, Header], family: Family, problems: list[str]) -> dict[str, Header]:
     """Tensors by the names of the whole model; a base model is saved without its prefix."""
-    return {
-        name if name.startswith(family.prefix) or name == _HEAD else family.prefix + name: x
-        for name, x in tensors.items()
-    }
+    found: dict[str, Header] = {}
+    for name, x in tensors.items():
+        whole = name if name.startswith(family.prefix) or name == _HEAD else family.prefix + name
+        if whole in found:
+            problems.append(f"{name} and {found[whole].name} are one tensor")
+        found[whole] = x
+    return found
+
+
+def _widest(kinds: set[str]) -> str:
+    """The type that holds numbers of all these without rounding them."""
+    if kinds == {"F16"} or kinds == {"BF16"}:
+        return STORED[kinds.pop()]
+    return "float64" if "F64" in kinds else "float32"

@@ -3,7 +3,8 @@
 import re
 from pathlib import Path
 
-_WANTED = "*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"
+_WANTED = "*.json", "model*.safetensors", "*.txt", "*.model", "*.jinja"
+_UNWANTED = "*/*", "consolidated*"  # other formats and folders, which nobody here reads
 
 
 def folder_of(name: str) -> Path:
@@ -20,7 +21,9 @@ def folder_of(name: str) -> Path:
         return path
     if path.exists():
         raise ValueError(f"checkpoint {name}: a file. A checkpoint is a folder. Name its folder.")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+    # What begins with a folder of this disk was meant to be on it.
+    local = name.startswith(".") or Path(name.partition("/")[0]).is_dir()
+    if local or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ValueError(
             f"checkpoint {name}: no such folder, and no name of the hub. Give a folder, or a name "
             "like openai-community/gpt2."
@@ -28,7 +31,11 @@ def folder_of(name: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_WANTED)))
+        return Path(
+            huggingface_hub.snapshot_download(
+                name, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)
+            )
+        )
     except Exception as error:  # of the network, the library, or the disk: none is a crash of ours
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(

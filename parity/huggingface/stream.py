@@ -15,9 +15,9 @@ from parity.compare import Verdict
 from parity.environment import Devices, jax_scope, pinned_precision
 from parity.huggingface.folder import Weights
 from parity.leaves import to_numpy
-from parity.levels.tokens import ERROR
+from parity.levels.tokens import ERROR, reach
 
-# Of the largest score, how far 16 bits may be off: a bfloat16 number rounds by up to 2**-9 of
+# Of the largest logit, how far 16 bits may be off: a bfloat16 number rounds by up to 2**-9 of
 # itself, and four such roundings per block in either twin add up like a random walk over 48 blocks.
 _HALF = 4e-2
 
@@ -30,7 +30,7 @@ class Choice:
         token: its id, by flax where it writes, which both go on from.
         margin: by how much its score beat the second best.
         others: what the other twin chose; None where it agrees or does not write.
-        gap: largest difference between the twins' scores; None for one twin.
+        gap: largest difference between the twins' logits; None for one twin.
         verdict: PASS where they agree, TIE where the margin is within what the gap explains.
     """
 
@@ -77,33 +77,36 @@ def stream(
     kinds = {"flax": _Flax, "torch": _Torch}
     with pinned_precision():
         writers = [kinds[name](weights, devices, sampling, seed) for name in frameworks]
-        scores = [writer.read(ids, use_cache) for writer in writers]
+        logits = [writer.read(ids, use_cache) for writer in writers]
         for step in range(num_tokens):
-            found = [
-                writer.scores(logits_V, step)
-                for writer, logits_V in zip(writers, scores, strict=True)
-            ]
-            largest = max(np.max(np.abs(x[np.isfinite(x)])) for x in found)
-            choice = _choose(found, ERROR.get(config.dtype, _HALF * largest))
+            pairs = list(zip(writers, logits, strict=True))
+            scores = [writer.scores(logits_1V, step) for writer, logits_1V in pairs]
+            plain = [writer.numbers(logits_1V) for writer, logits_1V in pairs]
+            if not all(np.all(np.isfinite(x)) for x in plain):
+                raise ValueError(
+                    f"generate: logits of token {step + 1} are not finite in {config.dtype}. "
+                    "Nothing can be chosen from them. Convert the checkpoint to a wider type."
+                )
+            choice = _choose(scores, plain, config.dtype, sampling.temperature)
             yield choice
             if step + 1 < num_tokens:
-                scores = [writer.extend(choice.token) for writer in writers]
+                logits = [writer.extend(choice.token) for writer in writers]
 
 
-def _choose(scores: list[np.ndarray], bound: float) -> Choice:
-    """The first twin's token; a tie of the two is one only where their scores are near enough."""
+def _choose(
+    scores: list[np.ndarray], logits: list[np.ndarray], dtype: str, temperature: float
+) -> Choice:
+    """The first twin's token; where the other has another one, whether rounding explains it."""
     tokens = [int(np.argmax(x)) for x in scores]
     margins = [_margin(x) for x in scores]
     if len(scores) == 1:
         return Choice(tokens[0], margins[0])
-    with np.errstate(invalid="ignore"):  # of what the filters dropped in both
-        gaps = np.abs(scores[0] - scores[1])
-    gap = float(np.nanmax(gaps[np.isfinite(gaps)], initial=0.0))
+    gap = float(np.max(np.abs(logits[0] - logits[1])))
     if tokens[0] == tokens[1]:
         return Choice(tokens[0], margins[0], None, gap)
-    # Each of the two scores may be off by the gap; what one dropped, the other may have kept.
-    thin = max(margins) <= 2 * gap or not np.isfinite(max(margins))
-    verdict = Verdict.TIE if thin and gap <= bound else Verdict.FAIL
+    bound = ERROR.get(dtype, _HALF * float(np.max(np.abs(logits[0]))))
+    thin = reach(gap, temperature) if temperature > 0.0 else 2 * gap
+    verdict = Verdict.TIE if gap <= bound and max(margins) <= thin else Verdict.FAIL
     return Choice(tokens[0], margins[0], tokens[1], gap, verdict)
 
 
@@ -141,7 +144,10 @@ class _Flax:
                 left_1V = flax_gpt.filter_logits(logits_1V, self._sampling)
                 key = flax_gpt.random.fold_in(self._key, step)
                 scores_1V = flax_gpt.random.perturb(key, left_1V)
-            return np.asarray(scores_1V)[0].astype(np.float64)
+            return self.numbers(scores_1V)
+
+    def numbers(self, scores_1V: jax.Array) -> np.ndarray:
+        return np.asarray(scores_1V)[0].astype(np.float64)
 
 
 class _Torch:
@@ -172,4 +178,7 @@ class _Torch:
             left_1V = torch_gpt.filter_logits(logits_1V, self._sampling)
             key = torch_gpt.random.fold_in(self._key, step)
             scores_1V = torch_gpt.random.perturb(key, left_1V)
+        return self.numbers(scores_1V)
+
+    def numbers(self, scores_1V: torch.Tensor) -> np.ndarray:
         return to_numpy(scores_1V)[0].astype(np.float64)

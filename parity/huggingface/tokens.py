@@ -1,10 +1,11 @@
 """Text in and out of a checkpoint, by its tokenizer.json; without one, ids in words."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+
+from parity.huggingface.folder import read_json
 
 _CUT = "\N{REPLACEMENT CHARACTER}"  # what half a character decodes to
 
@@ -35,6 +36,9 @@ class Tokens:
             except Exception as error:  # it has no class of its own for a bad file
                 reason = str(error).partition("\n")[0]
                 raise ValueError(f"{file}: cannot be read ({reason}). Get it again.") from error
+            # A text is read whole, whatever the tokenizer was last used for.
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
 
     @property
     def reads_text(self) -> bool:
@@ -70,7 +74,14 @@ class Tokens:
         if self._tokenizer is None:
             rng = np.random.default_rng((seed, 6))
             return rng.integers(0, self._vocab_size, len(text), dtype=np.int32)
-        return np.asarray(self._tokenizer.encode(text).ids, np.int32)
+        ids = np.asarray(self._tokenizer.encode(text).ids, np.int32)
+        if not ids.size or ids.max() >= self._vocab_size:
+            found = f"id {ids.max()}" if ids.size else "no ids"
+            raise ValueError(
+                f"text: {found} by tokenizer.json, the model has {self._vocab_size}. They belong "
+                "to different models. Take the tokenizer of the checkpoint."
+            )
+        return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without a character that is not whole yet."""
@@ -82,10 +93,9 @@ class Tokens:
 def _stop_ids(path: Path) -> tuple[int, ...]:
     for name in ("generation_config.json", "config.json"):
         file = path / name
-        try:
-            stop = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError):
+        if not file.is_file():
             continue
+        stop = read_json(file).get("eos_token_id")
         if stop is not None:
             return tuple(stop) if isinstance(stop, list) else (stop,)
     return ()

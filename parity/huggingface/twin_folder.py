@@ -11,12 +11,14 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from flax_gpt import GPTConfig
+from parity.huggingface.families import FAMILIES
 from parity.huggingface.folder import (
     BESIDE,
     Checkpoint,
     Weights,
     flax_shapes,
     headers,
+    ids_of,
     new_folder,
     read_json,
     suspicious,
@@ -54,7 +56,9 @@ class TwinFolder(Weights):
             config = GPTConfig(**model)
             if framework not in FRAMEWORKS:
                 raise ValueError(f"framework {framework!r}, there are flax and torch")
-        except (KeyError, TypeError, ValueError) as error:
+            if family not in FAMILIES:
+                raise ValueError(f"family {family!r}, there are {', '.join(FAMILIES)}")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
                 f"checkpoint {path}/config.json: {error}. It is not as `parity convert` wrote it. "
                 "Convert again."
@@ -90,7 +94,7 @@ def write_twin(path: Path, framework: str, source: Weights) -> None:
         ValueError: when there is something in the folder already.
     """
     config, leaves = source.config, dict(source.leaves())
-    document = {
+    document = ids_of(source.path) | {
         "format": _FORMAT,
         "framework": framework,
         "family": source.family,

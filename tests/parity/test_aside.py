@@ -45,7 +45,7 @@ def test_contenders_live_in_the_other_process_until_they_are_cleared(room):
     assert second.turn(1).tokens_BG.tolist() == [[room.pid, 51]] and room.pid != os.getpid()
     assert second.turn(1).seconds == 0.5
     room.clear()
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="IndexError"):
         second.turn(1)
 
 

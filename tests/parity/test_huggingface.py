@@ -11,6 +11,7 @@ from typing import Any
 
 import huggingface_hub
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -24,7 +25,7 @@ import torch_gpt
 from parity import cli
 from parity.check import check
 from parity.compare import Verdict
-from parity.huggingface import Checkpoint, open_checkpoint, pair_of, save
+from parity.huggingface import Checkpoint, Tokens, open_checkpoint, pair_of, save
 from parity.huggingface import folder_of as folder_of_name
 from parity.leaves import flax_leaves, torch_leaves
 
@@ -178,10 +179,8 @@ def test_a_sharded_folder_in_half_precision_without_a_prefix_is_read(folder_of, 
     """As hubs have GPT-2: shards, bfloat16, no `transformer.`, mask buffers, no head."""
     tensors = load_file(folder_of("gpt2") / "model.safetensors")
     tensors = {name.removeprefix("transformer."): x for name, x in tensors.items()}
-    tensors["h.0.attn.bias"] = np.ones((1, 1, 40, 40))
-    import ml_dtypes
-
     half = {name: x.astype(ml_dtypes.bfloat16) for name, x in tensors.items()}
+    half["h.0.attn.bias"] = np.ones((1, 1, 40, 40), np.uint8)
     names = sorted(half)
     shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
     for file, inside in shards.items():
@@ -315,6 +314,18 @@ def corrupted(folder: Path, how: str) -> None:
             config.write_text(json.dumps(document | {"hidden_act": "relu2"}))
         case "sizes of strings":
             config.write_text(json.dumps(document | {"hidden_size": "42"}))
+        case "part of a head":
+            document["rope_parameters"]["partial_rotary_factor"] = 0.5
+            config.write_text(json.dumps(document))
+        case "no factor":
+            document["rope_parameters"]["factor"] = None
+            config.write_text(json.dumps(document))
+        case "rope is a word":
+            config.write_text(json.dumps(document | {"rope_parameters": "linear"}))
+        case "activations":
+            config.write_text(json.dumps(document | {"hidden_act": ["silu"]}))
+        case "twice":
+            save_file(tensors | {"norm.weight": tensors["model.norm.weight"]}, weights)
         case "heads":
             config.write_text(json.dumps(document | {"num_key_value_heads": 4}))
 
@@ -341,6 +352,11 @@ BAD = {
     "unknown rope": r"rope type is 'yarn', there are default, linear, dynamic, llama3",
     "several problems": r"hidden_size is missing; hidden_act is 'relu2'",
     "sizes of strings": r"embed_dim is '42', it must be an integer",
+    "part of a head": r"partial_rotary_factor is 0\.5, these families turn whole heads",
+    "no factor": r"rope type llama3 has no factor",
+    "rope is a word": r"config\.json: an entry is not what it should be",
+    "activations": r"config\.json: an entry is not what it should be",
+    "twice": r"(model\.)?norm\.weight and (model\.)?norm\.weight are one tensor",
     "heads": r"num_heads 6 does not divide into 4 kv heads",
 }
 
@@ -380,7 +396,7 @@ def test_entries_that_are_not_understood_are_named(folder_of, tmp_path):
     assert "logit_softcap: not understood and left aside" in note
 
 
-LEVELS = "weights", "logits", "cache", "tokens"
+LEVELS = "weights", "logits", "cache"  # the tests above have compared tokens
 
 
 @pytest.fixture(scope="module")
@@ -474,7 +490,8 @@ def test_the_commands_convert_and_write_text(quiet_folder_of, tmp_path):
     assert all(np.array_equal(ours[name], again[name]) for name in ours) and set(ours) == set(again)
 
 
-def test_twins_that_part_while_they_write_exit_1(quiet_folder_of, monkeypatch):
+@pytest.mark.parametrize("options", [("0",), ("0.8", "--top-k", "1")], ids=["greedy", "one left"])
+def test_twins_that_part_while_they_write_exit_1(options, quiet_folder_of, monkeypatch):
     step = torch_gpt.Decoder.step
 
     def wrong(decoder, tokens_B, cache):
@@ -483,7 +500,7 @@ def test_twins_that_part_while_they_write_exit_1(quiet_folder_of, monkeypatch):
 
     monkeypatch.setattr(torch_gpt.Decoder, "step", wrong)
     done = parity(
-        "generate", quiet_folder_of("qwen3"), "5 17", "--tokens", "3", "--temperature", "0"
+        "generate", quiet_folder_of("qwen3"), "5 17", "--tokens", "3", "--temperature", *options
     )
     assert done.exit_code == 1 and "FAIL: token 2 is" in done.stderr
 
@@ -523,10 +540,10 @@ def test_bad_input_ends_in_one_line_with_code_2(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_name_of_the_hub_is_downloaded_without_pickles(quiet_folder_of, monkeypatch):
+def test_a_name_of_the_hub_is_downloaded_without_pickles(quiet_folder_of, tmp_path, monkeypatch):
     asked = {}
 
-    def download(name, allow_patterns):
+    def download(name, allow_patterns, ignore_patterns):
         asked.update(name=name, patterns=allow_patterns)
         return str(quiet_folder_of("gpt2"))
 
@@ -534,9 +551,94 @@ def test_a_name_of_the_hub_is_downloaded_without_pickles(quiet_folder_of, monkey
     assert open_checkpoint(folder_of_name("some/gpt2")).family == "gpt2"
     assert asked["name"] == "some/gpt2" and not any("bin" in x for x in asked["patterns"])
 
-    def offline(name, allow_patterns):
+    def offline(name, allow_patterns, ignore_patterns):
         raise ConnectionError("no route\nto anywhere")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     with pytest.raises(ValueError, match=r"some/gpt2: .* the hub does not give it \(no route\)\."):
         folder_of_name("some/gpt2")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="checkpoint runs/b: no such folder, and no name"):
+        folder_of_name("runs/b")
+
+
+def changed(source: Path, target: Path, **entries) -> Path:
+    """A copy of a folder whose config.json says something else."""
+    shutil.copytree(source, target)
+    document = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(document | entries))
+    return target
+
+
+def test_ids_that_end_a_text_go_along_and_end_it(quiet_folder_of, tmp_path):
+    said = dict(bos_token_id=3, eos_token_id=[17, 5], pad_token_id=None)
+    source = changed(quiet_folder_of("qwen3"), tmp_path / "source", **said)
+    for kind, folder in (("torch", source), ("hf", tmp_path / "torch")):
+        assert parity("convert", folder, tmp_path / kind, "--to", kind).exit_code == 0
+        document = json.loads((tmp_path / kind / "config.json").read_text())
+        assert {name: document[name] for name in said} == said
+        assert Tokens(tmp_path / kind, 97).stop_ids == (17, 5)
+    first = parity(
+        "generate", source, "9", "--tokens", "4", "--temperature", "0", "--only", "torch"
+    )
+    second = int(first.stdout.split()[2])
+    source = changed(quiet_folder_of("qwen3"), tmp_path / "ends", eos_token_id=second)
+    done = parity("generate", source, "9", "--tokens", "4", "--temperature", "0")
+    written = first.stdout.split()[: first.stdout.split().index(str(second))]
+    assert done.stdout.split() == written and f"{len(written) - 1} tokens, the same" in done.stderr
+
+
+def test_types_that_differ_go_into_the_widest_and_nothing_becomes_infinite(folder_of, tmp_path):
+    folder = Path(shutil.copytree(folder_of("llama"), tmp_path / "mixed"))
+    tensors = load_file(folder / "model.safetensors")
+    half = {name: x.astype(ml_dtypes.bfloat16) for name, x in tensors.items()}
+    half["model.norm.weight"] = np.full(42, 70_000.0, np.float32)
+    save_file(half, folder / "model.safetensors")
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.config.dtype == "float32"
+    assert dict(checkpoint.leaves())["norm.scale"][0] == 70_000.0
+    done = parity("convert", folder, tmp_path / "out", "--to", "hf", "--dtype", "float16")
+    assert done.exit_code == 2 and "too large for float16" in done.stderr
+    assert [x.name for x in tmp_path.iterdir()] == ["mixed"]
+
+
+def test_one_file_of_weights_is_read_before_an_older_index(folder_of, tmp_path):
+    folder = Path(shutil.copytree(folder_of("qwen3"), tmp_path / "both"))
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert open_checkpoint(folder).family == "qwen3"
+
+
+def test_dynamic_scaling_goes_by_the_length_that_the_library_goes_by(folder_of, tmp_path):
+    rope = dict(rope_type="dynamic", factor=4.0, original_max_position_embeddings=8)
+    folder = changed(folder_of("qwen3"), tmp_path / "dynamic", rope_parameters=rope)
+    config = open_checkpoint(folder).config
+    assert (config.rotary.original_length, config.context_length) == (40, 160)
+    leaves = dict(open_checkpoint(folder).leaves())
+    longer = dataclasses.replace(config, context_length=200)
+    with pytest.raises(ValueError, match=r"context_length is 200 and not 40 times the factor 4\.0"):
+        save(tmp_path / "out", "qwen3", longer, leaves)
+
+
+def test_a_model_of_our_own_is_the_same_to_the_library(tmp_path):
+    """Where an entry is missing the library has a number of its own, so none is."""
+    sizes = dict(vocab_size=97, context_length=40, embed_dim=15, num_layers=2, num_heads=6,
+                 head_dim=4, mlp_dim=13, positions="rotary", norm="rms", gated=True,
+                 activation="silu", tied_head=False, norm_epsilon=1e-6, mlp_bias=False)  # fmt: skip
+    kinds = {
+        "mistral": dict(qkv_bias=False, out_bias=False),
+        "qwen3": dict(qk_norm=True, qkv_bias=False, out_bias=False),
+    }
+    for family, changes in kinds.items():
+        config = flax_gpt.GPTConfig(**(sizes | changes))
+        model = flax_gpt.GPT(config, flax_gpt.random.key(0))
+        save(tmp_path / family, family, config, flax_leaves(model))
+        again = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / family, attn_implementation="eager"
+        )
+        with torch.no_grad():
+            expected = again(torch.from_numpy(prompts())).logits.numpy()
+        found = np.asarray(model(jax.numpy.asarray(prompts()))[0])
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
