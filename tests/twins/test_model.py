@@ -175,7 +175,7 @@ def test_the_longest_context_fits_and_one_token_more_is_refused(gpt):
     model, length = model_of(gpt), model_of(gpt).config.context_length
     tokens = np.random.default_rng(0).integers(0, 61, (2, length + 1))
     assert logits_of(gpt, tokens[:, :length]).shape == (2, length, 61)
-    with pytest.raises(ValueError, match=r"GPT: 30 tokens > context_length 29. The position table"):
+    with pytest.raises(ValueError, match=r"GPT: 30 tokens > context_length 29. Positions end"):
         model(gpt.ints(tokens))
 
 
