@@ -109,12 +109,15 @@ def cleaned(layer: LayerCache, mask_BTS: jax.Array) -> LayerCache:
 def _score(q_BKQTH: jax.Array, keys_BKSH: jax.Array) -> jax.Array:
     """Products of queries and keys, (B, K, Q, T, S)."""
     # twin: XLA takes keys that it has to swap at half the speed; BLAS swaps them as it reads.
-    return jnp.einsum("BKQTH,BKSH->BKQTS", q_BKQTH, keys_BKSH)
+    B, K, Q, T, H = q_BKQTH.shape
+    scores = jnp.einsum("BKTH,BKSH->BKTS", q_BKQTH.reshape(B, K, Q * T, H), keys_BKSH)
+    return scores.reshape(B, K, Q, T, -1)
 
 
 def _mixed(weights_BKQTS: jax.Array, values_BKSH: jax.Array) -> jax.Array:
     """Products of weights and values, (B, K, Q, T, H)."""
-    return jnp.einsum("BKQTS,BKSH->BKQTH", weights_BKQTS, values_BKSH)
+    B, K, Q, T, S = weights_BKQTS.shape
+    return (weights_BKQTS.reshape(B, K, Q * T, S) @ values_BKSH).reshape(B, K, Q, T, -1)
 
 
 def _over(

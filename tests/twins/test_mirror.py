@@ -251,7 +251,7 @@ def test_an_einsum_says_what_the_names_of_its_operands_say(side):
             if isinstance(operand, ast.Name):
                 assert letters(operand.id) == axes, (spec, operand.id)
                 checked += 1
-        if target is not None:
+        if target is not None and letters(target) is not None:
             assert letters(target) == output, (spec, target)
             checked += 1
     assert checked >= 1
@@ -259,8 +259,7 @@ def test_an_einsum_says_what_the_names_of_its_operands_say(side):
 
 def test_the_twins_write_the_same_einsums():
     specs = [[spec for spec, _, _ in einsums(side)] for side in FOLDERS]
-    for spec in ("BKQTH,BKSH->BKQTS", "BKQTS,BKSH->BKQTH"):
-        specs[0].remove(spec)  # attention.py: another operation in torch, see there
+    specs[0].remove("BKTH,BKSH->BKTS")  # attention.py: another operation in torch, see there
     specs[0].remove("BTI,OI->BTO")  # packing.py: other operations in torch
     assert specs[0] == specs[1] and len(specs[0]) >= 1
 
