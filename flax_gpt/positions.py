@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_gpt.rotary import Rotation
+
 NOWHERE = 2**31 - 1  # a slot that no cache has and a position that no table holds
 _LOWEST_RUNG = 256  # slots; fewer would cost a step as much, and a program more to compile
 
@@ -50,7 +52,7 @@ class Placement:
     filled: bool
     padded: bool
     exact: bool
-    turn: Any = None
+    turn: Rotation | None = None
     bias_BKQTS: jax.Array | None = None
 
 

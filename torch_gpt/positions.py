@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from torch_gpt.rotary import Rotation
+
 NOWHERE = 2**31 - 1  # a slot that no cache has and a position that no table holds
 
 
@@ -48,7 +50,7 @@ class Placement:
     filled: bool
     padded: bool
     exact: bool
-    turn: Any = None
+    turn: Rotation | None = None
     bias_BKQTS: torch.Tensor | None = None
 
 

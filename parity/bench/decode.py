@@ -23,7 +23,7 @@ from parity.bench.decode_outcome import DecodeBench
 from parity.bench.decode_times import CapacityTest, DecodeCell
 from parity.bench.decoders import Cell, FlaxSteps, TorchSteps
 from parity.bench.machine import Bandwidth, load_average
-from parity.bench.peers import Peers
+from parity.bench.peers import LIBRARIES, Peers
 from parity.bench.programs import uncached_costs
 from parity.environment import Devices, fingerprint, jax_scope, pinned_precision
 from parity.leaves import flax_leaves, load_flax
@@ -40,7 +40,6 @@ CONTENDERS = (
 CAPACITIES, VALID = (256, 8192), 128
 _LOUD = 16.0  # times the size of other embeddings
 _VARIABLES = "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "XLA_FLAGS"
-_PEERS = "transformers", "ctranslate2"
 
 
 def decode_phases(
@@ -273,7 +272,7 @@ def _check_request(
 def _environment(devices: Devices) -> dict[str, Any]:
     """The fingerprint, and what else can change a time."""
     versions = {}
-    for name in _PEERS:
+    for name in LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return (

@@ -29,7 +29,7 @@ from parity.bench.decoders import (
     TorchUncached,
 )
 from parity.bench.machine import Bandwidth, Compilations, MemoryGrowth
-from parity.bench.peers import Peers
+from parity.bench.peers import LIBRARIES, Peers
 from parity.bench.programs import costs
 from parity.bench.steps import Unavailable
 from parity.bench.structure import remade_caches
@@ -45,7 +45,6 @@ _ALL_TURNS_S = 15.0
 _MIN_ROUNDS = 2
 # The prompt is read again until this is over, in seconds, but so often at most.
 _PREFILLS_S, _PREFILLS = 2.0, 3
-_PEERS = "transformers", "ctranslate2"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +143,7 @@ def _set_up(
     Raises:
         Unavailable: when it cannot run here.
     """
-    pid = peers.room(name).pid if name.split()[0] in _PEERS else None
+    pid = peers.room(name).pid if name.split()[0] in LIBRARIES else None
     with MemoryGrowth(subject.devices, pid) as memory:
         contender = _made(name, subject, peers, cell, entries)
         with Compilations() as reading:

@@ -26,6 +26,8 @@ from parity.leaves import Leaves, flax_leaves, load_torch, torch_leaves
 from parity.rules import HF_GPT2
 from parity.transplant import resolve
 
+LIBRARIES = "transformers", "ctranslate2"
+
 _END = "<end>"
 # Added to the logit of a token that must never be chosen. Not -inf, which makes NaN of a zero.
 _NEVER = -1e30

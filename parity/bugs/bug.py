@@ -1,12 +1,12 @@
 """A bug as data: the lines of a twin as they should be and as the bug has them, and its story."""
 
+import ast
 import contextlib
 import dataclasses
 import difflib
 import importlib
 import importlib.util
 import itertools
-import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -126,19 +126,22 @@ def planted(framework: str, edits: Sequence[Edit]) -> Iterator[ModuleType]:
 
 def _affected(package: str, sources: Mapping[str, str], changed: set[str]) -> set[str]:
     """The files that change, and all that import one of them, however indirectly."""
-    pattern = re.compile(rf"^from {package}(?:\.(\w+))? import (.+)$", re.MULTILINE)
-    imports = {
-        name: {
-            part
-            for module, imported in pattern.findall(text)
-            for part in ([module] if module else imported.split(", "))
-        }
-        for name, text in sources.items()
-    }
+    imports = {name: _imported(package, text) for name, text in sources.items()}
     affected = changed | {"__init__"}
     while more := {name for name in imports.keys() - affected if imports[name] & affected}:
         affected |= more
     return affected
+
+
+def _imported(package: str, text: str) -> set[str]:
+    """The files of a package that one of its files imports from."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module == package:
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
+            found.add(node.module.removeprefix(f"{package}."))
+    return found
 
 
 def twin(framework: str) -> ModuleType:

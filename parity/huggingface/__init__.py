@@ -1,7 +1,7 @@
 """Checkpoint folders of Hugging Face's transformers, in both directions."""
 
 from parity.huggingface.families import FAMILIES
-from parity.huggingface.folder import STORED, Checkpoint, Weights, check_new, save
+from parity.huggingface.folder import Checkpoint, Weights, check_new, save
 from parity.huggingface.hub import folder_of
 from parity.huggingface.pairs import pair_of
 from parity.huggingface.stream import Choice, stream
@@ -10,7 +10,6 @@ from parity.huggingface.twin_folder import TwinFolder, open_checkpoint, write_tw
 
 __all__ = [
     "FAMILIES",
-    "STORED",
     "Checkpoint",
     "Choice",
     "Tokens",

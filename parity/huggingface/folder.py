@@ -37,7 +37,7 @@ STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 _CONFIG, _INDEX, _SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _HEAD = "lm_head.weight"
 # What else belongs to a checkpoint and goes along unread.
-BESIDE = (
+_BESIDE = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
     "vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
@@ -236,16 +236,34 @@ def save(
     table = FAMILIES[family]
     document = ids_of(source) | write_config(table, config, config.dtype)
     rules = table.rules(config)
-    theirs = _torch_names(rules, leaves)
-    weight_map = resolve(rules, theirs, leaves)
-    links = {link.torch: link for link in weight_map.links}
-    tensors = {name: link.to_torch([leaves[x] for x in link.flax]) for name, link in links.items()}
+    links = resolve(rules, _torch_names(rules, leaves), leaves).links
+    tensors = {link.torch: link.to_torch([leaves[x] for x in link.flax]) for link in links}
+    write_folder(path, document, tensors, "pt", source)
+
+
+def write_folder(
+    path: Path, document: Mapping[str, Any], tensors: Leaves, kind: str, source: Path | None
+) -> None:
+    """Writes a folder with a config.json, one file of weights, and the tokenizer of another folder.
+
+    Args:
+        path: of the new folder.
+        document: what config.json says.
+        tensors: by their names in the file.
+        kind: which names these are, for the file's own note.
+        source: the other folder; None for no tokenizer.
+
+    Raises:
+        ValueError: see `check_new`.
+    """
     with new_folder(path) as folder:
         (folder / _CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, folder / _SINGLE, metadata={"format": "pt"})
-        for name in BESIDE if source is not None else ():
+        save_file(tensors, folder / _SINGLE, metadata={"format": kind})
+        for name in _BESIDE if source is not None else ():
             if (source / name).is_file():
                 shutil.copyfile(source / name, folder / name)
+        for file in folder.iterdir():
+            file.chmod(0o644)  # safetensors lets nobody else read what it writes
 
 
 def ids_of(folder: Path | None) -> dict[str, Any]:

@@ -61,33 +61,33 @@ class Tokens:
                     "is ids with spaces between. Put a tokenizer.json into the folder, or give ids."
                 )
             ids = [int(part) for part in parts]
-        if not ids or max(ids) >= self._vocab_size:
-            found = f"id {max(ids)}" if ids else "no ids"
-            raise ValueError(
-                f"prompt {text!r}: {found}, the model has {self._vocab_size}. A prompt is at least "
-                "one id below that. Give another prompt."
-            )
-        return ids
+        return self._known(ids, f"prompt {text!r}")
 
     def of_text(self, text: str, seed: int) -> np.ndarray:
-        """The ids of a long text; without a tokenizer, as many ids by chance."""
+        """The ids of a long text; without a tokenizer, as many ids by chance.
+
+        Raises:
+            ValueError: for ids that the model does not have.
+        """
         if self._tokenizer is None:
             rng = np.random.default_rng((seed, 6))
             return rng.integers(0, self._vocab_size, len(text), dtype=np.int32)
-        ids = np.asarray(self._tokenizer.encode(text).ids, np.int32)
-        if not ids.size or ids.max() >= self._vocab_size:
-            found = f"id {ids.max()}" if ids.size else "no ids"
-            raise ValueError(
-                f"text: {found} by tokenizer.json, the model has {self._vocab_size}. They belong "
-                "to different models. Take the tokenizer of the checkpoint."
-            )
-        return ids
+        return np.asarray(self._known(self._tokenizer.encode(text).ids, "the text"), np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, without a character that is not whole yet."""
         if self._tokenizer is None:
             return "".join(f" {index}" for index in ids)
         return self._tokenizer.decode(list(ids), skip_special_tokens=False).rstrip(_CUT)
+
+    def _known(self, ids: list[int], what: str) -> list[int]:
+        if not ids or max(ids) >= self._vocab_size:
+            found = f"id {max(ids)}" if ids else "no ids"
+            raise ValueError(
+                f"{what}: {found}, the model has {self._vocab_size}. A text is at least one id "
+                "below that. Give another text, or the tokenizer of this checkpoint."
+            )
+        return ids
 
 
 def _stop_ids(path: Path) -> tuple[int, ...]:

@@ -1,28 +1,24 @@
 """A folder with one twin's weights under its own names, and what makes a model of them again."""
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from flax_gpt import GPTConfig
 from parity.huggingface.families import FAMILIES
 from parity.huggingface.folder import (
-    BESIDE,
     Checkpoint,
     Weights,
     flax_shapes,
     headers,
     ids_of,
-    new_folder,
     read_json,
     suspicious,
     torch_shapes,
+    write_folder,
 )
 from parity.leaves import Leaves, different_leaves
 from parity.rules import TWINS
@@ -104,12 +100,7 @@ def write_twin(path: Path, framework: str, source: Weights) -> None:
     if framework == "torch":
         links = links_of(TWINS, torch_shapes(config))
         tensors = {link.torch: link.to_torch([leaves[link.flax[0]]]) for link in links}
-    with new_folder(path) as folder:
-        (folder / "config.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        save_file(tensors, folder / "model.safetensors", metadata={"format": _FORMAT})
-        for name in BESIDE:
-            if (source.path / name).is_file():
-                shutil.copyfile(source.path / name, folder / name)
+    write_folder(path, document, tensors, _FORMAT, source.path)
 
 
 def open_checkpoint(path: Path, dtype: str | None = None) -> Weights:
