@@ -1,7 +1,13 @@
-"""Module inputs and outputs, captured from outside: the models know nothing of it."""
+"""Module inputs and outputs, captured from outside: the models know nothing of it.
+
+A trace goes to a sink as soon as its module is done, so that nothing has to be kept. `in_step` runs
+several captures side by side, each as far as the reader asks.
+"""
 
 import contextlib
 import dataclasses
+import queue
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -28,13 +34,15 @@ class Trace:
     output: np.ndarray
 
 
-def capture_torch(module: torch.nn.Module, call: Callable[[], Any]) -> list[Trace]:
-    """Runs `call` and lists what every submodule took and gave, in order of completion."""
-    traces: list[Trace] = []
+Sink = Callable[[Trace], None]
+
+
+def capture_torch(module: torch.nn.Module, call: Callable[[], Any], sink: Sink) -> None:
+    """Runs `call` and tells what every submodule took and gave, in order of completion."""
 
     def hook(path: str):
         def record(_, inputs: tuple, keywords: dict, output: Any) -> None:
-            _append(traces, path, (inputs, keywords), output, torch.Tensor, to_numpy)
+            _tell(sink, path, (inputs, keywords), output, torch.Tensor, to_numpy)
 
         return record
 
@@ -48,12 +56,10 @@ def capture_torch(module: torch.nn.Module, call: Callable[[], Any]) -> list[Trac
     finally:
         for handle in handles:
             handle.remove()
-    return traces
 
 
-def capture_flax(module: nnx.Module, call: Callable[[], Any]) -> list[Trace]:
-    """Runs `call` and lists what every submodule took and gave, in order of completion."""
-    traces: list[Trace] = []
+def capture_flax(module: nnx.Module, call: Callable[[], Any], sink: Sink) -> None:
+    """Runs `call` and tells what every submodule took and gave, in order of completion."""
     paths: dict[int, str] = {}
     known: list[nnx.Module] = []  # keeps what is in paths alive, since ids are used again
     running: set[int] = set()
@@ -64,13 +70,81 @@ def capture_flax(module: nnx.Module, call: Callable[[], Any]) -> list[Trace]:
             known.append(submodule)
 
     def record(self: nnx.Module, inputs: tuple, output: Any) -> None:
-        _append(traces, paths[id(self)], inputs, output, jax.Array, np.asarray)
+        _tell(sink, paths[id(self)], inputs, output, jax.Array, np.asarray)
 
     learn(module)
     classes = {type(submodule) for submodule in known}
     with _wrapped_calls(classes, type(module), learn, paths, running, record):
         call()
-    return traces
+
+
+@contextlib.contextmanager
+def in_step(*captures: Callable[[Sink], None]) -> Iterator[list[Iterator[Trace]]]:
+    """The traces of captures that run side by side, each in a thread of its own.
+
+    A capture waits until its next trace is asked for, so that no more than one of each is there;
+    what is left when the block ends is given up.
+
+    Args:
+        captures: each runs one capture into the sink that it is given.
+    """
+    streams = [_Stream(capture) for capture in captures]
+    try:
+        yield [iter(stream) for stream in streams]
+    finally:
+        for stream in streams:
+            stream.close()
+
+
+class _Stream:
+    """A capture that goes on when its next trace is asked for."""
+
+    def __init__(self, capture: Callable[[Sink], None]):
+        self._asked: queue.Queue[bool] = queue.Queue()
+        self._given: queue.Queue[Trace | None] = queue.Queue()
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, args=(capture,), daemon=True)
+        self._started = False
+
+    def __iter__(self) -> Iterator[Trace]:
+        while True:
+            self._asked.put(True)
+            if not self._started:
+                self._started = True
+                self._thread.start()
+            trace = self._given.get()
+            if trace is None:
+                if self._error is not None:
+                    raise self._error
+                return
+            yield trace
+
+    def close(self) -> None:
+        """Ends the capture, wherever it is, and waits until what it changed is put back."""
+        if self._started:
+            self._asked.put(False)
+            self._thread.join()
+
+    def _run(self, capture: Callable[[Sink], None]) -> None:
+        try:
+            # Of the reader's settings, the one that a thread has for itself.
+            with jax.default_matmul_precision("highest"):
+                capture(self._give)
+        except _Enough:
+            pass
+        except BaseException as error:  # the reader's thread raises it
+            self._error = error
+        finally:
+            self._given.put(None)
+
+    def _give(self, trace: Trace) -> None:
+        if not self._asked.get():
+            raise _Enough
+        self._given.put(trace)
+
+
+class _Enough(BaseException):
+    """Ends a capture of which no more is wanted; no model that catches errors swallows it."""
 
 
 @contextlib.contextmanager
@@ -113,21 +187,21 @@ def _wrapped_calls(
             owner.__call__ = original
 
 
-def _append(
-    traces: list[Trace],
+def _tell(
+    sink: Sink,
     path: str,
     inputs: tuple,
     output: Any,
     array_type: type,
     convert: Callable[[Any], np.ndarray],
 ) -> None:
-    arrays = [x for x in _leaves(inputs) if isinstance(x, array_type)]
-    outputs = [x for x in _leaves(output) if isinstance(x, array_type)]
+    arrays = [x for x in leaves_of(inputs) if isinstance(x, array_type)]
+    outputs = [x for x in leaves_of(output) if isinstance(x, array_type)]
     if outputs:
-        traces.append(Trace(path, tuple(map(convert, arrays)), convert(outputs[0])))
+        sink(Trace(path, tuple(map(convert, arrays)), convert(outputs[0])))
 
 
-def _leaves(value: Any) -> Iterator[Any]:
+def leaves_of(value: Any) -> Iterator[Any]:
     """What a call takes or gives, opened up to its arrays; keywords come sorted by name."""
     if isinstance(value, tuple | list):
         children = value
@@ -137,4 +211,4 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
         return
     for child in children:
-        yield from _leaves(child)
+        yield from leaves_of(child)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from parity.capture import Trace, capture_flax
+from parity.capture import Sink, Trace, capture_flax
 from parity.environment import Scoped, jax_scope
 from parity.leaves import Leaves, cast, cast_array, dotted, load_flax
 from parity.oracle import Purity, flax_purity
@@ -56,11 +56,11 @@ class FlaxRun:
         with self._scope():
             return flax_purity(self._loss_and_gradients, self._parameters, *self._arrays(batch))
 
-    def traces(self, batch: Batch) -> list[Trace]:
-        """Inputs and outputs of every module in a forward pass."""
+    def traces(self, batch: Batch, sink: Sink) -> None:
+        """Tells inputs and outputs of every module in a forward pass."""
         with self._scope():
             arrays = self._arrays(batch)
-            return capture_flax(self.module, lambda: self._side.forward(self.module, *arrays))
+            capture_flax(self.module, lambda: self._side.forward(self.module, *arrays), sink)
 
     def trainer(self, num_steps: int) -> Any:
         """The side's trainer for a training of `num_steps`, on weights of its own."""
@@ -74,8 +74,10 @@ class FlaxRun:
 
     def decoder_traces(self, call: Callable[[Any], Any]) -> list[Trace]:
         """Inputs and outputs of every module while `call` uses the side's decoder."""
+        traces: list[Trace] = []
         with self._scope(), jax.disable_jit():
-            return capture_flax(self.module, lambda: call(self._side.decoder(self.module)))
+            capture_flax(self.module, lambda: call(self._side.decoder(self.module)), traces.append)
+        return traces
 
     def _load(self) -> nnx.Module:
         with self._scope():
@@ -92,6 +94,6 @@ class FlaxRun:
 
     def _call(self, function):
         def call(parameters: nnx.State, *arrays: jax.Array):
-            return function(nnx.merge(self._graphdef, parameters, self._rest), *arrays)
+            return function(nnx.merge(self._graphdef, parameters, self._rest, copy=True), *arrays)
 
         return call

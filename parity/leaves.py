@@ -92,10 +92,10 @@ def numpy_view(tensor: torch.Tensor) -> np.ndarray:
 
 def from_numpy(array: np.ndarray) -> torch.Tensor:
     """A tensor of the same bits, on the host."""
-    array = np.ascontiguousarray(array)
+    array = np.array(array, order="C")  # np.ascontiguousarray would give a number an axis
     if array.dtype == ml_dtypes.bfloat16:
-        return torch.from_numpy(array.view(np.int16).copy()).view(torch.bfloat16)
-    return torch.from_numpy(array.copy())
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def dotted(path: tuple) -> str:

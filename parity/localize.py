@@ -1,12 +1,10 @@
 """Where two models part: the first module, by what went in and what came out."""
 
-import itertools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import numpy as np
 
-from parity.capture import Trace
+from parity.capture import Trace, in_step
 from parity.compare import error_ratio, max_abs
 from parity.pair import Batch
 from parity.report import Divergence
@@ -22,8 +20,20 @@ Gap = Callable[[np.ndarray, np.ndarray], float | None]
 
 def locate_forward(subject: Subject, batch: Batch) -> Divergence | None:
     """The first module whose output parts in float64."""
-    flax, torch = (run.traces(batch) for run in subject.runs("float64"))
-    return first_divergence(flax, torch, float64_gap, model_name(subject), "forward")
+    flax, torch = subject.runs("float64")
+    with in_step(lambda sink: flax.traces(batch, sink), lambda sink: torch.traces(batch, sink)) as (
+        ours,
+        theirs,
+    ):
+        found = first_divergence(
+            translated(ours, subject.modules),
+            theirs,
+            float64_gap,
+            model_name(subject),
+            "forward",
+            subject.modules.values(),
+        )
+    return found
 
 
 def locate_rounding(subject: Subject, batch: Batch) -> Divergence | None:
@@ -31,55 +41,111 @@ def locate_rounding(subject: Subject, batch: Batch) -> Divergence | None:
 
     Gaps are ratios of errors here, since two healthy float32 runs differ everywhere.
     """
-    truth, _ = (run.traces(batch) for run in subject.runs("float64"))
-    flax, torch = (run.traces(batch) for run in subject.runs("float32"))
-    torch = {(trace.path, nth): trace for trace, nth in _numbered(torch)}
-    exact = {(trace.path, nth): trace for trace, nth in _numbered(truth)}
-    for trace, nth in _numbered(flax):
-        key = trace.path, nth
-        if key not in torch or key not in exact:
-            continue
-        ratio = error_ratio(trace.output, torch[key].output, exact[key].output)
-        if not ratio <= _RATIO:
-            where = trace.path or model_name(subject)
-            detail = "Value is the larger float32 error over the smaller; float64 agrees."
-            return Divergence(where, "forward", 0, ratio, detail=detail)
+    _, truth = subject.runs("float64")
+    flax, torch = subject.runs("float32")
+    captures = [lambda sink, run=run: run.traces(batch, sink) for run in (flax, torch, truth)]
+    with in_step(*captures) as (ours, theirs, exact):
+        for trace, *others in matched(translated(ours, subject.modules), theirs, exact):
+            if None in others:
+                continue
+            twin, right = (other.output for other in others)
+            ratio = error_ratio(aligned(trace.output, twin), twin, right)
+            if not ratio <= _RATIO:
+                where = trace.path or model_name(subject)
+                detail = "Value is the larger float32 error over the smaller; float64 agrees."
+                return Divergence(where, "forward", 0, ratio, detail=detail)
     return None
 
 
 def first_divergence(
-    a: list[Trace], b: list[Trace], gap: Gap, root: str, phase: str, step: int = 0
+    a: Iterable[Trace],
+    b: Iterable[Trace],
+    gap: Gap,
+    root: str,
+    phase: str,
+    paths: Collection[str],
 ) -> Divergence | None:
     """The first module, by order of completion, that is guilty and not a victim.
 
     A module whose output parts although its input does not is guilty. One whose input has parted,
     while everything that finished before it agrees, was fed by wrong code outside of modules, in
     the body of its parent.
+
+    Args:
+        a: one model's traces.
+        b: the other's, under the same paths.
+        gap: how far two arrays are apart; None if they are not.
+        root: what to call the model itself.
+        phase: of the divergence.
+        paths: of the modules that are called.
     """
-    twins = {(trace.path, nth): trace for trace, nth in _numbered(b)}
-    paths = {trace.path for trace in a}
-    for trace, nth in _numbered(a):
-        twin = twins.get((trace.path, nth))
+    for trace, twin in matched(a, b):
         if twin is None or (found := gap(trace.output, twin.output)) is None:
             continue
-        inputs = itertools.zip_longest(trace.inputs, twin.inputs)
-        if trace.path and any(x is None or y is None or gap(x, y) is not None for x, y in inputs):
+        if trace.path and _inputs_part(trace.inputs, twin.inputs, gap):
             parent = trace.path.rpartition(".")[0]
             while parent and parent not in paths:
                 parent = parent.rpartition(".")[0]
             detail = f"Its own code parts before {trace.path} is called; all before that agrees."
-            return Divergence(parent or root, phase, step, found, detail=detail)
+            return Divergence(parent or root, phase, 0, found, detail=detail)
         detail = "Given the same input its output differs; all before it agrees."
-        return Divergence(trace.path or root, phase, step, found, detail=detail)
+        return Divergence(trace.path or root, phase, 0, found, detail=detail)
     return None
+
+
+def matched(
+    a: Iterable[Trace], *others: Iterable[Trace]
+) -> Iterator[tuple[Trace, *tuple[Trace | None, ...]]]:
+    """Each trace of `a` with those of the same call of the same module, None where there is none.
+
+    The others are read no further than they must be, and what comes early is kept until its turn.
+    """
+    streams = [_numbered(other) for other in others]
+    early: list[dict[tuple[str, int], Trace]] = [{} for _ in others]
+    for key, trace in _numbered(a):
+        twins = []
+        for stream, waiting in zip(streams, early, strict=True):
+            while key not in waiting and (following := next(stream, None)) is not None:
+                waiting[following[0]] = following[1]
+            twins.append(waiting.pop(key, None))
+        yield trace, *twins
+
+
+def translated(traces: Iterable[Trace], modules: Mapping[str, str]) -> Iterator[Trace]:
+    """Flax traces under torch's paths, without those of modules that torch does not have."""
+    for trace in traces:
+        if trace.path in modules:
+            yield Trace(modules[trace.path], trace.inputs, trace.output)
 
 
 def float64_gap(a: np.ndarray, b: np.ndarray) -> float | None:
     """The largest difference where it is more than rounding, else None."""
-    gap = max_abs(a, b)
+    gap = max_abs(a, aligned(b, a))
     sizes = np.abs(a[np.isfinite(a)])
     scale = max(1.0, float(np.max(sizes, initial=0.0)))
     return None if gap <= _FLOAT64 * scale else gap
+
+
+def aligned(array: np.ndarray, like: np.ndarray) -> np.ndarray:
+    """An activation in the order of axes of another framework's, whichever fits it best.
+
+    Torch has channels behind the batch and flax has them last; some have time before the batch;
+    heads may share an axis with what they are wide.
+    """
+    arrangements = [array]
+    if array.ndim >= 3:
+        arrangements += [
+            np.moveaxis(array, 1, -1),
+            np.moveaxis(array, -1, 1),
+            np.swapaxes(array, 0, 1),
+        ]
+    if array.size == like.size:
+        arrangements.append(array.reshape(like.shape))
+    fitting = [x for x in arrangements if x.shape == like.shape]
+    if len(fitting) < 2:
+        return (fitting or [array])[0]
+    gaps = [max_abs(x, like) for x in fitting]
+    return fitting[int(np.nanargmin(gaps))] if not np.all(np.isnan(gaps)) else fitting[0]
 
 
 def model_name(subject: Subject) -> str:
@@ -87,11 +153,22 @@ def model_name(subject: Subject) -> str:
     return type(subject.runs("float64")[1].module).__name__
 
 
-def _numbered(traces: list[Trace]) -> list[tuple[Trace, int]]:
-    """Each trace with how many calls of the same module came before it."""
-    seen: dict[str, Any] = {}
-    numbered = []
+def _inputs_part(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...], gap: Gap) -> bool:
+    """Whether what two modules were given differs.
+
+    Where they take another number of arguments, each float of the fewer must be among the others:
+    torch's attention is given its input three times and flax's once.
+    """
+    if len(a) == len(b):
+        return any(gap(x, y) is not None for x, y in zip(a, b, strict=True))
+    floats = [[x for x in side if np.issubdtype(x.dtype, np.floating)] for side in (a, b)]
+    few, many = sorted(floats, key=len)
+    return any(all(gap(x, y) is not None for y in many) for x in few)
+
+
+def _numbered(traces: Iterable[Trace]) -> Iterator[tuple[tuple[str, int], Trace]]:
+    """Each trace behind its path and how many calls of the same module came before it."""
+    seen: dict[str, int] = {}
     for trace in traces:
         seen[trace.path] = seen.get(trace.path, -1) + 1
-        numbered.append((trace, seen[trace.path]))
-    return numbered
+        yield (trace.path, seen[trace.path]), trace

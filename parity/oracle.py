@@ -60,23 +60,23 @@ def torch_purity(function: Callable[..., Any], *args: Any) -> Purity:
     return Purity(watch.num_operations, dict(watch.impure))
 
 
-def float64_flax(module: nnx.Module) -> nnx.Module:
-    """A float64 copy of any module: variables, and the compute dtypes its layers hold."""
+def flax_in(module: nnx.Module, dtype: str) -> nnx.Module:
+    """A copy of any module in a float type: variables, and the compute dtypes its layers hold."""
     twin = nnx.clone(module)
     for _, submodule in nnx.iter_modules(twin):
         for name in ("dtype", "param_dtype"):
             held = getattr(submodule, name, None)
             if held is not None and jnp.issubdtype(held, jnp.floating):
-                setattr(submodule, name, jnp.dtype("float64"))
+                setattr(submodule, name, jnp.dtype(dtype))
     for _, variable in nnx.to_flat_state(nnx.state(twin)):
         if jnp.issubdtype(variable[...].dtype, jnp.floating):
-            variable.set_value(jnp.asarray(np.asarray(variable[...]), jnp.float64))
+            variable.set_value(jnp.asarray(np.asarray(variable[...]), dtype))
     return twin
 
 
-def float64_torch(module: torch.nn.Module) -> torch.nn.Module:
-    """A float64 copy of any module."""
-    return copy.deepcopy(module).double()
+def torch_in(module: torch.nn.Module, dtype: str) -> torch.nn.Module:
+    """A copy of any module in a float type, on the host."""
+    return copy.deepcopy(module).to("cpu", getattr(torch, dtype))
 
 
 class _Watch(TorchDispatchMode):

@@ -1,22 +1,31 @@
 """The weight map as data: which torch leaf is which flax leaf, and in what layout.
 
 A rule is one line for one kind of leaf, used in both directions. `*` stands for any part of one
-name between dots; the n-th star of one side is the n-th of the other. `{a,b,c}` on the flax side
-lists leaves that torch keeps fused, joined along the last axis of the flax layout.
+name between dots; the n-th star of one side is the n-th of the other. `{a,b,c}` lists leaves that
+the other side keeps fused, side by side along the output axis. As a file:
+
+    ignored = ["blocks.*.mask"]
+
+    [[rule]]
+    torch = "blocks.*.mlp.up.weight"
+    flax = "blocks.*.mlp.up.kernel"
+    layout = "transposed"
+
+    [[tie]]
+    alias = "head.weight"
+    original = "embedding.weight"
 """
 
 import dataclasses
-import enum
 import itertools
+import json
 import re
+import tomllib
 from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
 
-
-class Layout(enum.StrEnum):
-    """How a leaf lies in torch, seen from flax."""
-
-    SAME = "same"
-    TRANSPOSED = "transposed"  # torch linear (out, in), flax kernel (in, out)
+from parity.layouts import Layout, Link
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,24 +49,22 @@ class Rule:
     def __str__(self) -> str:
         return f"{self.torch} <-> {self.flax} ({self.layout})"
 
-    def flax_names(self, torch_name: str) -> tuple[str, ...] | None:
-        """The flax leaves that make up a torch leaf; None when the rule is not about it."""
-        found = re.fullmatch(_regex(self.torch), torch_name)
-        if found is None:
-            return None
-        stars = iter(found.groups())
-        filled = re.sub(r"\*", lambda _: next(stars), self.flax)
-        return tuple(_alternatives(filled))
+    def links(self, torch_names: Collection[str]) -> Iterator[Link]:
+        """Which flax leaves these torch leaves are, as far as the rule is about them."""
+        return self._links(torch_names, self.torch)
 
-    def torch_names(self, flax_names: Collection[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """The torch leaves that the rule makes of flax leaves, each with those it is made of."""
-        first, *_ = _alternatives(self.flax)
-        for name in flax_names:
-            found = re.fullmatch(_regex(first), name)
-            if found is not None:
-                stars = iter(found.groups())
-                filled = re.sub(r"\*", lambda _, stars=stars: next(stars), self.torch)
-                yield filled, self.flax_names(filled)
+    def links_of_flax(self, flax_names: Collection[str]) -> Iterator[Link]:
+        """Which torch leaves these flax leaves are, as far as the rule is about them."""
+        return self._links(flax_names, self.flax)
+
+    def _links(self, names: Collection[str], pattern: str) -> Iterator[Link]:
+        seen = set()
+        for name, alternative in itertools.product(names, _alternatives(pattern)):
+            found = re.fullmatch(_regex(alternative), name)
+            if found is not None and found.groups() not in seen:
+                seen.add(found.groups())
+                torch, flax = (_filled(side, found.groups()) for side in (self.torch, self.flax))
+                yield Link(torch, flax, self.layout, self.heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +85,73 @@ class Rules:
         """Whether a torch leaf is left out on purpose."""
         return any(re.fullmatch(_regex(pattern), torch_name) for pattern in self.ignored)
 
+    @classmethod
+    def load(cls, path: Path) -> "Rules":
+        """Reads a rules file.
+
+        Raises:
+            ValueError: for a file that is not there or is no rules file, in one line.
+        """
+        try:
+            document = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"rules {path}: {error.strerror}. Name a rules file.") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"rules {path}: {error}. A rules file is TOML.") from error
+        try:
+            return cls(
+                tuple(Rule(**_fields(rule)) for rule in document.pop("rule", ())),
+                tuple((tie["alias"], tie["original"]) for tie in document.pop("tie", ())),
+                tuple(document.pop("ignored", ())),
+                **document,
+            )
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"rules {path}: {error}. A file has [[rule]] with torch, flax and perhaps layout "
+                f"({', '.join(Layout)}), heads, optional; [[tie]] with alias and original; ignored."
+            ) from error
+
+    def to_toml(self) -> str:
+        """The rules as a file that `load` reads."""
+        parts = []
+        if self.ignored:
+            parts.append(f"ignored = {json.dumps(self.ignored)}")
+        for rule in self.rules:
+            lines = [f"torch = {json.dumps(rule.torch)}", f"flax = {json.dumps(rule.flax)}"]
+            if rule.layout is not Layout.SAME:
+                lines.append(f"layout = {json.dumps(rule.layout)}")
+            if rule.heads > 1:
+                lines.append(f"heads = {rule.heads}")
+            if rule.optional:
+                lines.append("optional = true")
+            parts.append("\n".join(["[[rule]]", *lines]))
+        for alias, original in self.ties:
+            tie = f"alias = {json.dumps(alias)}\noriginal = {json.dumps(original)}"
+            parts.append(f"[[tie]]\n{tie}")
+        return "\n\n".join(parts) + "\n"
+
+
+def _fields(rule: dict[str, Any]) -> dict[str, Any]:
+    """A rule of a file, checked: a pattern that is no text would fail much later."""
+    for side in ("torch", "flax"):
+        if not isinstance(rule.get(side), str):
+            raise ValueError(f"a rule without {side}")
+    stars = [rule[side].count("*") for side in ("torch", "flax")]
+    if stars[0] != stars[1]:
+        raise ValueError(f"{rule['torch']} and {rule['flax']} have {stars[0]} and {stars[1]} stars")
+    return rule | {"layout": Layout(rule.get("layout", "same"))}
+
 
 def _regex(pattern: str) -> str:
     return "".join(
         r"([^.]+)" if part == "*" else re.escape(part) for part in re.split(r"(\*)", pattern)
     )
+
+
+def _filled(pattern: str, stars: tuple[str, ...]) -> tuple[str, ...]:
+    """The names that a pattern stands for, its stars replaced."""
+    left = iter(stars)
+    return tuple(_alternatives(re.sub(r"\*", lambda _: next(left), pattern)))
 
 
 def _alternatives(name: str) -> Iterator[str]:

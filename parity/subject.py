@@ -10,6 +10,7 @@ from flax import nnx
 from parity.environment import Devices, jax_scope
 from parity.flax_run import FlaxRun
 from parity.leaves import Leaves, cast, flax_leaves, neighbours, torch_leaves
+from parity.modules import module_map
 from parity.pair import Batch, Pair
 from parity.torch_run import TorchRun
 from parity.transplant import WeightMap, resolve
@@ -65,6 +66,12 @@ class Subject:
         )
 
     @functools.cached_property
+    def modules(self) -> dict[str, str]:
+        """Torch paths of the modules of both models, by flax path."""
+        flax, torch = self.runs("float64")
+        return module_map(torch.module, flax.module, self.weight_map)
+
+    @functools.cached_property
     def torch_leaves(self) -> Leaves:
         """The same weights for torch."""
         unmapped = torch_leaves(self.pair.torch.build("float32")) if self.weight_map.ignored else {}
@@ -118,6 +125,29 @@ class Subject:
         )
 
     @functools.cached_property
+    def null_in_training(self) -> tuple[str, ...]:
+        """The same, and what only training makes so: a bias before a batch norm is subtracted.
+
+        The statistics of such a norm follow that bias wherever rounding takes it.
+        """
+        (_, gradients), _ = self.gradients("float64")
+        if gradients.keys() == self.flax_leaves.keys():  # no statistics that training moves
+            return self.null_leaves
+        moments = []
+        for run, convert in zip(self.runs("float64"), (dict, self.weight_map.to_flax), strict=True):
+            trainer = run.trainer(self.steps)
+            trainer.step(*self.pair.training_batch(0).inputs)
+            moments.append(convert(trainer.moments()[0]))
+        found = [
+            name
+            for name in moments[0]
+            if all(np.linalg.norm(side[name]) <= _NULL * gradient_norm(side) for side in moments)
+        ]
+        if set(found) > set(self.null_leaves):
+            found += [name for name in self.flax_leaves if name not in gradients]
+        return tuple(dict.fromkeys((*self.null_leaves, *found)))
+
+    @functools.cached_property
     def null_means(self) -> tuple[tuple[str, int], ...]:
         """Leaves, and one axis each, over which the mean of the gradient is zero up to rounding.
 
@@ -160,18 +190,24 @@ def along_ones(array: np.ndarray, axis: int) -> np.ndarray:
 def randomized(leaves: Leaves, seed: int) -> Leaves:
     """New numbers for every leaf, so that each one matters.
 
-    Matrices are drawn with the deviation that keeps a signal's size, 1 / sqrt(shorter side);
-    vectors keep their value (zero biases, unit norms) and get noise of 0.2.
+    Matrices are drawn with the deviation that keeps a signal's size, 1 / sqrt(shorter side), and
+    arrays with more axes as if all but the longest were one;
+    vectors keep their value (zero biases, unit norms) and get noise of 0.2. A variance stays
+    positive, and what is no float, as a count, stays as it is.
     """
     rng = np.random.default_rng(seed)
-    return {
-        name: (
-            rng.normal(0.0, min(leaf.shape) ** -0.5, leaf.shape)
+    drawn = {}
+    for name, leaf in leaves.items():
+        if not np.issubdtype(leaf.dtype, np.floating):
+            drawn[name] = leaf
+            continue
+        new = (
+            rng.normal(0.0, (leaf.size / max(leaf.shape)) ** -0.5, leaf.shape)
             if leaf.ndim >= 2
             else leaf + rng.normal(0.0, 0.2, leaf.shape)
-        ).astype(leaf.dtype)
-        for name, leaf in leaves.items()
-    }
+        )
+        drawn[name] = (np.abs(new) if name.endswith(".var") else new).astype(leaf.dtype)
+    return drawn
 
 
 def gradient_norm(gradients: Leaves) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from parity.capture import Trace, capture_torch
+from parity.capture import Sink, Trace, capture_torch
 from parity.leaves import Leaves, cast, cast_array, from_numpy, load_torch, to_numpy
 from parity.oracle import Purity, torch_purity
 from parity.pair import Batch, Side
@@ -45,10 +45,10 @@ class TorchRun:
         """What the forward and backward pass are made of."""
         return torch_purity(self._loss_and_gradients, batch)
 
-    def traces(self, batch: Batch) -> list[Trace]:
-        """Inputs and outputs of every module in a forward pass."""
+    def traces(self, batch: Batch, sink: Sink) -> None:
+        """Tells inputs and outputs of every module in a forward pass."""
         arrays = self._arrays(batch)
-        return capture_torch(self.module, lambda: self._side.forward(self.module, *arrays))
+        capture_torch(self.module, lambda: self._side.forward(self.module, *arrays), sink)
 
     def trainer(self, num_steps: int) -> Any:
         """The side's trainer for a training of `num_steps`, on weights of its own."""
@@ -60,7 +60,9 @@ class TorchRun:
 
     def decoder_traces(self, call: Callable[[Any], Any]) -> list[Trace]:
         """Inputs and outputs of every module while `call` uses the side's decoder."""
-        return capture_torch(self.module, lambda: call(self.decoder()))
+        traces: list[Trace] = []
+        capture_torch(self.module, lambda: call(self.decoder()), traces.append)
+        return traces
 
     def _load(self) -> torch.nn.Module:
         module = self._side.build(self._dtype)

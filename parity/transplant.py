@@ -2,14 +2,15 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import numpy as np
 import torch
 from flax import nnx
 
+from parity.layouts import Link, Shape
 from parity.leaves import Leaves, flax_leaves, load_flax, load_torch, torch_leaves
-from parity.rules import Layout, Rules
+from parity.rules import Rules
 
 
 class TransplantError(ValueError):
@@ -28,80 +29,47 @@ class TransplantError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
-class Link:
-    """One torch leaf and the flax leaves it is made of.
-
-    Attributes:
-        torch: its name.
-        flax: theirs, in the order in which they are fused.
-        layout: how one lies in the other.
-        heads: see `Rule`.
-    """
-
-    torch: str
-    flax: tuple[str, ...]
-    layout: Layout
-    heads: int = 1
-
-    def to_torch(self, parts: list[np.ndarray]) -> np.ndarray:
-        """The torch leaf, from its flax parts."""
-        joined = parts[0]
-        if len(parts) > 1:
-            by_head = [part.reshape(*part.shape[:-1], self.heads, -1) for part in parts]
-            joined = np.concatenate(by_head, axis=-1).reshape(*joined.shape[:-1], -1)
-        return np.ascontiguousarray(joined.T if self.layout is Layout.TRANSPOSED else joined)
-
-    def to_flax(self, leaf: np.ndarray, widths: list[int]) -> list[np.ndarray]:
-        """The flax parts of a torch leaf, each `widths` wide along the last axis."""
-        joined = leaf.T if self.layout is Layout.TRANSPOSED else leaf
-        if len(widths) == 1:
-            return [np.ascontiguousarray(joined)]
-        by_head = joined.reshape(*joined.shape[:-1], self.heads, -1)
-        ends = np.cumsum(widths)[:-1] // self.heads
-        parts = np.split(by_head, ends, axis=-1)
-        return [np.ascontiguousarray(x.reshape(*joined.shape[:-1], -1)) for x in parts]
-
-
-@dataclasses.dataclass(frozen=True)
 class WeightMap:
     """Rules resolved for one pair of models: the proof that every leaf is used exactly once.
 
     Attributes:
-        links: one per torch leaf.
+        links: which leaves are which.
         ties: pairs of torch names (alias, original) of one tensor.
         ignored: torch leaves that are left out.
-        widths: of the last axis of every flax leaf.
+        torch_shapes: of every torch leaf.
+        flax_shapes: of every flax leaf.
     """
 
     links: tuple[Link, ...]
     ties: tuple[tuple[str, str], ...]
     ignored: tuple[str, ...]
-    widths: Mapping[str, int]
+    torch_shapes: Mapping[str, Shape]
+    flax_shapes: Mapping[str, Shape]
 
     def to_torch(self, leaves: Mapping[str, np.ndarray]) -> Leaves:
-        """Torch leaves from flax leaves: weights, or anything shaped like them, as gradients."""
-        moved = {link.torch: link.to_torch([leaves[x] for x in link.flax]) for link in self.links}
-        return moved | {alias: moved[original] for alias, original in self.ties}
+        """Torch leaves from flax leaves: weights, or anything shaped like them, as gradients.
+
+        What is not there, as the gradient of a running mean, is left out.
+        """
+        moved: Leaves = {}
+        for link in self.links:
+            if all(name in leaves for name in link.flax):
+                moved |= link.to_torch(leaves, self.torch_shapes)
+        return moved | {a: moved[original] for a, original in self.ties if original in moved}
 
     def to_flax(self, leaves: Mapping[str, np.ndarray]) -> Leaves:
-        """Flax leaves from torch leaves."""
-        return {
-            name: part
-            for link in self.links
-            for name, part in zip(
-                link.flax,
-                link.to_flax(leaves[link.torch], [self.widths[x] for x in link.flax]),
-                strict=True,
-            )
-        }
+        """Flax leaves from torch leaves, as `to_torch`."""
+        moved: Leaves = {}
+        for link in self.links:
+            if all(name in leaves for name in link.torch):
+                moved |= link.to_flax(leaves, self.flax_shapes)
+        return moved
 
 
-def links_of(rules: Rules, torch_names: Iterable[str]) -> Iterator[Link]:
+def links_of(rules: Rules, torch_names: Collection[str]) -> Iterator[Link]:
     """The links of torch leaves by their names alone; `resolve` is what proves that they fit."""
-    for name in torch_names:
-        for rule in rules.rules:
-            if names := rule.flax_names(name):
-                yield Link(name, names, rule.layout, rule.heads)
+    for rule in rules.rules:
+        yield from rule.links(torch_names)
 
 
 def resolve(
@@ -112,34 +80,34 @@ def resolve(
     Raises:
         TransplantError: unless every leaf on both sides is used exactly once and fits.
     """
-    problems: list[str] = []
-    links: list[Link] = []
     aliases = {alias: original for alias, original in rules.ties if alias in torch_leaves}
     ignored = tuple(name for name in torch_leaves if rules.is_ignored(name))
-    used_rules = Counter()
-    for name in torch_leaves:
-        if name in aliases or name in ignored:
-            continue
-        matches = [(rule, names) for rule in rules.rules if (names := rule.flax_names(name))]
-        used_rules.update(rule for rule, _ in matches)
-        if len(matches) != 1:
-            count = "no rule" if not matches else f"{len(matches)} rules"
-            problems.append(f"{count} for torch leaf {name}")
-            continue
-        (rule, names), *_ = matches
-        absent = [x for x in names if x not in flax_leaves]
-        problems += [f"torch leaf {name} wants flax leaf {x}, which does not exist" for x in absent]
-        if not absent:
-            links.append(Link(name, names, rule.layout, rule.heads))
-    uses = Counter(name for link in links for name in link.flax)
+    mapped = [name for name in torch_leaves if name not in aliases and name not in ignored]
+    by_rule = [(rule, list(rule.links(mapped))) for rule in rules.rules]
+    found = [link for _, links in by_rule for link in links]
+    uses = Counter(name for link in found for name in link.torch)
+    problems = [f"no rule for torch leaf {name}" for name in mapped if not uses[name]]
+    problems += [f"{uses[name]} rules for torch leaf {name}" for name in mapped if uses[name] > 1]
+    links: list[Link] = []
+    for link in found:
+        ours, theirs = ", ".join(link.torch), ", ".join(link.flax)
+        absent = [name for name in link.torch if name not in mapped]
+        problems += [f"flax leaf {theirs} wants torch leaf {x}, which does not exist"
+                     for x in absent]  # fmt: skip
+        lacking = [name for name in link.flax if name not in flax_leaves]
+        problems += [f"torch leaf {ours} wants flax leaf {x}, which does not exist"
+                     for x in lacking]  # fmt: skip
+        if not absent and not lacking and all(uses[name] == 1 for name in link.torch):
+            links.append(link)
+    taken = Counter(name for link in links for name in link.flax)
     problems += [
-        f"flax leaf {name} is used by {n} torch leaves" for name, n in uses.items() if n > 1
+        f"flax leaf {name} is used by {n} torch leaves" for name, n in taken.items() if n > 1
     ]
-    problems += [f"no torch leaf for flax leaf {name}" for name in flax_leaves if name not in uses]
+    problems += [f"no torch leaf for flax leaf {name}" for name in flax_leaves if not taken[name]]
     problems += [
         f"rule {rule} matches nothing"
-        for rule in rules.rules
-        if not rule.optional and not used_rules[rule]
+        for rule, of_rule in by_rule
+        if not rule.optional and not of_rule
     ]
     for alias, original in aliases.items():
         if original not in torch_leaves:
@@ -147,11 +115,18 @@ def resolve(
         elif not np.array_equal(torch_leaves[alias], torch_leaves[original], equal_nan=True):
             problems.append(f"torch leaf {alias} is not equal to {original}, its declared tie")
     for link in links:
-        problems += _misfits(link, torch_leaves[link.torch], [flax_leaves[x] for x in link.flax])
+        problems += link.misfits(torch_leaves, flax_leaves)
     if problems:
         raise TransplantError(problems)
-    widths = {name: array.shape[-1] if array.ndim else 1 for name, array in flax_leaves.items()}
-    return WeightMap(tuple(links), tuple(aliases.items()), ignored, widths)
+    # In the order of the torch model, which is the one that people read.
+    place = {name: number for number, name in enumerate(torch_leaves)}
+    return WeightMap(
+        tuple(sorted(links, key=lambda link: place[link.torch[0]])),
+        tuple(aliases.items()),
+        ignored,
+        {name: leaf.shape for name, leaf in torch_leaves.items()},
+        {name: leaf.shape for name, leaf in flax_leaves.items()},
+    )
 
 
 def transplant(
@@ -174,17 +149,3 @@ def transplant(
         weight_map = resolve(rules, torch_leaves(source), flax_leaves(target))
         load_flax(target, weight_map.to_flax(torch_leaves(source)))
     return weight_map
-
-
-def _misfits(link: Link, leaf: np.ndarray, parts: list[np.ndarray]) -> list[str]:
-    """What keeps a link from working: dtypes, axes, shapes."""
-    names = ", ".join(link.flax)
-    if {part.dtype for part in parts} != {leaf.dtype}:
-        return [f"torch leaf {link.torch} is {leaf.dtype}, flax {names} is {parts[0].dtype}"]
-    if any(part.ndim != leaf.ndim or part.shape[:-1] != parts[0].shape[:-1] for part in parts):
-        return [f"torch leaf {link.torch} {list(leaf.shape)} does not line up with flax {names}"]
-    shape = [*parts[0].shape[:-1], sum(part.shape[-1] for part in parts)] if leaf.ndim else []
-    shape = shape[::-1] if link.layout is Layout.TRANSPOSED else shape
-    if shape != list(leaf.shape):
-        return [f"torch leaf {link.torch} is {list(leaf.shape)}, flax {names} makes {shape}"]
-    return []

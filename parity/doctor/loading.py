@@ -2,11 +2,6 @@
 
 import copy
 import dataclasses
-import importlib
-import importlib.util
-import os
-import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,37 +14,7 @@ from parity.doctor.huggingface import causal_lm_patient, is_causal_lm
 from parity.doctor.patient import Patient
 from parity.doctor.sizes import NotLogits
 from parity.doctor.torch_patient import torch_patient
-
-
-def load_attribute(target: str) -> Any:
-    """What `package.module:name` or `folder/file.py:name` stands for.
-
-    Raises:
-        ValueError: when there is no such module or name, or the module does not import.
-    """
-    place, colon, name = target.rpartition(":")
-    if not colon or not place or not name:
-        raise ValueError(
-            f"{target}: no function. A target is a module and a name in it. Write my_pkg.net:build "
-            "or net.py:build."
-        )
-    if place.endswith(".py") and not Path(place).is_file():
-        raise ValueError(f"{target}: no file {place}. A target is a file that exists.")
-    # For good: what is built may import more when it is called.
-    for folder in (os.getcwd(), os.path.dirname(os.path.abspath(place))):
-        if folder not in sys.path:
-            sys.path.insert(0, folder)
-    try:
-        module = (
-            _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-        )
-    except (Exception, SystemExit) as error:
-        raise ValueError(
-            f"{target}: importing {place} raised {type(error).__name__}: {_line(error)}"
-        ) from error
-    if not hasattr(module, name):
-        raise ValueError(f"{target}: {place} has no {name}. A target is a name in a module.")
-    return getattr(module, name)
+from parity.targets import built, in_a_line, load_attribute
 
 
 def load_patient(target: str, loss: str | None = None, **options: Any) -> Patient:
@@ -63,17 +28,13 @@ def load_patient(target: str, loss: str | None = None, **options: Any) -> Patien
     Raises:
         ValueError: when it does not load, raises, or gives something else.
     """
-    build, score = load_attribute(target), loss and load_attribute(loss)
+    found, score = load_attribute(target), loss and load_attribute(loss)
     if loss and not callable(score):
         raise ValueError(
             f"{loss}: an object of type {type(score).__name__}. A loss is a function of "
             "logits, labels and counts."
         )
-    made = isinstance(build, nn.Module | nnx.Module) or not callable(build)
-    try:
-        model = build if made else build()
-    except (Exception, SystemExit) as error:
-        raise ValueError(f"{target}: raised {type(error).__name__}: {_line(error)}") from error
+    model = built(target, found, (nn.Module, nnx.Module))
     return as_patient(model, target, score, **options)
 
 
@@ -114,19 +75,6 @@ def as_patient(
     except Exception as error:
         raise ValueError(
             f"{name}: called with tokens, {patient.name} raised {type(error).__name__}: "
-            f"{_line(error)}"
+            f"{in_a_line(error)}"
         ) from error
     return dataclasses.replace(patient, trained=trained or patient.trained)
-
-
-def _from_file(path: Path) -> Any:
-    # Not by its own name, which may be that of a module that somebody else needs.
-    spec = importlib.util.spec_from_file_location(f"examined_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def _line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or ["no message"])[0][:200]

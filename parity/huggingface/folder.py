@@ -107,8 +107,8 @@ class Weights:
         targets = dict(model.named_parameters())
         links = {link.flax: link for link in links_of(TWINS, targets)}
         for name, leaf in self.leaves():
-            link = links[(name,)]
-            np.copyto(numpy_view(targets[link.torch]), link.to_torch([leaf]))
+            for target, moved in links[(name,)].to_torch({name: leaf}).items():
+                np.copyto(numpy_view(targets[target]), moved)
         return model if device is None else model.to(device)
 
     def finite(self, name: str, leaf: np.ndarray, dtype: str | None) -> np.ndarray:
@@ -196,11 +196,9 @@ class Checkpoint(Weights):
 
     def leaves(self, dtype: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
         """See `Weights`."""
-        widths = self.weight_map.widths
         for link in self.weight_map.links:
-            leaf = self.finite(self._files[link.torch][1], self._read(link.torch), dtype)
-            parts = link.to_flax(leaf, [widths[name] for name in link.flax])
-            yield from zip(link.flax, parts, strict=True)
+            read = {x: self.finite(self._files[x][1], self._read(x), dtype) for x in link.torch}
+            yield from link.to_flax(read, self.weight_map.flax_shapes).items()
 
     def _read(self, name: str) -> np.ndarray:
         file, inside = self._files[name]
@@ -236,8 +234,8 @@ def save(
     table = FAMILIES[family]
     document = ids_of(source) | write_config(table, config, config.dtype)
     rules = table.rules(config)
-    links = resolve(rules, _torch_names(rules, leaves), leaves).links
-    tensors = {link.torch: link.to_torch([leaves[x] for x in link.flax]) for link in links}
+    weight_map = resolve(rules, _torch_names(rules, leaves), leaves)
+    tensors = dataclasses.replace(weight_map, ties=()).to_torch(leaves)
     write_folder(path, document, tensors, "pt", source)
 
 
@@ -313,14 +311,13 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 def _torch_names(rules: Any, leaves: Leaves) -> dict[str, np.ndarray]:
     """Blank tensors of the family for all leaves, by its rules read from right to left."""
-    found = {}
-    for rule in rules.rules:
-        for name, parts in rule.torch_names(leaves):
-            shapes = [leaves[part].shape for part in parts]
-            shape = [*shapes[0][:-1], sum(x[-1] for x in shapes)]
-            found[name] = _blank(shape[::-1] if rule.layout == "transposed" else shape,
-                                 leaves[parts[0]].dtype)  # fmt: skip
-    return found
+    shapes = {name: leaf.shape for name, leaf in leaves.items()}
+    return {
+        name: _blank(link.torch_shape(shapes), leaves[link.flax[0]].dtype)
+        for rule in rules.rules
+        for link in rule.links_of_flax(leaves)
+        for name in link.torch
+    }
 
 
 def flax_shapes(config: GPTConfig) -> Leaves:

@@ -79,7 +79,7 @@ class TwinFolder(Weights):
                 if self.framework == "flax":
                     leaf = opened.get_tensor(name)
                 else:
-                    (leaf,) = link.to_flax(opened.get_tensor(link.torch), [0])
+                    leaf = link.to_flax({x: opened.get_tensor(x) for x in link.torch})[name]
                 yield name, self.finite(name, leaf, dtype)
 
 
@@ -99,7 +99,7 @@ def write_twin(path: Path, framework: str, source: Weights) -> None:
     tensors: Leaves = leaves
     if framework == "torch":
         links = links_of(TWINS, torch_shapes(config))
-        tensors = {link.torch: link.to_torch([leaves[link.flax[0]]]) for link in links}
+        tensors = {name: x for link in links for name, x in link.to_torch(leaves).items()}
     write_folder(path, document, tensors, _FORMAT, source.path)
 
 

@@ -83,10 +83,13 @@ def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     tokens, counts = subject.pair.sequences
     calls = ragged_calls(tokens, counts, subject.seed)
     real = np.arange(tokens.shape[1]) < counts[:, None]
-    whole = _by_token(run.traces(Batch((tokens, counts))), real)
+    traces: list[Trace] = []
+    run.traces(Batch((tokens, counts)), traces.append)
+    whole = _by_token(traces, real)
     pieces = run.decoder_traces(lambda decoder: decoder.chunks(calls, tokens.shape[1]))
+    paths = {trace.path for trace in whole}
     found = first_divergence(
-        whole, _joined(pieces, calls, real), float64_gap, model_name(subject), "decode"
+        whole, _joined(pieces, calls, real), float64_gap, model_name(subject), "decode", paths
     )
     return found or Divergence(bad.name, "decode", 0, bad.value)
 

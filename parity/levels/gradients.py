@@ -58,9 +58,11 @@ def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     if not leaves:
         name, record = next(iter(bad.items()))
         return Divergence(name, "backward", 0, record.value, detail=record.note or "")
-    traces = subject.runs("float64")[1].traces(subject.gradient_probe)
-    order = {trace.path: place for place, trace in enumerate(traces)}
+    order: dict[str, int] = {}
+    flax, _ = subject.runs("float64")
+    flax.traces(subject.gradient_probe, lambda trace: order.update({trace.path: len(order)}))
     last = max(leaves, key=lambda leaf: order.get(leaf.rpartition(".")[0], -1))
     owner, _, leaf = last.rpartition(".")
     detail = f"Its leaf {leaf} has another gradient; all between it and the loss agree."
-    return Divergence(owner, "backward", 0, bad[last].value, detail=detail)
+    where = subject.modules.get(owner, owner)
+    return Divergence(where, "backward", 0, bad[last].value, detail=detail)

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from parity.causes.forward import explained
 from parity.compare import Record, Verdict, error_ratio, judge, max_abs
 from parity.localize import locate_forward, locate_rounding
 from parity.report import Divergence
@@ -87,5 +88,7 @@ def locate(subject: Subject, records: list[Record]) -> Divergence | None:
         return Divergence(bad.name, "forward", 0, bad.value, detail=bad.note or "")
     probes = subject.pair.probes
     batch = next(batch for name, batch in probes.items() if bad.name.startswith(name))
-    locator = locate_forward if bad.dtype == "float64" else locate_rounding
-    return locator(subject, batch)
+    if bad.dtype != "float64":
+        return locate_rounding(subject, batch)
+    found = locate_forward(subject, batch)
+    return found and explained(subject, batch, found)

@@ -42,19 +42,28 @@ class _Step:
     """What one optimizer step did, by leaf."""
 
     loss: float
+    after: Leaves
     update: Leaves
     first: Leaves
     second: Leaves
     count: int
 
     def comparable(self, truth: "_Step", excluded: tuple[str, ...]) -> dict[str, Leaves]:
-        """What is compared, by name; updates are weighted by the root of the true second moment."""
+        """What is compared, by name; updates are weighted by the root of the true second moment.
+
+        Under SGD nothing has moments. Beside them, the running statistics of a batch norm have
+        none: they follow weights, null ones too, and are compared as they stand.
+        """
         names = [name for name in self.update if name not in excluded]
-        return {
-            "update": {x: self.update[x] * np.sqrt(truth.second[x]) for x in names},
-            "first moment": {x: self.first[x] for x in names},
-            "root of second moment": {x: np.sqrt(self.second[x]) for x in names},
+        trained = [name for name in names if name in truth.second] or names
+        moving = [name for name in trained if name in truth.second]
+        compared = {
+            "update": {x: self.update[x] * np.sqrt(truth.second.get(x, 1.0)) for x in trained},
+            "first moment": {x: self.first[x] for x in moving},
+            "root of second moment": {x: np.sqrt(self.second[x]) for x in moving},
+            "statistics": {x: self.after[x] for x in names if x not in trained},
         }
+        return {quantity: leaves for quantity, leaves in compared.items() if leaves}
 
 
 def records(subject: Subject) -> Iterator[Record]:
@@ -69,7 +78,8 @@ def records(subject: Subject) -> Iterator[Record]:
         for index, (flax, torch) in enumerate(zip(flax_steps, torch_steps, strict=True)):
             step = index + 1
             a, b, truth = (
-                x.comparable(exact[index], subject.null_leaves) for x in (flax, torch, exact[index])
+                x.comparable(exact[index], subject.null_in_training)
+                for x in (flax, torch, exact[index])
             )
             for quantity in truth:
                 name, leaves = f"step {step} {quantity}", truth[quantity]
@@ -82,7 +92,7 @@ def records(subject: Subject) -> Iterator[Record]:
                 else:
                     gap = _error_ratio(a[quantity], b[quantity], leaves)
                     yield judge(name, dtype, "error_ratio", gap, RATIO, size, step=step)
-            judged = flax.update if dtype == "float64" else subject.null_leaves
+            judged = flax.update if dtype == "float64" else subject.null_in_training
             gaps = {x: max_abs(flax.update[x], torch.update[x]) for x in judged}
             if gaps:
                 leaf = largest(gaps)
@@ -114,7 +124,7 @@ def _steps(subject: Subject, dtype: str) -> tuple[list[_Step], list[_Step]]:
             after = convert(trainer.parameters())
             first, second, count = trainer.moments()
             update = {name: after[name] - before[name] for name in after}
-            taken.append(_Step(loss, update, convert(first), convert(second), count))
+            taken.append(_Step(loss, after, update, convert(first), convert(second), count))
             before = after
         steps.append(taken)
     return steps[0], steps[1]

@@ -64,6 +64,7 @@ def records(subject: Subject) -> Iterator[Record]:
 def _final_parameters(subject: Subject, flax: Leaves, torch: Leaves) -> Iterator[Record]:
     gaps = {name: max_abs(flax[name], torch[name]) for name in flax}
     null = {name: gaps.pop(name) for name in subject.null_leaves}
+    adrift = [name for name in subject.null_in_training if gaps.pop(name, None) is not None]
     leaf = largest(gaps)
     yield judge(
         "final parameters",
@@ -72,6 +73,9 @@ def _final_parameters(subject: Subject, flax: Leaves, torch: Leaves) -> Iterator
         gaps[leaf],
         PARAMETERS,
         sum(flax[name].size for name in gaps),
+        note=f"moved by rounding in training, not compared: {', '.join(adrift)}"
+        if adrift
+        else None,
         where=leaf,
         step=subject.steps,
     )

@@ -1,19 +1,17 @@
 """Every leaf is used once, fits, keeps its bits both ways, and lies the right way round."""
 
 from collections.abc import Iterator
-from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-import torch
-from flax import nnx
 
 from parity.compare import Record, Verdict, different_bits, judge, max_abs
 from parity.environment import jax_scope
-from parity.leaves import flax_leaves, from_numpy, load_flax, load_torch, to_numpy, torch_leaves
+from parity.layouts import Link, join
+from parity.leaves import flax_leaves, load_flax, load_torch, torch_leaves
+from parity.native import Act, flax_action, flax_input, flax_owner, torch_action, torch_owner
 from parity.report import Divergence
 from parity.subject import Subject
-from parity.transplant import Link, TransplantError
+from parity.transplant import TransplantError
 
 # One product per output element in float64, each of at most a few thousand terms.
 _ORIENTATION = 1e-12
@@ -58,61 +56,54 @@ def _orientations(subject: Subject) -> Iterator[Record]:
     rng = np.random.default_rng(0)
     unknown = []
     for link in subject.weight_map.links:
-        owners = [_flax_owner(flax_run.module, name) for name in link.flax]
-        torch_owner = torch_run.module.get_submodule(link.torch.rpartition(".")[0])
-        alone = isinstance(torch_owner, torch.nn.Linear | torch.nn.Embedding) or (
-            type(torch_owner).__name__ == "Conv1D"  # transformers' linear layer of GPT-2
-        )
-        if not alone or not all(isinstance(owner, nnx.Linear | nnx.Embed) for owner in owners):
-            if subject.flax_leaves[link.flax[0]].ndim >= 2:
-                unknown.append(link.torch)
+        ours = [torch_owner(torch_run.module, name) for name in link.torch]
+        theirs = [flax_owner(flax_run.module, name) for name in link.flax]
+        torch_acts = [torch_action(*owner) for owner in ours]
+        flax_acts = [flax_action(*owner) for owner in theirs]
+        names = ", ".join(link.torch)
+        if None in torch_acts or None in flax_acts:
+            if _may_be_turned(subject.flax_leaves[link.flax[0]].shape):
+                unknown.append(names)
             continue
-        if not link.flax[0].endswith((".kernel", ".embedding")):
+        if link.flax[0].endswith("bias"):
             continue
+        x = flax_input(theirs[0][0], rng)
         with jax_scope("float64", subject.devices.flax):
-            x, outputs = _drive_flax(owners, rng)
-        with torch.no_grad():
-            device = next(torch_owner.parameters()).device
-            tensor = from_numpy(x).to(device)
-            torch_output = to_numpy(torch_owner(tensor))
+            flax_output = _linear_part(flax_acts, x, link.heads)
+        torch_output = _linear_part(torch_acts, x, link.heads)
         yield judge(
-            f"{link.torch} acts as {', '.join(link.flax)}",
+            f"{names} acts as {', '.join(link.flax)}",
             "float64",
             "max_abs",
-            max_abs(torch_output, outputs),
+            max_abs(torch_output, flax_output),
             _ORIENTATION,
-            outputs.size,
+            flax_output.size,
             noise=_transposed_gap(subject, link, x),
-            where=link.torch,
+            where=link.torch[0],
         )
     if unknown:
         yield Record("orientation of " + ", ".join(unknown), "float64", "max_abs", None, None, 0,
                      Verdict.ABSTAIN, note="no way known to run these modules alone")  # fmt: skip
 
 
-def _drive_flax(owners: list[Any], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """An input for the owners, and their outputs side by side."""
-    if isinstance(owners[0], nnx.Embed):
-        x = np.arange(min(owners[0].num_embeddings, 64), dtype=np.int64)
-    else:
-        x = rng.normal(size=(3, owners[0].in_features))
-    return x, np.concatenate([np.asarray(owner(jnp.asarray(x))) for owner in owners], axis=-1)
+def _may_be_turned(shape: tuple[int, ...]) -> bool:
+    """Whether a matrix would still fit with two of its axes swapped."""
+    return len(shape) >= 2 and len(set(shape)) < len(shape)
+
+
+def _linear_part(acts: list[Act], x: np.ndarray, heads: int) -> np.ndarray:
+    """Outputs side by side, as fused leaves lie; without biases, which have links of their own."""
+    outputs = [act(x) if x.ndim == 1 else act(x) - act(np.zeros_like(x)) for act in acts]
+    return join(outputs, heads)
 
 
 def _transposed_gap(subject: Subject, link: Link, x: np.ndarray) -> float | None:
     """What a square kernel turned the wrong way would have shown."""
     kernel = subject.flax_leaves[link.flax[0]]
-    if len(link.flax) > 1 or x.ndim < 2 or kernel.shape[0] != kernel.shape[1]:
+    if len(link.flax) > 1 or x.ndim != 2 or kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1]:
         return None
     wide = kernel.astype(np.float64)
     return max_abs(x @ wide, x @ wide.T)
-
-
-def _flax_owner(module: nnx.Module, leaf: str) -> Any:
-    path = leaf.split(".")[:-1]
-    for step in path:
-        module = module[int(step)] if step.isdigit() else getattr(module, step)
-    return module
 
 
 def locate(subject: Subject, records: list[Record]) -> Divergence | None:

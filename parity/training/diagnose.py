@@ -6,6 +6,7 @@ import numpy as np
 
 import flax_gpt
 import torch_gpt
+from parity.capture import Trace
 from parity.environment import Devices
 from parity.flax_run import FlaxRun
 from parity.leaves import Leaves
@@ -42,11 +43,17 @@ def first_non_finite(
     else:
         run = TorchRun(_side(torch_gpt, config), parameters, dtype, devices.torch)
     batch = Batch(inputs)
-    traces = run.traces(batch)
-    for trace in traces:
+    order: dict[str, int] = {}
+    bad_outputs: list[str] = []
+
+    def look(trace: Trace) -> None:
+        order[trace.path] = len(order)
         if not np.all(np.isfinite(trace.output.astype(np.float64))):
-            return f"the output of {trace.path or 'the model'} on the way forward"
-    order = {trace.path: place for place, trace in enumerate(traces)}
+            bad_outputs.append(trace.path or "the model")
+
+    run.traces(batch, look)
+    if bad_outputs:
+        return f"the output of {bad_outputs[0]} on the way forward"
     _, gradients = run.gradients(batch)
     bad = [x for x, leaf in gradients.items() if not np.all(np.isfinite(leaf.astype(np.float64)))]
     if bad:

@@ -8,7 +8,7 @@ from flax import nnx
 
 import torch_gpt
 from parity.environment import jax_scope
-from parity.oracle import flax_purity, float64_flax, float64_torch, torch_purity
+from parity.oracle import flax_in, flax_purity, torch_in, torch_purity
 
 CPU = jax.devices("cpu")[0]
 
@@ -79,7 +79,7 @@ def test_a_float64_copy_of_a_flax_module_computes_in_float64():
 
     net = Net(nnx.Rngs(0))
     with jax_scope("float64", CPU):
-        twin = float64_flax(net)
+        twin = flax_in(net, "float64")
         graphdef, state = nnx.split(twin)
         ids = jnp.arange(7)
         assert not flax_purity(lambda s: nnx.merge(graphdef, s)(ids), state).impure
@@ -90,7 +90,7 @@ def test_a_float64_copy_of_a_flax_module_computes_in_float64():
 
 def test_a_float64_copy_of_a_torch_module_leaves_the_original_alone():
     linear = torch.nn.Linear(3, 2)
-    twin = float64_torch(linear)
+    twin = torch_in(linear, "float64")
     assert twin.weight.dtype == torch.float64 and linear.weight.dtype == torch.float32
     assert not torch_purity(twin, torch.ones(1, 3).double()).impure
 

@@ -1,0 +1,368 @@
+"""Other ways to do an operation: what people mix up, by the operation's name.
+
+Each alternative is tried on the guilty module alone. In float64 the right one leaves nothing but
+rounding, and a wrong one leaves 1e-5 or more, so what matches is the cause.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+Instead = Callable[..., Any]
+
+_EPSILONS = 1e-5, 1e-6, 1e-8, 1e-12, 1e-3, 1e-7, 0.0, torch.finfo(torch.float32).eps
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "gelu with tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "exact gelu": functional.gelu,
+    "gelu by x * sigmoid(1.702 x)": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": functional.relu,
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "no activation": lambda x: x,
+}
+_ACTIVATING = {"gelu", "relu", "silu", "tanh", "sigmoid", "hardswish", "leaky_relu", "elu", "mish"}
+_COMPARISONS = {"lt": torch.le, "le": torch.lt, "gt": torch.ge, "ge": torch.gt}
+_OTHERS = {"__and__", "__or__", "__eq__", "eq", "ne", "size", "dim", "numel", "stride"}
+
+
+def alternatives(
+    operation: Callable, args: tuple, kwargs: dict[str, Any]
+) -> Iterator[tuple[str, Instead]]:
+    """Other ways to do one operation, each in words and as what to call in its place.
+
+    Args:
+        operation: as torch calls it.
+        args: what it was called with.
+        kwargs: by name.
+    """
+    name = getattr(operation, "__name__", "").strip("_").removeprefix("r").removeprefix("i")
+    full = getattr(operation, "__name__", "").strip("_")
+    if full in _OTHERS:
+        return
+    if full in _ACTIVATING:
+        yield from _activations(args)
+    elif "norm" in full:
+        yield from _norms(operation, full, args, kwargs)
+    elif full in ("var", "std", "var_mean"):
+        flipped = 0 if kwargs.get("unbiased", kwargs.get("correction", 1)) else 1
+        words = "an unbiased variance" if flipped else "a biased variance"
+        kept = {k: v for k, v in kwargs.items() if k not in ("unbiased", "correction")}
+        yield words, lambda *a, **k: operation(*_without_flags(a), **kept, correction=flipped)
+    elif full == "linear":
+        yield from _linear(args, kwargs)
+    elif full in ("softmax", "log_softmax"):
+        yield from _softmax(operation, args, kwargs)
+    elif full == "scaled_dot_product_attention":
+        yield from _fused_attention(operation, args, kwargs)
+    elif full == "multi_head_attention_forward":
+        yield from _inside_attention(operation, args)
+    elif full in _COMPARISONS:
+        other = _COMPARISONS[full]
+        yield f"{other.__name__} in place of {full}", lambda *a, **k: other(*a[:2])
+    elif full in ("tril", "triu"):
+        diagonal = kwargs.get("diagonal", args[1] if len(args) > 1 else 0)
+        for shift in (-1, 1):
+            yield (
+                f"diagonal={diagonal + shift} in {full}, not {diagonal}",
+                lambda *a, shift=shift, **k: operation(a[0], diagonal=diagonal + shift),
+            )
+    elif full == "arange":
+        for shift in (1, -1):
+            yield f"numbers shifted by {shift:+d}", lambda *a, s=shift, **k: operation(*a, **k) + s
+    elif full == "embedding":
+        yield from _embedding(operation, args)
+    elif full in ("masked_fill", "where"):
+        yield from _masked(operation, full, args)
+    elif full in ("chunk", "split", "unbind", "tensor_split"):
+        yield from _orders(operation, args, kwargs)
+    elif full in ("view", "reshape", "unflatten"):
+        yield from _interleaved(operation, args, kwargs)
+    elif full == "repeat_interleave":
+        yield (
+            "repeats tiled, not next to each other",
+            lambda x, n, dim=None, **k: torch.cat([x] * n, dim=dim if dim is not None else 0),
+        )
+    elif full == "cat":
+        yield "parts in reverse order", lambda parts, *a, **k: operation(parts[::-1], *a, **k)
+    elif full == "neg":
+        yield "no change of sign", lambda x, *a, **k: x
+    elif full in ("roll", "flip"):
+        yield f"no {full}", lambda x, *a, **k: x
+    elif full == "mean":
+        yield "a sum in place of the mean", lambda *a, **k: torch.sum(*a, **k)
+    elif full == "sum":
+        yield "a mean in place of the sum", lambda *a, **k: torch.mean(*a, **k)
+    elif full == "cross_entropy":
+        yield from _cross_entropy(operation, kwargs)
+    elif full == "getitem":
+        yield from _slices(operation, args)
+    elif name in ("mul", "div", "truediv", "add", "sub", "matmul", "pow"):
+        yield from _arithmetic(operation, full, args)
+
+
+def _activations(args: tuple) -> Iterator[tuple[str, Instead]]:
+    for words, function in _ACTIVATIONS.items():
+        yield words, lambda x, *a, f=function, **k: f(x)
+
+
+def _norms(
+    operation: Callable, name: str, args: tuple, kwargs: dict
+) -> Iterator[tuple[str, Instead]]:
+    # torch's own calls give epsilon by name, or last among the arguments.
+    place = next((i for i, x in reversed(list(enumerate(args))) if isinstance(x, float)), None)
+    now = kwargs.get("eps", args[place] if place is not None else None)
+    for epsilon in _EPSILONS:
+        if epsilon != now and "eps" in kwargs:
+            yield f"eps={epsilon:g}", lambda *a, e=epsilon, **k: operation(*a, **k | {"eps": e})
+        elif epsilon != now and place is not None:
+            yield (
+                f"eps={epsilon:g}",
+                lambda *a, e=epsilon, **k: operation(*a[:place], e, *a[place + 1 :], **k),
+            )
+    if name == "layer_norm":
+        weight, bias = kwargs.get("weight"), kwargs.get("bias")
+        if weight is not None:
+            yield "no scale", lambda *a, **k: operation(*a, **k | {"weight": None})
+            yield "a scale of 1 + w", lambda *a, **k: operation(*a, **k | {"weight": 1 + weight})
+        if bias is not None:
+            yield "no bias", lambda *a, **k: operation(*a, **k | {"bias": None})
+        yield "an unbiased variance", _by_hand(unbiased=True, centred=True)
+        yield "no mean subtracted", _by_hand(unbiased=False, centred=False)
+        yield "eps added to the deviation", _by_hand(unbiased=False, centred=True, outside=True)
+
+
+def _by_hand(unbiased: bool, centred: bool, outside: bool = False) -> Instead:
+    def norm(x, shape, weight=None, bias=None, eps=1e-5):
+        axes = tuple(range(-len(shape), 0))
+        middle = x - x.mean(axes, keepdim=True) if centred else x
+        count = math.prod(shape) - unbiased
+        variance = middle.square().sum(axes, keepdim=True) / count
+        y = middle / (variance.sqrt() + eps) if outside else middle / (variance + eps).sqrt()
+        y = y if weight is None else y * weight
+        return y if bias is None else y + bias
+
+    return norm
+
+
+def _linear(args: tuple, kwargs: dict) -> Iterator[tuple[str, Instead]]:
+    weight = args[1] if len(args) > 1 else kwargs["weight"]
+    bias = args[2] if len(args) > 2 else kwargs.get("bias")
+    if weight.shape[0] == weight.shape[1]:
+        yield "the weight transposed", lambda x, *a, **k: functional.linear(x, weight.T, bias)
+    if bias is not None:
+        yield "no bias", lambda x, *a, **k: functional.linear(x, weight)
+        yield "the bias added twice", lambda x, *a, **k: functional.linear(x, weight, 2 * bias)
+
+
+def _softmax(operation: Callable, args: tuple, kwargs: dict) -> Iterator[tuple[str, Instead]]:
+    axis = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+    for other in range(-1, -args[0].ndim - 1, -1):
+        if other not in (axis, axis - args[0].ndim):
+            yield f"softmax over axis {other}", lambda x, *a, d=other, **k: operation(x, dim=d)
+    yield (
+        "softmax in float32",
+        lambda x, *a, **k: operation(x.float(), dim=axis).to(x.dtype),
+    )
+    yield from (
+        (words, lambda x, *a, s=s, **k: operation(x * s, dim=axis))
+        for words, s in _scales(args[0], 1.0)
+    )
+
+
+def _fused_attention(
+    operation: Callable, args: tuple, kwargs: dict
+) -> Iterator[tuple[str, Instead]]:
+    query = args[0]
+    now = kwargs.get("scale") or query.shape[-1] ** -0.5
+    for words, scale in _scales(query, now):
+        yield words, lambda *a, s=scale, **k: operation(*a, **k | {"scale": s * now})
+    flipped = not kwargs.get("is_causal", False)
+    words = "a causal mask" if flipped else "no causal mask"
+    yield words, lambda *a, **k: operation(*a, **k | {"is_causal": flipped, "attn_mask": None})
+    yield (
+        "keys and values swapped",
+        lambda q, key, value, *a, **k: operation(q, value, key, *a, **k),
+    )
+
+
+def _inside_attention(operation: Callable, args: tuple) -> Iterator[tuple[str, Instead]]:
+    """torch.nn.MultiheadAttention's own function, by changing the attention that it calls."""
+    width = args[0].shape[-1]
+    like = torch.empty((1, 1, 1, width // args[4] if isinstance(args[4], int) else width))
+    for words, change in _fused_attention(functional.scaled_dot_product_attention, (like,) * 3, {}):
+        yield words, _patched(operation, change)
+    for words, scale in _scales(args[0], like.shape[-1] ** -0.5):
+        total = scale * like.shape[-1] ** -0.5
+        yield words, _patched(operation, _scaled(total))
+
+
+def _scaled(scale: float) -> Instead:
+    original = functional.scaled_dot_product_attention
+    return lambda *a, **k: original(*a, **k | {"scale": scale})
+
+
+def _patched(operation: Callable, attention: Instead) -> Instead:
+    def run(*args, **kwargs):
+        original = functional.scaled_dot_product_attention
+        functional.scaled_dot_product_attention = attention
+        try:
+            return operation(*args, **kwargs | {"need_weights": False})
+        finally:
+            functional.scaled_dot_product_attention = original
+
+    return run
+
+
+def _embedding(operation: Callable, args: tuple) -> Iterator[tuple[str, Instead]]:
+    rows = args[1].shape[0]
+    for shift in (1, -1, 2):
+        yield (
+            f"ids shifted by {shift:+d}",
+            lambda ids, *a, s=shift, **k: operation((ids + s).clamp(0, rows - 1), *a, **k),
+        )
+    yield "all ids 0", lambda ids, *a, **k: operation(ids * 0, *a, **k)
+    scale = args[1].shape[-1] ** 0.5
+    yield f"times sqrt({args[1].shape[-1]})", lambda *a, **k: operation(*a, **k) * scale
+
+
+def _masked(operation: Callable, name: str, args: tuple) -> Iterator[tuple[str, Instead]]:
+    if len(args) != 3 or not isinstance(args[0 if name == "where" else 1], torch.Tensor):
+        return
+
+    def masked(change: Callable[[torch.Tensor], torch.Tensor]) -> Instead:
+        if name == "where":
+            return lambda mask, *a, **k: operation(change(mask), *a, **k)
+        return lambda x, mask, *a, **k: operation(x, change(mask), *a, **k)
+
+    keeps = name == "where"
+    yield "the mask inverted", masked(lambda mask: ~mask)
+    yield "no mask", masked(lambda mask: torch.full_like(mask, keeps))
+    mask = args[0 if name == "where" else 1]
+    if mask.ndim and mask.shape[-1] > 1:
+        for shift in (1, -1):
+            yield (
+                f"the mask shifted by {shift:+d}",
+                masked(lambda mask, s=shift: _shifted(mask, s)),
+            )
+    # Against a number that is minus infinity for all purposes: what leaks through a small one.
+    for value in (0.0, -1.0, -math.e, -10.0, -1e4, -1e9):
+        if name == "masked_fill":
+            yield f"{value:g} behind the mask", lambda x, m, *a, v=value: operation(x, m, v)
+        elif isinstance(args[2], float | int) and not isinstance(args[2], bool):
+            yield f"{value:g} behind the mask", lambda m, x, *a, v=value: operation(m, x, v)
+
+
+def _shifted(mask: torch.Tensor, by: int) -> torch.Tensor:
+    """The mask moved along its last axis; what comes in is what stood at the edge."""
+    edge = mask[..., :1] if by > 0 else mask[..., -1:]
+    return torch.cat([edge, mask[..., :-1]] if by > 0 else [mask[..., 1:], edge], dim=-1)
+
+
+def _orders(operation: Callable, args: tuple, kwargs: dict) -> Iterator[tuple[str, Instead]]:
+    count = len(operation(*args, **kwargs))
+    if 2 <= count <= 4:
+        for order in itertools.permutations(range(count)):
+            if order != tuple(range(count)):
+                numbers = ", ".join(str(place + 1) for place in order)
+                yield (
+                    f"parts in the order {numbers}",
+                    lambda *a, o=order, **k: [operation(*a, **k)[place] for place in o],
+                )
+
+
+def _interleaved(operation: Callable, args: tuple, kwargs: dict) -> Iterator[tuple[str, Instead]]:
+    """Where one axis becomes two, the numbers of the second may lie next to those of the first."""
+    x, made = args[0], operation(*args, **kwargs)
+    if made.ndim == x.ndim + 1 and made.shape[-1] > 1 and made.shape[:-2] == x.shape[:-1]:
+        first, second = made.shape[-2:]
+        yield (
+            "heads interleaved",
+            lambda x, *a, **k: x.reshape(*x.shape[:-1], second, first).swapaxes(-1, -2),
+        )
+
+
+def _cross_entropy(operation: Callable, kwargs: dict) -> Iterator[tuple[str, Instead]]:
+    for reduction in ("mean", "sum"):
+        if kwargs.get("reduction", "mean") != reduction:
+            yield (
+                f"reduction={reduction}",
+                lambda *a, r=reduction, **k: operation(*a, **k | {"reduction": r}),
+            )
+    if kwargs.get("label_smoothing"):
+        yield "no smoothing", lambda *a, **k: operation(*a, **k | {"label_smoothing": 0.0})
+
+
+def _slices(operation: Callable, args: tuple) -> Iterator[tuple[str, Instead]]:
+    """A slice that leaves out the first may leave out the last, and the other way round."""
+    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+    for place, part in enumerate(index):
+        if part in (slice(1, None), slice(None, -1)):
+            other = slice(None, -1) if part == slice(1, None) else slice(1, None)
+            yield (
+                f"[{_spelt(other)}] in place of [{_spelt(part)}]",
+                lambda x, i, o=(*index[:place], other, *index[place + 1 :]): operation(x, o),
+            )
+
+
+def _spelt(part: slice) -> str:
+    return f"{'' if part.start is None else part.start}:{'' if part.stop is None else part.stop}"
+
+
+def _arithmetic(operation: Callable, name: str, args: tuple) -> Iterator[tuple[str, Instead]]:
+    if len(args) < 2:
+        return
+    tensors = [x for x in args[:2] if isinstance(x, torch.Tensor)]
+    number = next((x for x in args[:2] if isinstance(x, float)), None)
+    if number is not None and tensors:
+        if "mul" in name or "div" in name:
+            factor = number if "mul" in name else 1 / number
+            for words, scale in _scales(tensors[0], factor):
+                yield words, lambda *a, s=scale, **k: operation(*a, **k) * s
+        if "add" in name and 0 < number < 1e-2:
+            for epsilon in _EPSILONS:
+                if epsilon != number:
+                    yield f"eps={epsilon:g}", lambda *a, e=epsilon, **k: tensors_first(a) + e
+    elif len(tensors) == 2 and all(x.is_floating_point() for x in tensors):
+        if name != "matmul":
+            sign = {"add": "+", "sub": "-", "mul": "*"}.get(name.removeprefix("i"), name)
+            yield f"without the right side of its {sign}", lambda x, y, **k: x
+            yield f"without the left side of its {sign}", lambda x, y, **k: y
+        if "add" in name:
+            yield "a difference in place of the sum", lambda x, y, **k: x - y
+        if "sub" in name:
+            yield "a sum in place of the difference", lambda x, y, **k: x + y
+        shapes = tensors[0]
+        yield from (
+            (words, lambda *a, s=s, **k: operation(*a, **k) * s)
+            for words, s in _scales(shapes, 1.0)
+            if name == "matmul"
+        )
+
+
+def tensors_first(args: tuple) -> torch.Tensor:
+    """The tensor among two arguments."""
+    return next(x for x in args if isinstance(x, torch.Tensor))
+
+
+def _scales(x: torch.Tensor, now: float) -> Iterator[tuple[str, float]]:
+    """Factors that bring a scale of `now` to another usual one, in words."""
+    sizes = sorted({size for size in x.shape if size > 1})
+    usual = {"a scale of 1": 1.0}
+    for size in sizes:
+        usual |= {f"a scale of {size}**{power:g}": size**power for power in (-0.5, -1.0, 0.5)}
+    for first in sizes:
+        for second in sizes:
+            if first <= second:
+                usual[f"a scale of {first * second}**-0.5"] = (first * second) ** -0.5
+    for words, scale in usual.items():
+        if not math.isclose(scale, now, rel_tol=1e-9):
+            yield words, scale / now
+
+
+def _without_flags(args: tuple) -> tuple:
+    return tuple(x for x in args if not isinstance(x, bool))

@@ -1,0 +1,79 @@
+"""Other ways to read a module's weights: turned, left out, swapped, shuffled."""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+
+Weights = dict[str, torch.Tensor]
+
+
+def readings(module: torch.nn.Module) -> Iterator[tuple[str, Weights]]:
+    """Other weights for a module, each in words and by the names of what changes."""
+    own = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    for name, weight in own.items():
+        if weight.ndim == 2 and weight.shape[0] == weight.shape[1]:
+            yield f"{name} transposed", {name: weight.T.contiguous()}
+    for name, weight in own.items():
+        if name.rpartition(".")[2].startswith(("bias", "in_proj_bias")):
+            yield f"{name} left out", {name: torch.zeros_like(weight)}
+    yield from _exchanged(own)
+    yield from _reordered(own)
+    for name, weight in own.items():
+        if weight.ndim == 1 and name.endswith("weight"):
+            yield f"{name} as 1 + w", {name: 1 + weight}
+            yield f"{name} left out", {name: torch.ones_like(weight)}
+        if weight.ndim > 2:
+            turned = weight.flip(tuple(range(2, weight.ndim)))
+            yield f"the window of {name} back to front", {name: turned}
+            if weight.shape[-1] == weight.shape[-2]:
+                yield f"the window of {name} turned", {name: weight.swapaxes(-1, -2).contiguous()}
+            if weight.shape[0] == weight.shape[1]:
+                turned = weight.swapaxes(0, 1).contiguous()
+                yield f"inputs and outputs of {name} swapped", {name: turned}
+
+
+def _exchanged(own: Weights) -> Iterator[tuple[str, Weights]]:
+    """Modules of the same shapes in each other's place, or one in both."""
+    owners: dict[str, Weights] = {}
+    for name, weight in own.items():
+        path, _, leaf = name.rpartition(".")
+        if path:
+            owners.setdefault(path, {})[leaf] = weight
+    for a, b in itertools.combinations(owners, 2):
+        shapes = [{leaf: x.shape for leaf, x in owners[path].items()} for path in (a, b)]
+        if shapes[0] != shapes[1]:
+            continue
+        of_a = {f"{a}.{leaf}": x for leaf, x in owners[b].items()}
+        of_b = {f"{b}.{leaf}": x for leaf, x in owners[a].items()}
+        yield f"{a} and {b} swapped", of_a | of_b
+        yield f"{b} in place of {a} too", of_a
+        yield f"{a} in place of {b} too", of_b
+
+
+def _reordered(own: Weights) -> Iterator[tuple[str, Weights]]:
+    """Blocks that are fused along an axis, as q, k, v or the gates of a cell, in another order."""
+    for axis, count in itertools.product((0, -1), (3, 4)):
+        fused = {
+            name: x
+            for name, x in own.items()
+            if x.shape[axis] % count == 0 and x.shape[axis] >= 2 * count
+        }
+        widths = {x.shape[axis] for x in fused.values()}
+        for width in widths:
+            group = {name: x for name, x in fused.items() if x.shape[axis] == width}
+            for order in itertools.permutations(range(count)):
+                if order != tuple(range(count)):
+                    numbers = ", ".join(str(place + 1) for place in order)
+                    words = f"{count} fused parts of {_common(list(group))} in the order {numbers}"
+                    yield (
+                        words,
+                        {
+                            name: torch.cat([x.chunk(count, axis)[p] for p in order], axis)
+                            for name, x in group.items()
+                        },
+                    )
+
+
+def _common(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

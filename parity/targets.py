@@ -1,0 +1,67 @@
+"""What a name on the command line stands for: `package.module:name` or `folder/file.py:name`."""
+
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def load_attribute(target: str) -> Any:
+    """What `package.module:name` or `folder/file.py:name` stands for.
+
+    Raises:
+        ValueError: when there is no such module or name, or the module does not import.
+    """
+    place, colon, name = target.rpartition(":")
+    if not colon or not place or not name:
+        raise ValueError(
+            f"{target}: no function. A target is a module and a name in it. Write my_pkg.net:build "
+            "or net.py:build."
+        )
+    if place.endswith(".py") and not Path(place).is_file():
+        raise ValueError(f"{target}: no file {place}. A target is a file that exists.")
+    # For good: what is built may import more when it is called.
+    for folder in (os.getcwd(), os.path.dirname(os.path.abspath(place))):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    try:
+        module = (
+            _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        )
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"{target}: importing {place} raised {type(error).__name__}: {in_a_line(error)}"
+        ) from error
+    if not hasattr(module, name):
+        raise ValueError(f"{target}: {place} has no {name}. A target is a name in a module.")
+    return getattr(module, name)
+
+
+def built(target: str, found: Any, kinds: tuple[type, ...]) -> Any:
+    """What a target gives: itself if it is one of these kinds or no function, else its result.
+
+    Raises:
+        ValueError: when the function raises.
+    """
+    if isinstance(found, kinds) or not callable(found):
+        return found
+    try:
+        return found()
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"{target}: raised {type(error).__name__}: {in_a_line(error)}") from error
+
+
+def in_a_line(error: BaseException) -> str:
+    """The first line of what an exception says."""
+    return (str(error).strip().splitlines() or ["no message"])[0][:200]
+
+
+def _from_file(path: Path) -> Any:
+    # Not by its own name, which may be that of a module that somebody else needs.
+    spec = importlib.util.spec_from_file_location(f"examined_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
