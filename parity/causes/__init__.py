@@ -1,0 +1,1 @@
+"""Why two models differ: what a fault did, read back until it has a name."""
