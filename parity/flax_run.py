@@ -4,6 +4,7 @@ Read beside parity/torch_run.py; the two classes have the same methods.
 """
 
 import contextlib
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,10 +30,17 @@ class FlaxRun:
         self._side, self._leaves = side, cast(leaves, dtype)
         self._dtype, self._device = dtype, device
         self.module = self._load()
-        with self._scope():
-            self._graphdef, self._parameters, self._rest = nnx.split(self.module, nnx.Param, ...)
+        self._graphdef, self._parameters, self._rest = self._split()
         self._forward = jax.jit(self._call(side.forward))
         self._loss_and_gradients = jax.jit(jax.value_and_grad(self._call(side.loss)))
+
+    def at(self, leaves: Mapping[str, np.ndarray]) -> "FlaxRun":
+        """The same model with other weights; what is compiled stays so."""
+        other = copy.copy(self)
+        other._leaves = cast(leaves, self._dtype)
+        other.module = other._load()
+        _, other._parameters, _ = other._split()
+        return other
 
     def outputs(self, batch: Batch) -> np.ndarray:
         """The model's output."""
@@ -85,6 +93,10 @@ class FlaxRun:
             load_flax(module, self._leaves)
             module.eval()
             return module
+
+    def _split(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+        with self._scope():
+            return nnx.split(self.module, nnx.Param, ...)
 
     def _arrays(self, batch: Batch) -> tuple[jax.Array, ...]:
         return tuple(jnp.asarray(cast_array(array, self._dtype)) for array in batch.inputs)

@@ -68,7 +68,7 @@ class Pair:
         torch: the PyTorch side.
         rules: the weight map.
         probes: named inputs for logits and gradients; the first is the one for gradients.
-        training_batch: the batch of a training step, by its number.
+        training_batch: the batch of a training step, by its number; `loss` takes it too.
         learning_rate: the largest of both trainers, the unit in which single updates are judged.
         prompts: tokens (B, T) and counts (B,) to continue greedily; None without a decoder.
         new_tokens: how many to generate behind each prompt.

@@ -3,6 +3,7 @@
 Read beside parity/flax_run.py; the two classes have the same methods.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +26,13 @@ class TorchRun:
         self._side, self._leaves = side, cast(leaves, dtype)
         self._dtype, self._device = dtype, device
         self.module = self._load()
+
+    def at(self, leaves: Mapping[str, np.ndarray]) -> "TorchRun":
+        """The same model with other weights."""
+        other = copy.copy(self)
+        other._leaves = cast(leaves, self._dtype)
+        other.module = other._load()
+        return other
 
     def outputs(self, batch: Batch) -> np.ndarray:
         """The model's output."""

@@ -10,14 +10,18 @@ rate.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from parity.causes.optimizer import Reading, Step, difference, read, shares
 from parity.compare import Record, Verdict, abstain, judge, largest, max_abs, ratio, relative_l2
+from parity.flax_run import FlaxRun
 from parity.leaves import Leaves
+from parity.pair import Batch, Pair
 from parity.report import Divergence
 from parity.subject import Subject
+from parity.torch_run import TorchRun
 
 STEPS = 4
 # The steps that the schedule spans: it warms up, stands at its height, and has begun to come down.
@@ -35,6 +39,8 @@ RATIO = 4.0
 SINGLE = {"float64": 1e-4, "float32": 2.0}
 
 _LOSS = "the training loss"
+# Numbers of equal parts of a batch whose gradients are tried where the whole batch's did not go in.
+_PARTS = 2, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,4 +162,40 @@ def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     bad = next((record for record in of_step if record.where == _LOSS), failed[0])
     where = bad.where or "the optimizer"
     detail = f"Seen in {bad.name}, {bad.dtype}; all steps before agree."
-    return Divergence(where, "optimizer", bad.step, bad.value, detail=detail)
+    cause = _cause(subject) if bad.dtype == "float64" else None
+    return Divergence(where, "optimizer", bad.step, bad.value, cause, detail)
+
+
+def _cause(subject: Subject) -> str | None:
+    """What the two optimizers are seen to do differently, each judged by its own steps alone."""
+    pair, (flax, torch) = subject.pair, subject.runs("float64")
+    readings = _reading(flax, pair, dict), _reading(torch, pair, subject.weight_map.to_flax)
+    return difference(*readings, (flax.name, torch.name))
+
+
+def _reading(run: FlaxRun | TorchRun, pair: Pair, convert: Callable[[Leaves], Leaves]) -> Reading:
+    """One side's optimizer, read off; what its loss's gradient does not explain, by parts of it."""
+    trainer, steps = run.trainer(HORIZON), []
+    start = before = trainer.parameters()
+    for index in range(STEPS):
+        batch = pair.training_batch(index)
+        _, gradient = run.at(before).gradients(batch)
+        trainer.step(*batch.inputs)
+        after, (first, second, _) = trainer.parameters(), trainer.moments()
+        steps.append(Step.sampled(*map(convert, (before, after, first, second, gradient))))
+        before = after
+    reading = read(steps)
+    if reading.betas is not None and reading.gradient is None:
+        for parts in filter(None, (_parts(pair.training_batch(0), num) for num in _PARTS)):
+            gradients = [convert(run.at(start).gradients(part)[1]) for part in parts]
+            if mixture := shares(steps[0].first, gradients):
+                return dataclasses.replace(reading, shares=mixture)
+    return reading
+
+
+def _parts(batch: Batch, num: int) -> list[Batch]:
+    """The rows of a batch in equal parts; none where they do not divide."""
+    if any(x.ndim == 0 or len(x) % num for x in batch.inputs):
+        return []
+    by_part = zip(*(np.split(x, num) for x in batch.inputs), strict=True)
+    return [Batch(inputs) for inputs in by_part]

@@ -14,7 +14,8 @@ from parity.rules import TWINS, Layout, Rules
 class Fault:
     """One wrong place in one twin, the level that must see it, and where it must point.
 
-    A step of None is some step: which, depends on the text, and Pythons differ in theirs.
+    A step of None is some step: which, depends on the text, and Pythons differ in theirs. The cause
+    is what the report must say, to the letter; None where it must not guess.
     """
 
     id: str
@@ -26,6 +27,7 @@ class Fault:
     where: str
     step: int | None = 0
     changes: tuple[tuple[str, object], ...] = ()
+    cause: str | None = None
 
 
 T, F = "torch_gpt", "flax_gpt"
@@ -109,52 +111,77 @@ BACKWARD = [
 ]  # fmt: skip
 
 OPTIMIZER = [
-    Fault("beta2", T, "optimizer.py", "config.beta2", "0.999", "optimizer", "", 1),
+    Fault("beta2", T, "optimizer.py", "config.beta2", "0.999", "optimizer", "", 1,
+          cause="beta2 is 0.95 in flax_gpt and 0.999 in torch_gpt"),
     Fault("betas swapped", T, "optimizer.py",
-          "(config.beta1, config.beta2)", "(config.beta2, config.beta1)", "optimizer", "", 1),
-    Fault("epsilon", F, "optimizer.py", "config.epsilon", "1e-6", "optimizer", "", 1),
+          "(config.beta1, config.beta2)", "(config.beta2, config.beta1)", "optimizer", "", 1,
+          cause="beta1 is 0.9 in flax_gpt and 0.95 in torch_gpt; beta2 is 0.95 in "
+          "flax_gpt and 0.9 in torch_gpt"),
+    Fault("epsilon", F, "optimizer.py", "config.epsilon", "1e-6", "optimizer", "", 1,
+          cause="epsilon is 1e-06 in flax_gpt and 1e-08 in torch_gpt"),
     Fault("epsilon inside the root", F, "optimizer.py",
-          "(jnp.sqrt(v_hat) + epsilon)", "jnp.sqrt(v_hat + epsilon)", "optimizer", "", 1),
+          "(jnp.sqrt(v_hat) + epsilon)", "jnp.sqrt(v_hat + epsilon)", "optimizer", "", 1,
+          cause="epsilon is inside the root in flax_gpt and outside it in torch_gpt"),
     Fault("no bias correction", F, "optimizer.py",
-          "m_hat = m / -jnp.expm1(steps * math.log(beta1))", "m_hat = m", "optimizer", "", 1),
+          "m_hat = m / -jnp.expm1(steps * math.log(beta1))", "m_hat = m", "optimizer", "", 1,
+          cause="flax_gpt does not correct the bias of the first moment"),
     Fault("L2 instead of decoupled decay", T, "optimizer.py",
-          "torch.optim.AdamW(\n", "torch.optim.Adam(\n", "optimizer", "", 1),
+          "torch.optim.AdamW(\n", "torch.optim.Adam(\n", "optimizer", "", 1,
+          cause="weight decay is L2, in the gradient, in torch_gpt and decoupled from it "
+          "in flax_gpt"),
     Fault("no decay", F, "optimizer.py",
-          "config.weight_decay, mask", "0.0, mask", "optimizer", "", 1),
+          "config.weight_decay, mask", "0.0, mask", "optimizer", "", 1,
+          cause="weights decay by 0.1 in torch_gpt and not in flax_gpt"),
     Fault("decay on everything", T, "optimizer.py",
-          "dict(params=others, weight_decay=0.0)", "dict(params=others)", "optimizer", "", 1),
+          "dict(params=others, weight_decay=0.0)", "dict(params=others)", "optimizer", "", 1,
+          cause="token_embedding.embedding, position_embedding.embedding, "
+          "blocks.*.norm_1.scale and 11 other kinds of leaves decay in torch_gpt "
+          "and not in flax_gpt"),
     Fault("clipping without torch's epsilon", F, "optimizer.py",
-          "(norm + CLIP_EPSILON)", "norm", "optimizer", "", 1),
+          "(norm + CLIP_EPSILON)", "norm", "optimizer", "", 1,
+          cause="the clip epsilon is 0 in flax_gpt and 1e-06 in torch_gpt"),
     Fault("not clipped", T, "optimizer.py",
           "clip_norm = math.inf if config.clip_norm is None else config.clip_norm",
-          "clip_norm = math.inf", "optimizer", "", 1),
+          "clip_norm = math.inf", "optimizer", "", 1,
+          cause="gradients are clipped to a norm of 0.5 in flax_gpt alone"),
     Fault("schedule one update ahead", T, "train.py",
           "num_updates(state.optimizer))", "num_updates(state.optimizer) + 1)",
-          "optimizer", "", 1),
+          "optimizer", "", 1,
+          cause="the schedule of torch_gpt is one update ahead of that of flax_gpt"),
     Fault("first update lost to a rate of zero", F, "optimizer.py",
-          "(count + 1.0)", "(count + 0.0)", "optimizer", "", 1),
+          "(count + 1.0)", "(count + 0.0)", "optimizer", "", 1,
+          cause="the first update of flax_gpt has a rate of zero"),
     Fault("cosine over one step less", F, "optimizer.py",
           "span = config.total_steps - config.warmup_steps",
-          "span = config.total_steps - config.warmup_steps - 1", "optimizer", "", 4),
+          "span = config.total_steps - config.warmup_steps - 1", "optimizer", "", 4,
+          cause="the rate of update 4 is 0.00055 in flax_gpt and 0.000775 in torch_gpt"),
     Fault("linear instead of cosine", T, "optimizer.py",
-          'if config.schedule == "cosine":', "if False:", "optimizer", "", 4),
+          'if config.schedule == "cosine":', "if False:", "optimizer", "", 4,
+          cause="the rate of update 4 is 0.000775 in flax_gpt and 0.0007 in torch_gpt"),
 ]  # fmt: skip
 
 LOOP = [
     Fault("no zero_grad", T, "train.py",
-          "    state.optimizer.zero_grad()\n", "", "optimizer", "", 2),
+          "    state.optimizer.zero_grad()\n", "", "optimizer", "", 2,
+          cause="torch_gpt does not set gradients to zero between steps"),
     Fault("moments thrown away", F, "train.py",
-          "optimizer=optimizer,", "optimizer=state.optimizer,", "optimizer", "", 1),
+          "optimizer=optimizer,", "optimizer=state.optimizer,", "optimizer", "", 1,
+          cause="flax_gpt throws its moments away after each step"),
     Fault("mean of means", T, "train.py",
           "share = loss.total / num_scored.to(loss.total.dtype)",
-          "share = loss.mean / config.accumulation_steps", "optimizer", "", 1),
+          "share = loss.mean / config.accumulation_steps", "optimizer", "", 1,
+          cause="the gradient that reaches torch_gpt's optimizer is that of the mean over "
+          "2 parts of the batch of the mean loss of each"),
     Fault("only the last part's gradient", T, "train.py",
           "        share.backward()\n",
           "        state.optimizer.zero_grad()\n        share.backward()\n",
-          "optimizer", "", 1),
+          "optimizer", "", 1,
+          cause="the gradient that reaches torch_gpt's optimizer is that of part 2 of 2 "
+          "of the batch alone"),
     Fault("smoothing off in training", F, "train.py",
           "state.task.targets(part), config.label_smoothing)", "state.task.targets(part))",
-          "optimizer", "the training loss", 1),
+          "optimizer", "the training loss", 1,
+          cause="the gradient that reaches flax_gpt's optimizer is not that of its loss"),
 ]  # fmt: skip
 
 LATE = [
@@ -296,6 +323,7 @@ def test_a_planted_fault_is_caught_and_located(fault, plant, small):
     assert report.exit_code == 1
     assert report.divergence.where == fault.where or not fault.where, report.divergence
     assert ("Looks like a bug" in report.divergence.detail) == (fault in LATE)
+    assert report.divergence.cause == fault.cause
     found = report.divergence.step
     assert found > 0 if fault.step is None else found == fault.step, report.divergence
 

@@ -1,0 +1,166 @@
+"""Least squares where rounding is the only error, so that a number comes with what it may be off.
+
+A model either explains what was measured down to rounding or it is not the model.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+EPSILON = float(np.finfo(np.float64).eps)
+# A model explains numbers that it leaves this many times their rounding of. Right models leave less
+# than one time; the smallest wrong one, an epsilon of 1e-8 in the wrong place, leaves 1e5 times.
+_ROOM = 16.0
+# Two numbers differ when they are this many times their errors apart.
+_SURE = 100.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Number:
+    """A number that was read off, and how far it may be off."""
+
+    value: float
+    error: float = 0.0
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether it cannot be told from 0."""
+        return not self.differs(Number(0.0))
+
+    def differs(self, other: "Number") -> bool:
+        """Whether no rounding can have made these two of one."""
+        return abs(self.value - other.value) > _SURE * (self.error + other.error)
+
+    def __mul__(self, other: "Number") -> "Number":
+        error = abs(self.value) * other.error + abs(other.value) * self.error
+        return Number(self.value * other.value, error)
+
+    def __truediv__(self, other: "Number") -> "Number":
+        if not other.value:
+            return Number(np.nan, np.inf)
+        value = self.value / other.value
+        return Number(value, (self.error + abs(value) * other.error) / abs(other.value))
+
+    def root(self) -> "Number":
+        """The square root; that of 0 for a number that rounding has made negative."""
+        root = max(self.value, 0.0) ** 0.5
+        return Number(root, self.error / (2.0 * root) if root else self.error**0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Equations:
+    """One leaf in one step: target = a sum of terms, each an unknown times an array (N,).
+
+    Attributes:
+        step: its number from 0.
+        target: what the terms add up to.
+        shared: terms whose unknowns are the same in all steps and leaves.
+        by_step: terms whose unknowns are the same in all leaves of a step.
+        own: terms whose unknowns are this leaf's in this step.
+        noise: Euclidean norm of the rounding in target.
+    """
+
+    step: int
+    target: np.ndarray
+    shared: tuple[np.ndarray, ...] = ()
+    by_step: tuple[np.ndarray, ...] = ()
+    own: tuple[np.ndarray, ...] = ()
+    noise: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    """The unknowns of a model that explains its targets.
+
+    Attributes:
+        shared: in the order of the terms.
+        by_step: of each step, in the order of the terms.
+    """
+
+    shared: tuple[Number, ...]
+    by_step: tuple[tuple[Number, ...], ...]
+
+
+def solve(equations: Sequence[Equations]) -> Solution | None:
+    """The unknowns that all leaves and steps agree on; None if they leave more than rounding.
+
+    A leaf's own terms are projected out of its equations, and what is left of them is compressed to
+    as many rows as it has unknowns, both by orthogonal steps, so that no digit is lost to squares.
+    The error of an unknown is what noise of the norm at hand can do to it at most. Frisch and
+    Waugh, "Partial time regressions as compared with individual trends", 1933; Golub, "Numerical
+    methods for solving linear least squares problems", 1965.
+    """
+    num_steps = 1 + max(e.step for e in equations)
+    num_shared, num_by_step = len(equations[0].shared), len(equations[0].by_step)
+    width = num_shared + num_by_step * num_steps
+    parts = []
+    for e in equations:
+        rows = np.linalg.qr(_without_own(e), mode="r")
+        part = np.zeros((len(rows), width + 1))
+        start = num_shared + num_by_step * e.step
+        part[:, :num_shared] = rows[:, :num_shared]
+        part[:, start : start + num_by_step] = rows[:, num_shared:-1]
+        part[:, -1] = rows[:, -1]
+        parts.append(part)
+    system = np.concatenate(parts)
+    matrix, target = system[:, :-1], system[:, -1]
+    sizes = np.linalg.norm(matrix, axis=0)
+    if len(system) < width or not np.any(sizes):
+        return None
+    sizes = np.where(sizes == 0.0, 1.0, sizes)
+    left, singular, right = np.linalg.svd(matrix / sizes, full_matrices=False)
+    # What the equations do not determine gets an error without bound, and is never sure.
+    singular = np.maximum(singular, EPSILON * singular[0])
+    inverse = right.T / singular
+    found = inverse @ (left.T @ target) / sizes
+    noise = explained(norm(matrix @ found - target), equations)
+    if noise is None:
+        return None
+    errors = np.linalg.norm(inverse, axis=1) / sizes * noise
+    numbers = [Number(float(x), float(error)) for x, error in zip(found, errors, strict=True)]
+    steps = tuple(
+        tuple(numbers[start : start + num_by_step])
+        for start in range(num_shared, width, num_by_step or 1)
+    )
+    return Solution(tuple(numbers[:num_shared]), steps)
+
+
+def explained(residual: float, equations: Sequence[Equations]) -> float | None:
+    """The norm of the noise, as large as it was seen to be; None for a residual beyond rounding."""
+    noise = norm([e.noise for e in equations])
+    return max(residual, noise) if residual <= _ROOM * noise else None
+
+
+def part_along(array: np.ndarray, weights: np.ndarray, noise: float) -> Number:
+    """How many times the weights are in an array whose rounding has the norm `noise`."""
+    size = norm(weights)
+    return Number(float(array @ weights) / size**2, noise / size) if size else Number(0.0, np.inf)
+
+
+def constant_of(numbers: Sequence[Number], factors: np.ndarray) -> Number | None:
+    """The constant that makes these numbers of the factors, or None if there is none."""
+    values, errors = (np.array([getattr(x, name) for x in numbers]) for name in ("value", "error"))
+    size = float(factors @ factors)
+    if not size or not np.all(np.isfinite(errors)):
+        return Number(0.0, np.inf)
+    value = float(values @ factors) / size
+    if any(x.differs(Number(value * y)) for x, y in zip(numbers, factors, strict=True)):
+        return None
+    return Number(value, float(errors @ np.abs(factors)) / size)
+
+
+def norm(array: np.ndarray | Sequence[float]) -> float:
+    """The Euclidean norm."""
+    return float(np.linalg.norm(array))
+
+
+def _without_own(e: Equations) -> np.ndarray:
+    """All terms and the target, as columns, without their parts along the leaf's own terms."""
+    columns = np.stack([*e.shared, *e.by_step, e.target], axis=1)
+    if not e.own:
+        return columns
+    own = np.stack(e.own, axis=1)
+    sizes = np.linalg.norm(own, axis=0)
+    basis = np.linalg.qr(own / np.where(sizes == 0.0, 1.0, sizes))[0]
+    return columns - basis @ (basis.T @ columns)
