@@ -47,6 +47,17 @@ def locate_rounding(subject: Subject, batch: Batch) -> Divergence | None:
     return None
 
 
+def gaps_by_module(subject: Subject, batch: Batch) -> list[tuple[str, float]]:
+    """The path of each module and the largest difference of its outputs, in order of completion."""
+    flax, torch = (run.traces(batch) for run in subject.runs("float64"))
+    twins = {(trace.path, nth): trace.output for trace, nth in _numbered(torch)}
+    return [
+        (trace.path or model_name(subject), max_abs(trace.output, twins[trace.path, nth]))
+        for trace, nth in _numbered(flax)
+        if (trace.path, nth) in twins
+    ]
+
+
 def first_divergence(
     a: list[Trace], b: list[Trace], gap: Gap, root: str, phase: str, step: int = 0
 ) -> Divergence | None:
