@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterable
 
 from parity.compare import BAD, Record, Verdict
 from parity.environment import Devices, choose_devices, fingerprint, pinned_precision
-from parity.levels import LEVELS
+from parity.evidence import ModuleGaps
+from parity.levels import LEVELS, logits
+from parity.localize import gaps_by_module
 from parity.pair import Pair
 from parity.report import Divergence, Level, Report
 from parity.subject import Subject
@@ -21,6 +23,7 @@ def check(
     devices: Devices | None = None,
     seed: int = 0,
     steps: int = 100,
+    evidence: bool = False,
     progress: Progress = lambda level, fraction: None,
 ) -> Report:
     """Compares a pair, level by level; a level that fails blocks those after it.
@@ -32,10 +35,11 @@ def check(
         devices: where to run; the CPU when None.
         seed: of the random weights.
         steps: of the trajectory.
+        evidence: keep the numbers that the plots of the report's page are made of.
         progress: called with a level's name and how far it is, from 0 to 1.
 
     Returns:
-        A value that prints as a table and goes to JSON.
+        A value that prints as a table and goes to JSON and to a page.
 
     Raises:
         ValueError: for a level that does not exist, or dtypes that do not start with float64.
@@ -65,6 +69,8 @@ def check(
             subject.progress(0.0)
             level, divergence = _climb(name, module, subject)
             finished.append(level)
+            if evidence and name == "logits":
+                subject.evidence.modules = _module_gaps(subject, level.records)
         environment = fingerprint(devices)
     about = {
         "torch": pair.torch.name,
@@ -72,7 +78,8 @@ def check(
         "num_params": subject.num_params,
         "config": dict(pair.config),
     }
-    return Report(environment, about, tuple(finished), divergence)
+    seen = subject.evidence if evidence else None
+    return Report(environment, about, tuple(finished), divergence, seen)
 
 
 def _climb(name: str, module, subject: Subject) -> tuple[Level, Divergence | None]:
@@ -96,6 +103,16 @@ def _climb(name: str, module, subject: Subject) -> tuple[Level, Divergence | Non
             detail = f"The search for the place ended with {_error(name, error).note}."
             divergence = Divergence("an unknown place", "", 0, float("nan"), detail=detail)
     return Level(name, time.perf_counter() - start, tuple(records)), divergence
+
+
+def _module_gaps(subject: Subject, records: Iterable[Record]) -> ModuleGaps:
+    """On the probe that failed or the first one; what cannot be captured changes no verdict."""
+    probe, bound = logits.failed_probe(subject, records), logits.float64_bound(subject)
+    try:
+        gaps = gaps_by_module(subject, subject.pair.probes[probe])
+    except Exception as error:
+        return ModuleGaps(probe, (), bound, note=_error("modules", error).note)
+    return ModuleGaps(probe, tuple(gaps), bound)
 
 
 def _error(name: str, error: Exception) -> Record:

@@ -1,5 +1,6 @@
 """Where two models part: the first module, by what went in and what came out."""
 
+import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 import numpy as np
@@ -20,20 +21,10 @@ Gap = Callable[[np.ndarray, np.ndarray], float | None]
 
 def locate_forward(subject: Subject, batch: Batch) -> Divergence | None:
     """The first module whose output parts in float64."""
-    flax, torch = subject.runs("float64")
-    with in_step(lambda sink: flax.traces(batch, sink), lambda sink: torch.traces(batch, sink)) as (
-        ours,
-        theirs,
-    ):
-        found = first_divergence(
-            translated(ours, subject.modules),
-            theirs,
-            float64_gap,
-            model_name(subject),
-            "forward",
-            subject.modules.values(),
+    with _both(subject, batch) as (flax, torch):
+        return first_divergence(
+            flax, torch, float64_gap, model_name(subject), "forward", subject.modules.values()
         )
-    return found
 
 
 def locate_rounding(subject: Subject, batch: Batch) -> Divergence | None:
@@ -55,6 +46,19 @@ def locate_rounding(subject: Subject, batch: Batch) -> Divergence | None:
                 detail = "Value is the larger float32 error over the smaller; float64 agrees."
                 return Divergence(where, "forward", 0, ratio, detail=detail)
     return None
+
+
+def gaps_by_module(subject: Subject, batch: Batch) -> list[tuple[str, float]]:
+    """The path of each module and the largest difference of its outputs, in order of completion."""
+    with _both(subject, batch) as sides:
+        return [
+            (
+                trace.path or model_name(subject),
+                max_abs(trace.output, aligned(twin.output, trace.output)),
+            )
+            for trace, twin in matched(*sides)
+            if twin is not None
+        ]
 
 
 def first_divergence(
@@ -151,6 +155,14 @@ def aligned(array: np.ndarray, like: np.ndarray) -> np.ndarray:
 def model_name(subject: Subject) -> str:
     """What to call the model itself, whose path is empty."""
     return type(subject.runs("float64")[1].module).__name__
+
+
+@contextlib.contextmanager
+def _both(subject: Subject, batch: Batch) -> Iterator[tuple[Iterator[Trace], Iterator[Trace]]]:
+    """The traces of a forward pass in float64 of both sides, flax's under torch's paths."""
+    captures = [lambda sink, run=run: run.traces(batch, sink) for run in subject.runs("float64")]
+    with in_step(*captures) as (flax, torch):
+        yield translated(flax, subject.modules), torch
 
 
 def _inputs_part(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...], gap: Gap) -> bool:

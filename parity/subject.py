@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from parity.environment import Devices, jax_scope
+from parity.evidence import Evidence
 from parity.flax_run import FlaxRun
 from parity.leaves import Leaves, cast, flax_leaves, neighbours, torch_leaves
 from parity.modules import module_map
@@ -29,6 +30,7 @@ class Subject:
         seed: of the weights, and of how sequences are cut into calls.
         steps: of the trajectory.
         progress: told how far the present level is, from 0 to 1.
+        evidence: what levels have seen that is worth a plot.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Subject:
         self.pair, self.devices, self.dtypes = pair, devices, dtypes
         self.steps, self.progress = steps, progress
         self.seed = seed
+        self.evidence = Evidence()
         self.runs = functools.cache(self._make_runs)
         self.gradients = functools.cache(self._make_gradients)
 

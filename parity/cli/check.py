@@ -60,6 +60,10 @@ def check(
         str | None,
         typer.Option(help="Write the table to this file, for a README; - for standard output."),
     ] = None,
+    html: Annotated[
+        str | None,
+        typer.Option(help="Write a page to this file, with plots of gaps, losses and margins."),
+    ] = None,
 ) -> None:
     """Prove that the Flax twin and the PyTorch twin are the same function.
 
@@ -81,7 +85,7 @@ def check(
 
     parity check
 
-    parity check --data shakespeare.txt --json report.json
+    parity check --data shakespeare.txt --html report.html --json report.json
 
     parity check --steps 1000 --dropout 0.1 --level trajectory
 
@@ -90,7 +94,7 @@ def check(
     parity check --checkpoint ./llama --steps 3
     """
     errors = Console(stderr=True)
-    files = {"--json": json, "--markdown": markdown}
+    files = {"--json": json, "--markdown": markdown, "--html": html}
     with in_one_line(errors):
         check_outputs(files)
         report = _run(
@@ -106,10 +110,12 @@ def check(
             tokens,
             seed,
             device,
+            evidence=html is not None,
         )
         Console(stderr="-" in files.values()).print(report)
         _write(json, report.to_json)
         _write(markdown, report.to_markdown)
+        _write(html, report.to_html)
     raise typer.Exit(report.exit_code)
 
 
@@ -125,7 +131,7 @@ def _write(name: str | None, text: Callable[[], str]) -> None:
 
 def _run(
     errors: Console, data, preset, checkpoint, task, level, dtype, steps, dropout, tokens, seed,
-    device,
+    device, *, evidence,
 ):  # fmt: skip
     """The report, with a live progress line on the error stream."""
     dtypes = tuple(name.strip() for name in dtype.split(","))
@@ -168,5 +174,6 @@ def _run(
             devices=devices,
             seed=seed,
             steps=steps,
+            evidence=evidence,
             progress=progress,
         )

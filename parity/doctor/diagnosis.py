@@ -16,6 +16,7 @@ from parity.compare import Verdict
 from parity.doctor.detectors import DETECTORS
 from parity.doctor.finding import Detector, Finding
 from parity.doctor.patient import Patient
+from parity.pages import render
 
 _COLOURS = {
     Verdict.PASS: "green",
@@ -89,10 +90,7 @@ class Diagnosis:
 
     def to_html(self) -> str:
         """One page without anything from elsewhere."""
-        from jinja2 import Environment, PackageLoader
-
-        page = Environment(loader=PackageLoader("parity.doctor"), autoescape=True)
-        return page.get_template("diagnosis.html.jinja").render(diagnosis=self)
+        return render("parity.doctor", "diagnosis.html.jinja", diagnosis=self)
 
     def __rich__(self) -> RenderableType:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

@@ -1,6 +1,6 @@
 """The two models give the same outputs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -86,9 +86,15 @@ def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     bad = next(record for record in records if record.verdict is Verdict.FAIL)
     if bad.metric == "narrow operations":
         return Divergence(bad.name, "forward", 0, bad.value, detail=bad.note or "")
-    probes = subject.pair.probes
-    batch = next(batch for name, batch in probes.items() if bad.name.startswith(name))
+    batch = subject.pair.probes[failed_probe(subject, [bad])]
     if bad.dtype != "float64":
         return locate_rounding(subject, batch)
     found = locate_forward(subject, batch)
     return found and explained(subject, batch, found)
+
+
+def failed_probe(subject: Subject, records: Iterable[Record]) -> str:
+    """The name of the probe that failed first, or of the first one."""
+    failed = (record.name for record in records if record.verdict is Verdict.FAIL)
+    probes = list(subject.pair.probes)
+    return next((name for bad in failed for name in probes if bad.startswith(name)), probes[0])

@@ -1,11 +1,11 @@
 """Decoding chooses the same tokens, greedy and drawn: two frameworks, with and without cache."""
 
-import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
 
 from parity.compare import Record, Verdict, abstain, max_abs
+from parity.evidence import Flip, Generation
 from parity.levels import logits
 from parity.pair import Batch
 from parity.report import Divergence
@@ -18,15 +18,6 @@ ERROR = {"float64": logits.FLOAT64_LARGE, "float32": logits.FLOAT32}
 # place of that.
 NOISE = 4e-6
 DRAWN = 64  # tokens to draw behind each prompt
-
-
-@dataclasses.dataclass(frozen=True)
-class _Flip:
-    """The first place where a row chose another token than the reference."""
-
-    row: int
-    index: int
-    margin: float
 
 
 def records(subject: Subject) -> Iterator[Record]:
@@ -48,7 +39,10 @@ def records(subject: Subject) -> Iterator[Record]:
                 if reference is None:
                     reference = written
                     margins, errors = _margins(subject, tokens, counts, reference)
+                    thin = {x: 2 * error for x, error in errors.items()}
+                    greedy = _kept(subject, "greedy", reference, margins, thin)
                 name = f"{run.name}, {'cached' if use_cache else 'uncached'}"
+                greedy.flips += _flips(name, dtype, reference, written)
                 yield record(name, dtype, reference, written, margins, errors[dtype])
                 done += 1
                 subject.progress(done / parts)
@@ -60,11 +54,30 @@ def records(subject: Subject) -> Iterator[Record]:
             )
             if drawn is None:
                 drawn, drawn_margins = written, found
-            thin = reach(errors[dtype], subject.pair.sampling["temperature"])
-            yield record(f"{run.name}, drawn", dtype, drawn, written, drawn_margins,
-                         errors[dtype], thin)  # fmt: skip
+                temperature = subject.pair.sampling["temperature"]
+                thin = {x: reach(error, temperature) for x, error in errors.items()}
+                sampled = _kept(subject, "drawn", drawn, drawn_margins, thin)
+            name = f"{run.name}, drawn"
+            sampled.flips += _flips(name, dtype, drawn, written)
+            yield record(name, dtype, drawn, written, drawn_margins, errors[dtype],
+                         sampled.reach[dtype])  # fmt: skip
             done += 1
             subject.progress(done / parts)
+
+
+def _kept(
+    subject: Subject, kind: str, tokens: np.ndarray, margins: np.ndarray, reach: dict[str, float]
+) -> Generation:
+    """The reference, kept as evidence."""
+    generation = Generation(kind, tokens.tolist(), margins.tolist(), reach)
+    subject.evidence.generations.append(generation)
+    return generation
+
+
+def _flips(name: str, dtype: str, reference: np.ndarray, written: np.ndarray) -> list[Flip]:
+    """Where each row first chose another token."""
+    places = [np.flatnonzero(a != b) for a, b in zip(reference, written, strict=True)]
+    return [Flip(name, dtype, row, int(x[0])) for row, x in enumerate(places) if x.size]
 
 
 def reach(error: float, temperature: float) -> float:
@@ -114,15 +127,11 @@ def record(
 
     And only where the logits are as exact as they should be: a fault must not widen its own excuse.
     """
-    flips = [
-        _first_flip(*row)
-        for row in zip(range(len(reference)), reference, written, margins, strict=True)
-    ]
-    flips = [flip for flip in flips if flip is not None]
+    flips = _flips(name, dtype, reference, written)
     # Two logits that err by e each can trade places when they are less than 2e apart.
     thin = 2 * error if thin is None else thin
     sound = error <= ERROR[dtype]
-    real = [flip for flip in flips if not (sound and flip.margin <= thin)]
+    real = [x for x in flips if not (sound and margins[x.row, x.index] <= thin)]
     verdict = Verdict.FAIL if real else Verdict.TIE if flips else Verdict.PASS
     if np.any(np.isnan(margins)) or not np.isfinite(error):
         verdict = Verdict.FAIL  # equal perhaps, but the first of all NaN is no choice
@@ -131,20 +140,13 @@ def record(
     step = 0
     for flip in (real + flips)[:1]:
         step = flip.index + 1
-        note = (
-            f"row {flip.row} flips at token {step}, margin {flip.margin:.1e}, "
-            f"logit error {error:.1e}"
-        )
+        margin = margins[flip.row, flip.index]
+        note = f"row {flip.row} flips at token {step}, margin {margin:.1e}, logit error {error:.1e}"
     if reference.size == 0:
         verdict, note = Verdict.ERROR, "nothing was compared"
     different = int(np.count_nonzero(reference != written))
     return Record(name, dtype, "different tokens", different, 0, written.size, verdict,
                   noise=smallest, note=note, step=step)  # fmt: skip
-
-
-def _first_flip(row: int, a: np.ndarray, b: np.ndarray, margins: np.ndarray) -> _Flip | None:
-    places = np.flatnonzero(a != b)
-    return _Flip(row, int(places[0]), float(margins[places[0]])) if places.size else None
 
 
 def locate(subject: Subject, records: list[Record]) -> Divergence | None:

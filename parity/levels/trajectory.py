@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from parity.compare import Record, Verdict, abstain, judge, largest, max_abs
+from parity.evidence import LossCurves
 from parity.leaves import Leaves
 from parity.report import Divergence
 from parity.subject import Subject
@@ -43,6 +44,8 @@ def records(subject: Subject) -> Iterator[Record]:
             finals.append(trainer.parameters())
         flax, torch = curves
         bound = FLOAT64 if dtype == "float64" else FLOAT32
+        curve = LossCurves(dtype, tuple(flax.tolist()), tuple(torch.tolist()), bound)
+        subject.evidence.losses.append(curve)
         past = np.flatnonzero(~(np.abs(flax - torch) <= bound))
         first = int(past[0]) + 1 if past.size else 0
         yield judge(

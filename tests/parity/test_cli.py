@@ -34,9 +34,10 @@ def parity(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-def test_a_small_check_passes_and_writes_the_schema(tmp_path):
-    path = tmp_path / "out.json"
-    done = parity("check", "--level", "weights", "--level", "cache", "--json", str(path))
+def test_a_small_check_passes_and_writes_the_schema_and_a_page(tmp_path):
+    path, page = tmp_path / "out.json", tmp_path / "out.html"
+    levels = "--level", "weights", "--level", "cache"
+    done = parity("check", *levels, "--json", str(path), "--html", str(page))
     assert done.returncode == 0, done.stderr
     assert "PASS: the same function" in done.stdout
     document = json.loads(path.read_text())
@@ -46,6 +47,8 @@ def test_a_small_check_passes_and_writes_the_schema(tmp_path):
         document["environment"]
     )
     assert document["subject"]["num_params"] > 100_000 and document["divergence"] is None
+    assert document["evidence"] == {"modules": None, "losses": [], "generations": []}
+    assert "PASS. The same function" in page.read_text()
 
 
 def test_json_on_standard_output_is_nothing_but_json(tmp_path):
@@ -79,6 +82,8 @@ def test_a_broken_twin_exits_1_and_names_the_module(tmp_path):
         (["--data", "missing.txt"], "data file missing.txt: no such file"),
         (["--json", "no/folder/out.json"], "--json no/folder/out.json: no folder no/folder"),
         (["--json", "."], "--json .: that is a folder. Name a file in it"),
+        (["--html", "no/out.html"], "--html no/out.html: no folder no"),
+        (["--html", "."], "--html .: that is a folder. Name a file in it"),
         (["--preset", "huge"], "no preset 'huge'. Choose one of tiny, gpt2"),
         (["--level", "logit"], "--level logit: no such level. Choose weights"),
         (["--dtype", "float16"], "--dtype float16: choose float64"),

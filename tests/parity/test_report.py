@@ -39,7 +39,7 @@ def test_json_has_the_schema_and_holds_nan():
     made = report(Level("logits", 2.123456, (GOOD, BAD)), divergence=parted)
     document = json.loads(made.to_json(), parse_constant=pytest.fail)
     assert list(document) == [
-        "schema", "verdict", "environment", "subject", "levels", "divergence",
+        "schema", "verdict", "environment", "subject", "levels", "divergence", "evidence",
     ]  # fmt: skip
     assert document["schema"] == 1 and document["verdict"] == "FAIL"
     (level,) = document["levels"]
@@ -51,6 +51,7 @@ def test_json_has_the_schema_and_holds_nan():
     assert level["records"][1]["value"] == "nan"
     assert document["divergence"]["where"] == "blocks.1.mlp"
     assert document["divergence"]["value"] == "inf" and document["divergence"]["cause"] is None
+    assert document["evidence"] is None
 
 
 def test_a_level_shows_what_failed_or_what_came_closest_to_failing():

@@ -1,0 +1,154 @@
+"""Plots as inline SVG: axes, lines and dots. Colours are CSS classes, so they follow the page.
+
+What is no number has no place on a linear axis; on a log axis it lies at the top, and zero at the
+foot.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+
+from markupsafe import Markup
+
+_LARGEST = 1e300  # differences of larger numbers are infinite
+_TICKS = 6
+
+
+def tag(_name: str, *inside: str, **attributes: str | float) -> Markup:
+    """An element; text and attributes are escaped, underscores in names are dashes."""
+    pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items())
+    words = (
+        Markup(' {}="{}"').format(key, f"{value:.5g}" if isinstance(value, float) else value)
+        for key, value in pairs
+    )
+    opening, content = Markup("").join(words), Markup("").join(inside)
+    return Markup("<{0}{1}>{2}</{0}>").format(_name, opening, content)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """An axis.
+
+    Attributes:
+        low: value, or its decade on a log axis, at the beginning.
+        high: that at the end.
+        ticks: places between low and high, each with a label.
+        log: whether places are decades.
+    """
+
+    low: float
+    high: float
+    ticks: tuple[tuple[float, str], ...]
+    log: bool = False
+
+    def share(self, value: float) -> float:
+        """How far along the axis a value lies, from 0 to 1; NaN where it has no place."""
+        if self.log and not abs(value) < _LARGEST:
+            place = self.high
+        elif self.log:
+            place = math.log10(abs(value)) if value else self.low
+        else:
+            place = value if abs(value) < _LARGEST else math.nan
+        return (place - self.low) / (self.high - self.low)
+
+
+def linear_scale(values: Iterable[float]) -> Scale:
+    """An axis from one round number to another, around all values."""
+    finite = [value for value in values if abs(value) < _LARGEST] or [0.0, 1.0]
+    low, high = min(finite), max(finite)
+    if high - low <= 1e-9 * abs(low):
+        high = low + max(1.0, abs(low))
+    stride = 10.0 ** math.floor(math.log10(high - low))
+    stride *= next(k for k in (0.2, 0.5, 1, 2) if (high - low) / (k * stride) <= _TICKS)
+    first, last = math.floor(low / stride), math.ceil(high / stride)
+    ticks = tuple((n * stride, f"{n * stride:.10g}") for n in range(first, last + 1))
+    return Scale(first * stride, last * stride, ticks)
+
+
+def log_scale(values: Iterable[float]) -> Scale:
+    """An axis of whole decades around all values."""
+    values = list(values)
+    decades = [math.log10(abs(value)) for value in values if 0 < abs(value) < _LARGEST]
+    low, high = math.floor(min(decades, default=-16)), math.ceil(max(decades, default=-15))
+    high = max(high, low + 1)
+    stride = math.ceil((high - low) / _TICKS)
+    ticks = [(place, f"1e{place}") for place in range(low, high + 1, stride)]
+    if 0 in values:
+        low -= stride
+        ticks.insert(0, (low, "0"))
+    if not all(abs(value) < _LARGEST for value in values):
+        high = ticks[-1][0] + stride
+        ticks.append((high, "inf, nan"))
+    return Scale(low, high, tuple(ticks), log=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """A rectangle of a drawing with an axis below and one at its left, in units of the drawing."""
+
+    x: Scale
+    y: Scale
+    left: float
+    top: float
+    width: float
+    height: float
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        """Where a point lies in the drawing."""
+        return (
+            self.left + self.width * self.x.share(x),
+            self.top + self.height * (1 - self.y.share(y)),
+        )
+
+    def axes(self, x_name: str = "", y_name: str = "", x_ticks: bool = True) -> Markup:
+        """A grid line for each tick of y, with labels on both axes."""
+        bottom, right = self.top + self.height, self.left + self.width
+        parts = []
+        for place, label in self.y.ticks:
+            y = bottom - self.height * (place - self.y.low) / (self.y.high - self.y.low)
+            parts.append(tag("path", d=f"M{self.left:g} {y:.1f}H{right:g}", class_="grid"))
+            parts.append(tag("text", label, x=self.left - 7, y=y + 4, class_="end tick"))
+        for place, label in self.x.ticks if x_ticks else ():
+            x = self.left + self.width * self.x.share(place)
+            parts.append(tag("text", label, x=x, y=bottom + 17, class_="middle tick"))
+        parts.append(tag("path", d=f"M{self.left:g} {bottom:g}H{right:g}", class_="axis"))
+        if x_name:
+            parts.append(tag("text", x_name, x=right, y=bottom + 34, class_="end tick"))
+        if y_name:
+            parts.append(tag("text", y_name, x=0.0, y=self.top - 14, class_="tick"))
+        return Markup("").join(parts)
+
+    def line(self, xs: Sequence[float], ys: Sequence[float], css: str) -> Markup:
+        """A line through the points, broken where one has no place."""
+        words, pen = [], "M"
+        for x, y in zip(xs, ys, strict=True):
+            across, down = self.at(x, y)
+            if math.isnan(down):
+                pen = "M"
+                continue
+            words.append(f"{pen}{across:.1f} {down:.1f}")
+            pen = "L"
+        return tag("path", d="".join(words), class_=f"line {css}")
+
+    def dots(self, xs: Sequence[float], ys: Sequence[float], css: str) -> Markup:
+        """All points as one element; a title for each would weigh more than the rest of a page."""
+        places = (self.at(x, y) for x, y in zip(xs, ys, strict=True))
+        return tag("path", d="".join(f"M{x:.1f} {y:.1f}h0" for x, y in places), class_=css)
+
+    def rule(self, y: float, label: str, css: str = "", below: bool = False) -> Markup:
+        """A dotted line across at a value of y, with words above or below its right end."""
+        down = self.at(self.x.low, y)[1]
+        right, beside = self.left + self.width, down + 14 if below else down - 5
+        return Markup("").join((
+            tag("path", d=f"M{self.left:g} {down:.1f}H{right:g}", class_=f"rule {css}"),
+            tag("text", label, x=right, y=beside, class_=f"end note {css}"),
+        ))  # fmt: skip
+
+
+def drawing(
+    title: str, description: str, width: int, height: int, *parts: str, css: str = ""
+) -> Markup:
+    """A whole SVG element, which a screen reader reads as its title and description."""
+    box, label = f"0 0 {width} {height}", f"{title}. {description}"
+    words = tag("title", title), tag("desc", description)
+    return tag("svg", *words, *parts, viewBox=box, role="img", aria_label=label, class_=css)
