@@ -1,48 +1,62 @@
 """Why a module's output parts: the module again, alone, with one thing done in another way."""
 
 import dataclasses
+import itertools
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
+import torch
 
-from parity.capture import Trace
-from parity.causes.operations import alternatives
-from parity.causes.replay import Replay
+from parity.capture import Trace, leaves_of
+from parity.causes.operations import alternatives, substitutes
+from parity.causes.replay import Change, Done, Replay
 from parity.causes.weights import readings
 from parity.localize import aligned, float64_gap, model_name, translated
 from parity.pair import Batch
 from parity.report import Divergence
 from parity.subject import Subject
+from parity.torch_run import TorchRun
 
 # Seconds to look for a cause; a small module's alternatives take two.
 _PATIENCE = 60.0
+_SIZES = 8
 
 
-def explained(subject: Subject, batch: Batch, found: Divergence) -> Divergence:
+def explained(subject: Subject, probe: str, found: Divergence) -> Divergence:
     """The divergence of a forward pass with its cause, as far as one alternative closes the gap.
 
     The torch side is what is changed, whichever of the two is wrong: which that is, nobody but the
-    user knows.
+    user knows. Other inputs are tried too, for what is past the end of a table in one may be within
+    it in another.
+
+    Args:
+        subject: the pair.
+        probe: the inputs on which they part.
+        found: where they do.
     """
     path = "" if found.where == model_name(subject) else found.where
-    guilty = _guilty_call(subject, batch, path)
-    if guilty is None:
-        return found
-    replay, target = guilty
     start = time.perf_counter()
-    for words, output in _attempts(replay):
-        if output is not None and float64_gap(target, output) is None:
-            left = float(np.max(np.abs(target - aligned(output, target)), initial=0.0))
-            cause = f"torch matches to {left:.0e} with {words}"
-            return dataclasses.replace(found, cause=cause)
-        if time.perf_counter() - start > _PATIENCE:
-            break
+    probes = dict.fromkeys((probe, *subject.pair.probes))
+    calls = (_guilty_calls(subject, subject.pair.probes[name], path) for name in probes)
+    for replay, target in itertools.chain.from_iterable(calls):
+        for words, output in _attempts(replay):
+            if output is not None and float64_gap(target, output) is None:
+                left = float(np.max(np.abs(target - aligned(output, target)), initial=0.0))
+                return dataclasses.replace(found, cause=f"torch matches to {left:.0e} with {words}")
+            if time.perf_counter() - start > _PATIENCE:
+                return found
     return found
 
 
-def _guilty_call(subject: Subject, batch: Batch, path: str) -> tuple[Replay, np.ndarray] | None:
-    """The first call of a torch module whose output parts, and what flax's gives there."""
+def _guilty_calls(subject: Subject, batch: Batch, path: str) -> Iterator[tuple[Replay, np.ndarray]]:
+    """The first call of a torch module whose output parts, and what flax's gives there.
+
+    Then the whole model up to there, for a module may be given more than arrays, such as a mask
+    inside of an object.
+    """
     flax, port = subject.runs("float64")
     targets: list[Trace] = []
     called: set[str] = set()
@@ -54,37 +68,134 @@ def _guilty_call(subject: Subject, batch: Batch, path: str) -> tuple[Replay, np.
                 targets.append(known)
 
     flax.traces(batch, keep)
-    module = port.module.get_submodule(path)
+    model, guilty = port.module, port.module.get_submodule(path)
+    calls = {module: _calls(port, batch, module) for module in (guilty, model)}
+    for (args, kwargs), target in zip(calls[guilty], targets, strict=False):
+        inside = {
+            name.removeprefix(f"{path}.") if path else name: part
+            for name, part in model.named_modules()
+            if name in called and name != path and (not path or name.startswith(f"{path}."))
+        }
+        replay = Replay(guilty, args, kwargs, inside)
+        output = replay.output()
+        if output is not None and float64_gap(target.output, output) is None:
+            continue
+        yield replay, target.output
+        if path and len(targets) == len(calls[model]) == 1:
+            outside = {
+                name: part
+                for name, part in model.named_modules()
+                if name in called and name and not f"{path}.".startswith(f"{name}.")
+            } | {path: guilty}
+            yield Replay(model, *calls[model][0], outside, guilty), target.output
+        return
+
+
+def _calls(run: TorchRun, batch: Batch, module: torch.nn.Module) -> list[tuple[tuple, dict]]:
+    """What a module is given in a forward pass."""
     calls: list[tuple[tuple, dict]] = []
     handle = module.register_forward_pre_hook(
         lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
     )
     try:
-        port.outputs(batch)
+        run.outputs(batch)
     finally:
         handle.remove()
-    agreeing = [
-        part
-        for name, part in port.module.named_modules()
-        if name in called and name != path and f"{name}.".startswith(f"{path}." if path else "")
-    ]
-    for (args, kwargs), target in zip(calls, targets, strict=False):
-        replay = Replay(module, args, kwargs, agreeing)
-        output = replay.output()
-        if output is None or float64_gap(target.output, output) is not None:
-            return replay, target.output
-    return None
+    return calls
 
 
 def _attempts(replay: Replay) -> Iterator[tuple[str, np.ndarray | None]]:
-    """What comes out of every alternative, with its words."""
-    for place, (operation, args, kwargs, line) in enumerate(replay.operations()):
-        name = getattr(operation, "__name__", "").strip("_")
-        for words, instead in alternatives(operation, args, kwargs):
-
-            def change(at: int, _, place=place, instead=instead):
-                return instead if at == place else None
-
-            yield f"{words} ({name}, {line})", replay.output(change)
+    """What comes out of every alternative, with its words; the likely ones first."""
+    operations, parts = replay.operations(), replay.parts()
+    sizes = _sizes(operations)
+    for place, done in enumerate(operations):
+        for words, instead in alternatives(done, sizes):
+            yield _named(words, done), replay.output(_at(place, instead))
+    yield from _part_attempts(replay, parts)
     for words, weights in readings(replay.module):
         yield words, replay.output(weights=weights)
+    # One line of code that runs several times, as for queries and keys.
+    lines = Counter((done.name, done.line) for done in operations if done.line)
+    for done in operations:
+        if lines.pop((done.name, done.line), 0) > 1:
+            places = {
+                at for at, x in enumerate(operations) if (x.name, x.line) == (done.name, done.line)
+            }
+            for number, (words, _) in enumerate(alternatives(done, sizes)):
+                yield _named(words, done), replay.output(_at_all(places, operations, sizes, number))
+    others = {
+        f"the {side} of {path}": x
+        for path, args, given in parts
+        for side, values in (("input", args), ("output", given))
+        for x in list(leaves_of(values))[:1]
+        if isinstance(x, torch.Tensor)
+    }
+    for place, done in enumerate(operations):
+        for words, instead in substitutes(done, others):
+            yield _named(words, done), replay.output(_at(place, instead))
+
+
+def _part_attempts(
+    replay: Replay, parts: list[tuple[str, tuple, Any]]
+) -> Iterator[tuple[str, np.ndarray | None]]:
+    """A part left out, another in its place, or given ids that are off by one."""
+    for number, (path, args, _) in enumerate(parts):
+
+        def exchanged(instead: Callable, number=number) -> np.ndarray | None:
+            count = itertools.count()
+
+            def exchange(_, part, inputs, kwargs, given):
+                return instead(part, inputs, kwargs) if next(count) == number else None
+
+            return replay.output(exchange=exchange)
+
+        inputs = [x for x in args if isinstance(x, torch.Tensor)]
+        yield f"{path} left out", exchanged(lambda part, args, kwargs: args[0])
+        if inputs and not inputs[0].is_floating_point():
+            for shift in (1, -1):
+                yield (
+                    f"ids {shift:+d} for {path}",
+                    exchanged(lambda part, args, kwargs, s=shift: part.forward(
+                        (args[0] + s).clamp(min=0), *args[1:], **kwargs)),
+                )  # fmt: skip
+        for other, module in replay.agreeing.items():
+            if other != path and type(module) is type(replay.agreeing[path]):
+                yield (
+                    f"{other} in place of {path}",
+                    exchanged(
+                        lambda _, args, kwargs, module=module: module.forward(*args, **kwargs)
+                    ),
+                )
+
+
+def _named(words: str, done: Done) -> str:
+    return f"{words} ({done.name}{', ' if done.line else ''}{done.line})"
+
+
+def _at(place: int, instead: Callable) -> Change:
+    return lambda at, _: instead if at == place else None
+
+
+def _at_all(places: set[int], operations: list[Done], sizes: list[int], number: int) -> Change:
+    """The same alternative of every operation of a line."""
+
+    def change(at: int, _: Any) -> Callable | None:
+        if at not in places:
+            return None
+        found = itertools.islice(alternatives(operations[at], sizes), number, None)
+        return next(found, (None, None))[1]
+
+    return change
+
+
+def _sizes(operations: list[Done]) -> list[int]:
+    """Sizes of axes that a scale may be made of, the most frequent first."""
+    found = Counter(
+        size
+        for done in operations
+        for x in leaves_of(done.args)
+        if isinstance(x, torch.Tensor)
+        for size in x.shape
+        if size > 1
+    )
+    return [size for size, _ in found.most_common(_SIZES)]

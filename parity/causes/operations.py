@@ -6,11 +6,13 @@ rounding, and a wrong one leaves 1e-5 or more, so what matches is the cause.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.nn import functional
+
+from parity.causes.replay import Done
 
 Instead = Callable[..., Any]
 
@@ -27,25 +29,29 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 _ACTIVATING = {"gelu", "relu", "silu", "tanh", "sigmoid", "hardswish", "leaky_relu", "elu", "mish"}
 _COMPARISONS = {"lt": torch.le, "le": torch.lt, "gt": torch.ge, "ge": torch.gt}
-_OTHERS = {"__and__", "__or__", "__eq__", "eq", "ne", "size", "dim", "numel", "stride"}
+_OTHERS = {"and", "or", "eq", "ne", "size", "dim", "numel", "stride"}
+_INTEGRAL = {"arange", "add", "sub", "cumsum", "radd", "rsub", "where"}
+_SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 
 
-def alternatives(
-    operation: Callable, args: tuple, kwargs: dict[str, Any]
-) -> Iterator[tuple[str, Instead]]:
+def alternatives(done: Done, sizes: Collection[int]) -> Iterator[tuple[str, Instead]]:
     """Other ways to do one operation, each in words and as what to call in its place.
 
     Args:
-        operation: as torch calls it.
-        args: what it was called with.
-        kwargs: by name.
+        done: the operation.
+        sizes: of axes, which scales are made of.
     """
-    name = getattr(operation, "__name__", "").strip("_").removeprefix("r").removeprefix("i")
-    full = getattr(operation, "__name__", "").strip("_")
+    operation, args, kwargs, full = done.operation, done.args, done.kwargs, done.name
     if full in _OTHERS:
         return
-    if full in _ACTIVATING:
-        yield from _activations(args)
+    if full in _INTEGRAL and _is_integral(done.result):
+        for shift in (1, -1):
+            yield (
+                f"{'numbers' if full == 'arange' else 'the result'} {shift:+d}",
+                lambda *a, s=shift, **k: operation(*a, **k) + s,
+            )
+    elif full in _ACTIVATING:
+        yield from _activations()
     elif "norm" in full:
         yield from _norms(operation, full, args, kwargs)
     elif full in ("var", "std", "var_mean"):
@@ -56,11 +62,11 @@ def alternatives(
     elif full == "linear":
         yield from _linear(args, kwargs)
     elif full in ("softmax", "log_softmax"):
-        yield from _softmax(operation, args, kwargs)
+        yield from _softmax(operation, args, kwargs, sizes)
     elif full == "scaled_dot_product_attention":
-        yield from _fused_attention(operation, args, kwargs)
+        yield from _fused_attention(operation, args, kwargs, sizes)
     elif full == "multi_head_attention_forward":
-        yield from _inside_attention(operation, args)
+        yield from _inside_attention(operation, args, sizes)
     elif full in _COMPARISONS:
         other = _COMPARISONS[full]
         yield f"{other.__name__} in place of {full}", lambda *a, **k: other(*a[:2])
@@ -71,9 +77,6 @@ def alternatives(
                 f"diagonal={diagonal + shift} in {full}, not {diagonal}",
                 lambda *a, shift=shift, **k: operation(a[0], diagonal=diagonal + shift),
             )
-    elif full == "arange":
-        for shift in (1, -1):
-            yield f"numbers shifted by {shift:+d}", lambda *a, s=shift, **k: operation(*a, **k) + s
     elif full == "embedding":
         yield from _embedding(operation, args)
     elif full in ("masked_fill", "where"):
@@ -81,7 +84,7 @@ def alternatives(
     elif full in ("chunk", "split", "unbind", "tensor_split"):
         yield from _orders(operation, args, kwargs)
     elif full in ("view", "reshape", "unflatten"):
-        yield from _interleaved(operation, args, kwargs)
+        yield from _interleaved(done)
     elif full == "repeat_interleave":
         yield (
             "repeats tiled, not next to each other",
@@ -101,11 +104,14 @@ def alternatives(
         yield from _cross_entropy(operation, kwargs)
     elif full == "getitem":
         yield from _slices(operation, args)
-    elif name in ("mul", "div", "truediv", "add", "sub", "matmul", "pow"):
-        yield from _arithmetic(operation, full, args)
+    elif full in ("to", "float", "half", "bfloat16", "type"):
+        if _is_narrower(args[0], done.result):
+            yield f"no cast to {done.result.dtype}".replace("torch.", ""), lambda x, *a, **k: x
+    elif any(word in full for word in ("mul", "div", "add", "sub")):
+        yield from _arithmetic(operation, full, args, sizes)
 
 
-def _activations(args: tuple) -> Iterator[tuple[str, Instead]]:
+def _activations() -> Iterator[tuple[str, Instead]]:
     for words, function in _ACTIVATIONS.items():
         yield words, lambda x, *a, f=function, **k: f(x)
 
@@ -124,6 +130,7 @@ def _norms(
                 f"eps={epsilon:g}",
                 lambda *a, e=epsilon, **k: operation(*a[:place], e, *a[place + 1 :], **k),
             )
+    yield "no norm", lambda x, *a, **k: x
     if name == "layer_norm":
         weight, bias = kwargs.get("weight"), kwargs.get("bias")
         if weight is not None:
@@ -159,7 +166,9 @@ def _linear(args: tuple, kwargs: dict) -> Iterator[tuple[str, Instead]]:
         yield "the bias added twice", lambda x, *a, **k: functional.linear(x, weight, 2 * bias)
 
 
-def _softmax(operation: Callable, args: tuple, kwargs: dict) -> Iterator[tuple[str, Instead]]:
+def _softmax(
+    operation: Callable, args: tuple, kwargs: dict, sizes: Collection[int]
+) -> Iterator[tuple[str, Instead]]:
     axis = kwargs.get("dim", args[1] if len(args) > 1 else -1)
     for other in range(-1, -args[0].ndim - 1, -1):
         if other not in (axis, axis - args[0].ndim):
@@ -170,16 +179,16 @@ def _softmax(operation: Callable, args: tuple, kwargs: dict) -> Iterator[tuple[s
     )
     yield from (
         (words, lambda x, *a, s=s, **k: operation(x * s, dim=axis))
-        for words, s in _scales(args[0], 1.0)
+        for words, s in _scales(sizes, 1.0)
     )
 
 
 def _fused_attention(
-    operation: Callable, args: tuple, kwargs: dict
+    operation: Callable, args: tuple, kwargs: dict, sizes: Collection[int]
 ) -> Iterator[tuple[str, Instead]]:
     query = args[0]
     now = kwargs.get("scale") or query.shape[-1] ** -0.5
-    for words, scale in _scales(query, now):
+    for words, scale in _scales(sizes, now):
         yield words, lambda *a, s=scale, **k: operation(*a, **k | {"scale": s * now})
     flipped = not kwargs.get("is_causal", False)
     words = "a causal mask" if flipped else "no causal mask"
@@ -190,20 +199,15 @@ def _fused_attention(
     )
 
 
-def _inside_attention(operation: Callable, args: tuple) -> Iterator[tuple[str, Instead]]:
+def _inside_attention(
+    operation: Callable, args: tuple, sizes: Collection[int]
+) -> Iterator[tuple[str, Instead]]:
     """torch.nn.MultiheadAttention's own function, by changing the attention that it calls."""
-    width = args[0].shape[-1]
-    like = torch.empty((1, 1, 1, width // args[4] if isinstance(args[4], int) else width))
-    for words, change in _fused_attention(functional.scaled_dot_product_attention, (like,) * 3, {}):
-        yield words, _patched(operation, change)
-    for words, scale in _scales(args[0], like.shape[-1] ** -0.5):
-        total = scale * like.shape[-1] ** -0.5
-        yield words, _patched(operation, _scaled(total))
-
-
-def _scaled(scale: float) -> Instead:
+    width = args[0].shape[-1] // args[4]
     original = functional.scaled_dot_product_attention
-    return lambda *a, **k: original(*a, **k | {"scale": scale})
+    like = torch.empty((1, 1, 1, width))
+    for words, change in _fused_attention(original, (like,) * 3, {}, {*sizes, width}):
+        yield words, _patched(operation, change)
 
 
 def _patched(operation: Callable, attention: Instead) -> Instead:
@@ -275,15 +279,18 @@ def _orders(operation: Callable, args: tuple, kwargs: dict) -> Iterator[tuple[st
                 )
 
 
-def _interleaved(operation: Callable, args: tuple, kwargs: dict) -> Iterator[tuple[str, Instead]]:
+def _interleaved(done: Done) -> Iterator[tuple[str, Instead]]:
     """Where one axis becomes two, the numbers of the second may lie next to those of the first."""
-    x, made = args[0], operation(*args, **kwargs)
-    if made.ndim == x.ndim + 1 and made.shape[-1] > 1 and made.shape[:-2] == x.shape[:-1]:
-        first, second = made.shape[-2:]
-        yield (
-            "heads interleaved",
-            lambda x, *a, **k: x.reshape(*x.shape[:-1], second, first).swapaxes(-1, -2),
-        )
+    x, made = done.args[0], done.result
+    for axis in range(x.ndim):
+        if made.ndim == x.ndim + 1 and made.shape[:axis] == x.shape[:axis]:
+            first, second = made.shape[axis : axis + 2]
+            if made.shape[axis + 2 :] == x.shape[axis + 1 :] and first > 1 and second > 1:
+
+                def other(x, *a, axis=axis, first=first, second=second, **k):
+                    return x.unflatten(axis, (second, first)).swapaxes(axis, axis + 1)
+
+                yield f"{first} groups interleaved, not one behind the other", other
 
 
 def _cross_entropy(operation: Callable, kwargs: dict) -> Iterator[tuple[str, Instead]]:
@@ -313,52 +320,68 @@ def _spelt(part: slice) -> str:
     return f"{'' if part.start is None else part.start}:{'' if part.stop is None else part.stop}"
 
 
-def _arithmetic(operation: Callable, name: str, args: tuple) -> Iterator[tuple[str, Instead]]:
-    if len(args) < 2:
-        return
-    tensors = [x for x in args[:2] if isinstance(x, torch.Tensor)]
+def _arithmetic(
+    operation: Callable, name: str, args: tuple, sizes: Collection[int]
+) -> Iterator[tuple[str, Instead]]:
+    tensors = [x for x in args[:2] if isinstance(x, torch.Tensor) and x.is_floating_point()]
     number = next((x for x in args[:2] if isinstance(x, float)), None)
     if number is not None and tensors:
-        if "mul" in name or "div" in name:
+        if name.endswith(("mul", "div")):
             factor = number if "mul" in name else 1 / number
-            for words, scale in _scales(tensors[0], factor):
+            for words, scale in _scales(sizes, factor):
                 yield words, lambda *a, s=scale, **k: operation(*a, **k) * s
-        if "add" in name and 0 < number < 1e-2:
+        if name.endswith("add") and 0 < number < 1e-2:
             for epsilon in _EPSILONS:
                 if epsilon != number:
-                    yield f"eps={epsilon:g}", lambda *a, e=epsilon, **k: tensors_first(a) + e
-    elif len(tensors) == 2 and all(x.is_floating_point() for x in tensors):
-        if name != "matmul":
-            sign = {"add": "+", "sub": "-", "mul": "*"}.get(name.removeprefix("i"), name)
-            yield f"without the right side of its {sign}", lambda x, y, **k: x
-            yield f"without the left side of its {sign}", lambda x, y, **k: y
-        if "add" in name:
-            yield "a difference in place of the sum", lambda x, y, **k: x - y
-        if "sub" in name:
-            yield "a sum in place of the difference", lambda x, y, **k: x + y
-        shapes = tensors[0]
-        yield from (
-            (words, lambda *a, s=s, **k: operation(*a, **k) * s)
-            for words, s in _scales(shapes, 1.0)
-            if name == "matmul"
-        )
+                    yield f"eps={epsilon:g}", lambda *a, e=epsilon, **k: _tensor_of(a) + e
+    elif len(tensors) == 2:
+        sign = next(sign for word, sign in _SIGNS.items() if word in name)
+        yield f"x in place of x {sign} y", lambda x, y, **k: x
+        yield f"y in place of x {sign} y", lambda x, y, **k: y
+        if sign == "+":
+            yield "x - y in place of x + y", lambda x, y, **k: x - y
+        if sign == "-":
+            yield "x + y in place of x - y", lambda x, y, **k: x + y
 
 
-def tensors_first(args: tuple) -> torch.Tensor:
-    """The tensor among two arguments."""
+def substitutes(done: Done, others: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, Instead]]:
+    """A sum of another tensor that was at hand: a residual around the wrong place."""
+    if not done.name.endswith(("add", "sub")):
+        return
+    for place, side in enumerate(done.args[:2]):
+        for name, tensor in others.items():
+            if isinstance(side, torch.Tensor) and side.shape == tensor.shape and side is not tensor:
+
+                def other(*a, place=place, tensor=tensor, **k):
+                    return done.operation(*a[:place], tensor, *a[place + 1 :], **k)
+
+                yield f"{name} on the {('left', 'right')[place]} of its sum", other
+
+
+def _tensor_of(args: tuple) -> torch.Tensor:
     return next(x for x in args if isinstance(x, torch.Tensor))
 
 
-def _scales(x: torch.Tensor, now: float) -> Iterator[tuple[str, float]]:
+def _is_integral(result: Any) -> bool:
+    return isinstance(result, torch.Tensor) and result.dtype in (torch.int32, torch.int64)
+
+
+def _is_narrower(x: Any, result: Any) -> bool:
+    return (
+        isinstance(x, torch.Tensor)
+        and isinstance(result, torch.Tensor)
+        and x.is_floating_point()
+        and result.is_floating_point()
+        and torch.finfo(result.dtype).bits < torch.finfo(x.dtype).bits
+    )
+
+
+def _scales(sizes: Collection[int], now: float) -> Iterator[tuple[str, float]]:
     """Factors that bring a scale of `now` to another usual one, in words."""
-    sizes = sorted({size for size in x.shape if size > 1})
     usual = {"a scale of 1": 1.0}
-    for size in sizes:
-        usual |= {f"a scale of {size}**{power:g}": size**power for power in (-0.5, -1.0, 0.5)}
-    for first in sizes:
-        for second in sizes:
-            if first <= second:
-                usual[f"a scale of {first * second}**-0.5"] = (first * second) ** -0.5
+    for power in (-0.5, -1.0, 0.5):
+        usual |= {f"a scale of {size}**{power:g}": size**power for size in sizes}
+    usual |= {f"a scale of {a * b}**-0.5": (a * b) ** -0.5 for a in sizes for b in sizes if a <= b}
     for words, scale in usual.items():
         if not math.isclose(scale, now, rel_tol=1e-9):
             yield words, scale / now

@@ -1,10 +1,13 @@
-"""The guilty torch module alone, on inputs that both sides agree on, as often as is needed.
+"""A torch module alone, on inputs that both sides agree on, as often as is needed.
 
-While it runs, each operation of its own code passes by and may be done in another way. Operations
-of modules inside it that have a counterpart, and agree, are left alone.
+While it runs, each operation of its own code passes by and may be done in another way, and so may
+each call of a module inside it. Operations within modules that agree with their counterparts are
+not its own.
 """
 
 import contextlib
+import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -19,16 +22,46 @@ from parity.leaves import to_numpy
 Operation = Callable[..., Any]
 # Given an operation and its place among the module's own, what to do instead; None for itself.
 Change = Callable[[int, Operation], Operation | None]
+# Given a part's path, its call and what it gave, what it shall have given; None for that.
+Exchange = Callable[[str, torch.nn.Module, tuple, dict, Any], Any]
+
+_SILENT = {"__get__", "__set__", "_set_grad_enabled"}
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """One operation of a module's own code.
+
+    Attributes:
+        operation: as torch calls it.
+        args: what it was given.
+        kwargs: by name.
+        line: file and line that asked for it; "" inside of torch.
+        result: what it gave.
+    """
+
+    operation: Operation
+    args: tuple
+    kwargs: dict[str, Any]
+    line: str
+    result: Any
+
+    @property
+    def name(self) -> str:
+        """The operation's, without underscores around it."""
+        return getattr(self.operation, "__name__", "").strip("_")
 
 
 class Replay:
     """One call of one module, to be made again.
 
     Args:
-        module: the guilty one.
+        module: the one to run.
         args: of the call.
         kwargs: of the call.
-        agreeing: modules inside it whose operations are not its own.
+        agreeing: modules inside it, by path, whose operations are not its own.
+        observed: the module inside it whose first output is looked at; itself when None.
     """
 
     def __init__(
@@ -36,71 +69,105 @@ class Replay:
         module: torch.nn.Module,
         args: tuple,
         kwargs: Mapping[str, Any],
-        agreeing: list[torch.nn.Module],
+        agreeing: Mapping[str, torch.nn.Module],
+        observed: torch.nn.Module | None = None,
     ):
         self.module = module
-        self._args, self._kwargs, self._agreeing = args, kwargs, agreeing
+        self.agreeing = agreeing
+        self._args, self._kwargs, self._observed = args, kwargs, observed
 
     def output(
         self,
         change: Change = lambda place, operation: None,
+        exchange: Exchange = lambda path, part, args, kwargs, given: None,
         weights: Mapping[str, torch.Tensor] | None = None,
     ) -> np.ndarray | None:
-        """The first array of what it gives; None if what is tried cannot be done.
+        """The first array of what comes out; None if what is tried cannot be done.
 
         Args:
             change: what is done in another way.
-            weights: parameters to use instead of its own, by name.
+            exchange: what parts shall have given.
+            weights: parameters to use instead of the module's own, by name.
         """
-        with torch.no_grad(), _Watch(change) as watch, self._outside(watch):
+        with torch.no_grad(), _Watch(change) as watch, self._hooked(watch, exchange):
             try:
                 given = torch.func.functional_call(
                     self.module, dict(weights or {}), self._args, dict(self._kwargs)
                 )
+            except _Observed as seen:
+                given = seen.output
             except Exception:  # shapes that do not fit, say: then it was not that
                 return None
         arrays = [x for x in leaves_of(given) if isinstance(x, torch.Tensor)]
         return to_numpy(arrays[0]) if arrays else None
 
-    def operations(self) -> list[tuple[Operation, tuple, dict, str]]:
-        """The module's own operations, in order, with their arguments and their lines of code."""
+    def operations(self) -> list[Done]:
+        """The module's own operations, in order."""
         seen = []
 
         def look(place: int, operation: Operation) -> Operation:
             line = _line_of_caller()
 
             def watched(*args: Any, **kwargs: Any) -> Any:
-                seen.append((operation, args, kwargs, line))
-                return operation(*args, **kwargs)
+                result = operation(*args, **kwargs)
+                seen.append(Done(operation, args, kwargs, line, result))
+                return result
 
             return watched
 
         self.output(look)
         return seen
 
+    def parts(self) -> list[tuple[str, tuple, Any]]:
+        """Path, arguments and output of each call of an agreeing module, in order."""
+        seen = []
+
+        def look(path: str, part: torch.nn.Module, args: tuple, kwargs: dict, given: Any) -> None:
+            seen.append((path, args, given))
+
+        self.output(exchange=look)
+        return seen
+
     @contextlib.contextmanager
-    def _outside(self, watch: "_Watch") -> Iterator[None]:
+    def _hooked(self, watch: "_Watch", exchange: Exchange) -> Iterator[None]:
         """While an agreeing module runs, nothing is watched."""
+        handles = []
 
         def enter(*_: Any) -> None:
             watch.depth += 1
 
-        def leave(*_: Any) -> None:
-            watch.depth -= 1
+        for path, part in self.agreeing.items():
 
-        handles = [
-            handle
-            for module in self._agreeing
-            for handle in (
-                module.register_forward_pre_hook(enter),
-                module.register_forward_hook(leave, always_call=True),
-            )
-        ]
+            def leave(part, args, kwargs, given, path=path):
+                watch.depth -= 1
+                if watch.depth == 0:
+                    watch.depth += 1  # what is exchanged is no operation of the module
+                    try:
+                        return exchange(path, part, args, kwargs, given)
+                    finally:
+                        watch.depth -= 1
+                return None
+
+            handles.append(part.register_forward_pre_hook(enter))
+            handles.append(part.register_forward_hook(leave, with_kwargs=True))
+        if self._observed is not None:
+
+            def observe(module, args, given):
+                raise _Observed(given)
+
+            handles.append(self._observed.register_forward_hook(observe))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+
+class _Observed(BaseException):
+    """The output of the observed module is there, and nothing else is wanted."""
+
+    def __init__(self, output: Any):
+        self.output = output
 
 
 class _Watch(TorchFunctionMode):
@@ -110,18 +177,21 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if self.depth or getattr(func, "__name__", "") in ("__get__", "_set_grad_enabled"):
+        if self.depth or getattr(func, "__name__", "") in _SILENT:
             return func(*args, **kwargs)
         place, self._place = self._place, self._place + 1
         return (self._change(place, func) or func)(*args, **kwargs)
 
 
 def _line_of_caller() -> str:
-    """The file and line of the code that asked for the operation, outside of torch and of here."""
+    """The file and line of the code that asked for an operation, outside of torch and of parity."""
     frame = sys._getframe(1)
+    torch_folder = os.path.dirname(torch.__file__) + os.sep
     while frame is not None:
         name = frame.f_code.co_filename
-        if name != __file__ and "/torch/" not in name.replace("\\", "/"):
-            return f"{name.replace(chr(92), '/').rpartition('/')[2]}:{frame.f_lineno}"
+        if not name.startswith((_HERE, torch_folder)):
+            return f"{os.path.basename(name)}:{frame.f_lineno}"
+        if name.startswith(_HERE) and not name.startswith(os.path.join(_HERE, "causes")):
+            return ""
         frame = frame.f_back
-    return "torch"
+    return ""

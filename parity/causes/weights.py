@@ -18,6 +18,7 @@ def readings(module: torch.nn.Module) -> Iterator[tuple[str, Weights]]:
         if name.rpartition(".")[2].startswith(("bias", "in_proj_bias")):
             yield f"{name} left out", {name: torch.zeros_like(weight)}
     yield from _exchanged(own)
+    yield from _turned_together(own)
     yield from _reordered(own)
     for name, weight in own.items():
         if weight.ndim == 1 and name.endswith("weight"):
@@ -49,6 +50,26 @@ def _exchanged(own: Weights) -> Iterator[tuple[str, Weights]]:
         yield f"{a} and {b} swapped", of_a | of_b
         yield f"{b} in place of {a} too", of_a
         yield f"{a} in place of {b} too", of_b
+
+
+def _turned_together(own: Weights) -> Iterator[tuple[str, Weights]]:
+    """Queries and keys in which a rotation pairs neighbours, where it paired halves, or back."""
+    owners = sorted({name.rpartition(".")[0] for name in own if "." in name})
+    for a, b in itertools.combinations(owners, 2):
+        group = {
+            name: x for name, x in own.items() if name.rpartition(".")[0] in (a, b) and x.ndim <= 2
+        }
+        rows = {x.shape[0] for x in group.values()}
+        for width in range(4, min(rows, default=0) + 1, 2):
+            if any(size % width for size in rows):
+                continue
+            halves = torch.arange(width).reshape(2, -1).T.reshape(-1)
+            for words, order in (("neighbours", torch.argsort(halves)), ("halves", halves)):
+                yield (
+                    f"{words} paired in the rotation of {a} and {b}, {width} wide",
+                    {name: x.unflatten(0, (-1, width))[:, order].flatten(0, 1)
+                     for name, x in group.items()},
+                )  # fmt: skip
 
 
 def _reordered(own: Weights) -> Iterator[tuple[str, Weights]]:

@@ -86,11 +86,12 @@ def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     bad = next(record for record in records if record.verdict is Verdict.FAIL)
     if bad.metric == "narrow operations":
         return Divergence(bad.name, "forward", 0, bad.value, detail=bad.note or "")
-    batch = subject.pair.probes[failed_probe(subject, [bad])]
+    probe = failed_probe(subject, [bad])
+    batch = subject.pair.probes[probe]
     if bad.dtype != "float64":
         return locate_rounding(subject, batch)
     found = locate_forward(subject, batch)
-    return found and explained(subject, batch, found)
+    return found and explained(subject, probe, found)
 
 
 def failed_probe(subject: Subject, records: Iterable[Record]) -> str:
