@@ -7,8 +7,9 @@ infer.py      rules="auto": the weight map from names, shapes, types and experim
 pairs.py      all of it together: `check_pair`
 """
 
+from parity.foreign.convert import convert_file
 from parity.foreign.infer import infer_rules
 from parity.foreign.inputs import Inputs, as_inputs
 from parity.foreign.pairs import check_pair, pair_of
 
-__all__ = ["Inputs", "as_inputs", "check_pair", "infer_rules", "pair_of"]
+__all__ = ["Inputs", "as_inputs", "check_pair", "convert_file", "infer_rules", "pair_of"]
