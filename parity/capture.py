@@ -197,7 +197,8 @@ def _tell(
 ) -> None:
     arrays = [x for x in leaves_of(inputs) if isinstance(x, array_type)]
     outputs = [x for x in leaves_of(output) if isinstance(x, array_type)]
-    if outputs:
+    # What is traced, as in the body of a scan, has no numbers.
+    if outputs and not any(isinstance(x, jax.core.Tracer) for x in (*arrays, *outputs)):
         sink(Trace(path, tuple(map(convert, arrays)), convert(outputs[0])))
 
 
