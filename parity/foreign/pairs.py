@@ -128,7 +128,7 @@ def pair_of(
     ):
         if (both[0] is None) != (both[1] is None):
             raise ValueError(
-                f"check_pair: a {name} for one side alone. Two {name}s are compared. Give "
+                f"check_pair: {name} of one side alone. Two are compared. Give "
                 f"torch_{name} and flax_{name}, or neither."
             )
     if weights not in ("random", "torch"):

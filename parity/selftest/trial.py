@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import sys
 import types
 from collections.abc import Iterator, Mapping
@@ -26,6 +27,8 @@ from parity.twins import twins
 
 PAIRS = "mlp", "convnet", "encoder", "recurrent", "gpt2"
 TWINS = "flax_gpt", "torch_gpt"
+
+_numbers = itertools.count()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +131,7 @@ def pair_module(name: str, edits: tuple[Edit, ...] = ()) -> Iterator[types.Modul
     """A file of `parity.selftest.pairs`, in which some places read differently."""
     path = Path(__file__).parent / "pairs" / f"{name}.py"
     text = edited(path.name, path.read_text(encoding="utf-8"), edits)
-    spec = importlib.util.spec_from_loader(f"planted_{name}", loader=None)
+    spec = importlib.util.spec_from_loader(f"{name}_copy_{next(_numbers)}", loader=None)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # classes look for their module
     try:
