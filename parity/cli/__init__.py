@@ -14,7 +14,18 @@ import typer
 # cores, and jax must not take the whole GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
-from parity.cli import bench, bugs, check, convert, doctor, generate, precision, threads, train
+from parity.cli import (
+    bench,
+    bugs,
+    check,
+    convert,
+    doctor,
+    generate,
+    precision,
+    record,
+    threads,
+    train,
+)
 from parity.cli.options import unwrapped
 
 app = typer.Typer(
@@ -61,7 +72,7 @@ def parity(
 
 for command in (
     check.check, train.train, generate.generate, convert.convert, precision.precision,
-    doctor.doctor,
+    doctor.doctor, record.record,
 ):  # fmt: skip
     app.command(help=unwrapped(command))(command)
 app.add_typer(bench.bench, name="bench")

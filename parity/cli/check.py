@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from parity.cli.options import PRESETS, Data, Device, Task, check_data, check_outputs, in_one_line
+from parity.cli.record import check_golden
 
 # The names of parity.levels.LEVELS; a test holds them equal.
 LEVELS = "weights", "logits", "gradients", "optimizer", "trajectory", "cache", "tokens"
@@ -30,6 +31,23 @@ def check(
         ),
     ] = None,
     task: Task = "next-token",
+    golden: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of `parity record`: checks one module of yours, named by --torch or "
+            "--flax, against it, in float64, without the other framework."
+        ),
+    ] = None,
+    torch: Annotated[
+        str | None, typer.Option(help="Your PyTorch module: net.py:build or my_pkg.net:build.")
+    ] = None,
+    flax: Annotated[
+        str | None, typer.Option(help="Your Flax NNX module: port.py:build or my_pkg.port:build.")
+    ] = None,
+    rules: Annotated[
+        Path | None,
+        typer.Option(help="The weight map, a TOML file; none for a golden of the same framework."),
+    ] = None,
     level: Annotated[
         list[str] | None,
         typer.Option(help=f"Climb only this level; repeat for more: {', '.join(LEVELS)}."),
@@ -92,31 +110,54 @@ def check(
     parity check --level logits --level gradients --dtype float64
 
     parity check --checkpoint ./llama --steps 3
+
+    parity check --golden net.safetensors --flax port.py:build --rules rules.toml
     """
     errors = Console(stderr=True)
     files = {"--json": json, "--markdown": markdown, "--html": html}
     with in_one_line(errors):
         check_outputs(files)
-        report = _run(
-            errors,
-            data,
-            preset,
-            checkpoint,
-            task,
-            level,
-            dtype,
-            steps,
-            dropout,
-            tokens,
-            seed,
-            device,
-            evidence=html is not None,
-        )
+        if golden is not None:
+            if data is not None or checkpoint is not None:
+                raise ValueError(
+                    f"--golden {golden} with --data or --checkpoint: a golden has inputs and weights "
+                    "of its own. Leave the others out."
+                )
+            report = check_golden(errors, golden, torch, flax, rules, _levels(level))
+        else:
+            if torch or flax or rules:
+                raise ValueError("--torch, --flax, --rules: without --golden. Give one.")
+            report = _run(
+                errors,
+                data,
+                preset,
+                checkpoint,
+                task,
+                level,
+                dtype,
+                steps,
+                dropout,
+                tokens,
+                seed,
+                device,
+                evidence=html is not None,
+            )
         Console(stderr="-" in files.values()).print(report)
         _write(json, report.to_json)
         _write(markdown, report.to_markdown)
         _write(html, report.to_html)
     raise typer.Exit(report.exit_code)
+
+
+def _levels(wanted: list[str] | None) -> list[str]:
+    """The levels of --level, in their order; all without it.
+
+    Raises:
+        ValueError: for one that there is not.
+    """
+    if unknown := set(wanted or ()) - set(LEVELS):
+        raise ValueError(f"--level {min(unknown)}: no such level. Choose {', '.join(LEVELS)}.")
+    return [name for name in LEVELS if not wanted or name in wanted]
 
 
 def _write(name: str | None, text: Callable[[], str]) -> None:
@@ -137,9 +178,7 @@ def _run(
     dtypes = tuple(name.strip() for name in dtype.split(","))
     if dtypes not in (("float64",), ("float64", "float32")):
         raise ValueError(f"--dtype {dtype}: choose float64 or float64,float32.")
-    if unknown := set(level or ()) - set(LEVELS):
-        raise ValueError(f"--level {min(unknown)}: no such level. Choose {', '.join(LEVELS)}.")
-    levels = [name for name in LEVELS if not level or name in level]
+    levels = _levels(level)
     check_data(data)
     if checkpoint is not None and (preset != "tiny" or task != "next-token"):
         raise ValueError(

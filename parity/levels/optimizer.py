@@ -11,17 +11,16 @@ rate.
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
 from parity.causes.optimizer import Reading, Step, difference, read, shares
 from parity.compare import Record, Verdict, abstain, judge, largest, max_abs, ratio, relative_l2
-from parity.flax_run import FlaxRun
 from parity.leaves import Leaves
 from parity.pair import Batch, Pair
 from parity.report import Divergence
 from parity.subject import Subject
-from parity.torch_run import TorchRun
 
 STEPS = 4
 # The steps that the schedule spans: it warms up, stands at its height, and has begun to come down.
@@ -173,7 +172,7 @@ def _cause(subject: Subject) -> str | None:
     return difference(*readings, (flax.name, torch.name))
 
 
-def _reading(run: FlaxRun | TorchRun, pair: Pair, convert: Callable[[Leaves], Leaves]) -> Reading:
+def _reading(run: Any, pair: Pair, convert: Callable[[Leaves], Leaves]) -> Reading:
     """One side's optimizer, read off; what its loss's gradient does not explain, by parts of it."""
     trainer, steps = run.trainer(HORIZON), []
     start = before = trainer.parameters()
