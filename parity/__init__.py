@@ -1,11 +1,50 @@
 """Proves that a Flax NNX model and a PyTorch model are the same function, or says where they part.
 
-    from parity.check import check
-    from parity.corpus import Corpus
-    from parity.twins import twins
+    from parity import check_pair
 
-    report = check(twins(Corpus.load()))
-    report.verdict, report.divergence
+    report = check_pair(torch_module, nnx_module, inputs)
+    print(report)
+    report.raise_if_diverged()
 
-Nothing is imported here, so that `parity --help` does not wait for two frameworks.
+Names are imported when they are asked for: `parity --help` does not wait for two frameworks.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from parity.foreign import check_pair, infer_rules, pair_of
+    from parity.layouts import Layout
+    from parity.report import ParityError, Report
+    from parity.rules import Rule, Rules
+    from parity.transplant import transplant
+
+_PLACES = {
+    "check_pair": "parity.foreign",
+    "infer_rules": "parity.foreign",
+    "pair_of": "parity.foreign",
+    "ParityError": "parity.report",
+    "Report": "parity.report",
+    "Layout": "parity.layouts",
+    "Rule": "parity.rules",
+    "Rules": "parity.rules",
+    "transplant": "parity.transplant",
+}
+
+__all__ = [
+    "Layout",
+    "ParityError",
+    "Report",
+    "Rule",
+    "Rules",
+    "check_pair",
+    "infer_rules",
+    "pair_of",
+    "transplant",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'parity' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PLACES[name]), name)

@@ -19,6 +19,9 @@ class Verdict(enum.StrEnum):
     FAIL = "FAIL"  # worse than ERROR: what was found to differ differs, whatever else happened
 
 
+# Why a comparison in float64 abstains.
+IMPURE = "not float64 throughout, so float32 decides, which sees less"
+
 BAD = Verdict.ERROR, Verdict.FAIL
 
 
@@ -107,6 +110,15 @@ def max_abs(a: np.ndarray, b: np.ndarray) -> float:
         return 0.0
     with np.errstate(invalid="ignore"):  # inf - inf is NaN, which fails as it should
         return float(np.max(np.abs(_wide(a) - _wide(b))))
+
+
+def relative_max_abs(a: np.ndarray, b: np.ndarray, truth: np.ndarray) -> float:
+    """The largest absolute difference, in units of the largest number in `truth` if that is over 1.
+
+    Rounding grows with the numbers that are rounded.
+    """
+    sizes = np.abs(_wide(truth[np.isfinite(truth)]))
+    return max_abs(a, b) / max(1.0, float(np.max(sizes, initial=0.0)))
 
 
 def rms_error(a: np.ndarray, b: np.ndarray) -> float:

@@ -39,13 +39,34 @@ def locate_rounding(subject: Subject, batch: Batch) -> Divergence | None:
         for trace, *others in matched(translated(ours, subject.modules), theirs, exact):
             if None in others:
                 continue
-            twin, right = (other.output for other in others)
-            ratio = error_ratio(aligned(trace.output, twin), twin, right)
-            if not ratio <= _RATIO:
-                where = trace.path or model_name(subject)
-                detail = "Value is the larger float32 error over the smaller; float64 agrees."
-                return Divergence(where, "forward", 0, ratio, detail=detail)
+            twin, right = others
+            ratio = _ratio(trace.output, twin.output, right.output)
+            if ratio <= _RATIO:
+                continue
+            where = trace.path
+            inputs = zip(trace.inputs, twin.inputs, right.inputs, strict=False)
+            if where and any(_ratio(*three) > _RATIO for three in inputs if _are_floats(three)):
+                where = _caller(where, subject.modules.values())
+            agrees = "" if subject.impurities else "; float64 agrees"
+            detail = f"Value is the larger float32 error over the smaller{agrees}."
+            return Divergence(where or model_name(subject), "forward", 0, ratio, detail=detail)
     return None
+
+
+def _ratio(flax: np.ndarray, torch: np.ndarray, truth: np.ndarray) -> float:
+    return error_ratio(aligned(flax, torch), torch, truth)
+
+
+def _are_floats(arrays: Iterable[np.ndarray]) -> bool:
+    return all(np.issubdtype(array.dtype, np.floating) for array in arrays)
+
+
+def _caller(path: str, paths: Collection[str]) -> str:
+    """The module around another that is called."""
+    parent = path.rpartition(".")[0]
+    while parent and parent not in paths:
+        parent = parent.rpartition(".")[0]
+    return parent
 
 
 def gaps_by_module(subject: Subject, batch: Batch) -> list[tuple[str, float]]:
@@ -87,9 +108,7 @@ def first_divergence(
         if twin is None or (found := gap(trace.output, twin.output)) is None:
             continue
         if trace.path and _inputs_part(trace.inputs, twin.inputs, gap):
-            parent = trace.path.rpartition(".")[0]
-            while parent and parent not in paths:
-                parent = parent.rpartition(".")[0]
+            parent = _caller(trace.path, paths)
             detail = f"Its own code parts before {trace.path} is called; all before that agrees."
             return Divergence(parent or root, phase, 0, found, detail=detail)
         detail = "Given the same input its output differs; all before it agrees."

@@ -77,6 +77,8 @@ class Pair:
         sequences: tokens (B, T) and counts (B,) to read in chunks; None without a decoder.
         config: what the report says of the models.
         leaves: the flax side's weights under test; None for random ones, which hide nothing.
+        pure: whether a float64 run must be in float64 throughout. False for modules of others,
+            which may hold an operation that is not: then float64 says less, and that is said.
     """
 
     flax: Side
@@ -91,3 +93,4 @@ class Pair:
     sequences: tuple[np.ndarray, np.ndarray] | None = None
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     leaves: Leaves | None = None
+    pure: bool = True

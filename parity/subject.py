@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from parity.compare import IMPURE
 from parity.evidence import Evidence
 from parity.leaves import Leaves
 from parity.pair import Batch, Pair
@@ -15,6 +16,8 @@ from parity.weight_map import WeightMap
 
 # A gradient this far below the whole gradient is rounding: 1e4 units of float64's last place.
 _NULL = 1e-12
+# And of float32's, where a run is partly in that.
+_NULL_IMPURE = 1e-5
 
 
 class Subject(abc.ABC):
@@ -57,6 +60,31 @@ class Subject(abc.ABC):
         """Weights of the model, tied ones once."""
         return sum(leaf.size for leaf in self.flax_leaves.values())
 
+    @functools.cached_property
+    def impurities(self) -> dict[str, str]:
+        """By side, what is not float64 in its float64 run, for a pair that may have such."""
+        found = {}
+        for run in self.runs("float64") if not self.pair.pure else ():
+            forward, both = (
+                purity(self.gradient_probe).impure
+                for purity in (run.forward_purity, run.gradient_purity)
+            )
+            if impure := forward or both:
+                words = [f"{name} ({n}x)" for name, n in impure.items()]
+                more = f" and {len(words) - 3} more" if len(words) > 3 else ""
+                found[run.name] = ", ".join(words[:3]) + more
+        return found
+
+    @property
+    def weaker_claim(self) -> str:
+        """What float64 cannot show where it is not pure, in words."""
+        sides = "; ".join(f"{name}: {words}" for name, words in self.impurities.items())
+        return f"{IMPURE}; in {sides}"
+
+    def truth(self, flax: np.ndarray, torch: np.ndarray) -> np.ndarray:
+        """The output in float64 that float32 is judged by: that of a side which is pure."""
+        return torch if self.pair.flax.name in self.impurities else flax
+
     @property
     def gradient_probe(self) -> Batch:
         """The batch that gradients are taken on."""
@@ -66,6 +94,10 @@ class Subject(abc.ABC):
         flax, torch = self.runs(dtype)
         loss, gradients = torch.gradients(self.gradient_probe)
         return flax.gradients(self.gradient_probe), (loss, self.weight_map.to_flax(gradients))
+
+    @property
+    def _null(self) -> float:
+        return _NULL_IMPURE if self.impurities else _NULL
 
     @functools.cached_property
     def null_leaves(self) -> tuple[str, ...]:
@@ -79,7 +111,7 @@ class Subject(abc.ABC):
         return tuple(
             name
             for name in flax
-            if all(np.linalg.norm(side[name]) <= _NULL * scale for side in (flax, torch))
+            if all(np.linalg.norm(side[name]) <= self._null * scale for side in (flax, torch))
         )
 
     @functools.cached_property
@@ -99,7 +131,9 @@ class Subject(abc.ABC):
         found = [
             name
             for name in moments[0]
-            if all(np.linalg.norm(side[name]) <= _NULL * gradient_norm(side) for side in moments)
+            if all(
+                np.linalg.norm(side[name]) <= self._null * gradient_norm(side) for side in moments
+            )
         ]
         if set(found) > set(self.null_leaves):
             found += [name for name in self.flax_leaves if name not in gradients]
@@ -120,7 +154,8 @@ class Subject(abc.ABC):
             for axis, size in enumerate(flax[name].shape)
             if size > 1
             and all(
-                np.linalg.norm(along_ones(side[name], axis)) <= _NULL * np.linalg.norm(side[name])
+                np.linalg.norm(along_ones(side[name], axis))
+                <= self._null * np.linalg.norm(side[name])
                 for side in (flax, torch)
             )
         )

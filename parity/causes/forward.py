@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 
 from parity.capture import Trace, leaves_of
 from parity.causes.operations import alternatives, substitutes
-from parity.causes.replay import Change, Done, Replay
+from parity.causes.replay import Change, Done, Exchange, Replay
 from parity.causes.weights import readings
 from parity.localize import aligned, float64_gap, model_name, translated
 from parity.pair import Batch
@@ -39,10 +39,12 @@ def explained(subject: Subject, probe: str, found: Divergence) -> Divergence:
     """
     path = "" if found.where == model_name(subject) else found.where
     start = time.perf_counter()
+    model = subject.runs("float64")[1].module
     probes = dict.fromkeys((probe, *subject.pair.probes))
     calls = (_guilty_calls(subject, subject.pair.probes[name], path) for name in probes)
     for replay, target in itertools.chain.from_iterable(calls):
-        for words, output in _attempts(replay):
+        others = {name: part for name, part in model.named_modules() if part is not replay.module}
+        for words, output in _attempts(replay, others):
             if output is not None and float64_gap(target, output) is None:
                 left = float(np.max(np.abs(target - aligned(output, target)), initial=0.0))
                 return dataclasses.replace(found, cause=f"torch matches to {left:.0e} with {words}")
@@ -104,7 +106,9 @@ def _calls(run: TorchRun, batch: Batch, module: torch.nn.Module) -> list[tuple[t
     return calls
 
 
-def _attempts(replay: Replay) -> Iterator[tuple[str, np.ndarray | None]]:
+def _attempts(
+    replay: Replay, others: Mapping[str, torch.nn.Module]
+) -> Iterator[tuple[str, np.ndarray | None]]:
     """What comes out of every alternative, with its words; the likely ones first."""
     operations, parts = replay.operations(), replay.parts()
     sizes = _sizes(operations)
@@ -112,7 +116,7 @@ def _attempts(replay: Replay) -> Iterator[tuple[str, np.ndarray | None]]:
         for words, instead in alternatives(done, sizes):
             yield _named(words, done), replay.output(_at(place, instead))
     yield from _part_attempts(replay, parts)
-    for words, weights in readings(replay.module):
+    for words, weights in readings(replay.module, others):
         yield words, replay.output(weights=weights)
     # One line of code that runs several times, as for queries and keys.
     lines = Counter((done.name, done.line) for done in operations if done.line)
@@ -123,7 +127,7 @@ def _attempts(replay: Replay) -> Iterator[tuple[str, np.ndarray | None]]:
             }
             for number, (words, _) in enumerate(alternatives(done, sizes)):
                 yield _named(words, done), replay.output(_at_all(places, operations, sizes, number))
-    others = {
+    at_hand = {
         f"the {side} of {path}": x
         for path, args, given in parts
         for side, values in (("input", args), ("output", given))
@@ -131,7 +135,7 @@ def _attempts(replay: Replay) -> Iterator[tuple[str, np.ndarray | None]]:
         if isinstance(x, torch.Tensor)
     }
     for place, done in enumerate(operations):
-        for words, instead in substitutes(done, others):
+        for words, instead in substitutes(done, at_hand):
             yield _named(words, done), replay.output(_at(place, instead))
 
 
@@ -141,31 +145,34 @@ def _part_attempts(
     """A part left out, another in its place, or given ids that are off by one."""
     for number, (path, args, _) in enumerate(parts):
 
-        def exchanged(instead: Callable, number=number) -> np.ndarray | None:
-            count = itertools.count()
-
-            def exchange(_, part, inputs, kwargs, given):
-                return instead(part, inputs, kwargs) if next(count) == number else None
-
-            return replay.output(exchange=exchange)
+        def tried(instead: Callable, number=number) -> np.ndarray | None:
+            return replay.output(exchange=_at_call(number, instead))
 
         inputs = [x for x in args if isinstance(x, torch.Tensor)]
-        yield f"{path} left out", exchanged(lambda part, args, kwargs: args[0])
+        yield f"{path} left out", tried(lambda _, given, kwargs: given[0])
         if inputs and not inputs[0].is_floating_point():
             for shift in (1, -1):
                 yield (
                     f"ids {shift:+d} for {path}",
-                    exchanged(lambda part, args, kwargs, s=shift: part.forward(
-                        (args[0] + s).clamp(min=0), *args[1:], **kwargs)),
+                    tried(lambda part, given, kwargs, s=shift: part.forward(
+                        (given[0] + s).clamp(min=0), *given[1:], **kwargs)),
                 )  # fmt: skip
         for other, module in replay.agreeing.items():
             if other != path and type(module) is type(replay.agreeing[path]):
                 yield (
                     f"{other} in place of {path}",
-                    exchanged(
-                        lambda _, args, kwargs, module=module: module.forward(*args, **kwargs)
-                    ),
+                    tried(lambda _, given, kwargs, module=module: module.forward(*given, **kwargs)),
                 )
+
+
+def _at_call(number: int, instead: Callable) -> Exchange:
+    """What another function of (part, args, kwargs) gives, at one call of a part."""
+    count = itertools.count()
+
+    def exchange(_: str, part: torch.nn.Module, args: tuple, kwargs: dict, given: Any) -> Any:
+        return instead(part, args, kwargs) if next(count) == number else None
+
+    return exchange
 
 
 def _named(words: str, done: Done) -> str:

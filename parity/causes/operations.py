@@ -83,8 +83,11 @@ def alternatives(done: Done, sizes: Collection[int]) -> Iterator[tuple[str, Inst
         yield from _masked(operation, full, args)
     elif full in ("chunk", "split", "unbind", "tensor_split"):
         yield from _orders(operation, args, kwargs)
+    elif full == "flatten":
+        yield from _channels_last(done)
     elif full in ("view", "reshape", "unflatten"):
         yield from _interleaved(done)
+        yield from _channels_last(done)
     elif full == "repeat_interleave":
         yield (
             "repeats tiled, not next to each other",
@@ -291,6 +294,16 @@ def _interleaved(done: Done) -> Iterator[tuple[str, Instead]]:
                     return x.unflatten(axis, (second, first)).swapaxes(axis, axis + 1)
 
                 yield f"{first} groups interleaved, not one behind the other", other
+
+
+def _channels_last(done: Done) -> Iterator[tuple[str, Instead]]:
+    """Channels and positions in one axis, in torch's order of them or in flax's."""
+    x, made = done.args[0], done.result
+    if x.ndim >= 3 and made.ndim == 2 and made.shape[0] == x.shape[0]:
+        yield (
+            "channels last in the flat axis",
+            lambda x, *a, **k: x.movedim(1, -1).reshape(made.shape),
+        )
 
 
 def _cross_entropy(operation: Callable, kwargs: dict) -> Iterator[tuple[str, Instead]]:

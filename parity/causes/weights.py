@@ -1,16 +1,27 @@
 """Other ways to read a module's weights: turned, left out, swapped, shuffled."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 
 Weights = dict[str, torch.Tensor]
 
 
-def readings(module: torch.nn.Module) -> Iterator[tuple[str, Weights]]:
-    """Other weights for a module, each in words and by the names of what changes."""
+def readings(
+    module: torch.nn.Module, others: Mapping[str, torch.nn.Module]
+) -> Iterator[tuple[str, Weights]]:
+    """Other weights for a module, each in words and by the names of what changes.
+
+    Args:
+        module: the guilty one.
+        others: modules of the same model, by path.
+    """
     own = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    for path, other in others.items():
+        theirs = {name: parameter.detach() for name, parameter in other.named_parameters()}
+        if own and {n: x.shape for n, x in own.items()} == {n: x.shape for n, x in theirs.items()}:
+            yield f"the weights of {path}", theirs
     for name, weight in own.items():
         if weight.ndim == 2 and weight.shape[0] == weight.shape[1]:
             yield f"{name} transposed", {name: weight.T.contiguous()}

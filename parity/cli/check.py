@@ -10,7 +10,7 @@ from rich.console import Console
 from parity.cli.options import PRESETS, Data, Device, Task, check_data, check_outputs, in_one_line
 from parity.cli.record import check_golden
 
-# The names of parity.levels.LEVELS; a test holds them equal.
+# The names of parity.levels.ladder.LEVELS; a test holds them equal.
 LEVELS = "weights", "logits", "gradients", "optimizer", "trajectory", "cache", "tokens"
 
 
@@ -30,24 +30,38 @@ def check(
             "qwen3, bloom), of one that `parity convert` made, or of a name of the hub."
         ),
     ] = None,
-    task: Task = "next-token",
+    torch: Annotated[
+        str | None,
+        typer.Option(
+            help="Your PyTorch module, or what builds it: my_pkg.net:build or net.py:Net."
+        ),
+    ] = None,
+    flax: Annotated[
+        str | None, typer.Option(help="Your Flax NNX module, or a function that builds it.")
+    ] = None,
+    inputs: Annotated[
+        str | None,
+        typer.Option(
+            help="What to call both with: an array, a tuple of arrays, several such in a dict, or "
+            "a function of a NumPy random generator that gives one of these."
+        ),
+    ] = None,
+    rules: Annotated[
+        str,
+        typer.Option(help="Which weight is which: a rules file, or auto to find out."),
+    ] = "auto",
+    save_rules: Annotated[
+        str | None,
+        typer.Option(help="Write the rules that were used to this file, to keep and edit."),
+    ] = None,
     golden: Annotated[
         Path | None,
         typer.Option(
-            help="A file of `parity record`: checks one module of yours, named by --torch or "
-            "--flax, against it, in float64, without the other framework."
+            help="A file of `parity record`: checks one module of yours against it, in float64 "
+            "alone and without the other framework."
         ),
     ] = None,
-    torch: Annotated[
-        str | None, typer.Option(help="Your PyTorch module: net.py:build or my_pkg.net:build.")
-    ] = None,
-    flax: Annotated[
-        str | None, typer.Option(help="Your Flax NNX module: port.py:build or my_pkg.port:build.")
-    ] = None,
-    rules: Annotated[
-        Path | None,
-        typer.Option(help="The weight map, a TOML file; none for a golden of the same framework."),
-    ] = None,
+    task: Task = "next-token",
     level: Annotated[
         list[str] | None,
         typer.Option(help=f"Climb only this level; repeat for more: {', '.join(LEVELS)}."),
@@ -83,10 +97,10 @@ def check(
         typer.Option(help="Write a page to this file, with plots of gaps, losses and margins."),
     ] = None,
 ) -> None:
-    """Prove that the Flax twin and the PyTorch twin are the same function.
+    """Prove that a Flax model and a PyTorch model are the same function: the twins, or yours.
 
     Both get the same random weights, or those of a checkpoint, and climb these levels; a failure
-    blocks the rest.
+    blocks the rest, and is located and explained.
 
     [bold]weights[/]     each leaf used once, bit for bit, matrices right way round
     [bold]logits[/]      equal outputs: full context, padding, repetition, one token
@@ -111,53 +125,44 @@ def check(
 
     parity check --checkpoint ./llama --steps 3
 
-    parity check --golden net.safetensors --flax port.py:build --rules rules.toml
+    parity check --torch my_pkg.net:build --flax my_port.net:build --inputs inputs.py:make
+
+    parity check --golden net.safetensors --flax my_port.net:build --rules rules.toml
     """
     errors = Console(stderr=True)
-    files = {"--json": json, "--markdown": markdown, "--html": html}
+    files = {"--json": json, "--markdown": markdown, "--html": html, "--save-rules": save_rules}
     with in_one_line(errors):
         check_outputs(files)
+        dtypes = tuple(name.strip() for name in dtype.split(","))
+        if dtypes not in (("float64",), ("float64", "float32")):
+            raise ValueError(f"--dtype {dtype}: choose float64 or float64,float32.")
+        if unknown := set(level or ()) - set(LEVELS):
+            raise ValueError(f"--level {min(unknown)}: no such level. Choose {', '.join(LEVELS)}.")
+        levels = [name for name in LEVELS if not level or name in level]
+        own = {"--torch": torch, "--flax": flax, "--inputs": inputs}
         if golden is not None:
-            if data is not None or checkpoint is not None:
-                raise ValueError(
-                    f"--golden {golden} with --data or --checkpoint: a golden has inputs and weights "
-                    "of its own. Leave the others out."
-                )
-            report = check_golden(errors, golden, torch, flax, rules, _levels(level))
+            others = {"--data": data, "--checkpoint": checkpoint, "--inputs": inputs,
+                      "--save-rules": save_rules}  # fmt: skip
+            report = check_golden(errors, golden, torch, flax, rules, levels, others)
         else:
-            if torch or flax or rules:
-                raise ValueError("--torch, --flax, --rules: without --golden. Give one.")
-            report = _run(
+            make = _pair(errors, own, rules, save_rules, checkpoint, preset, task, data, dropout,
+                         tokens, seed)  # fmt: skip
+            pair, report = _run(
                 errors,
-                data,
-                preset,
-                checkpoint,
-                task,
-                level,
-                dtype,
-                steps,
-                dropout,
-                tokens,
-                seed,
+                make,
                 device,
+                levels=levels,
+                dtypes=dtypes,
+                seed=seed,
+                steps=steps,
                 evidence=html is not None,
             )
+            _write(save_rules, pair.rules.to_toml)
         Console(stderr="-" in files.values()).print(report)
         _write(json, report.to_json)
         _write(markdown, report.to_markdown)
         _write(html, report.to_html)
     raise typer.Exit(report.exit_code)
-
-
-def _levels(wanted: list[str] | None) -> list[str]:
-    """The levels of --level, in their order; all without it.
-
-    Raises:
-        ValueError: for one that there is not.
-    """
-    if unknown := set(wanted or ()) - set(LEVELS):
-        raise ValueError(f"--level {min(unknown)}: no such level. Choose {', '.join(LEVELS)}.")
-    return [name for name in LEVELS if not wanted or name in wanted]
 
 
 def _write(name: str | None, text: Callable[[], str]) -> None:
@@ -170,49 +175,99 @@ def _write(name: str | None, text: Callable[[], str]) -> None:
         write_atomically(Path(name), text())
 
 
-def _run(
-    errors: Console, data, preset, checkpoint, task, level, dtype, steps, dropout, tokens, seed,
-    device, *, evidence,
-):  # fmt: skip
-    """The report, with a live progress line on the error stream."""
-    dtypes = tuple(name.strip() for name in dtype.split(","))
-    if dtypes not in (("float64",), ("float64", "float32")):
-        raise ValueError(f"--dtype {dtype}: choose float64 or float64,float32.")
-    levels = _levels(level)
-    check_data(data)
-    if checkpoint is not None and (preset != "tiny" or task != "next-token"):
+def _pair(
+    errors: Console, own, rules, save_rules, checkpoint, preset, task, data, dropout, tokens, seed
+) -> Callable:
+    """Makes the pair that the options speak of, when frameworks are loaded."""
+    if any(own.values()):
+        return _own_pair(own, rules, seed)
+    if rules != "auto" or save_rules is not None:
+        raise ValueError("--rules: the twins have their own. Give --torch, --flax and --inputs.")
+    if checkpoint is None:
+        return _twins(data, preset, task, dropout, tokens, seed)
+    if preset != "tiny" or task != "next-token":
         raise ValueError(
-            f"--checkpoint {checkpoint} with --preset or --task: a checkpoint has sizes of its own "
-            "and predicts the next token. Leave the others out."
+            f"--checkpoint {checkpoint} with --preset or --task: a checkpoint has sizes of "
+            "its own and predicts the next token. Leave the others out."
         )
-    with errors.status("loading jax and torch"):
-        from parity.check import check as run
+    return _checkpoint_pair(errors, checkpoint, data, dropout, tokens, seed)
+
+
+def _own_pair(own: dict[str, str | None], rules: str, seed: int) -> Callable:
+    """Makes the pair of a user's modules, when frameworks are loaded."""
+    if missing := [option for option, target in own.items() if target is None]:
+        raise ValueError(
+            f"{' and '.join(missing)}: missing. A pair is two modules and what to call them with. "
+            "Give --torch, --flax and --inputs."
+        )
+    if rules != "auto" and not Path(rules).is_file():
+        raise ValueError(f"--rules {rules}: no such file. Give a rules file, or auto.")
+
+    def make():
+        from flax import nnx
+        from torch import nn
+
+        from parity.foreign import pair_of
+        from parity.targets import built, load_attribute
+
+        kinds = {"--torch": nn.Module, "--flax": nnx.Module}
+        modules = []
+        for option, kind in kinds.items():
+            target = own[option]
+            found = built(target, load_attribute(target), (kind,))
+            if not isinstance(found, kind):
+                raise ValueError(
+                    f"{option} {target}: gave an object of type {type(found).__name__}. It must be "
+                    f"a {kind.__module__.split('.')[0]} module or a function that builds one."
+                )
+            modules.append(found)
+        calls = load_attribute(own["--inputs"])
+        return pair_of(*modules, calls, rules=rules, seed=seed)
+
+    return make
+
+
+def _checkpoint_pair(errors: Console, checkpoint, data, dropout, tokens, seed) -> Callable:
+    """Makes the twins of a checkpoint, when frameworks are loaded."""
+    check_data(data)
+
+    def make():
         from parity.corpus import Corpus
-        from parity.environment import choose_devices
+        from parity.huggingface import folder_of, open_checkpoint, pair_of
+
+        weights = open_checkpoint(folder_of(checkpoint))
+        for note in weights.notes:
+            errors.print(note, style="yellow", highlight=False, soft_wrap=True)
+        corpus = Corpus.load(data)
+        return pair_of(weights, corpus, dropout=dropout, seed=seed, max_new_tokens=tokens)
+
+    return make
+
+
+def _twins(data, preset, task, dropout, tokens, seed) -> Callable:
+    """Makes the twins of a preset, when frameworks are loaded."""
+    check_data(data)
+
+    def make():
+        from parity.corpus import Corpus
         from parity.twins import preset_config, twins
 
-        devices = choose_devices(device)
         corpus = Corpus.load(data)
-        if checkpoint is None:
-            config = preset_config(corpus, preset, dropout=dropout)
-            pair = twins(corpus, config, task=task, seed=seed, max_new_tokens=tokens or 256)
-        else:
-            from parity.huggingface import folder_of, open_checkpoint, pair_of
+        config = preset_config(corpus, preset, dropout=dropout)
+        return twins(corpus, config, task=task, seed=seed, max_new_tokens=tokens or 256)
 
-            weights = open_checkpoint(folder_of(checkpoint))
-            for note in weights.notes:
-                errors.print(note, style="yellow", highlight=False, soft_wrap=True)
-            pair = pair_of(weights, corpus, dropout=dropout, seed=seed, max_new_tokens=tokens)
+    return make
+
+
+def _run(errors: Console, make: Callable, device: str, *, levels: list[str], **options):
+    """The pair and its report, with a live progress line on the error stream."""
+    with errors.status("loading jax and torch"):
+        from parity.check import check as run
+        from parity.environment import choose_devices
+
+        devices = choose_devices(device)
+        pair = make()
     from parity.progress import interruptible, shown
 
     with shown(errors, levels) as show, interruptible(show) as progress:
-        return run(
-            pair,
-            levels=levels,
-            dtypes=dtypes,
-            devices=devices,
-            seed=seed,
-            steps=steps,
-            evidence=evidence,
-            progress=progress,
-        )
+        return pair, run(pair, levels=levels, devices=devices, progress=progress, **options)

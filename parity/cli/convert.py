@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from parity.cli.options import DTYPES, check_dtype, in_one_line
+from parity.cli.options import DTYPES, check_dtype, check_outputs, in_one_line
 
 KINDS = "flax", "torch", "hf"
 
@@ -25,8 +25,16 @@ def convert(
         str | None,
         typer.Option(help=f"Store weights in: {', '.join(DTYPES)}. Default: as they are."),
     ] = None,
+    torch: Annotated[
+        str | None, typer.Option(help="For a file of weights: your PyTorch module, net.py:build.")
+    ] = None,
+    flax: Annotated[str | None, typer.Option(help="And your Flax NNX module.")] = None,
+    rules: Annotated[
+        str, typer.Option(help="Which weight is which: a rules file, or auto to go by names.")
+    ] = "auto",
 ) -> None:
-    """Convert a checkpoint: into the names of a twin, or back into a folder of transformers.
+    """Convert a checkpoint: into the names of a twin, back into a folder of transformers, or a file
+    of weights from your module to its port.
 
     Families: gpt2, llama, mistral, qwen2, qwen3 and bloom. Every tensor goes to one place, bit for
     bit unless --dtype rounds it (types that differ go into the widest), and the tokenizer's files
@@ -41,6 +49,9 @@ def convert(
 
     parity convert ./llama-flax --to hf ./llama-again --dtype bfloat16
 
+    parity convert net.safetensors port.safetensors --to flax --torch net.py:build --flax
+    port.py:build
+
     In Python: parity.huggingface.open_checkpoint(Path("llama-flax")).flax()
     """
     errors = Console(stderr=True)
@@ -49,6 +60,9 @@ def convert(
             raise ValueError(f"--to {to}: there are {', '.join(KINDS)}. Choose one of them.")
         if dtype is not None:
             check_dtype(dtype)
+        if torch is not None or flax is not None:
+            _convert_file(errors, source, out, to, dtype, torch, flax, rules)
+            return
         with errors.status("loading jax and torch"):
             from parity.huggingface import check_new, folder_of, open_checkpoint, save, write_twin
 
@@ -67,3 +81,25 @@ def convert(
             f"{out}: {weights.family} for {to}, {weights.config.dtype}, {size:,.1f} MB",
             style="dim", highlight=False, soft_wrap=True,
         )  # fmt: skip
+
+
+def _convert_file(errors: Console, source, out, to, dtype, torch, flax, rules) -> None:
+    """A file of weights of one module as that of its port."""
+    if torch is None or flax is None or to == "hf" or dtype is not None:
+        raise ValueError(
+            "--torch and --flax: both, with --to torch or flax and no --dtype. A file of weights "
+            "goes from a module to its port, bit for bit. Give these."
+        )
+    check_outputs({"out": str(out)})
+    with errors.status("loading jax and torch"):
+        from flax import nnx
+        from torch import nn
+
+        from parity.foreign import convert_file
+        from parity.rules import Rules
+        from parity.targets import built, load_attribute
+
+        modules = [built(x, load_attribute(x), (nn.Module, nnx.Module)) for x in (torch, flax)]
+        found = None if rules == "auto" else Rules.load(Path(rules))
+        count = convert_file(Path(source), out, *modules, to, found)
+    errors.print(f"{out}: {count} tensors for {to}", style="dim", highlight=False, soft_wrap=True)

@@ -1,5 +1,6 @@
-"""`parity record`: what one framework computes, in a file; and `parity check --golden` against it."""
+"""`parity record`: what one framework computes, in a file; and the check against such a file."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -80,10 +81,20 @@ def check_golden(
     golden: Path,
     torch: str | None,
     flax: str | None,
-    rules: Path | None,
+    rules: str,
     levels: list[str],
+    others: Mapping[str, Any],
 ) -> Any:
     """The report of a module against a golden, with a live progress line on the error stream.
+
+    Args:
+        errors: the error stream.
+        golden: the file.
+        torch: what stands for a PyTorch module.
+        flax: what stands for a Flax module.
+        rules: a rules file, or auto where none is given.
+        levels: to climb.
+        others: options that must not be given beside it.
 
     Raises:
         ValueError: for a golden, a module or rules that cannot be used.
@@ -91,12 +102,17 @@ def check_golden(
     from parity.golden import check, read, weight_rules
     from parity.progress import interruptible, shown
 
+    if given := [option for option, value in others.items() if value is not None]:
+        raise ValueError(
+            f"--golden {golden} with {', '.join(given)}: a golden has inputs and weights of its "
+            "own. Leave the others out."
+        )
     name, target = _only("check --golden", torch, flax)
     recorded = read(golden)
-    rules = weight_rules(rules, recorded, name)
+    found = weight_rules(None if rules == "auto" else Path(rules), recorded, name)
     module = _module(name, target, recorded.seed)
     with shown(errors, levels) as show, interruptible(show) as progress:
-        return check(recorded, module, rules=rules, levels=levels, progress=progress)
+        return check(recorded, module, rules=found, levels=levels, progress=progress)
 
 
 def _only(who: str, torch: str | None, flax: str | None) -> tuple[str, str]:

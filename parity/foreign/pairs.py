@@ -140,7 +140,7 @@ def pair_of(
     port = torch_side(torch_module, torch_call, torch_loss, torch_optimizer)
 
     def made(rules: Rules) -> Pair:
-        return Pair(flax, port, rules, calls.probes, calls.training_batch)
+        return Pair(flax, port, rules, calls.probes, calls.training_batch, pure=False)
 
     if rules == "auto":
         rules = infer_rules(torch_module, flax_module, lambda found: _output_gap(made(found)))

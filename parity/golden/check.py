@@ -114,6 +114,7 @@ class GoldenSubject(Subject):
             probes=golden.probes,
             training_batch=lambda step: golden.batches[step],
             learning_rate=golden.learning_rate,
+            pure=False,
         )
         super().__init__(pair, dtypes=("float64",), seed=golden.seed, steps=len(golden.batches))
         self.golden, self._here, self._side = golden, here, side
@@ -201,6 +202,23 @@ def _weights(subject: GoldenSubject) -> Iterator[Record]:
     yield judge("golden to module to golden", "float64", "different bits", bits, 0, size)
 
 
+def _in_float64(
+    records: Callable[[Subject], Iterable[Record]],
+) -> Callable[[Subject], Iterator[Record]]:
+    """The records of a level, which a model cannot have that leaves float64 on the way."""
+
+    def compare(subject: Subject) -> Iterator[Record]:
+        if subject.impurities:
+            words = "; ".join(f"{name}: {found}" for name, found in subject.impurities.items())
+            raise ValueError(
+                f"not float64 throughout; in {words}. A golden is judged in float64 alone. Check "
+                "both models as they run, where float32 decides."
+            )
+        yield from records(subject)
+
+    return compare
+
+
 def _untold(level: str) -> Callable[[Subject], Iterator[Record]]:
     return lambda subject: iter([abstain(level, "a golden is of outputs and training alone")])
 
@@ -208,10 +226,10 @@ def _untold(level: str) -> Callable[[Subject], Iterator[Record]]:
 # The names of parity.levels.ladder.LEVELS, which imports both frameworks; a test holds them equal.
 RUNGS: dict[str, Callable[[GoldenSubject], Iterable[Record]]] = {
     "weights": _weights,
-    "logits": logits.records,
-    "gradients": gradients.records,
-    "optimizer": optimizer.records,
-    "trajectory": trajectory.records,
+    "logits": _in_float64(logits.records),
+    "gradients": _in_float64(gradients.records),
+    "optimizer": _in_float64(optimizer.records),
+    "trajectory": _in_float64(trajectory.records),
     "cache": _untold("cache"),
     "tokens": _untold("tokens"),
 }
@@ -248,8 +266,9 @@ def weight_rules(rules: Rules | Path | str | None, golden: Golden, name: str) ->
         return rules if rules is None or isinstance(rules, Rules) else Rules.load(Path(rules))
     if rules is None:
         raise ValueError(
-            f"golden of {golden.framework} against a {name} module: no rules. Leaves have other "
-            "names and layouts there. Give a rules file."
+            f"golden of {golden.framework} against a {name} module: no rules. They are inferred "
+            "from two modules, and here is one. Give a rules file, which `parity check "
+            "--save-rules` writes."
         )
     raise ValueError(
         f"golden of {golden.framework} against a {name} module: rules given. Its leaves are the "

@@ -87,6 +87,8 @@ class Golden:
                 f"golden {path}: {', '.join(bad)} not finite. Nothing can be checked against "
                 "that. Mend the model or its inputs."
             )
+        # safetensors writes memory as it lies, whatever the strides say.
+        tensors = {name: np.array(tensor, order="C") for name, tensor in tensors.items()}
         write_atomically(path, save(tensors, metadata={_ABOUT: json.dumps(self._about())}))
 
     def _about(self) -> dict[str, Any]:

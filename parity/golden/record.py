@@ -68,6 +68,13 @@ def record(
     first = next(iter(calls.probes.values()))
     value, gradients = run.gradients(first)
     batches = tuple(calls.training_batch(step) for step in range(steps))
+    purity = {"forward": run.forward_purity(first), "gradient": run.gradient_purity(first)}
+    if narrow := purity["forward"].impure or purity["gradient"].impure:
+        words = ", ".join(f"{name} ({n}x)" for name, n in narrow.items())
+        raise ValueError(
+            f"record: {side.name} is not float64 throughout: {words}. A golden is judged in "
+            "float64 alone. Mend the model or check both as they run, where float32 decides."
+        )
     # Two trainers, as in the levels: the schedule may span another number of steps.
     trainer, states = run.trainer(HORIZON), []
     for batch in batches[:STEPS]:
@@ -90,7 +97,7 @@ def record(
         losses=losses,
         states=tuple(states),
         final=trainer.parameters(),
-        purity={"forward": run.forward_purity(first), "gradient": run.gradient_purity(first)},
+        purity=purity,
     )
 
 

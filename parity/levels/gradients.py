@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from parity.compare import Record, Verdict, judge, largest, max_abs, relative_l2
+from parity.compare import IMPURE, Record, Verdict, abstain, judge, largest, max_abs, relative_l2
 from parity.leaves import Leaves
 from parity.levels.logits import purity
 from parity.report import Divergence
@@ -19,6 +19,9 @@ NULL = {"float64": 1e-12, "float32": 1e-5}
 def records(subject: Subject) -> Iterator[Record]:
     """One record per leaf; null leaves are judged absolutely and named."""
     for number, dtype in enumerate(subject.dtypes):
+        if dtype == "float64" and subject.impurities:
+            yield abstain("float64", IMPURE)
+            continue
         (flax_loss, flax), (torch_loss, torch) = subject.gradients(dtype)
         bound = FLOAT64 if dtype == "float64" else FLOAT32
         for name in flax:
@@ -34,7 +37,8 @@ def records(subject: Subject) -> Iterator[Record]:
             yield judge("null directions", dtype, "max_abs_of_norm", null[where][0], NULL[dtype],
                         size, note=note, where=where)  # fmt: skip
         subject.progress((number + 1) / len(subject.dtypes))
-    yield from purity(subject, "gradient_purity")
+    if not subject.impurities:
+        yield from purity(subject, "gradient_purity")
 
 
 def _null_gaps(subject: Subject, flax: Leaves, torch: Leaves) -> dict[str, tuple[float, int]]:

@@ -16,7 +16,17 @@ from typing import Any
 import numpy as np
 
 from parity.causes.optimizer import Reading, Step, difference, read, shares
-from parity.compare import Record, Verdict, abstain, judge, largest, max_abs, ratio, relative_l2
+from parity.compare import (
+    IMPURE,
+    Record,
+    Verdict,
+    abstain,
+    judge,
+    largest,
+    max_abs,
+    ratio,
+    relative_l2,
+)
 from parity.leaves import Leaves
 from parity.pair import Batch, Pair
 from parity.report import Divergence
@@ -79,7 +89,11 @@ def records(subject: Subject) -> Iterator[Record]:
     exact: list[_Step] = []
     for number, dtype in enumerate(subject.dtypes):
         flax_steps, torch_steps = _steps(subject, dtype)
-        exact = exact or torch_steps
+        if not exact:
+            exact = flax_steps if subject.pair.torch.name in subject.impurities else torch_steps
+            if subject.impurities:
+                yield abstain("float64", IMPURE)
+                continue
         for index, (flax, torch) in enumerate(zip(flax_steps, torch_steps, strict=True)):
             step = index + 1
             a, b, truth = (

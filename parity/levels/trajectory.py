@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from parity.compare import Record, Verdict, abstain, judge, largest, max_abs
+from parity.compare import IMPURE, Record, Verdict, abstain, judge, largest, max_abs
 from parity.evidence import LossCurves
 from parity.leaves import Leaves
 from parity.report import Divergence
@@ -43,6 +43,10 @@ def records(subject: Subject) -> Iterator[Record]:
             curves.append(losses)
             finals.append(trainer.parameters())
         flax, torch = curves
+        if dtype == "float64" and subject.impurities:
+            yield abstain("float64", IMPURE)
+            exact = subject.truth(flax, torch)
+            continue
         bound = FLOAT64 if dtype == "float64" else FLOAT32
         curve = LossCurves(dtype, tuple(flax.tolist()), tuple(torch.tolist()), bound)
         subject.evidence.losses.append(curve)

@@ -1,16 +1,29 @@
 """A whole check as a value: prints as a table, goes to JSON or a page, decides the exit code."""
 
 import dataclasses
+import io
 import json
 import math
 from typing import Any
 
-from rich.console import RenderableType
+from rich.console import Console, RenderableType
 
-from parity.compare import BAD, Verdict, worst
+from parity.compare import BAD, IMPURE, Verdict, worst
 from parity.evidence import Evidence
 from parity.report import table
 from parity.report.level import Divergence, Level
+
+
+class ParityError(AssertionError):
+    """Two models are not the same function, or it could not be found out.
+
+    Attributes:
+        report: what was seen.
+    """
+
+    def __init__(self, report: "Report"):
+        self.report = report
+        super().__init__(f"{report.summary}\n\n{report}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,9 +53,31 @@ class Report:
         return Verdict.PASS if any(level.count for level in self.levels) else Verdict.ERROR
 
     @property
+    def ok(self) -> bool:
+        """Whether the check ran and found no difference."""
+        return self.verdict is Verdict.PASS
+
+    def raise_if_diverged(self) -> None:
+        """Raises ParityError, with the report as its message, unless the check passed."""
+        if not self.ok:
+            raise ParityError(self)
+
+    def __str__(self) -> str:
+        console = Console(width=100, file=io.StringIO(), color_system=None)
+        console.print(self)
+        return console.file.getvalue()
+
+    @property
     def exit_code(self) -> int:
         """0 the same function, 1 diverged, 2 the check itself went wrong."""
         return {Verdict.PASS: 0, Verdict.FAIL: 1}.get(self.verdict, 2)
+
+    @property
+    def _claim(self) -> str:
+        notes = (record.note or "" for level in self.levels for record in level.records)
+        if any(note.startswith(IMPURE) for note in notes):
+            return "no difference beyond the rounding of float32. A smaller one would not be seen."
+        return "the same function on everything compared."
 
     @property
     def summary(self) -> str:
@@ -52,7 +87,7 @@ class Report:
         return (
             f"{self.verdict}: "
             + {
-                Verdict.PASS: "the same function on everything compared.",
+                Verdict.PASS: self._claim,
                 Verdict.FAIL: "not the same function.",
                 Verdict.ERROR: "the check did not run to its end.",
             }[self.verdict]

@@ -321,7 +321,7 @@ FLOAT32 = [
     Fault("scores lose digits", T, "attention.py",
           "torch.softmax(scores_BKQTS, dim=-1)",
           "torch.softmax(scores_BKQTS + 256.0 - 256.0, dim=-1)",
-          "logits", "blocks.0.attention.out"),
+          "logits", "blocks.0.attention"),
 ]  # fmt: skip
 
 FAULTS = (
