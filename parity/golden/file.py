@@ -95,8 +95,9 @@ class Golden:
         return {
             "kind": KIND, "schema": SCHEMA, "framework": self.framework, "model": self.model,
             "versions": dict(self.versions), "seed": self.seed,
-            "learning_rate": self.learning_rate, "probes": list(self.probes),
-            "inputs": len(next(iter(self.probes.values())).inputs), "steps": len(self.batches),
+            "learning_rate": self.learning_rate,
+            "probes": {name: len(batch.inputs) for name, batch in self.probes.items()},
+            "batches": [len(batch.inputs) for batch in self.batches],
             "states": len(self.states), "weights": list(self.weights),
             "gradients": list(self.gradients), "moments": list(self.states[0].first),
             "purity": {name: dataclasses.asdict(found) for name, found in self.purity.items()},
@@ -153,7 +154,7 @@ def read(path: Path) -> Golden:
         )
     try:
         return _golden(path, about, _Tensors(tensors))
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"golden {path}: damaged metadata ({error}). Record it again.") from error
 
 
@@ -199,8 +200,8 @@ class _Tensors:
 
 
 def _golden(path: Path, about: dict[str, Any], tensors: _Tensors) -> Golden:
-    steps, moments = about["steps"], about["moments"]
-    probes = list(enumerate(about["probes"]))
+    moments = about["moments"]
+    probes = list(enumerate(about["probes"].items()))
     counts = tensors.get("counts", (about["states"],))
     weights = tensors.leaves("weights", about["weights"])
     states = [
@@ -219,12 +220,14 @@ def _golden(path: Path, about: dict[str, Any], tensors: _Tensors) -> Golden:
         seed=about["seed"],
         learning_rate=about["learning_rate"],
         weights=weights,
-        probes={name: tensors.batch(f"probe/{n}", about["inputs"]) for n, name in probes},
-        outputs={name: tensors.get(f"probe/{n}/output") for n, name in probes},
+        probes={name: tensors.batch(f"probe/{n}", inputs) for n, (name, inputs) in probes},
+        outputs={name: tensors.get(f"probe/{n}/output") for n, (name, _) in probes},
         loss=float(np.sum(tensors.get("loss", ()))),
         gradients=tensors.leaves("gradient", about["gradients"]),
-        batches=tuple(tensors.batch(f"batch/{n}", about["inputs"]) for n in range(steps)),
-        losses=tensors.get("losses", (steps,)),
+        batches=tuple(
+            tensors.batch(f"batch/{n}", inputs) for n, inputs in enumerate(about["batches"])
+        ),
+        losses=tensors.get("losses", (len(about["batches"]),)),
         states=tuple(states),
         final=tensors.leaves("final", about["weights"]),
         purity={name: Purity(**found) for name, found in about["purity"].items()},

@@ -334,7 +334,9 @@ DAMAGES = {
     "schema 2, and this program reads 1": lambda path: edited(
         path, lambda _, about: about.update(schema=2)
     ),
-    "damaged metadata ('steps')": lambda path: edited(path, lambda _, about: about.pop("steps")),
+    "damaged metadata ('batches')": lambda path: edited(
+        path, lambda _, about: about.pop("batches")
+    ),
     "gradient/scale is missing": lambda path: edited(
         path, lambda tensors, _: tensors.pop("gradient/scale")
     ),
