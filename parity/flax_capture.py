@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from parity.capture import Sink, tell
+from parity.capture import Sink, leaves_of, tell
 from parity.leaves import dotted
 
 
@@ -27,7 +27,9 @@ def capture_flax(module: nnx.Module, call: Callable[[], Any], sink: Sink) -> Non
             known.append(submodule)
 
     def record(self: nnx.Module, inputs: tuple, output: Any) -> None:
-        tell(sink, paths[id(self)], inputs, output, jax.Array, np.asarray)
+        # What is traced, as in the body of a scan, has no numbers.
+        if not any(isinstance(x, jax.core.Tracer) for x in leaves_of((inputs, output))):
+            tell(sink, paths[id(self)], inputs, output, jax.Array, np.asarray)
 
     learn(module)
     classes = {type(submodule) for submodule in known}

@@ -123,6 +123,8 @@ def torch_action(module: torch.nn.Module, leaf: str) -> Act | None:
         None where there is no way known to run it alone.
     """
     parameter = getattr(module, leaf, None)
+    if isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward:
+        return _on_arrays(lambda x: x @ parameter.T, parameter)  # what is added is its own matter
     if _is_linear(module) or isinstance(module, torch.nn.Embedding):
         return _on_arrays(module, parameter)
     if isinstance(module, torch.nn.MultiheadAttention) or (
@@ -136,6 +138,8 @@ def torch_action(module: torch.nn.Module, leaf: str) -> Act | None:
 
 def flax_action(module: nnx.Module, leaf: str) -> Act | None:
     """The same of a flax leaf, in the scope of the caller's types."""
+    if isinstance(module, nnx.Linear) and type(module).__call__ is not nnx.Linear.__call__:
+        return lambda x: np.asarray(x @ module.kernel[...])
     if isinstance(module, nnx.Linear | nnx.Embed):
         return lambda x: np.asarray(module(x))
     if isinstance(module, nnx.LinearGeneral):

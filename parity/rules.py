@@ -93,11 +93,23 @@ class Rules:
             ValueError: for a file that is not there or is no rules file, in one line.
         """
         try:
-            document = tomllib.loads(path.read_text(encoding="utf-8"))
+            return cls.parse(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(f"rules {path}: {error.strerror}. Name a rules file.") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"rules {path}: {error}. A rules file is TOML.") from error
+        except ValueError as error:
+            raise ValueError(f"rules {path}: {error}") from error
+
+    @classmethod
+    def parse(cls, text: str) -> "Rules":
+        """Reads the text of a rules file.
+
+        Raises:
+            ValueError: for what is none.
+        """
+        try:
+            document = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise ValueError(f"{error}. A rules file is TOML.") from error
         try:
             return cls(
                 tuple(Rule(**_fields(rule)) for rule in document.pop("rule", ())),
@@ -107,7 +119,7 @@ class Rules:
             )
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise ValueError(
-                f"rules {path}: {error}. A file has [[rule]] with torch, flax and perhaps layout "
+                f"{error}. A file has [[rule]] with torch, flax and perhaps layout "
                 f"({', '.join(Layout)}), heads, optional; [[tie]] with alias and original; ignored."
             ) from error
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from parity.capture import Trace, leaves_of
-from parity.causes.operations import alternatives, substitutes
+from parity.causes.operations import ACTIVATIONS, alternatives, substitutes
 from parity.causes.replay import Change, Done, Exchange, Replay
 from parity.causes.weights import readings
 from parity.localize import aligned, float64_gap, model_name, translated
@@ -83,6 +83,13 @@ def _guilty_calls(subject: Subject, batch: Batch, path: str) -> Iterator[tuple[R
         if output is not None and float64_gap(target.output, output) is None:
             continue
         yield replay, target.output
+        bare = {
+            name: part
+            for name, part in guilty.named_modules()
+            if name not in inside and not any(part.children()) and not any(part.parameters())
+        }
+        if bare:
+            yield Replay(guilty, args, kwargs, inside | bare), target.output
         if path and len(targets) == len(calls[model]) == 1:
             outside = {
                 name: part
@@ -150,6 +157,9 @@ def _part_attempts(
 
         inputs = [x for x in args if isinstance(x, torch.Tensor)]
         yield f"{path} left out", tried(lambda _, given, kwargs: given[0])
+        if not any(replay.agreeing[path].parameters()):
+            for words, function in ACTIVATIONS.items():
+                yield f"{words} for {path}", tried(lambda _, given, kwargs, f=function: f(given[0]))
         if inputs and not inputs[0].is_floating_point():
             for shift in (1, -1):
                 yield (

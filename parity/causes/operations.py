@@ -17,7 +17,7 @@ from parity.causes.replay import Done
 Instead = Callable[..., Any]
 
 _EPSILONS = 1e-5, 1e-6, 1e-8, 1e-12, 1e-3, 1e-7, 0.0, torch.finfo(torch.float32).eps
-_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu with tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "exact gelu": functional.gelu,
     "gelu by x * sigmoid(1.702 x)": lambda x: x * torch.sigmoid(1.702 * x),
@@ -61,6 +61,8 @@ def alternatives(done: Done, sizes: Collection[int]) -> Iterator[tuple[str, Inst
         yield words, lambda *a, **k: operation(*_without_flags(a), **kept, correction=flipped)
     elif full == "linear":
         yield from _linear(args, kwargs)
+    elif full in ("conv1d", "conv2d", "conv3d"):
+        yield from _convolution(operation, *args)
     elif full in ("softmax", "log_softmax"):
         yield from _softmax(operation, args, kwargs, sizes)
     elif full == "scaled_dot_product_attention":
@@ -115,7 +117,7 @@ def alternatives(done: Done, sizes: Collection[int]) -> Iterator[tuple[str, Inst
 
 
 def _activations() -> Iterator[tuple[str, Instead]]:
-    for words, function in _ACTIVATIONS.items():
+    for words, function in ACTIVATIONS.items():
         yield words, lambda x, *a, f=function, **k: f(x)
 
 
@@ -169,6 +171,38 @@ def _linear(args: tuple, kwargs: dict) -> Iterator[tuple[str, Instead]]:
         yield "the bias added twice", lambda x, *a, **k: functional.linear(x, weight, 2 * bias)
 
 
+def _convolution(
+    operation: Callable, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1
+) -> Iterator[tuple[str, Instead]]:
+    """torch pads both ends alike; "SAME" in jax pads what the stride needs, more at the end."""
+    space, window = x.shape[2:], weight.shape[2:]
+    strides, dilations = (
+        (value,) * len(space) if isinstance(value, int) else tuple(value)
+        for value in (stride, dilation)
+    )
+    ends = []
+    for size, taps, step, gap in zip(space, window, strides, dilations, strict=True):
+        total = max((-(-size // step) - 1) * step + (taps - 1) * gap + 1 - size, 0)
+        ends = [total // 2, total - total // 2, *ends]
+    paddings = {
+        "SAME as jax pads": ends,
+        "no padding": [0] * len(ends),
+        "padding of half the window": [n // 2 for n in reversed(window) for _ in range(2)],
+    }
+    for words, pads in paddings.items():
+        yield (
+            words,
+            lambda x, *a, pads=pads, **k: operation(
+                functional.pad(x, pads), weight, bias, stride, 0, dilation, groups
+            ),
+        )
+    turned = weight.flip(tuple(range(2, weight.ndim)))
+    rest = bias, stride, padding, dilation, groups
+    yield "the window back to front", lambda x, *a, **k: operation(x, turned, *rest)
+    if bias is not None:
+        yield "no bias", lambda x, *a, **k: operation(x, weight, None, *rest[1:])
+
+
 def _softmax(
     operation: Callable, args: tuple, kwargs: dict, sizes: Collection[int]
 ) -> Iterator[tuple[str, Instead]]:
@@ -195,11 +229,13 @@ def _fused_attention(
         yield words, lambda *a, s=scale, **k: operation(*a, **k | {"scale": s * now})
     flipped = not kwargs.get("is_causal", False)
     words = "a causal mask" if flipped else "no causal mask"
-    yield words, lambda *a, **k: operation(*a, **k | {"is_causal": flipped, "attn_mask": None})
-    yield (
-        "keys and values swapped",
-        lambda q, key, value, *a, **k: operation(q, value, key, *a, **k),
-    )
+    yield words, lambda q, k, v, *a, **kw: operation(q, k, v, is_causal=flipped)
+    for words, order in (
+        ("keys and values swapped", (0, 2, 1)),
+        ("queries and keys swapped", (1, 0, 2)),
+        ("queries and values swapped", (2, 1, 0)),
+    ):
+        yield words, lambda *a, o=order, **k: operation(*(a[place] for place in o), *a[3:], **k)
 
 
 def _inside_attention(
@@ -321,7 +357,7 @@ def _slices(operation: Callable, args: tuple) -> Iterator[tuple[str, Instead]]:
     """A slice that leaves out the first may leave out the last, and the other way round."""
     index = args[1] if isinstance(args[1], tuple) else (args[1],)
     for place, part in enumerate(index):
-        if part in (slice(1, None), slice(None, -1)):
+        if isinstance(part, slice) and part in (slice(1, None), slice(None, -1)):
             other = slice(None, -1) if part == slice(1, None) else slice(1, None)
             yield (
                 f"[{_spelt(other)}] in place of [{_spelt(part)}]",

@@ -17,9 +17,9 @@ def readings(
         module: the guilty one.
         others: modules of the same model, by path.
     """
-    own = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    own = _floats(module)
     for path, other in others.items():
-        theirs = {name: parameter.detach() for name, parameter in other.named_parameters()}
+        theirs = _floats(other)
         if own and {n: x.shape for n, x in own.items()} == {n: x.shape for n, x in theirs.items()}:
             yield f"the weights of {path}", theirs
     for name, weight in own.items():
@@ -45,8 +45,14 @@ def readings(
                 yield f"inputs and outputs of {name} swapped", {name: turned}
 
 
+def _floats(module: torch.nn.Module) -> Weights:
+    """Parameters and buffers."""
+    found = itertools.chain(module.named_parameters(), module.named_buffers())
+    return {name: x.detach() for name, x in found if x.is_floating_point()}
+
+
 def _exchanged(own: Weights) -> Iterator[tuple[str, Weights]]:
-    """Modules of the same shapes in each other's place, or one in both."""
+    """Modules or leaves of the same shapes in each other's place, or one in both."""
     owners: dict[str, Weights] = {}
     for name, weight in own.items():
         path, _, leaf = name.rpartition(".")
@@ -61,6 +67,9 @@ def _exchanged(own: Weights) -> Iterator[tuple[str, Weights]]:
         yield f"{a} and {b} swapped", of_a | of_b
         yield f"{b} in place of {a} too", of_a
         yield f"{a} in place of {b} too", of_b
+    for a, b in itertools.combinations(own, 2):
+        if own[a].shape == own[b].shape:
+            yield f"{a} and {b} swapped", {a: own[b], b: own[a]}
 
 
 def _turned_together(own: Weights) -> Iterator[tuple[str, Weights]]:
@@ -84,7 +93,7 @@ def _turned_together(own: Weights) -> Iterator[tuple[str, Weights]]:
 
 
 def _reordered(own: Weights) -> Iterator[tuple[str, Weights]]:
-    """Blocks that are fused along an axis, as q, k, v or the gates of a cell, in another order."""
+    """Parts that are fused along an axis, as q, k, v or the gates of a cell, in another order."""
     for axis, count in itertools.product((0, -1), (3, 4)):
         fused = {
             name: x
@@ -92,20 +101,36 @@ def _reordered(own: Weights) -> Iterator[tuple[str, Weights]]:
             if x.shape[axis] % count == 0 and x.shape[axis] >= 2 * count
         }
         widths = {x.shape[axis] for x in fused.values()}
-        for width in widths:
-            group = {name: x for name, x in fused.items() if x.shape[axis] == width}
+        groups = [[name for name in fused if fused[name].shape[axis] == width] for width in widths]
+        # All that have such parts together, and each alone.
+        for names in dict.fromkeys(map(tuple, [*groups, *([name] for name in fused)])):
+            words = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
             for order in itertools.permutations(range(count)):
                 if order != tuple(range(count)):
                     numbers = ", ".join(str(place + 1) for place in order)
-                    words = f"{count} fused parts of {_common(list(group))} in the order {numbers}"
                     yield (
-                        words,
-                        {
-                            name: torch.cat([x.chunk(count, axis)[p] for p in order], axis)
-                            for name, x in group.items()
-                        },
-                    )
+                        f"{count} fused parts of {words} in the order {numbers}",
+                        {n: torch.cat([fused[n].chunk(count, axis)[p] for p in order], axis)
+                         for n in names},
+                    )  # fmt: skip
+            yield from _alternating({name: fused[name] for name in names}, axis, count, words)
 
 
-def _common(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+def _alternating(
+    group: Weights, axis: int, count: int, words: str
+) -> Iterator[tuple[str, Weights]]:
+    """Fused parts that alternate head by head, or do no longer."""
+    width = next(iter(group.values())).shape[axis] // count
+    for heads in range(2, width + 1):
+        if width % heads == 0:
+            for shape in ((count, heads, -1), (heads, count, -1)):
+                yield (
+                    f"{count} fused parts of {words} alternating over {heads} heads",
+                    {name: _swapped(x, axis, shape) for name, x in group.items()},
+                )
+
+
+def _swapped(x: torch.Tensor, axis: int, shape: tuple[int, int, int]) -> torch.Tensor:
+    """An axis seen as three, the first two of which change places."""
+    start = axis % x.ndim
+    return x.unflatten(start, shape).swapaxes(start, start + 1).flatten(start, start + 2)

@@ -1,5 +1,6 @@
 """The two models give the same outputs."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -105,7 +106,11 @@ def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     if bad.dtype != "float64":
         return locate_rounding(subject, batch)
     found = locate_forward(subject, batch)
-    return found and explained(subject, probe, found)
+    try:
+        return found and explained(subject, probe, found)
+    except Exception as error:  # that they part, and where, is known
+        words = f" The search for a cause ended with {type(error).__name__}: {error}"
+        return dataclasses.replace(found, detail=found.detail + words.partition("\n")[0])
 
 
 def failed_probe(subject: Subject, records: Iterable[Record]) -> str:

@@ -59,6 +59,7 @@ class Report:
 
     def raise_if_diverged(self) -> None:
         """Raises ParityError, with the report as its message, unless the check passed."""
+        __tracebackhide__ = True  # pytest shows the test's line, not this one
         if not self.ok:
             raise ParityError(self)
 

@@ -1,20 +1,17 @@
 """Small pairs, and broken copies of the twins."""
 
 import contextlib
-import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from types import ModuleType
-from typing import Any
 
 import jax
 import pytest
 
-import flax_gpt
 from parity.bugs import Edit, planted
 from parity.corpus import Corpus
 from parity.pair import Pair
-from parity.twins import twins
+from parity.selftest import small_twins
 
 
 @pytest.fixture(scope="session")
@@ -26,16 +23,7 @@ def corpus() -> Corpus:
 @pytest.fixture(scope="session")
 def small(corpus) -> Callable[..., Pair]:
     """Makes pairs that compile fast; packages may be broken copies."""
-    config = flax_gpt.GPTConfig(
-        vocab_size=len(corpus.vocabulary), context_length=48, embed_dim=20, num_layers=2,
-        num_heads=4, mlp_dim=28,
-    )  # fmt: skip
-
-    def make(changes: Mapping[str, Any] = {}, **options) -> Pair:
-        sizes = dataclasses.replace(config, **changes)
-        return twins(corpus, sizes, max_new_tokens=16, **options)
-
-    return make
+    return lambda changes=None, **options: small_twins(corpus, changes, **options)
 
 
 @pytest.fixture(scope="session", autouse=True)

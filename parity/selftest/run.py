@@ -1,0 +1,166 @@
+"""All trials and the controls, and the table that they make."""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from parity.check import check
+from parity.compare import Verdict
+from parity.corpus import Corpus
+from parity.levels.optimizer import HORIZON
+from parity.report import Report
+from parity.selftest.fault import Fault
+from parity.selftest.trial import PAIRS, Outcome, pair_module, port, right_rules, small_twins, trial
+
+# What the check must reach: all detected, and these shares of them.
+LOCATED, EXPLAINED = 0.95, 0.80
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfTest:
+    """What the check made of planted faults and of models without one.
+
+    Attributes:
+        outcomes: by fault.
+        alarms: reports of clean pairs that did not pass, by pair and seed.
+        clean: how many clean pairs were checked.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    alarms: dict[str, Report]
+    clean: int
+
+    @property
+    def exit_code(self) -> int:
+        """0 if the check is as good as it must be, else 1."""
+        count = len(self.outcomes)
+        good = (
+            all(x.detected for x in self.outcomes)
+            and sum(x.located for x in self.outcomes) >= LOCATED * count
+            and sum(x.explained for x in self.outcomes) >= EXPLAINED * count
+            and not self.alarms
+        )
+        return 0 if good else 1
+
+    @property
+    def summary(self) -> str:
+        """The numbers in a sentence."""
+        count = len(self.outcomes)
+        parts = [
+            f"{sum(getattr(x, name) for x in self.outcomes)} of {count} {name}"
+            for name in ("detected", "located", "explained")
+            if count
+        ]
+        misled = sum(x.misled for x in self.outcomes)
+        parts.append(f"{misled} with a wrong cause")
+        parts.append(f"{len(self.alarms)} false alarms over {self.clean} clean pairs")
+        return ", ".join(parts) + "."
+
+    def to_markdown(self) -> str:
+        """The table for the docs."""
+        kinds = Counter(x.fault.kind for x in self.outcomes)
+        lines = [
+            self.summary[:1].upper() + self.summary[1:],
+            "",
+            "Faults: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()) + ".",
+            "",
+            "| fault | in | kind | smallest bound that would pass | located at | cause named |",
+            "|---|---|---|---|---|---|",
+        ]
+        for outcome in self.outcomes:
+            found = outcome.report.divergence
+            where = f"`{found.where}`" if found else ""
+            where += "" if outcome.located else " (wrong)"
+            cause = (found.cause or "") if found else ""
+            cause += " (wrong)" if outcome.misled else ""
+            fault = outcome.fault
+            lines.append(
+                f"| {fault.title} | {fault.subject} | {fault.kind} | {_tolerance(outcome)} | "
+                f"{where} | {cause.replace('|', '/')} |"
+            )
+        return "\n".join(lines) + "\n"
+
+    def to_json(self) -> str:
+        """The same for machines."""
+        document = {
+            "schema": 1,
+            "detected": sum(x.detected for x in self.outcomes),
+            "located": sum(x.located for x in self.outcomes),
+            "explained": sum(x.explained for x in self.outcomes),
+            "misled": sum(x.misled for x in self.outcomes),
+            "faults": [
+                {
+                    "title": x.fault.title,
+                    "subject": x.fault.subject,
+                    "kind": x.fault.kind,
+                    "detected": x.detected,
+                    "located": x.located,
+                    "explained": x.explained,
+                    "divergence": dataclasses.asdict(x.report.divergence)
+                    if x.report.divergence
+                    else None,
+                }
+                for x in self.outcomes
+            ],
+            "clean": self.clean,
+            "false_alarms": sorted(self.alarms),
+        }
+        return json.dumps(document, indent=1) + "\n"
+
+
+def self_test(
+    faults: Sequence[Fault], seeds: int, progress: Progress = lambda title, done, total: None
+) -> SelfTest:
+    """Plants every fault, and checks clean pairs.
+
+    Args:
+        faults: to plant.
+        seeds: of clean pairs, shared out among the twins and the ports.
+        progress: told what is tried next, how many are done and how many there are.
+    """
+    corpus = Corpus.load()
+    total = len(faults) + seeds
+    outcomes = []
+    for fault in faults:
+        progress(fault.title, len(outcomes), total)
+        outcomes.append(trial(fault, corpus))
+    alarms: dict[str, Report] = {}
+    for seed in range(seeds):
+        subject = ("twins", *PAIRS)[seed % (len(PAIRS) + 1)]
+        progress(f"clean {subject}, seed {seed}", len(outcomes) + seed, total)
+        report = clean(subject, seed, corpus)
+        if report.verdict is not Verdict.PASS:
+            alarms[f"{subject}, seed {seed}"] = report
+    return SelfTest(tuple(outcomes), alarms, seeds)
+
+
+def clean(subject: str, seed: int, corpus: Corpus) -> Report:
+    """The check of a pair without a fault, all levels, float64 and float32.
+
+    Args:
+        subject: twins, or one of PAIRS.
+        seed: of weights and inputs.
+        corpus: the text of the twins' probes.
+    """
+    if subject == "twins":
+        return check(small_twins(corpus, seed=seed), seed=seed, steps=HORIZON)
+    with pair_module(subject) as module:
+        return check(port(module, right_rules(subject), seed), seed=seed, steps=HORIZON)
+
+
+def _tolerance(outcome: Outcome) -> str:
+    """The smallest bound under which the fault would have passed its level."""
+    bad = [
+        record
+        for level in outcome.report.levels
+        for record in level.records
+        if record.verdict is Verdict.FAIL and record.value is not None
+    ]
+    if not bad:
+        return ""
+    metric, dtype = bad[0].metric, bad[0].dtype
+    values = [x.value for x in bad if (x.metric, x.dtype) == (metric, dtype)]
+    return f"{max(values):.1e} ({metric.replace('_', ' ')})"
