@@ -11,12 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
-import torch
-from flax import nnx
-
-from parity.leaves import dotted, to_numpy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,47 +30,6 @@ class Trace:
 
 
 Sink = Callable[[Trace], None]
-
-
-def capture_torch(module: torch.nn.Module, call: Callable[[], Any], sink: Sink) -> None:
-    """Runs `call` and tells what every submodule took and gave, in order of completion."""
-
-    def hook(path: str):
-        def record(_, inputs: tuple, keywords: dict, output: Any) -> None:
-            _tell(sink, path, (inputs, keywords), output, torch.Tensor, to_numpy)
-
-        return record
-
-    handles = [
-        submodule.register_forward_hook(hook(path), with_kwargs=True)
-        for path, submodule in module.named_modules()
-    ]
-    try:
-        with torch.no_grad():
-            call()
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def capture_flax(module: nnx.Module, call: Callable[[], Any], sink: Sink) -> None:
-    """Runs `call` and tells what every submodule took and gave, in order of completion."""
-    paths: dict[int, str] = {}
-    known: list[nnx.Module] = []  # keeps what is in paths alive, since ids are used again
-    running: set[int] = set()
-
-    def learn(root: nnx.Module) -> None:
-        for path, submodule in nnx.iter_modules(root):
-            paths[id(submodule)] = dotted(path)
-            known.append(submodule)
-
-    def record(self: nnx.Module, inputs: tuple, output: Any) -> None:
-        _tell(sink, paths[id(self)], inputs, output, jax.Array, np.asarray)
-
-    learn(module)
-    classes = {type(submodule) for submodule in known}
-    with _wrapped_calls(classes, type(module), learn, paths, running, record):
-        call()
 
 
 @contextlib.contextmanager
@@ -127,9 +81,7 @@ class _Stream:
 
     def _run(self, capture: Callable[[Sink], None]) -> None:
         try:
-            # Of the reader's settings, the one that a thread has for itself.
-            with jax.default_matmul_precision("highest"):
-                capture(self._give)
+            capture(self._give)
         except _Enough:
             pass
         except BaseException as error:  # the reader's thread raises it
@@ -147,47 +99,7 @@ class _Enough(BaseException):
     """Ends a capture of which no more is wanted; no model that catches errors swallows it."""
 
 
-@contextlib.contextmanager
-def _wrapped_calls(
-    classes: set[type],
-    root: type,
-    learn: Callable[[nnx.Module], None],
-    paths: dict[int, str],
-    running: set[int],
-    record: Callable,
-) -> Iterator[None]:
-    """Replaces `__call__` where it is defined, and puts it back whatever happens."""
-    owners = {base for cls in classes for base in cls.__mro__ if "__call__" in vars(base)}
-    originals = {owner: vars(owner)["__call__"] for owner in owners if owner is not object}
-
-    def wrap(original: Callable) -> Callable:
-        def __call__(self, *args, **kwargs):
-            # nnx.merge makes a new model of the same type with every call of a pure function.
-            if id(self) not in paths and type(self) is root and not running:
-                learn(self)
-            # A parent's __call__ reached through super() is not a call of its own.
-            if id(self) not in paths or id(self) in running:
-                return original(self, *args, **kwargs)
-            running.add(id(self))
-            try:
-                output = original(self, *args, **kwargs)
-            finally:
-                running.discard(id(self))
-            record(self, (args, kwargs), output)
-            return output
-
-        return __call__
-
-    try:
-        for owner, original in originals.items():
-            owner.__call__ = wrap(original)
-        yield
-    finally:
-        for owner, original in originals.items():
-            owner.__call__ = original
-
-
-def _tell(
+def tell(
     sink: Sink,
     path: str,
     inputs: tuple,
@@ -195,10 +107,10 @@ def _tell(
     array_type: type,
     convert: Callable[[Any], np.ndarray],
 ) -> None:
+    """Tells a call to a sink, if it gave an array."""
     arrays = [x for x in leaves_of(inputs) if isinstance(x, array_type)]
     outputs = [x for x in leaves_of(output) if isinstance(x, array_type)]
-    # What is traced, as in the body of a scan, has no numbers.
-    if outputs and not any(isinstance(x, jax.core.Tracer) for x in (*arrays, *outputs)):
+    if outputs:
         sink(Trace(path, tuple(map(convert, arrays)), convert(outputs[0])))
 
 

@@ -1,18 +1,17 @@
 """Climbs the levels: are these two models the same function, and if not, where do they part?"""
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
-from parity.compare import BAD, Record, Verdict
+from parity.climb import Progress, climb, error_record
+from parity.compare import Record
 from parity.environment import Devices, choose_devices, fingerprint, pinned_precision
 from parity.evidence import ModuleGaps
-from parity.levels import LEVELS, logits
+from parity.levels import logits
+from parity.levels.ladder import LEVELS
 from parity.localize import gaps_by_module
 from parity.pair import Pair
-from parity.report import Divergence, Level, Report
-from parity.subject import Subject
-
-Progress = Callable[[str, float], None]
+from parity.pair_subject import PairSubject
+from parity.report import Level, Report
 
 
 def check(
@@ -55,22 +54,17 @@ def check(
             "Ask for float64, or for float64 and float32."
         )
     devices = devices or choose_devices("cpu")
-    subject = Subject(pair, devices, dtypes=dtypes, seed=seed, steps=steps)
-    finished: list[Level] = []
-    divergence: Divergence | None = None
+    subject = PairSubject(pair, devices, dtypes=dtypes, seed=seed, steps=steps)
+    rungs = {
+        name: (module.records, module.locate) for name, module in LEVELS.items() if name in wanted
+    }
+
+    def done(level: Level) -> None:
+        if evidence and level.name == "logits":
+            subject.evidence.modules = _module_gaps(subject, level.records)
+
     with pinned_precision():
-        for name, module in LEVELS.items():
-            if name not in wanted:
-                continue
-            if any(level.verdict in BAD for level in finished):
-                finished.append(Level(name, 0.0, (), blocked=True))
-                continue
-            subject.progress = lambda fraction, name=name: progress(name, fraction)
-            subject.progress(0.0)
-            level, divergence = _climb(name, module, subject)
-            finished.append(level)
-            if evidence and name == "logits":
-                subject.evidence.modules = _module_gaps(subject, level.records)
+        finished, divergence = climb(rungs, subject, progress, done)
         environment = fingerprint(devices)
     about = {
         "torch": pair.torch.name,
@@ -79,44 +73,14 @@ def check(
         "config": dict(pair.config),
     }
     seen = subject.evidence if evidence else None
-    return Report(environment, about, tuple(finished), divergence, seen)
+    return Report(environment, about, finished, divergence, seen)
 
 
-def _climb(name: str, module, subject: Subject) -> tuple[Level, Divergence | None]:
-    """One level. A model that raises is an ERROR of its level, with the message kept.
-
-    What failed before it raised is still known to differ.
-    """
-    start = time.perf_counter()
-    records: list[Record] = []
-    divergence = None
-    try:
-        for record in module.records(subject):
-            records.append(record)
-    except Exception as error:
-        records.append(_error(name, error))
-    if any(record.verdict is Verdict.FAIL for record in records):
-        try:
-            divergence = module.locate(subject, records)
-        except Exception as error:
-            # That they differ is known; where, is not.
-            detail = f"The search for the place ended with {_error(name, error).note}."
-            divergence = Divergence("an unknown place", "", 0, float("nan"), detail=detail)
-    return Level(name, time.perf_counter() - start, tuple(records)), divergence
-
-
-def _module_gaps(subject: Subject, records: Iterable[Record]) -> ModuleGaps:
+def _module_gaps(subject: PairSubject, records: Iterable[Record]) -> ModuleGaps:
     """On the probe that failed or the first one; what cannot be captured changes no verdict."""
     probe, bound = logits.failed_probe(subject, records), logits.float64_bound(subject)
     try:
         gaps = gaps_by_module(subject, subject.pair.probes[probe])
     except Exception as error:
-        return ModuleGaps(probe, (), bound, note=_error("modules", error).note)
+        return ModuleGaps(probe, (), bound, note=error_record("modules", error).note)
     return ModuleGaps(probe, tuple(gaps), bound)
-
-
-def _error(name: str, error: Exception) -> Record:
-    """An exception as a record, in one line."""
-    first_line = str(error).strip().partition("\n")[0]
-    note = f"{type(error).__name__}: {first_line}"
-    return Record(name, "", "ran", None, None, 0, Verdict.ERROR, note=note)

@@ -2,12 +2,9 @@
 
 import contextlib
 import dataclasses
-import functools
 import importlib.metadata
-import inspect
 import platform
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -65,33 +62,6 @@ def pinned_precision() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
-
-
-@contextlib.contextmanager
-def jax_scope(dtype: str, device: jax.Device) -> Iterator[None]:
-    """Runs jax on `device`, with 64-bit types exactly when dtype is float64."""
-    with jax.enable_x64(dtype == "float64"), jax.default_device(device):
-        yield
-
-
-class Scoped:
-    """An object whose methods run inside a scope."""
-
-    def __init__(self, target: Any, scope: Callable[[], contextlib.AbstractContextManager]):
-        self._target, self._scope = target, scope
-
-    def __getattr__(self, name: str) -> Any:
-        with self._scope():
-            found = getattr(self._target, name)
-        if not inspect.ismethod(found):
-            return found
-
-        @functools.wraps(found)
-        def scoped(*args, **kwargs):
-            with self._scope():
-                return found(*args, **kwargs)
-
-        return scoped
 
 
 def fingerprint(devices: Devices) -> dict[str, str | int]:

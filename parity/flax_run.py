@@ -13,10 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from parity.capture import Sink, Trace, capture_flax
-from parity.environment import Scoped, jax_scope
-from parity.leaves import Leaves, cast, cast_array, dotted, load_flax
-from parity.oracle import Purity, flax_purity
+from parity.capture import Sink, Trace
+from parity.flax_capture import capture_flax
+from parity.flax_leaves import load_flax
+from parity.flax_oracle import flax_purity
+from parity.flax_scope import Scoped, jax_scope
+from parity.leaves import Leaves, cast, cast_array, dotted
+from parity.oracle import Purity
 from parity.pair import Batch, Side
 
 
@@ -66,7 +69,8 @@ class FlaxRun:
 
     def traces(self, batch: Batch, sink: Sink) -> None:
         """Tells inputs and outputs of every module in a forward pass."""
-        with self._scope():
+        # A capture may have a thread of its own, and every thread has its own precision.
+        with self._scope(), jax.default_matmul_precision("highest"):
             arrays = self._arrays(batch)
             capture_flax(self.module, lambda: self._side.forward(self.module, *arrays), sink)
 

@@ -4,7 +4,7 @@ import torch
 from flax import nnx
 
 from parity.leaves import dotted
-from parity.transplant import WeightMap
+from parity.weight_map import WeightMap
 
 # They hold modules and are never called.
 _CONTAINERS = torch.nn.ModuleList | torch.nn.ModuleDict

@@ -9,7 +9,7 @@ import torch
 from flax import nnx
 
 from parity.layouts import Layout, Shape, joined_shape
-from parity.leaves import from_numpy, to_numpy
+from parity.torch_leaves import from_numpy, to_numpy
 
 
 @dataclasses.dataclass(frozen=True)

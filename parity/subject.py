@@ -1,21 +1,18 @@
-"""A pair under test: its randomized weights, its four runs, and what levels learn about it."""
+"""Two models under test as the levels see them, and what the levels learn about the weights."""
 
+import abc
 import functools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from flax import nnx
 
 from parity.compare import IMPURE
-from parity.environment import Devices, jax_scope
 from parity.evidence import Evidence
-from parity.flax_run import FlaxRun
-from parity.leaves import Leaves, cast, flax_leaves, neighbours, torch_leaves
-from parity.modules import module_map
+from parity.leaves import Leaves
 from parity.pair import Batch, Pair
-from parity.torch_run import TorchRun
-from parity.transplant import WeightMap, resolve
+from parity.weight_map import WeightMap
 
 # A gradient this far below the whole gradient is rounding: 1e4 units of float64's last place.
 _NULL = 1e-12
@@ -23,12 +20,11 @@ _NULL = 1e-12
 _NULL_IMPURE = 1e-5
 
 
-class Subject:
-    """What every level works on.
+class Subject(abc.ABC):
+    """What every level works on: a pair that runs, or one side of it beside what was recorded.
 
     Attributes:
         pair: the models and inputs.
-        devices: where they run.
         dtypes: of the runs, float64 first.
         seed: of the weights, and of how sequences are cut into calls.
         steps: of the trajectory.
@@ -36,74 +32,33 @@ class Subject:
         evidence: what levels have seen that is worth a plot.
     """
 
+    flax_leaves: Leaves
+    weight_map: WeightMap
+
     def __init__(
         self,
         pair: Pair,
-        devices: Devices,
         *,
         dtypes: tuple[str, ...] = ("float64", "float32"),
         seed: int = 0,
         steps: int = 100,
         progress: Callable[[float], None] = lambda fraction: None,
     ):
-        self.pair, self.devices, self.dtypes = pair, devices, dtypes
+        self.pair, self.dtypes = pair, dtypes
         self.steps, self.progress = steps, progress
         self.seed = seed
         self.evidence = Evidence()
         self.runs = functools.cache(self._make_runs)
         self.gradients = functools.cache(self._make_gradients)
 
-    @functools.cached_property
-    def flax_leaves(self) -> Leaves:
-        """The weights under test, in float32: initial weights hide forgotten biases and norms."""
-        if self.pair.leaves is not None:
-            return cast(self.pair.leaves, "float32")
-        return randomized(flax_leaves(self.build_flax()), self.seed)
-
-    @functools.cached_property
-    def weight_map(self) -> WeightMap:
-        """The rules resolved for this pair.
-
-        Raises:
-            TransplantError: when they do not fit it.
-        """
-        return resolve(
-            self.pair.rules, torch_leaves(self.pair.torch.build("float32")), self.flax_leaves
-        )
-
-    @functools.cached_property
-    def modules(self) -> dict[str, str]:
-        """Torch paths of the modules of both models, by flax path."""
-        flax, torch = self.runs("float64")
-        return module_map(torch.module, flax.module, self.weight_map)
-
-    @functools.cached_property
-    def torch_leaves(self) -> Leaves:
-        """The same weights for torch."""
-        unmapped = torch_leaves(self.pair.torch.build("float32")) if self.weight_map.ignored else {}
-        kept = {name: unmapped[name] for name in self.weight_map.ignored}
-        return self.weight_map.to_torch(self.flax_leaves) | kept
-
-    def build_flax(self) -> nnx.Module:
-        """A float32 model of the flax side, on its device."""
-        with jax_scope("float32", self.devices.flax):
-            return self.pair.flax.build("float32")
+    @abc.abstractmethod
+    def _make_runs(self, dtype: str) -> tuple[Any, Any]:
+        """Both models in a dtype, as runs that answer in NumPy."""
 
     @property
     def num_params(self) -> int:
         """Weights of the model, tied ones once."""
         return sum(leaf.size for leaf in self.flax_leaves.values())
-
-    def _make_runs(self, dtype: str) -> tuple[FlaxRun, TorchRun]:
-        return (
-            FlaxRun(self.pair.flax, self.flax_leaves, dtype, self.devices.flax),
-            TorchRun(self.pair.torch, self.torch_leaves, dtype, self.devices.torch),
-        )
-
-    def witness(self, dtype: str) -> TorchRun:
-        """The torch side again, from neighbouring weights: what rounding alone does to it."""
-        leaves = neighbours(cast(self.torch_leaves, dtype), self.seed)
-        return TorchRun(self.pair.torch, leaves, dtype, self.devices.torch)
 
     @functools.cached_property
     def impurities(self) -> dict[str, str]:
@@ -244,7 +199,8 @@ def randomized(leaves: Leaves, seed: int) -> Leaves:
             if leaf.ndim >= 2
             else leaf + rng.normal(0.0, 0.2, leaf.shape)
         )
-        drawn[name] = (np.abs(new) if name.endswith(".var") else new).astype(leaf.dtype)
+        is_variance = name.endswith((".var", "running_var"))
+        drawn[name] = (np.abs(new) if is_variance else new).astype(leaf.dtype)
     return drawn
 
 

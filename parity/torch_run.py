@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from parity.capture import Sink, Trace, capture_torch
-from parity.leaves import Leaves, cast, cast_array, from_numpy, load_torch, to_numpy
-from parity.oracle import Purity, torch_purity
+from parity.capture import Sink, Trace
+from parity.leaves import Leaves, cast, cast_array
+from parity.oracle import Purity
 from parity.pair import Batch, Side
+from parity.torch_capture import capture_torch
+from parity.torch_leaves import from_numpy, load_torch, to_numpy
+from parity.torch_oracle import torch_purity
 
 
 class TorchRun:

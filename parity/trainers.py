@@ -15,17 +15,9 @@ import optax
 import torch
 from flax import nnx
 
-from parity.leaves import (
-    Leaves,
-    different_leaves,
-    dotted,
-    flax_leaves,
-    from_numpy,
-    load_flax,
-    load_torch,
-    to_numpy,
-    torch_leaves,
-)
+from parity.flax_leaves import flax_leaves, load_flax
+from parity.leaves import Leaves, different_leaves, dotted
+from parity.torch_leaves import from_numpy, load_torch, to_numpy, torch_leaves
 
 
 class FlaxTrainer:

@@ -14,9 +14,10 @@ from flax import nnx
 import flax_gpt
 import torch_gpt
 from parity.corpus import Corpus
-from parity.leaves import Leaves, to_numpy
+from parity.leaves import Leaves
 from parity.pair import Batch, Pair, Side
 from parity.rules import CLASSIFIERS, TWINS
+from parity.torch_leaves import to_numpy
 from parity.trainers import FlaxTrainer, TorchTrainer
 
 Calls = list[tuple[np.ndarray, np.ndarray]]

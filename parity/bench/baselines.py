@@ -15,8 +15,8 @@ from flax import nnx
 
 import flax_gpt
 from parity.bench.decoders import Cell, FlaxSteps, TorchSteps, Turn, wait_for_torch
-from parity.environment import jax_scope
-from parity.leaves import to_numpy
+from parity.flax_scope import jax_scope
+from parity.torch_leaves import to_numpy
 
 Layers = list[tuple[jax.Array, jax.Array]]
 

@@ -25,8 +25,9 @@ from parity.bench.decoders import Cell, FlaxSteps, TorchSteps
 from parity.bench.machine import Bandwidth, load_average
 from parity.bench.peers import LIBRARIES, Peers
 from parity.bench.programs import uncached_costs
-from parity.environment import Devices, fingerprint, jax_scope, pinned_precision
-from parity.leaves import flax_leaves, load_flax
+from parity.environment import Devices, fingerprint, pinned_precision
+from parity.flax_leaves import flax_leaves, load_flax
+from parity.flax_scope import jax_scope
 from parity.rules import TWINS
 from parity.subject import randomized
 from parity.transplant import transplant

@@ -19,8 +19,9 @@ from flax import nnx
 import flax_gpt
 import torch_gpt
 from flax_gpt.decoder import room_for
-from parity.environment import Devices, jax_scope
-from parity.leaves import to_numpy
+from parity.environment import Devices
+from parity.flax_scope import jax_scope
+from parity.torch_leaves import to_numpy
 
 
 @dataclasses.dataclass(frozen=True)

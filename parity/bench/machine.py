@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from parity.environment import Devices, jax_scope, pinned_precision
+from parity.environment import Devices, pinned_precision
+from parity.flax_scope import jax_scope
 
 SIZES = 512, 1024, 2048, 4096, 8192
 # A size that takes longer is the last one tried: small products fill a CPU, a GPU wants large ones.

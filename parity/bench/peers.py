@@ -22,9 +22,11 @@ import flax_gpt
 from parity.bench.aside import Aside, Room
 from parity.bench.decoders import Cell, Turn
 from parity.bench.steps import Unavailable
-from parity.leaves import Leaves, flax_leaves, load_torch, torch_leaves
+from parity.flax_leaves import flax_leaves
+from parity.leaves import Leaves
 from parity.rules import HF_GPT2
-from parity.transplant import resolve
+from parity.torch_leaves import load_torch, torch_leaves
+from parity.weight_map import resolve
 
 LIBRARIES = "transformers", "ctranslate2"
 

@@ -20,7 +20,7 @@ from flax import nnx
 
 import flax_gpt
 import torch_gpt
-from parity.environment import jax_scope
+from parity.flax_scope import jax_scope
 
 # On a CPU, donation alone makes gpt2's step 1.5 times slower instead of faster: XLA copies every
 # donated array before it writes over it, unless this tells it to look whether anyone still reads.

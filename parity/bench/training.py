@@ -21,7 +21,8 @@ from parity.bench.machine import Matmul, best_matmul, load_average
 from parity.bench.steps import FlaxStep, TorchStep, Unavailable
 from parity.bench.times import Contest, Timing, TrainingBench
 from parity.corpus import Corpus
-from parity.environment import Devices, fingerprint, jax_scope, pinned_precision
+from parity.environment import Devices, fingerprint, pinned_precision
+from parity.flax_scope import jax_scope
 from parity.levels.trajectory import FLOAT32
 from parity.rules import TWINS
 from parity.transplant import transplant

@@ -21,7 +21,7 @@ from parity.bugs.bug import Bug, planted, twin
 from parity.corpus import Corpus, decode, encode
 from parity.doctor import Patient, examine, twin_patient
 from parity.doctor.detectors.forward import cross_entropies
-from parity.environment import Scoped, jax_scope
+from parity.flax_scope import Scoped, jax_scope
 from parity.pictures import plain, save
 from parity.trainers import FlaxTrainer, TorchTrainer
 

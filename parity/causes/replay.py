@@ -17,7 +17,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from parity.capture import leaves_of
-from parity.leaves import to_numpy
+from parity.torch_leaves import to_numpy
 
 Operation = Callable[..., Any]
 # Given an operation and its place among the module's own, what to do instead; None for itself.

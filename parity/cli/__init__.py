@@ -22,6 +22,7 @@ from parity.cli import (
     doctor,
     generate,
     precision,
+    record,
     self_test,
     threads,
     train,
@@ -72,7 +73,7 @@ def parity(
 
 for command in (
     check.check, train.train, generate.generate, convert.convert, precision.precision,
-    doctor.doctor, self_test.self_test,
+    doctor.doctor, record.record, self_test.self_test,
 ):  # fmt: skip
     app.command(help=unwrapped(command))(command)
 app.add_typer(bench.bench, name="bench")

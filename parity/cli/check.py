@@ -8,8 +8,9 @@ import typer
 from rich.console import Console
 
 from parity.cli.options import PRESETS, Data, Device, Task, check_data, check_outputs, in_one_line
+from parity.cli.record import check_golden
 
-# The names of parity.levels.LEVELS; a test holds them equal.
+# The names of parity.levels.ladder.LEVELS; a test holds them equal.
 LEVELS = "weights", "logits", "gradients", "optimizer", "trajectory", "cache", "tokens"
 
 
@@ -52,6 +53,13 @@ def check(
     save_rules: Annotated[
         str | None,
         typer.Option(help="Write the rules that were used to this file, to keep and edit."),
+    ] = None,
+    golden: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file of `parity record`: checks one module of yours against it, in float64 "
+            "alone and without the other framework."
+        ),
     ] = None,
     task: Task = "next-token",
     level: Annotated[
@@ -118,6 +126,8 @@ def check(
     parity check --checkpoint ./llama --steps 3
 
     parity check --torch my_pkg.net:build --flax my_port.net:build --inputs inputs.py:make
+
+    parity check --golden net.safetensors --flax my_port.net:build --rules rules.toml
     """
     errors = Console(stderr=True)
     files = {"--json": json, "--markdown": markdown, "--html": html, "--save-rules": save_rules}
@@ -128,33 +138,26 @@ def check(
             raise ValueError(f"--dtype {dtype}: choose float64 or float64,float32.")
         if unknown := set(level or ()) - set(LEVELS):
             raise ValueError(f"--level {min(unknown)}: no such level. Choose {', '.join(LEVELS)}.")
+        levels = [name for name in LEVELS if not level or name in level]
         own = {"--torch": torch, "--flax": flax, "--inputs": inputs}
-        if any(own.values()):
-            make = _own_pair(own, rules, seed)
-        elif rules != "auto" or save_rules is not None:
-            raise ValueError(
-                "--rules: the twins have their own. Give --torch, --flax and --inputs."
-            )
-        elif checkpoint is not None:
-            if preset != "tiny" or task != "next-token":
-                raise ValueError(
-                    f"--checkpoint {checkpoint} with --preset or --task: a checkpoint has sizes of "
-                    "its own and predicts the next token. Leave the others out."
-                )
-            make = _checkpoint_pair(errors, checkpoint, data, dropout, tokens, seed)
+        if golden is not None:
+            others = {"--data": data, "--checkpoint": checkpoint, "--inputs": inputs,
+                      "--save-rules": save_rules}  # fmt: skip
+            report = check_golden(errors, golden, torch, flax, rules, levels, others)
         else:
-            make = _twins(data, preset, task, dropout, tokens, seed)
-        pair, report = _run(
-            errors,
-            make,
-            device,
-            levels=[name for name in LEVELS if not level or name in level],
-            dtypes=dtypes,
-            seed=seed,
-            steps=steps,
-            evidence=html is not None,
-        )
-        _write(save_rules, pair.rules.to_toml)
+            make = _pair(errors, own, rules, save_rules, checkpoint, preset, task, data, dropout,
+                         tokens, seed)  # fmt: skip
+            pair, report = _run(
+                errors,
+                make,
+                device,
+                levels=levels,
+                dtypes=dtypes,
+                seed=seed,
+                steps=steps,
+                evidence=html is not None,
+            )
+            _write(save_rules, pair.rules.to_toml)
         Console(stderr="-" in files.values()).print(report)
         _write(json, report.to_json)
         _write(markdown, report.to_markdown)
@@ -170,6 +173,24 @@ def _write(name: str | None, text: Callable[[], str]) -> None:
         typer.echo(text(), nl=False)
     elif name is not None:
         write_atomically(Path(name), text())
+
+
+def _pair(
+    errors: Console, own, rules, save_rules, checkpoint, preset, task, data, dropout, tokens, seed
+) -> Callable:
+    """Makes the pair that the options speak of, when frameworks are loaded."""
+    if any(own.values()):
+        return _own_pair(own, rules, seed)
+    if rules != "auto" or save_rules is not None:
+        raise ValueError("--rules: the twins have their own. Give --torch, --flax and --inputs.")
+    if checkpoint is None:
+        return _twins(data, preset, task, dropout, tokens, seed)
+    if preset != "tiny" or task != "next-token":
+        raise ValueError(
+            f"--checkpoint {checkpoint} with --preset or --task: a checkpoint has sizes of "
+            "its own and predicts the next token. Leave the others out."
+        )
+    return _checkpoint_pair(errors, checkpoint, data, dropout, tokens, seed)
 
 
 def _own_pair(own: dict[str, str | None], rules: str, seed: int) -> Callable:

@@ -9,10 +9,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from parity.files import write_atomically
+from parity.flax_leaves import flax_leaves
 from parity.foreign.infer import infer_rules
-from parity.leaves import Leaves, flax_leaves, torch_leaves
+from parity.leaves import Leaves
 from parity.rules import Rules
-from parity.transplant import resolve
+from parity.torch_leaves import torch_leaves
+from parity.weight_map import resolve
 
 
 def convert_file(

@@ -18,11 +18,13 @@ import torch
 from flax import nnx
 from scipy.optimize import linear_sum_assignment
 
+from parity.flax_leaves import flax_leaves
 from parity.layouts import Layout, Link, Shape
-from parity.leaves import Leaves, flax_leaves, torch_leaves
+from parity.leaves import Leaves
 from parity.native import Leaf, flax_leaf, flax_owner, torch_leaf, torch_owner
 from parity.rules import Rule, Rules
-from parity.transplant import TransplantError, resolve
+from parity.torch_leaves import torch_leaves
+from parity.weight_map import TransplantError, resolve
 
 # Of the largest output; with the wrong map outputs differ by their own size.
 _SAME_OUTPUT = 1e-9

@@ -13,17 +13,19 @@ from flax import nnx
 from parity.check import Progress, check
 from parity.compare import max_abs
 from parity.environment import choose_devices
+from parity.flax_leaves import flax_leaves
+from parity.flax_side import flax_side
 from parity.foreign.infer import infer_rules
-from parity.foreign.inputs import as_inputs
-from parity.foreign.sides import flax_side, torch_side
-from parity.leaves import flax_leaves, torch_leaves
-from parity.levels import LEVELS
+from parity.inputs import as_inputs
+from parity.levels.ladder import LEVELS
 from parity.pair import Pair
+from parity.pair_subject import PairSubject
 from parity.report import Report
 from parity.rules import Rules
-from parity.subject import Subject
 from parity.targets import in_a_line
-from parity.transplant import resolve
+from parity.torch_leaves import torch_leaves
+from parity.torch_side import torch_side
+from parity.weight_map import resolve
 
 Call = Callable[..., Any]
 
@@ -149,7 +151,7 @@ def pair_of(
     )
     if weights == "torch":
         ours = torch_leaves(port.build("float32"))
-        theirs = Subject(pair, choose_devices("cpu")).build_flax()
+        theirs = PairSubject(pair, choose_devices("cpu")).build_flax()
         pair = dataclasses.replace(
             pair, leaves=resolve(rules, ours, flax_leaves(theirs)).to_flax(ours)
         )
@@ -158,7 +160,7 @@ def pair_of(
 
 def _output_gap(pair: Pair) -> float:
     """How far the outputs are apart in float64 with these rules, of the largest."""
-    subject = Subject(pair, choose_devices("cpu"), dtypes=("float64",))
+    subject = PairSubject(pair, choose_devices("cpu"), dtypes=("float64",))
     try:
         flax, torch = (run.outputs(subject.gradient_probe) for run in subject.runs("float64"))
     except Exception as error:

@@ -25,12 +25,13 @@ from safetensors.numpy import save_file
 import flax_gpt
 import torch_gpt
 from flax_gpt import GPTConfig
-from parity.environment import jax_scope
+from parity.flax_scope import jax_scope
 from parity.huggingface.config import read_config, write_config
 from parity.huggingface.families import FAMILIES, Family
-from parity.leaves import Leaves, dotted, numpy_view
+from parity.leaves import Leaves, dotted
 from parity.rules import TWINS
-from parity.transplant import TransplantError, WeightMap, links_of, resolve
+from parity.torch_leaves import numpy_view
+from parity.weight_map import TransplantError, WeightMap, links_of, resolve
 
 # Their names of the types that weights may be stored in.
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}

@@ -12,10 +12,11 @@ import flax_gpt
 import torch_gpt
 from flax_gpt import Sampling
 from parity.compare import Verdict
-from parity.environment import Devices, jax_scope, pinned_precision
+from parity.environment import Devices, pinned_precision
+from parity.flax_scope import jax_scope
 from parity.huggingface.folder import Weights
-from parity.leaves import to_numpy
 from parity.levels.tokens import ERROR, reach
+from parity.torch_leaves import to_numpy
 
 # Of the largest logit, how far 16 bits may be off: a bfloat16 number rounds by up to 2**-9 of
 # itself, and four such roundings per block in either twin add up like a random walk over 48 blocks.

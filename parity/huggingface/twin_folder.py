@@ -22,7 +22,7 @@ from parity.huggingface.folder import (
 )
 from parity.leaves import Leaves, different_leaves
 from parity.rules import TWINS
-from parity.transplant import links_of
+from parity.weight_map import links_of
 
 FRAMEWORKS = "flax", "torch"
 _FORMAT = "parity-model-1"

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from parity.causes.forward import explained
 from parity.compare import (
     Record,
     Verdict,
@@ -97,6 +96,8 @@ def _padding_note(real: np.ndarray | None) -> str | None:
 
 def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     """The first module whose output parts, in the probe that failed."""
+    from parity.causes.forward import explained  # it needs both frameworks, a comparison does not
+
     bad = next(record for record in records if record.verdict is Verdict.FAIL)
     if bad.metric == "narrow operations":
         return Divergence(bad.name, "forward", 0, bad.value, detail=bad.note or "")

@@ -11,6 +11,7 @@ rate.
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -26,12 +27,10 @@ from parity.compare import (
     ratio,
     relative_l2,
 )
-from parity.flax_run import FlaxRun
 from parity.leaves import Leaves
 from parity.pair import Batch, Pair
 from parity.report import Divergence
 from parity.subject import Subject
-from parity.torch_run import TorchRun
 
 STEPS = 4
 # The steps that the schedule spans: it warms up, stands at its height, and has begun to come down.
@@ -187,7 +186,7 @@ def _cause(subject: Subject) -> str | None:
     return difference(*readings, (flax.name, torch.name))
 
 
-def _reading(run: FlaxRun | TorchRun, pair: Pair, convert: Callable[[Leaves], Leaves]) -> Reading:
+def _reading(run: Any, pair: Pair, convert: Callable[[Leaves], Leaves]) -> Reading:
     """One side's optimizer, read off; what its loss's gradient does not explain, by parts of it."""
     trainer, steps = run.trainer(HORIZON), []
     start = before = trainer.parameters()

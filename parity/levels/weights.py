@@ -5,13 +5,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from parity.compare import Record, Verdict, different_bits, judge, max_abs
-from parity.environment import jax_scope
+from parity.flax_leaves import flax_leaves, load_flax
+from parity.flax_scope import jax_scope
 from parity.layouts import Link, join
-from parity.leaves import flax_leaves, load_flax, load_torch, torch_leaves
+from parity.levels.completeness import every_leaf_once
 from parity.native import Act, flax_action, flax_input, flax_owner, torch_action, torch_owner
 from parity.report import Divergence
 from parity.subject import Subject
-from parity.transplant import TransplantError
+from parity.torch_leaves import load_torch, torch_leaves
 
 # One product per output element in float64, each of at most a few thousand terms.
 _ORIENTATION = 1e-12
@@ -19,17 +20,10 @@ _ORIENTATION = 1e-12
 
 def records(subject: Subject) -> Iterator[Record]:
     """The map is complete, the round trips are bitwise, and each matrix acts as its twin does."""
-    try:
-        links = subject.weight_map.links
-    except TransplantError as error:
-        problems = error.problems
-        yield judge("every leaf once", "float32", "problems", len(problems), 0, len(problems),
-                    note="; ".join(problems))  # fmt: skip
+    first = every_leaf_once(subject)
+    yield first
+    if first.verdict is not Verdict.PASS:
         return
-    used = sum(len(link.flax) for link in links)
-    ignored = subject.weight_map.ignored
-    note = f"ignored by the rules: {', '.join(ignored)}" if ignored else None
-    yield judge("every leaf once", "float32", "problems", 0, 0, used, note=note)
     subject.progress(0.2)
 
     flax_model, torch_model = subject.build_flax(), subject.pair.torch.build("float32")

@@ -11,8 +11,10 @@ import numpy as np
 import flax_gpt
 import torch_gpt
 from parity.corpus import Corpus
-from parity.environment import Devices, Scoped, jax_scope, pinned_precision
-from parity.leaves import cast, flax_leaves, load_flax, neighbours
+from parity.environment import Devices, pinned_precision
+from parity.flax_leaves import flax_leaves, load_flax
+from parity.flax_scope import Scoped, jax_scope
+from parity.leaves import cast, neighbours
 from parity.levels.trajectory import FLOAT32, FLOAT64, rounding_or_bug
 from parity.rules import TWINS
 from parity.trainers import FlaxTrainer, TorchTrainer

@@ -11,10 +11,12 @@ import flax_gpt
 import torch_gpt
 from parity.compare import Verdict, max_abs
 from parity.corpus import decode, encode
-from parity.environment import Devices, jax_scope, pinned_precision
-from parity.leaves import load_flax, load_torch, to_numpy
+from parity.environment import Devices, pinned_precision
+from parity.flax_leaves import load_flax
+from parity.flax_scope import jax_scope
 from parity.levels.tokens import ERROR, reach
 from parity.rules import TWINS
+from parity.torch_leaves import load_torch, to_numpy
 from parity.training.run import FRAMEWORKS, Run
 from parity.transplant import transplant
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 from flax import nnx
 
-from parity.capture import Trace, capture_flax, capture_torch
+from parity.capture import Trace
 from parity.compare import max_abs
+from parity.flax_capture import capture_flax
 from parity.localize import first_divergence, float64_gap
+from parity.torch_capture import capture_torch
 
 
 class Inner(nnx.Module):

@@ -25,9 +25,10 @@ import torch_gpt
 from parity import cli
 from parity.check import check
 from parity.compare import Verdict
+from parity.flax_leaves import flax_leaves
 from parity.huggingface import Checkpoint, Tokens, open_checkpoint, pair_of, save
 from parity.huggingface import folder_of as folder_of_name
-from parity.leaves import flax_leaves, torch_leaves
+from parity.torch_leaves import torch_leaves
 
 BOUND = 1e-12
 B, T, G = 6, 11, 9

@@ -18,7 +18,7 @@ from flax_gpt.config import SCHEDULES
 from parity.cli import check as parity_check
 from parity.cli import options
 from parity.cli import train as parity_train
-from parity.levels import LEVELS
+from parity.levels.ladder import LEVELS
 from parity.progress import interruptible
 from parity.training.precision import DTYPES
 from parity.twins import TASKS

@@ -9,8 +9,8 @@ import flax_gpt
 from parity.check import check
 from parity.compare import Verdict
 from parity.corpus import Corpus
-from parity.levels import LEVELS
 from parity.levels.cache import assemble, ragged_calls
+from parity.levels.ladder import LEVELS
 from parity.levels.optimizer import HORIZON
 from parity.levels.tokens import record
 from parity.twins import preset_config, twins

@@ -7,8 +7,9 @@ import torch
 from flax import nnx
 
 import torch_gpt
-from parity.environment import jax_scope
-from parity.oracle import flax_in, flax_purity, torch_in, torch_purity
+from parity.flax_oracle import flax_in, flax_purity
+from parity.flax_scope import jax_scope
+from parity.torch_oracle import torch_in, torch_purity
 
 CPU = jax.devices("cpu")[0]
 

@@ -11,10 +11,12 @@ from flax import nnx
 import flax_gpt
 import torch_gpt
 from parity.compare import different_bits
-from parity.leaves import flax_leaves, from_numpy, load_flax, load_torch, to_numpy, torch_leaves
+from parity.flax_leaves import flax_leaves, load_flax
 from parity.rules import TWINS, Layout, Rule, Rules
 from parity.subject import randomized
-from parity.transplant import TransplantError, resolve, transplant
+from parity.torch_leaves import from_numpy, load_torch, to_numpy, torch_leaves
+from parity.transplant import transplant
+from parity.weight_map import TransplantError, resolve
 
 SIZES = dict(
     vocab_size=61, context_length=29, embed_dim=15, num_layers=2, num_heads=3, mlp_dim=23

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from parity.leaves import flax_leaves, load_flax
+from parity.flax_leaves import flax_leaves, load_flax
 from parity.rules import TWINS
 from parity.subject import randomized
 from parity.transplant import transplant

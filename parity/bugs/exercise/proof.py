@@ -25,10 +25,12 @@ from parity.bugs.exercise.plants import files
 from parity.bugs.exercise.starter import read_exercise
 from parity.check import check
 from parity.compare import Record, Verdict
-from parity.leaves import Leaves, flax_leaves, torch_leaves
+from parity.flax_leaves import flax_leaves
+from parity.leaves import Leaves
 from parity.pair import Batch, Pair, Side
 from parity.report import Divergence, Level, Report
 from parity.rules import TWINS
+from parity.torch_leaves import torch_leaves
 
 STEPS = 100
 # Small enough that rounding does not grow: the check's weights are larger than initial ones.

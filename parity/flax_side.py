@@ -1,6 +1,7 @@
-"""Training of either module with an optimizer of its framework, all state as named arrays.
+"""Any Flax NNX module, a way to call it and an optimizer as one half of a pair.
 
-The two classes have the same methods, those that the levels ask for.
+Read beside parity/torch_side.py; the two trainers have the same methods, those that the levels ask
+for.
 """
 
 from collections.abc import Callable
@@ -10,73 +11,55 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import torch
 from flax import nnx
 
 import flax_gpt
-from parity.leaves import (
-    Leaves,
-    cast_array,
-    dotted,
-    flax_leaves,
-    from_numpy,
-    to_numpy,
-    torch_leaves,
-)
+from parity.calls import plain_call, projection, require_output
+from parity.capture import leaves_of
+from parity.flax_leaves import flax_leaves
+from parity.flax_oracle import flax_in
+from parity.leaves import Leaves, cast_array, dotted
+from parity.pair import Side
 
-# What both optimizers are when the user names none.
+Call = Callable[..., Any]
+# What the optimizer is when the user names none.
 CONSTANTS = flax_gpt.TrainConfig(schedule="constant", decay_all=True)
 
 
-class TorchTrainer:
-    """Training by loss.backward() and optimizer.step(), in training mode but without dropout.
+def flax_side(
+    module: nnx.Module,
+    call: Call | None = None,
+    loss: Call | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+) -> Side:
+    """A Flax NNX module as a side; see `torch_side`.
 
     Args:
-        module: with its initial weights.
-        loss: (module, *inputs) to a scalar.
-        optimizer: parameters to an optimizer; AdamW when None.
+        module: copied for every use, and never changed.
+        call: (module, *inputs) to its output; `module(*inputs)` when None.
+        loss: (module, *inputs) to a scalar; the output times fixed random numbers when None.
+        optimizer: an optax transformation; AdamW as torch's when None.
     """
+    call = call or plain_call
 
-    def __init__(
-        self,
-        module: torch.nn.Module,
-        loss: Callable[..., torch.Tensor],
-        optimizer: Callable[[Any], torch.optim.Optimizer] | None,
-    ):
-        self._module, self._loss = module.train(), loss
-        for submodule in module.modules():
-            _without_dropout(submodule)
-        self._optimizer = (optimizer or _adamw)(list(module.parameters()))
-        first = next(module.parameters())
-        self._dtype, self._device = str(first.dtype).removeprefix("torch."), first.device
+    def forward(model: nnx.Module, *inputs: jax.Array) -> jax.Array:
+        arrays = [x for x in leaves_of(call(model, *inputs)) if isinstance(x, jax.Array)]
+        require_output("flax", arrays)
+        return arrays[0] if len(arrays) == 1 else jnp.concatenate([x.ravel() for x in arrays])
 
-    @property
-    def learning_rate(self) -> float:
-        """The largest of the optimizer's groups."""
-        return max(float(group["lr"]) for group in self._optimizer.param_groups)
+    def projected(model: nnx.Module, *inputs: jax.Array) -> jax.Array:
+        output = forward(model, *inputs)
+        return jnp.dot(output.ravel(), jnp.asarray(projection(output.size), output.dtype))
 
-    def step(self, *inputs: np.ndarray) -> float:
-        """One step; the loss before it."""
-        tensors = [from_numpy(cast_array(x, self._dtype)).to(self._device) for x in inputs]
-        self._optimizer.zero_grad()
-        loss = self._loss(self._module, *tensors)
-        loss.backward()
-        self._optimizer.step()
-        return float(loss.detach())
-
-    def parameters(self) -> Leaves:
-        """The present weights and buffers."""
-        return torch_leaves(self._module)
-
-    def moments(self) -> tuple[Leaves, Leaves, int]:
-        """First and second moments by leaf, as far as the optimizer keeps such, and its count."""
-        first, second, updates = {}, {}, 0
-        for name, parameter in self._module.named_parameters():
-            state = self._optimizer.state.get(parameter, {})
-            if "exp_avg" in state:
-                first[name], second[name] = map(to_numpy, (state["exp_avg"], state["exp_avg_sq"]))
-                updates = max(updates, int(state["step"]))
-        return first, second, updates
+    score, optimizer = loss or projected, optimizer or flax_gpt.adamw(CONSTANTS)
+    program = flax_program(score, optimizer)
+    return Side(
+        name=f"{type(module).__name__} (flax)",
+        build=lambda dtype: flax_in(module, dtype),
+        forward=forward,
+        loss=score,
+        trainer=lambda model, num_steps: FlaxTrainer(model, program, optimizer),
+    )
 
 
 class FlaxTrainer:
@@ -144,16 +127,6 @@ def flax_program(
     return jax.jit(step, static_argnums=0)
 
 
-def _adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        parameters,
-        lr=CONSTANTS.learning_rate,
-        betas=(CONSTANTS.beta1, CONSTANTS.beta2),
-        eps=CONSTANTS.epsilon,
-        weight_decay=CONSTANTS.weight_decay,
-    )
-
-
 def _is_adam(state: Any) -> bool:
     return all(hasattr(state, name) for name in ("mu", "nu", "count"))
 
@@ -164,10 +137,6 @@ def _by_path(state: Any) -> Leaves:
 
 def _without_dropout(module: Any) -> None:
     """Masks come from other generators in the two frameworks, so nothing is to be dropped."""
-    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-        module.p = 0.0
-    if isinstance(module, torch.nn.MultiheadAttention | torch.nn.RNNBase):
-        module.dropout = 0.0
     if isinstance(module, nnx.Dropout):
         module.rate = 0.0
     if isinstance(module, nnx.MultiHeadAttention):

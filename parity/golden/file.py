@@ -1,0 +1,240 @@
+"""A golden as one safetensors file: everything that one side computed, all floats in float64."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from parity.files import write_atomically
+from parity.leaves import Leaves, cast, cast_array
+from parity.oracle import Purity
+from parity.pair import Batch
+
+KIND, SCHEMA = "parity golden", 1
+# The only entry of the file's metadata: of several, safetensors does not keep the order.
+_ABOUT = "about"
+
+
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Parameters and moments after an optimizer step, by leaf, and the optimizer's count."""
+
+    after: Leaves
+    first: Leaves
+    second: Leaves
+    count: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """What one side computed.
+
+    Attributes:
+        framework: flax or torch.
+        model: what the report calls it.
+        versions: of what computed it.
+        seed: of weights and inputs.
+        learning_rate: the largest of the optimizer, the unit in which single updates are judged.
+        weights: under test.
+        probes: named inputs; the first is the one for gradients.
+        outputs: by probe.
+        loss: on the first probe.
+        gradients: of that loss, by leaf.
+        batches: one for each step of training.
+        losses: (steps,) before each update.
+        states: after each of the first steps.
+        final: weights after the last step.
+        purity: proof that forward and gradient were computed in float64.
+    """
+
+    framework: str
+    model: str
+    versions: Mapping[str, str]
+    seed: int
+    learning_rate: float
+    weights: Leaves
+    probes: Mapping[str, Batch]
+    outputs: Mapping[str, np.ndarray]
+    loss: float
+    gradients: Leaves
+    batches: tuple[Batch, ...]
+    losses: np.ndarray
+    states: tuple[State, ...]
+    final: Leaves
+    purity: Mapping[str, Purity]
+
+    def write(self, path: Path) -> None:
+        """Writes the file, whole or not at all; equal goldens are equal bytes.
+
+        Raises:
+            ValueError: for results that are not finite, against which nothing can be checked.
+            OSError: when the folder or the disk does not take it.
+        """
+        tensors = cast(self._tensors(), "float64")
+        bad = [
+            name
+            for name, tensor in tensors.items()
+            if not name.startswith(("weights/", "final/", "step/"))
+            and not np.isfinite(tensor).all()
+        ]
+        if bad:
+            raise ValueError(
+                f"golden {path}: {', '.join(bad)} not finite. Nothing can be checked against "
+                "that. Mend the model or its inputs."
+            )
+        # safetensors writes memory as it lies, whatever the strides say.
+        tensors = {name: np.array(tensor, order="C") for name, tensor in tensors.items()}
+        write_atomically(path, save(tensors, metadata={_ABOUT: json.dumps(self._about())}))
+
+    def _about(self) -> dict[str, Any]:
+        return {
+            "kind": KIND, "schema": SCHEMA, "framework": self.framework, "model": self.model,
+            "versions": dict(self.versions), "seed": self.seed,
+            "learning_rate": self.learning_rate,
+            "probes": {name: len(batch.inputs) for name, batch in self.probes.items()},
+            "batches": [len(batch.inputs) for batch in self.batches],
+            "states": len(self.states), "weights": list(self.weights),
+            "gradients": list(self.gradients), "moments": list(self.states[0].first),
+            "purity": {name: dataclasses.asdict(found) for name, found in self.purity.items()},
+        }  # fmt: skip
+
+    def _tensors(self) -> Leaves:
+        named = {"weights": self.weights, "gradient": self.gradients, "final": self.final}
+        for number, (name, batch) in enumerate(self.probes.items()):
+            named[f"probe/{number}/input"] = _numbered(batch)
+            named[f"probe/{number}"] = {"output": self.outputs[name]}
+        for number, batch in enumerate(self.batches):
+            named[f"batch/{number}/input"] = _numbered(batch)
+        for number, state in enumerate(self.states):
+            named[f"step/{number}/after"] = state.after
+            named[f"step/{number}/first"] = state.first
+            named[f"step/{number}/second"] = state.second
+        found = {
+            f"{group}/{name}": x for group, leaves in named.items() for name, x in leaves.items()
+        }
+        counts = np.array([state.count for state in self.states])
+        return found | {"loss": np.array(self.loss), "losses": self.losses, "counts": counts}
+
+
+def read(path: Path) -> Golden:
+    """The golden that `Golden.write` wrote.
+
+    Raises:
+        ValueError: for a file that is not there, truncated, of another kind or schema, or without
+            all of its tensors in their shapes; in one line.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            about = json.loads((file.metadata() or {}).get(_ABOUT, "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"golden {path}: no such file. A golden is what `parity record` wrote. Name one."
+        ) from error
+    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"golden {path}: cannot be read ({reason}). The file is truncated, damaged or no "
+            "safetensors file. Record it again."
+        ) from error
+    if not isinstance(about, dict) or about.get("kind") != KIND:
+        raise ValueError(
+            f"golden {path}: written by something else. A golden is what `parity record` wrote. "
+            "Name one."
+        )
+    if about.get("schema") != SCHEMA:
+        raise ValueError(
+            f"golden {path}: schema {about.get('schema')}, and this program reads {SCHEMA}. "
+            "Record it again with this version."
+        )
+    try:
+        return _golden(path, about, _Tensors(tensors))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"golden {path}: damaged metadata ({error}). Record it again.") from error
+
+
+class _Tensors:
+    """Tensors of a file by name, each asked for once, and what is wrong with them."""
+
+    def __init__(self, found: Leaves):
+        self._left = dict(found)
+        self._shapes = {
+            name.removeprefix("weights/"): x.shape
+            for name, x in found.items()
+            if name.startswith("weights/")
+        }
+        self.problems: list[str] = []
+
+    def get(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        """A tensor; an empty one that is a problem if it is not there in that shape."""
+        if name not in self._left:
+            self.problems.append(f"{name} is missing")
+            return np.zeros(0)
+        tensor = self._left.pop(name)
+        if shape is not None and tensor.shape != shape:
+            self.problems.append(f"{name} is {list(tensor.shape)}, not {list(shape)}")
+            return np.zeros(0)
+        return tensor
+
+    def leaves(self, group: str, names: list[str]) -> Leaves:
+        """Tensors of a group, each in the shape of the weights of its name."""
+        return {name: self.get(f"{group}/{name}", self._shapes.get(name)) for name in names}
+
+    def batch(self, group: str, num_inputs: int) -> Batch:
+        return Batch(tuple(self.get(f"{group}/input/{place}") for place in range(num_inputs)))
+
+    def require_all(self, path: Path) -> None:
+        """Refuses a file with problems, or with tensors that nobody asked for."""
+        problems = self.problems + [f"{name} is unknown" for name in self._left]
+        if problems:
+            more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise ValueError(
+                f"golden {path}: {'; '.join(problems[:5])}{more}. A golden has the tensors that "
+                "its metadata lists. Record it again."
+            )
+
+
+def _golden(path: Path, about: dict[str, Any], tensors: _Tensors) -> Golden:
+    moments = about["moments"]
+    probes = list(enumerate(about["probes"].items()))
+    counts = tensors.get("counts", (about["states"],))
+    weights = tensors.leaves("weights", about["weights"])
+    states = [
+        State(
+            tensors.leaves(f"step/{number}/after", about["weights"]),
+            tensors.leaves(f"step/{number}/first", moments),
+            tensors.leaves(f"step/{number}/second", moments),
+            int(counts[number]) if counts.size else 0,
+        )
+        for number in range(about["states"])
+    ]
+    golden = Golden(
+        framework=about["framework"],
+        model=about["model"],
+        versions=about["versions"],
+        seed=about["seed"],
+        learning_rate=about["learning_rate"],
+        weights=weights,
+        probes={name: tensors.batch(f"probe/{n}", inputs) for n, (name, inputs) in probes},
+        outputs={name: tensors.get(f"probe/{n}/output") for n, (name, _) in probes},
+        loss=float(np.sum(tensors.get("loss", ()))),
+        gradients=tensors.leaves("gradient", about["gradients"]),
+        batches=tuple(
+            tensors.batch(f"batch/{n}", inputs) for n, inputs in enumerate(about["batches"])
+        ),
+        losses=tensors.get("losses", (len(about["batches"]),)),
+        states=tuple(states),
+        final=tensors.leaves("final", about["weights"]),
+        purity={name: Purity(**found) for name, found in about["purity"].items()},
+    )
+    tensors.require_all(path)
+    return golden
+
+
+def _numbered(batch: Batch) -> Leaves:
+    return {str(place): cast_array(x, "float64") for place, x in enumerate(batch.inputs)}
