@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 import parity.selftest.pairs
 from parity.cli import app
-from parity.leaves import torch_leaves
 from parity.selftest import pair_module
+from parity.torch_leaves import torch_leaves
 
 PAIR = Path(parity.selftest.pairs.__file__).parent / "mlp.py"
 OWN = ["--torch", f"{PAIR}:torch_net", "--flax", f"{PAIR}:flax_net"]

@@ -9,7 +9,8 @@ from flax import nnx
 
 from parity.layouts import Layout, Link
 from parity.rules import Rule, Rules
-from parity.transplant import TransplantError, resolve, transplant
+from parity.transplant import transplant
+from parity.weight_map import TransplantError, resolve
 
 SHAPES = {
     Layout.SAME: (3, 4),
