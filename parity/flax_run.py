@@ -30,7 +30,8 @@ class FlaxRun:
         self, side: Side, leaves: Mapping[str, np.ndarray], dtype: str, device: jax.Device
     ):
         self.name = side.name
-        self._side, self._leaves = side, cast(leaves, dtype)
+        # As they were given: a copy in another type would be one more model in memory.
+        self._side, self._leaves = side, leaves
         self._dtype, self._device = dtype, device
         self.module = self._load()
         self._graphdef, self._parameters, self._rest = self._split()
@@ -40,7 +41,7 @@ class FlaxRun:
     def at(self, leaves: Mapping[str, np.ndarray]) -> "FlaxRun":
         """The same model with other weights; what is compiled stays so."""
         other = copy.copy(self)
-        other._leaves = cast(leaves, self._dtype)
+        other._leaves = leaves
         other.module = other._load()
         _, other._parameters, _ = other._split()
         return other
@@ -94,7 +95,7 @@ class FlaxRun:
     def _load(self) -> nnx.Module:
         with self._scope():
             module = self._side.build(self._dtype)
-            load_flax(module, self._leaves)
+            load_flax(module, cast(self._leaves, self._dtype))
             module.eval()
             return module
 

@@ -26,14 +26,15 @@ class TorchRun:
         self, side: Side, leaves: Mapping[str, np.ndarray], dtype: str, device: torch.device
     ):
         self.name = side.name
-        self._side, self._leaves = side, cast(leaves, dtype)
+        # As they were given: a copy in another type would be one more model in memory.
+        self._side, self._leaves = side, leaves
         self._dtype, self._device = dtype, device
         self.module = self._load()
 
     def at(self, leaves: Mapping[str, np.ndarray]) -> "TorchRun":
         """The same model with other weights."""
         other = copy.copy(self)
-        other._leaves = cast(leaves, self._dtype)
+        other._leaves = leaves
         other.module = other._load()
         return other
 
@@ -77,7 +78,7 @@ class TorchRun:
 
     def _load(self) -> torch.nn.Module:
         module = self._side.build(self._dtype)
-        load_torch(module, self._leaves)
+        load_torch(module, cast(self._leaves, self._dtype))
         return module.to(self._device).eval()
 
     def _loss_and_gradients(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:

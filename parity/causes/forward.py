@@ -86,7 +86,7 @@ def _guilty_calls(subject: Subject, batch: Batch, path: str) -> Iterator[tuple[R
         bare = {
             name: part
             for name, part in guilty.named_modules()
-            if name not in inside and not any(part.children()) and not any(part.parameters())
+            if name not in inside and _is_bare(part)
         }
         if bare:
             yield Replay(guilty, args, kwargs, inside | bare), target.output
@@ -98,6 +98,12 @@ def _guilty_calls(subject: Subject, batch: Batch, path: str) -> Iterator[tuple[R
             } | {path: guilty}
             yield Replay(model, *calls[model][0], outside, guilty), target.output
         return
+
+
+def _is_bare(module: torch.nn.Module) -> bool:
+    """Whether it is a function in the form of a module, as an activation."""
+    parts = *module.children(), *module.parameters()
+    return not parts
 
 
 def _calls(run: TorchRun, batch: Batch, module: torch.nn.Module) -> list[tuple[tuple, dict]]:
@@ -157,7 +163,7 @@ def _part_attempts(
 
         inputs = [x for x in args if isinstance(x, torch.Tensor)]
         yield f"{path} left out", tried(lambda _, given, kwargs: given[0])
-        if not any(replay.agreeing[path].parameters()):
+        if _is_bare(replay.agreeing[path]):
             for words, function in ACTIVATIONS.items():
                 yield f"{words} for {path}", tried(lambda _, given, kwargs, f=function: f(given[0]))
         if inputs and not inputs[0].is_floating_point():
