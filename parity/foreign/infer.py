@@ -129,6 +129,9 @@ def infer_rules(
             problems.append(_unequal(mine, other))
         else:
             for group in _assigned(mine, other):
+                if math.factorial(len(group)) > _MOST_TRIALS:
+                    problems.append(f"names do not tell apart {_question(group)}")
+                    continue
                 answers = tuple(_answers(group))
                 if len(answers) == 1:
                     links += answers[0]

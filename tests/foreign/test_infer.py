@@ -83,6 +83,13 @@ def test_what_nothing_tells_apart_is_an_error_that_lists_the_candidates():
         infer_rules(port, flax)
 
 
+def test_more_candidates_than_can_be_tried_are_an_error_at_once():
+    names = [f"{word}{end}" for word in ("x", "y") for end in "abcdef"]
+    others = [f"{word}{end}" for word in ("r", "s") for end in "ghijkl"]
+    with pytest.raises(ValueError, match="names do not tell apart torch xa, xb, xc"):
+        infer_rules(Torch(" ".join(names)), Flax(" ".join(others)))
+
+
 def test_a_leaf_without_a_counterpart_is_named_with_its_shape():
     with pytest.raises(ValueError, match=r"of linear with bias \[4\], weight \[4, 4\] torch has 2"):
         infer_rules(Torch("a b"), Flax("a"))
