@@ -41,7 +41,7 @@ class TorchRun:
     def outputs(self, batch: Batch) -> np.ndarray:
         """The model's output."""
         with torch.no_grad():
-            return to_numpy(self._side.forward(self.module, *self._arrays(batch)))
+            return to_numpy(self._side.forward(self.module, *self.arrays(batch)))
 
     def gradients(self, batch: Batch) -> tuple[float, Leaves]:
         """The loss, and its gradient by leaf."""
@@ -51,7 +51,7 @@ class TorchRun:
 
     def forward_purity(self, batch: Batch) -> Purity:
         """What the forward pass is made of."""
-        return torch_purity(self._side.forward, self.module, *self._arrays(batch))
+        return torch_purity(self._side.forward, self.module, *self.arrays(batch))
 
     def gradient_purity(self, batch: Batch) -> Purity:
         """What the forward and backward pass are made of."""
@@ -59,7 +59,7 @@ class TorchRun:
 
     def traces(self, batch: Batch, sink: Sink) -> None:
         """Tells inputs and outputs of every module in a forward pass."""
-        arrays = self._arrays(batch)
+        arrays = self.arrays(batch)
         capture_torch(self.module, lambda: self._side.forward(self.module, *arrays), sink)
 
     def trainer(self, num_steps: int) -> Any:
@@ -82,7 +82,7 @@ class TorchRun:
         return module.to(self._device).eval()
 
     def _loss_and_gradients(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        loss = self._side.loss(self.module, *self._arrays(batch))
+        loss = self._side.loss(self.module, *self.arrays(batch))
         parameters = list(self.module.parameters())
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         return loss.detach(), [
@@ -90,7 +90,8 @@ class TorchRun:
             for parameter, gradient in zip(parameters, gradients, strict=True)
         ]
 
-    def _arrays(self, batch: Batch) -> tuple[torch.Tensor, ...]:
+    def arrays(self, batch: Batch) -> tuple[torch.Tensor, ...]:
+        """The inputs of a call, in the run's type and on its device."""
         return tuple(
             _tensor(cast_array(array, self._dtype)).to(self._device) for array in batch.inputs
         )

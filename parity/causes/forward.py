@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 
 from parity.capture import Trace, leaves_of
 from parity.causes.operations import ACTIVATIONS, alternatives, substitutes
-from parity.causes.replay import Change, Done, Exchange, Replay
+from parity.causes.replay import Change, Done, Exchange, Replay, named
 from parity.causes.weights import readings
 from parity.localize import aligned, float64_gap, model_name, translated
 from parity.pair import Batch
@@ -25,7 +25,7 @@ _PATIENCE = 60.0
 _SIZES = 8
 
 
-def explained(subject: Subject, probe: str, found: Divergence) -> Divergence:
+def explained_output(subject: Subject, probe: str, found: Divergence) -> Divergence:
     """The divergence of a forward pass with its cause, as far as one alternative closes the gap.
 
     The torch side is what is changed, whichever of the two is wrong: which that is, nobody but the
@@ -38,19 +38,32 @@ def explained(subject: Subject, probe: str, found: Divergence) -> Divergence:
         found: where they do.
     """
     path = "" if found.where == model_name(subject) else found.where
-    start = time.perf_counter()
     model = subject.runs("float64")[1].module
     probes = dict.fromkeys((probe, *subject.pair.probes))
     calls = (_guilty_calls(subject, subject.pair.probes[name], path) for name in probes)
-    for replay, target in itertools.chain.from_iterable(calls):
-        others = {name: part for name, part in model.named_modules() if part is not replay.module}
+    cause = matching(itertools.chain.from_iterable(calls), dict(model.named_modules()))
+    return dataclasses.replace(found, cause=cause)
+
+
+def matching(
+    calls: Iterable[tuple[Replay, np.ndarray]], modules: Mapping[str, torch.nn.Module]
+) -> str | None:
+    """What makes a call give what it should, in words; None if nothing does in a minute.
+
+    Args:
+        calls: each with what it should give.
+        modules: of the model, by path, whose weights may be the right ones.
+    """
+    start = time.perf_counter()
+    for replay, target in calls:
+        others = {name: part for name, part in modules.items() if part is not replay.module}
         for words, output in _attempts(replay, others):
             if output is not None and float64_gap(target, output) is None:
                 left = float(np.max(np.abs(target - aligned(output, target)), initial=0.0))
-                return dataclasses.replace(found, cause=f"torch matches to {left:.0e} with {words}")
+                return f"torch matches to {left:.0e} with {words}"
             if time.perf_counter() - start > _PATIENCE:
-                return found
-    return found
+                return None
+    return None
 
 
 def _guilty_calls(subject: Subject, batch: Batch, path: str) -> Iterator[tuple[Replay, np.ndarray]]:
@@ -127,7 +140,7 @@ def _attempts(
     sizes = _sizes(operations)
     for place, done in enumerate(operations):
         for words, instead in alternatives(done, sizes):
-            yield _named(words, done), replay.output(_at(place, instead))
+            yield named(words, done.operation, done.line), replay.output(_at(place, instead))
     yield from _part_attempts(replay, parts)
     for words, weights in readings(replay.module, others):
         yield words, replay.output(weights=weights)
@@ -139,7 +152,10 @@ def _attempts(
                 at for at, x in enumerate(operations) if (x.name, x.line) == (done.name, done.line)
             }
             for number, (words, _) in enumerate(alternatives(done, sizes)):
-                yield _named(words, done), replay.output(_at_all(places, operations, sizes, number))
+                yield (
+                    named(words, done.operation, done.line),
+                    replay.output(_at_all(places, operations, sizes, number)),
+                )
     at_hand = {
         f"the {side} of {path}": x
         for path, args, given in parts
@@ -149,7 +165,7 @@ def _attempts(
     }
     for place, done in enumerate(operations):
         for words, instead in substitutes(done, at_hand):
-            yield _named(words, done), replay.output(_at(place, instead))
+            yield named(words, done.operation, done.line), replay.output(_at(place, instead))
 
 
 def _part_attempts(
@@ -189,10 +205,6 @@ def _at_call(number: int, instead: Callable) -> Exchange:
         return instead(part, args, kwargs) if next(count) == number else None
 
     return exchange
-
-
-def _named(words: str, done: Done) -> str:
-    return f"{words} ({done.name}{', ' if done.line else ''}{done.line})"
 
 
 def _at(place: int, instead: Callable) -> Change:

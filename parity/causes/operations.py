@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 _ACTIVATING = {"gelu", "relu", "silu", "tanh", "sigmoid", "hardswish", "leaky_relu", "elu", "mish"}
 _COMPARISONS = {"lt": torch.le, "le": torch.lt, "gt": torch.ge, "ge": torch.gt}
-_OTHERS = {"and", "or", "eq", "ne", "size", "dim", "numel", "stride"}
+_OTHERS = {"and", "or", "size", "dim", "numel", "stride"}
 _INTEGRAL = {"arange", "add", "sub", "cumsum", "radd", "rsub", "where"}
 _SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 
@@ -72,6 +72,9 @@ def alternatives(done: Done, sizes: Collection[int]) -> Iterator[tuple[str, Inst
     elif full in _COMPARISONS:
         other = _COMPARISONS[full]
         yield f"{other.__name__} in place of {full}", lambda *a, **k: other(*a[:2])
+        yield f"all true in place of {full}", lambda *a, **k: torch.ones_like(done.result)
+    elif full in ("eq", "ne"):
+        yield f"all true in place of {full}", lambda *a, **k: torch.ones_like(done.result)
     elif full in ("tril", "triu"):
         diagonal = kwargs.get("diagonal", args[1] if len(args) > 1 else 0)
         for shift in (-1, 1):

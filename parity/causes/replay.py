@@ -183,6 +183,20 @@ class _Watch(TorchFunctionMode):
         return (self._change(place, func) or func)(*args, **kwargs)
 
 
+@contextlib.contextmanager
+def watched(change: Change) -> Iterator[None]:
+    """Every operation of the block passes by, and may be done in another way."""
+    with _Watch(change):
+        yield
+
+
+def named(words: str, operation: Operation, line: str | None = None) -> str:
+    """Words with the operation and the line that they are about; the line of the caller if None."""
+    line = _line_of_caller() if line is None else line
+    name = getattr(operation, "__name__", "").strip("_")
+    return f"{words} ({name}{', ' if line else ''}{line})"
+
+
 def _line_of_caller() -> str:
     """The file and line of the code that asked for an operation, outside of torch and of parity."""
     frame = sys._getframe(1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from parity.causes import explained
 from parity.compare import IMPURE, Record, Verdict, abstain, judge, largest, max_abs, relative_l2
 from parity.leaves import Leaves
 from parity.levels.logits import purity
@@ -54,10 +55,13 @@ def _null_gaps(subject: Subject, flax: Leaves, torch: Leaves) -> dict[str, tuple
 
 def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     """The loss itself, or the guilty leaf nearest to it: those before only inherit its error."""
+    from parity.causes.backward import explained_gradient, explained_loss  # as in logits
+
     bad = {record.name: record for record in records if record.verdict is Verdict.FAIL}
     if "loss" in bad:
         detail = "The logits agree, so it is the loss that is computed in another way."
-        return Divergence("loss", "forward", 0, bad["loss"].value, detail=detail)
+        found = Divergence("loss", "forward", 0, bad["loss"].value, detail=detail)
+        return explained(found, lambda found: explained_loss(subject, found))
     leaves = [name for name in bad if name in subject.flax_leaves]
     if not leaves:
         name, record = next(iter(bad.items()))
@@ -69,4 +73,5 @@ def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     owner, _, leaf = last.rpartition(".")
     detail = f"Its leaf {leaf} has another gradient; all between it and the loss agree."
     where = subject.modules.get(owner, owner)
-    return Divergence(where, "backward", 0, bad[last].value, detail=detail)
+    found = Divergence(where, "backward", 0, bad[last].value, detail=detail)
+    return explained(found, lambda found: explained_gradient(subject, last, found))

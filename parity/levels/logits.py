@@ -1,10 +1,10 @@
 """The two models give the same outputs."""
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from parity.causes import explained
 from parity.compare import (
     Record,
     Verdict,
@@ -96,7 +96,7 @@ def _padding_note(real: np.ndarray | None) -> str | None:
 
 def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     """The first module whose output parts, in the probe that failed."""
-    from parity.causes.forward import explained  # it needs both frameworks, a comparison does not
+    from parity.causes.forward import explained_output  # needs both frameworks; comparing does not
 
     bad = next(record for record in records if record.verdict is Verdict.FAIL)
     if bad.metric == "narrow operations":
@@ -106,11 +106,7 @@ def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     if bad.dtype != "float64":
         return locate_rounding(subject, batch)
     found = locate_forward(subject, batch)
-    try:
-        return found and explained(subject, probe, found)
-    except Exception as error:  # that they part, and where, is known
-        words = f" The search for a cause ended with {type(error).__name__}: {error}"
-        return dataclasses.replace(found, detail=found.detail + words.partition("\n")[0])
+    return found and explained(found, lambda found: explained_output(subject, probe, found))
 
 
 def failed_probe(subject: Subject, records: Iterable[Record]) -> str:

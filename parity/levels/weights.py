@@ -10,15 +10,15 @@ from parity.flax_scope import jax_scope
 from parity.layouts import Link, join
 from parity.levels.completeness import every_leaf_once
 from parity.native import Act, flax_action, flax_input, flax_owner, torch_action, torch_owner
+from parity.pair_subject import PairSubject
 from parity.report import Divergence
-from parity.subject import Subject
 from parity.torch_leaves import load_torch, torch_leaves
 
 # One product per output element in float64, each of at most a few thousand terms.
 _ORIENTATION = 1e-12
 
 
-def records(subject: Subject) -> Iterator[Record]:
+def records(subject: PairSubject) -> Iterator[Record]:
     """The map is complete, the round trips are bitwise, and each matrix acts as its twin does."""
     first = every_leaf_once(subject)
     yield first
@@ -44,7 +44,7 @@ def records(subject: Subject) -> Iterator[Record]:
     yield from _orientations(subject)
 
 
-def _orientations(subject: Subject) -> Iterator[Record]:
+def _orientations(subject: PairSubject) -> Iterator[Record]:
     """Runs both owners of each matrix on one input: shapes cannot tell W from its transpose."""
     flax_run, torch_run = subject.runs("float64")
     rng = np.random.default_rng(0)
@@ -91,7 +91,7 @@ def _linear_part(acts: list[Act], x: np.ndarray, heads: int) -> np.ndarray:
     return join(outputs, heads)
 
 
-def _transposed_gap(subject: Subject, link: Link, x: np.ndarray) -> float | None:
+def _transposed_gap(subject: PairSubject, link: Link, x: np.ndarray) -> float | None:
     """What a square kernel turned the wrong way would have shown."""
     kernel = subject.flax_leaves[link.flax[0]]
     if len(link.flax) > 1 or x.ndim != 2 or kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1]:
@@ -100,7 +100,28 @@ def _transposed_gap(subject: Subject, link: Link, x: np.ndarray) -> float | None
     return max_abs(x @ wide, x @ wide.T)
 
 
-def locate(subject: Subject, records: list[Record]) -> Divergence | None:
+def locate(subject: PairSubject, records: list[Record]) -> Divergence | None:
     """The leaf whose comparison failed."""
     bad = next(record for record in records if record.verdict is Verdict.FAIL)
-    return Divergence(bad.where or "the weight map", "weights", 0, bad.value, detail=bad.note or "")
+    if not bad.where:
+        problem, _, more = (bad.note or "").partition("; ")
+        return Divergence("the weight map", "weights", 0, bad.value, cause=problem, detail=more)
+    return Divergence(bad.where, "weights", 0, bad.value, cause=_turned(subject, bad.where))
+
+
+def _turned(subject: PairSubject, name: str) -> str | None:
+    """Whether a matrix acts as its counterpart does once it is transposed, in words."""
+    flax_run, _ = subject.runs("float64")
+    link = next(link for link in subject.weight_map.links if name in link.torch)
+    if len(link.flax) > 1 or len(link.torch) > 1:
+        return None
+    owner, leaf = flax_owner(flax_run.module, link.flax[0])
+    x = flax_input(owner, np.random.default_rng(0))
+    with jax_scope("float64", subject.devices.flax):
+        flax_output = _linear_part([flax_action(owner, leaf)], x, 1)
+    weight = subject.torch_leaves[name].astype(np.float64)
+    for turned in (weight, weight.T):
+        torch_output = _linear_part([lambda x, w=turned: x @ w], x, 1)
+        if max_abs(torch_output, flax_output) <= _ORIENTATION:
+            return f"{name} lies the other way round in {link.flax[0]} than as {link.layout}"
+    return None

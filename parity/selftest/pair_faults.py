@@ -67,7 +67,8 @@ FORWARD = (
 MAPPING = (
     Fault("a square matrix is not transposed", "mlp",
           rules=(('flax = "mix.kernel"\nlayout = "transposed"', 'flax = "mix.kernel"'),),
-          level="weights", where="3.weight"),
+          level="weights", where="3.weight",
+          cause="lies the other way round"),
     Fault("query and key swapped in the packed weights", "encoder",
           rules=(("{query,key,value}.kernel", "{key,query,value}.kernel"),),
           where="layers.0.self_attn", cause="in the order 2, 1, 3"),
@@ -91,14 +92,15 @@ MAPPING = (
           cause="weight and bias swapped"),
     Fault("a leaf is mapped twice", "recurrent",
           rules=(('flax = "rnn.hh.bias"', 'flax = "rnn.ih.bias"'),), level="weights",
-          where="the weight map"),
+          where="the weight map", cause="is used by 2 torch leaves"),
     Fault("query and value swapped in the packed weights", "gpt2",
           rules=(("{query,key,value}.kernel", "{value,key,query}.kernel"),),
           where="model.transformer.h.0.attn", cause="in the order 3, 2, 1"),
     Fault("a linear layer that is (in, out) transposed", "gpt2",
           rules=(('flax = "blocks.*.attention.out.kernel"',
                   'flax = "blocks.*.attention.out.kernel"\nlayout = "transposed"'),),
-          level="weights", where="model.transformer.h.0.attn.c_proj.weight"),
+          level="weights", where="model.transformer.h.0.attn.c_proj.weight",
+          cause="lies the other way round"),
 )  # fmt: skip
 
 PAIR_FAULTS = FORWARD + MAPPING
