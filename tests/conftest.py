@@ -3,15 +3,13 @@
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two busy cores: waiting threads must sleep
-# Programs run here for milliseconds, so compiling fast matters more than fast code. CI's
-# `parity check`, and the test of the README's numbers, compile as users do.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=1 --xla_llvm_disable_expensive_passes=true",
-)
 
+import atexit
 import contextlib
 import dataclasses
+import importlib.metadata
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -27,6 +25,30 @@ import flax_gpt
 import flax_gpt.random
 import torch_gpt
 import torch_gpt.random
+
+# Programs run here for milliseconds, so compiling fast matters more than fast code. CI's
+# `parity check`, and the test of the README's numbers, compile as users do.
+_FLAGS = [
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones know no such flag
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
+
+# A program is compiled once, whichever worker, test or process of a test is the first to need it.
+_PROGRAMS = jax.config.jax_compilation_cache_dir
+if _PROGRAMS is None:
+    _PROGRAMS = tempfile.mkdtemp(prefix="programs-")
+    atexit.register(shutil.rmtree, _PROGRAMS, ignore_errors=True)
+for name, value in {
+    "jax_compilation_cache_dir": _PROGRAMS,
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+    "jax_persistent_cache_min_entry_size_bytes": 0,
+}.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")

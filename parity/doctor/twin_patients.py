@@ -65,9 +65,7 @@ def twin_patient(
 
 
 def _torch_twin(package: ModuleType, model: Any, seed: int) -> Patient:
-    def trainer(
-        module: Any, constants: dict[str, Any], long: bool = False, **more: Any
-    ) -> TorchTrainer:
+    def trainer(module: Any, constants: dict[str, Any], **more: Any) -> TorchTrainer:
         return TorchTrainer(package, copy.deepcopy(module), constants, **more)
 
     def cast(module: Any, dtype: str) -> Patient:
@@ -109,10 +107,9 @@ def _flax_twin(package: ModuleType, model: Any, seed: int) -> Patient:
         with scope(), jax.disable_jit():
             yield
 
-    def trainer(module: Any, constants: dict[str, Any], long: bool = False, **more: Any) -> Any:
-        # Long trainings are compiled; for a few steps that would take longer than they do.
+    def trainer(module: Any, constants: dict[str, Any], **more: Any) -> Any:
         with scope():
-            return Scoped(FlaxTrainer(package, module, constants, **more), scope if long else eager)
+            return Scoped(FlaxTrainer(package, module, constants, **more), scope)
 
     def cast(module: Any, dtype: str) -> Patient:
         with jax_scope(dtype, jax.devices()[0]):
@@ -193,7 +190,7 @@ def _shared(
         return frozen.step(tokens_BT), frozen.step(tokens_BT)
 
     def plain(module: Any, rate: float) -> Any:
-        return trainer(module, dict(learning_rate=rate, beta2=0.99, weight_decay=0.0), long=True)
+        return trainer(module, dict(learning_rate=rate, beta2=0.99, weight_decay=0.0))
 
     return dict(
         forward=lambda model, tokens, counts: model(tokens, counts_B=counts)[0],

@@ -13,10 +13,8 @@ import subprocess
 import sys
 from typing import Any
 
-import jax
 import pytest
 import typer
-from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -60,27 +58,6 @@ def run(framework: str, texts: dict[str, str], *stages: str) -> dict[str, Outcom
             except Exception as error:
                 found[stage] = Outcome(None, driver.in_one_line(error, ""))
     return found
-
-
-@pytest.fixture
-def quick_flax(tmp_path):
-    """Compiles as the sandbox does, and what several bugs share only once."""
-    settings = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(tmp_path),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: jax.config.values[name] for name in settings}
-
-    def configure(values: dict[str, Any]) -> None:
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-
-    configure(settings)
-    yield
-    configure(before)
 
 
 @functools.cache
@@ -178,7 +155,7 @@ def test_any_choice_of_an_exercises_bugs_is_told_from_any_other(seed):
             assert max(gaps(stage, expected(stage, a), expected(stage, b)).values()) > 1.0
 
 
-def test_the_bugs_are_the_same_functions_in_flax(quick_flax):
+def test_the_bugs_are_the_same_functions_in_flax():
     """The forward passes uncompiled, for each would be compiled once and used once."""
     tokens = probes.tokens(3, 7, 0)
     with flax_stages.scope():
@@ -292,7 +269,7 @@ def test_another_way_to_be_right_is_right(file, old, new):
     assert found.exit_code == 0 and len(found.fixed) == 4, words(found)
 
 
-def test_a_softmax_in_float32_inside_a_library_is_right(quick_flax):
+def test_a_softmax_in_float32_inside_a_library_is_right():
     texts = files("flax")
     model = texts["model.py"]
     start, end = model.index("        scores_BNTS = "), model.index("        return self.out(")

@@ -14,14 +14,12 @@ from parity.doctor import DETECTORS, examine, twin_patient
 from parity.doctor.twin_patients import CONFIG
 
 _DETECTORS = {detector.name: detector for detector in DETECTORS}
-# jax compiles every operation once per process.
-ONE_WORKER = pytest.mark.xdist_group("flax, operation by operation")
 # In torch, where a question takes a tenth of a second, every bug; in flax the first of each kind
 # that each question is the most telling one for. `parity bugs matrix` asks everything in both, and
 # its table is held to the gallery below.
 _IN_TORCH = [pytest.param("torch", bug, id=f"torch, {bug.id}") for bug in BUGS if bug.torch]
 _IN_FLAX = {
-    (category, bug.caught_by[0]): pytest.param("flax", bug, id=f"flax, {bug.id}", marks=ONE_WORKER)
+    (category, bug.caught_by[0]): pytest.param("flax", bug, id=f"flax, {bug.id}")
     for category, bugs in GALLERY.items()
     for bug in reversed(bugs)
     if bug.flax
@@ -40,8 +38,7 @@ def test_a_planted_bug_is_seen_by_the_detectors_it_names(framework, bug):
 
 
 @pytest.mark.parametrize(
-    ("framework", "seed"),
-    [*(("torch", seed) for seed in range(20)), pytest.param("flax", 0, marks=ONE_WORKER)],
+    ("framework", "seed"), [*(("torch", seed) for seed in range(20)), ("flax", 0)]
 )
 def test_a_healthy_twin_raises_no_alarm(framework, seed):
     healthy = twin(framework) if seed % 5 == 0 else None

@@ -199,25 +199,7 @@ class FlaxNet(nnx.Module):
         return self.tokens.attend(self.norms[2](x_BTD))
 
 
-@pytest.fixture(scope="module")
-def quick_compilation(tmp_path_factory):
-    """A program is compiled once and runs a few times, so that optimizing it does not pay."""
-    wanted = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    for name, value in wanted.items():
-        jax.config.update(name, value)
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
-def test_a_plain_flax_model_is_healthy_when_compiled(quick_compilation):
+def test_a_plain_flax_model_is_healthy_when_compiled():
     assert fired(as_patient(FlaxNet(), "own")) == ()
 
 
@@ -330,7 +312,7 @@ class FlaxNormOverTime(FlaxNet):
         (FlaxRowsForPositions, "position-sensitivity"),
     ],
 )
-def test_what_is_planted_in_a_plain_flax_model_is_seen(model, name, quick_compilation):
+def test_what_is_planted_in_a_plain_flax_model_is_seen(model, name):
     assert fired(as_patient(model(), "own"), name) == (name,)
 
 
@@ -506,7 +488,7 @@ def test_an_examination_leaves_a_torch_model_as_it_was():
     assert not any(m._forward_hooks for m in list(model.modules())[1:])
 
 
-def test_an_examination_leaves_a_flax_model_as_it_was(quick_compilation):
+def test_an_examination_leaves_a_flax_model_as_it_was():
     model = FlaxNet()
     before, call = nnx.clone(model), nnx.Embed.__call__
     asked = "determinism", "causality-gradient", "gradient-coverage", "overfit-one-batch"

@@ -23,7 +23,6 @@ from parity.rules import Layout, Rule, Rules
 ROOT = Path(__file__).parents[2]
 PAIRS = "mlp", "convnet"
 # One worker runs the processes once.
-pytestmark = pytest.mark.xdist_group("golden")
 
 LAYERS = {
     "mlp": {"0": "up", "1": "norm", "3": "mix", "5": "down"},

@@ -1,11 +1,9 @@
 """Small pairs, and broken copies of the twins."""
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from types import ModuleType
 
-import jax
 import pytest
 
 from parity.bugs import Edit, planted
@@ -24,22 +22,6 @@ def corpus() -> Corpus:
 def small(corpus) -> Callable[..., Pair]:
     """Makes pairs that compile fast; packages may be broken copies."""
     return lambda changes=None, **options: small_twins(corpus, changes, **options)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory) -> None:
-    """Planted faults change one twin; the other's programs need not be compiled again.
-
-    Neither here nor in the processes that tests start.
-    """
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    for name, value in settings.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
 
 
 @pytest.fixture

@@ -20,9 +20,6 @@ from parity.report.page import SHOWN
 from parity.report.svg import linear_scale, log_scale
 from parity.report.table import number
 
-# The two checks below are made once, in whichever process runs these tests.
-pytestmark = pytest.mark.xdist_group("page")
-
 LEVELS = "weights", "logits", "trajectory", "tokens"
 SUBJECT = {"torch": "torch_gpt", "flax": "flax_gpt", "num_params": 7, "config": {}}
 GOOD = judge("probe", "float64", "max_abs", 3.1e-15, 1e-12, 100)

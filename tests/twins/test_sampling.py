@@ -34,13 +34,11 @@ SETTINGS = {
 }
 SETTING = pytest.mark.parametrize("setting", SETTINGS)
 
-# jax compiles a call once per shape, which is faster than dispatching its operations one by one;
-# and without optimization, which takes half the time.
+# jax compiles a call once per shape, which is faster than dispatching its operations one by one.
 CALL = {
     "flax": jax.jit(
         lambda function, *arguments: function(*arguments),
         static_argnums=0,
-        compiler_options={"xla_backend_optimization_level": 0},
     ),
     "torch": lambda function, *arguments: function(*arguments),
 }

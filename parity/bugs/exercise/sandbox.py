@@ -35,7 +35,7 @@ LIMITS = {
     "RLIMIT_NOFILE": 256,
     "RLIMIT_CORE": 0,
 }
-_KEPT = "PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "SYSTEMROOT"
+_KEPT = "PATH", "LD_LIBRARY_PATH", "LANG", "LC_ALL", "SYSTEMROOT", "XLA_FLAGS"
 _LARGEST_FILE = 1 << 20  # of a student's files; larger ones are left behind
 _LARGEST_RESULT = 64 << 20
 
