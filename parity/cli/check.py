@@ -180,6 +180,11 @@ def _pair(
 ) -> Callable:
     """Makes the pair that the options speak of, when frameworks are loaded."""
     if any(own.values()):
+        if checkpoint is not None or data is not None or preset != "tiny" or task != "next-token":
+            raise ValueError(
+                "--torch and --flax with --checkpoint, --data, --preset or --task: those are of "
+                "the twins. Leave one or the other out."
+            )
         return _own_pair(own, rules, seed)
     if rules != "auto" or save_rules is not None:
         raise ValueError("--rules: the twins have their own. Give --torch, --flax and --inputs.")

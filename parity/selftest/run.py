@@ -13,6 +13,13 @@ from parity.report import Report
 from parity.selftest.fault import Fault
 from parity.selftest.trial import PAIRS, Outcome, pair_module, port, right_rules, small_twins, trial
 
+_HEAD = """# What the check sees
+
+Each line is a fault planted in one of two models that were the same function. The bound is the
+smallest under which the fault would have passed, in the metric of the level that failed: any
+tolerance as loose as that hides it. `parity self-test --markdown docs/self_test.md` writes this.
+"""
+
 # What the check must reach: all detected, and these shares of them.
 LOCATED, EXPLAINED = 0.95, 0.80
 
@@ -63,6 +70,7 @@ class SelfTest:
         """The table for the docs."""
         kinds = Counter(x.fault.kind for x in self.outcomes)
         lines = [
+            _HEAD,
             self.summary[:1].upper() + self.summary[1:],
             "",
             "Faults: " + ", ".join(f"{count} {kind}" for kind, count in kinds.items()) + ".",

@@ -45,6 +45,7 @@ def test_check_of_own_modules_writes_its_rules_and_takes_them_back(tmp_path):
     ([*OWN, "--inputs", f"{PAIR}:inputs", "--rules", "nowhere.toml"], "--rules nowhere.toml: no"),
     ([*OWN[:3], f"{PAIR}:torch_net", "--inputs", f"{PAIR}:inputs"], "must be a flax module"),
     (["--rules", "rules.toml"], "the twins have their own"),
+    ([*OWN, "--inputs", f"{PAIR}:inputs", "--preset", "gpt2"], "those are of the twins"),
 ])  # fmt: skip
 def test_bad_targets_are_refused_in_a_line(arguments, complaint):
     result = run("check", *arguments)
