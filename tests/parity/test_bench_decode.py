@@ -43,6 +43,7 @@ from parity.bench.machine import Compilations, MemoryGrowth
 from parity.cli.bench import CONTENDERS as CLI_CONTENDERS
 from parity.cli.bench import DTYPES as CLI_DTYPES
 from parity.environment import choose_devices
+from parity.flax_leaves import flax_leaves
 
 SMALL = dict(vocab_size=61, embed_dim=12, num_layers=1, num_heads=3, mlp_dim=20)
 TWINS = "flax step", "torch step"
@@ -141,7 +142,7 @@ def test_the_cache_is_accounted_for_by_layer_and_by_the_formula(times):
 def test_the_bytes_of_a_step_are_those_of_the_weights_that_it_reads():
     config = flax_gpt.GPTConfig.preset("tiny", **SMALL)
     model = flax_gpt.GPT(config)
-    leaves = parity.leaves.flax_leaves(model)
+    leaves = flax_leaves(model)
     table = leaves.pop("position_embedding.embedding")
     rows = 3 * 2 * config.embed_dim * table.itemsize  # looked up: a token and its position each
     traffic = Traffic(config, 3, 4)
