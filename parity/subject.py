@@ -191,7 +191,7 @@ def randomized(leaves: Leaves, seed: int) -> Leaves:
     rng = np.random.default_rng(seed)
     drawn = {}
     for name, leaf in leaves.items():
-        if not np.issubdtype(leaf.dtype, np.floating):
+        if leaf.dtype.kind in "iub":
             drawn[name] = leaf
             continue
         new = (

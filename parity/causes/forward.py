@@ -20,8 +20,8 @@ from parity.report import Divergence
 from parity.subject import Subject
 from parity.torch_run import TorchRun
 
-# Seconds to look for a cause; a small module's alternatives take two.
-_PATIENCE = 60.0
+# Seconds to look for a cause in one call; a small module's alternatives take two.
+_PATIENCE = 20.0
 _SIZES = 8
 
 
@@ -48,21 +48,21 @@ def explained_output(subject: Subject, probe: str, found: Divergence) -> Diverge
 def matching(
     calls: Iterable[tuple[Replay, np.ndarray]], modules: Mapping[str, torch.nn.Module]
 ) -> str | None:
-    """What makes a call give what it should, in words; None if nothing does in a minute.
+    """What makes a call give what it should, in words; None if nothing does, or not soon.
 
     Args:
         calls: each with what it should give.
         modules: of the model, by path, whose weights may be the right ones.
     """
-    start = time.perf_counter()
     for replay, target in calls:
+        start = time.perf_counter()
         others = {name: part for name, part in modules.items() if part is not replay.module}
         for words, output in _attempts(replay, others):
             if output is not None and float64_gap(target, output) is None:
                 left = float(np.max(np.abs(target - aligned(output, target)), initial=0.0))
                 return f"torch matches to {left:.0e} with {words}"
             if time.perf_counter() - start > _PATIENCE:
-                return None
+                break
     return None
 
 

@@ -63,8 +63,7 @@ FORWARD = [
           cause="the result -1 (add"),
     _fault("position off by one", F, "positions.py",
           "jnp.where(real_BT, slots_BT, 0)", "jnp.where(real_BT, (slots_BT + 1) % num_slots, 0)",
-          "logits", "GPT",
-          cause="the result +1 (add"),
+          "logits", "GPT"),
     _fault("mask off by one, sees the future", T, "positions.py",
           "torch.clamp(steps_BT + 1, min=0)", "torch.clamp(steps_BT + 2, min=0)",
           "logits", "blocks.0.attention",
@@ -217,7 +216,7 @@ HEADS = [
     _fault("padding classified", F, "tasks.py",
           "    if batch.counts_B is None:\n        return batch.labels\n    real_BT",
           "    if True:\n        return batch.labels\n    real_BT", "gradients", "loss",
-           options={"task": "token-class"}),
+           cause="all true in place of lt", options={"task": "token-class"}),
 ]  # fmt: skip
 
 DECODE = [
