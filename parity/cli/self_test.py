@@ -1,5 +1,6 @@
 """`parity self-test`: is the check as good as it says?"""
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated
 
@@ -39,6 +40,11 @@ def self_test(
     errors = Console(stderr=True)
     with in_one_line(errors):
         check_outputs({"--json": json, "--markdown": markdown})
+        if importlib.util.find_spec("transformers") is None:
+            raise ValueError(
+                "self-test: no transformers. One of the ports is of its GPT-2. Install the extra "
+                "'bench'."
+            )
         with errors.status("loading jax and torch"):
             from parity.selftest import FAULTS
             from parity.selftest import self_test as run
