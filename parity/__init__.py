@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from parity.layouts import Layout
     from parity.report import ParityError, Report
     from parity.rules import Rule, Rules
-    from parity.transplant import transplant
 
 _PLACES = {
     "check_pair": "parity.foreign",
@@ -28,7 +27,6 @@ _PLACES = {
     "Layout": "parity.layouts",
     "Rule": "parity.rules",
     "Rules": "parity.rules",
-    "transplant": "parity.transplant",
 }
 
 __all__ = [
@@ -40,7 +38,6 @@ __all__ = [
     "check_pair",
     "infer_rules",
     "pair_of",
-    "transplant",
 ]
 
 

@@ -7,7 +7,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two busy cores: waiting t
 import atexit
 import contextlib
 import dataclasses
-import importlib.metadata
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,8 +32,6 @@ _FLAGS = [
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_parallel_codegen_split_count=1",
 ]
-if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones know no such flag
-    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 
 # A program is compiled once, whichever worker, test or process of a test is the first to need it.

@@ -9,15 +9,15 @@ from parity.compare import IMPURE, Record, Verdict, abstain, judge, largest, max
 from parity.evidence import LossCurves
 from parity.leaves import Leaves
 from parity.report import Divergence
-from parity.subject import Subject
+from parity.subject import Subject, gradient_norm
 
 # Largest gap between two losses. A correct port was measured at 5e-15 over 1,000 steps in float64
 # and at 7e-6 in float32, without growth.
 FLOAT64, FLOAT32 = 1e-12, 2e-5
 # Largest gap between final parameters; rounding in float64 grows with the learning rate per step.
 PARAMETERS = 1e-11
-# And between those whose gradient is only rounding, in learning rates times steps: noise of 1e-16,
-# which AdamW divides by its epsilon of 1e-8, every time the same way.
+# And between those whose gradient is only rounding, in learning rates times steps: noise of 1e-16
+# of the whole gradient, which AdamW divides by its epsilon of 1e-8, every time the same way.
 NULL = 1e-8
 # Two runs that start one rounding apart part by chance, and this much more may be chance too.
 CHANCE = 100.0
@@ -88,12 +88,13 @@ def _final_parameters(subject: Subject, flax: Leaves, torch: Leaves) -> Iterator
     )
     if null:
         leaf = largest(null)
+        (_, gradients), _ = subject.gradients("float64")
         yield judge(
             "final parameters without a gradient",
             "float64",
             "learning_rates",
             null[leaf] / subject.pair.learning_rate,
-            NULL * subject.steps,
+            NULL * subject.steps * max(1.0, gradient_norm(gradients)),
             sum(flax[name].size for name in null),
             note=f"zero up to rounding, judged by the way they can drift: {', '.join(null)}",
             where=leaf,
