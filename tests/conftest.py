@@ -28,7 +28,7 @@ import torch_gpt.random
 # Programs run here for milliseconds, so compiling fast matters more than fast code. CI's
 # `parity check`, and the test of the README's numbers, compile as users do.
 _FLAGS = [
-    "--xla_backend_optimization_level=0",
+    "--xla_backend_optimization_level=1",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_parallel_codegen_split_count=1",
 ]
