@@ -17,6 +17,11 @@ def flax_leaves(module: nnx.Module) -> Leaves:
     return {name: np.array(variable[...]) for name, variable in _variables(module).items()}
 
 
+def state_leaves(state: nnx.State) -> Leaves:
+    """What a state shaped like a module holds, gradients or moments, by the path of its leaves."""
+    return {dotted(path): np.asarray(x[...]) for path, x in nnx.to_flat_state(state)}
+
+
 def load_flax(module: nnx.Module, leaves: Mapping[str, np.ndarray]) -> None:
     """Overwrites every variable of a module.
 

@@ -15,10 +15,10 @@ from flax import nnx
 
 from parity.capture import Sink, Trace
 from parity.flax_capture import capture_flax
-from parity.flax_leaves import load_flax
+from parity.flax_leaves import load_flax, state_leaves
 from parity.flax_oracle import flax_purity
 from parity.flax_scope import Scoped, jax_scope
-from parity.leaves import Leaves, cast, cast_array, dotted
+from parity.leaves import Leaves, cast, cast_array
 from parity.oracle import Purity
 from parity.pair import Batch, Side
 
@@ -55,8 +55,7 @@ class FlaxRun:
         """The loss, and its gradient by leaf."""
         with self._scope():
             loss, gradients = self._loss_and_gradients(self._parameters, *self._arrays(batch))
-            flat = nnx.to_flat_state(gradients)
-            return float(loss), {dotted(p): np.asarray(g[...]) for p, g in flat}
+            return float(loss), state_leaves(gradients)
 
     def forward_purity(self, batch: Batch) -> Purity:
         """What the forward pass is made of."""

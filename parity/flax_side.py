@@ -16,9 +16,9 @@ from flax import nnx
 import flax_gpt
 from parity.calls import plain_call, projection, require_output
 from parity.capture import leaves_of
-from parity.flax_leaves import flax_leaves
+from parity.flax_leaves import flax_leaves, state_leaves
 from parity.flax_oracle import flax_in
-from parity.leaves import Leaves, cast_array, dotted
+from parity.leaves import Leaves, cast_array
 from parity.pair import Side
 
 Call = Callable[..., Any]
@@ -98,7 +98,7 @@ class FlaxTrainer:
         found = [x for x in jax.tree.leaves(self._state, is_leaf=_is_adam) if _is_adam(x)]
         if not found:
             return {}, {}, 0
-        return _by_path(found[0].mu), _by_path(found[0].nu), int(found[0].count)
+        return state_leaves(found[0].mu), state_leaves(found[0].nu), int(found[0].count)
 
 
 def flax_program(
@@ -129,10 +129,6 @@ def flax_program(
 
 def _is_adam(state: Any) -> bool:
     return all(hasattr(state, name) for name in ("mu", "nu", "count"))
-
-
-def _by_path(state: Any) -> Leaves:
-    return {dotted(p): np.asarray(v[...]) for p, v in nnx.to_flat_state(state)}
 
 
 def _without_dropout(module: Any) -> None:

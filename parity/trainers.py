@@ -15,7 +15,7 @@ import optax
 import torch
 from flax import nnx
 
-from parity.flax_leaves import flax_leaves, load_flax
+from parity.flax_leaves import flax_leaves, load_flax, state_leaves
 from parity.leaves import Leaves, different_leaves, dotted
 from parity.torch_leaves import from_numpy, load_torch, to_numpy, torch_leaves
 
@@ -87,7 +87,7 @@ class FlaxTrainer:
     def moments(self) -> tuple[Leaves, Leaves, int]:
         """First and second moments by leaf, and the number of updates."""
         adam = self._state.optimizer[0]
-        return _by_path(adam.mu), _by_path(adam.nu), int(adam.count)
+        return state_leaves(adam.mu), state_leaves(adam.nu), int(adam.count)
 
     def save(self) -> Leaves:
         """Everything that the next step depends on."""
@@ -276,10 +276,6 @@ def _numbers(evaluation: Any) -> dict[str, float]:
         "accuracy": float(evaluation.accuracy),
         "tokens": int(evaluation.loss.num_tokens),
     }
-
-
-def _by_path(state: Any) -> Leaves:
-    return {dotted(p): np.asarray(v[...]) for p, v in nnx.to_flat_state(state)}
 
 
 def _like(state: Any, leaves: Leaves) -> Any:

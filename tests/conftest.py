@@ -26,9 +26,11 @@ import torch_gpt
 import torch_gpt.random
 
 # Programs run here for milliseconds, so compiling fast matters more than fast code. CI's
-# `parity check`, and the test of the README's numbers, compile as users do.
+# `parity check`, and the test of the README's numbers, compile as users do. Level 0 rounds normals
+# in another way, and level 1 gives a wrong gradient: off by 0.1 in float64 for the LSTM of the
+# self-test, where 0, 2 and 3 agree with torch to 1e-15.
 _FLAGS = [
-    "--xla_backend_optimization_level=1",
+    "--xla_backend_optimization_level=2",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_parallel_codegen_split_count=1",
 ]

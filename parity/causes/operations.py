@@ -62,7 +62,7 @@ def alternatives(done: Done, sizes: Collection[int]) -> Iterator[tuple[str, Inst
     elif full == "linear":
         yield from _linear(args, kwargs)
     elif full in ("conv1d", "conv2d", "conv3d"):
-        yield from _convolution(operation, *args)
+        yield from _convolution(operation, *args, **kwargs)
     elif full in ("softmax", "log_softmax"):
         yield from _softmax(operation, args, kwargs, sizes)
     elif full == "scaled_dot_product_attention":

@@ -7,7 +7,16 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from parity.cli.options import PRESETS, Data, Device, Task, check_data, check_outputs, in_one_line
+from parity.cli.options import (
+    PRESETS,
+    Data,
+    Device,
+    Task,
+    check_data,
+    check_outputs,
+    in_one_line,
+    write_output,
+)
 from parity.cli.record import check_golden
 
 # The names of parity.levels.ladder.LEVELS; a test holds them equal.
@@ -157,22 +166,12 @@ def check(
                 steps=steps,
                 evidence=html is not None,
             )
-            _write(save_rules, pair.rules.to_toml)
+            write_output(save_rules, pair.rules.to_toml)
         Console(stderr="-" in files.values()).print(report)
-        _write(json, report.to_json)
-        _write(markdown, report.to_markdown)
-        _write(html, report.to_html)
+        write_output(json, report.to_json)
+        write_output(markdown, report.to_markdown)
+        write_output(html, report.to_html)
     raise typer.Exit(report.exit_code)
-
-
-def _write(name: str | None, text: Callable[[], str]) -> None:
-    """Writes a form of the report where it was asked for."""
-    from parity.files import write_atomically
-
-    if name == "-":
-        typer.echo(text(), nl=False)
-    elif name is not None:
-        write_atomically(Path(name), text())
 
 
 def _pair(

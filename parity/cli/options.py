@@ -95,6 +95,16 @@ def check_outputs(files: dict[str, str | None]) -> None:
             raise ValueError(f"{option} {name}: no folder {folder}. Make it or name another.")
 
 
+def write_output(name: str | None, text: Callable[[], str]) -> None:
+    """Writes a text where an option asked for it: nowhere, standard output for -, or a file."""
+    from parity.files import write_atomically
+
+    if name == "-":
+        typer.echo(text(), nl=False)
+    elif name is not None:
+        write_atomically(Path(name), text())
+
+
 def check_dtype(dtype: str) -> None:
     """Refuses a type that there is not.
 

@@ -1,14 +1,13 @@
 """`parity self-test`: is the check as good as it says?"""
 
 import importlib.util
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from parity.cli.options import check_outputs, in_one_line
+from parity.cli.options import check_outputs, in_one_line, write_output
 
 
 def self_test(
@@ -72,11 +71,6 @@ def self_test(
                 highlight=False,
             )
         console.print(result.summary)
-        for name, text in ((json, result.to_json), (markdown, result.to_markdown)):
-            if name == "-":
-                typer.echo(text(), nl=False)
-            elif name is not None:
-                from parity.files import write_atomically
-
-                write_atomically(Path(name), text())
+        write_output(json, result.to_json)
+        write_output(markdown, result.to_markdown)
     raise typer.Exit(result.exit_code)

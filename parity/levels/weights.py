@@ -105,7 +105,9 @@ def locate(subject: PairSubject, records: list[Record]) -> Divergence | None:
     bad = next(record for record in records if record.verdict is Verdict.FAIL)
     if not bad.where:
         problem, _, more = (bad.note or "").partition("; ")
-        return Divergence("the weight map", "weights", 0, bad.value, cause=problem, detail=more)
+        return Divergence(
+            "the weight map", "weights", 0, bad.value, cause=problem or None, detail=more
+        )
     return Divergence(bad.where, "weights", 0, bad.value, cause=_turned(subject, bad.where))
 
 
@@ -113,14 +115,16 @@ def _turned(subject: PairSubject, name: str) -> str | None:
     """Whether a matrix acts as its counterpart does once it is transposed, in words."""
     flax_run, _ = subject.runs("float64")
     link = next(link for link in subject.weight_map.links if name in link.torch)
-    if len(link.flax) > 1 or len(link.torch) > 1:
-        return None
+    weight = subject.torch_leaves[name].astype(np.float64)
     owner, leaf = flax_owner(flax_run.module, link.flax[0])
     x = flax_input(owner, np.random.default_rng(0))
+    if len(link.flax) > 1 or len(link.torch) > 1 or x.ndim != 2 or weight.ndim != 2:
+        return None
     with jax_scope("float64", subject.devices.flax):
         flax_output = _linear_part([flax_action(owner, leaf)], x, 1)
-    weight = subject.torch_leaves[name].astype(np.float64)
     for turned in (weight, weight.T):
+        if turned.shape[0] != x.shape[1]:
+            continue
         torch_output = _linear_part([lambda x, w=turned: x @ w], x, 1)
         if max_abs(torch_output, flax_output) <= _ORIENTATION:
             return f"{name} lies the other way round in {link.flax[0]} than as {link.layout}"
