@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from parity.capture import Trace, leaves_of
-from parity.causes.operations import ACTIVATIONS, alternatives, substitutes
+from parity.causes.operations import ACTIVATIONS, alternatives, common_sizes, substitutes
 from parity.causes.replay import Change, Done, Exchange, Replay, named
 from parity.causes.weights import readings
 from parity.localize import aligned, float64_gap, model_name, translated
@@ -22,7 +22,6 @@ from parity.torch_run import TorchRun
 
 # Seconds to look for a cause in one call; a small module's alternatives take two.
 _PATIENCE = 20.0
-_SIZES = 8
 
 
 def explained_output(subject: Subject, probe: str, found: Divergence) -> Divergence:
@@ -137,7 +136,7 @@ def _attempts(
 ) -> Iterator[tuple[str, np.ndarray | None]]:
     """What comes out of every alternative, with its words; the likely ones first."""
     operations, parts = replay.operations(), replay.parts()
-    sizes = _sizes(operations)
+    sizes = common_sizes(operations)
     for place, done in enumerate(operations):
         for words, instead in alternatives(done, sizes):
             yield named(words, done.operation, done.line), replay.output(_at(place, instead))
@@ -221,16 +220,3 @@ def _at_all(places: set[int], operations: list[Done], sizes: list[int], number: 
         return next(found, (None, None))[1]
 
     return change
-
-
-def _sizes(operations: list[Done]) -> list[int]:
-    """Sizes of axes that a scale may be made of, the most frequent first."""
-    found = Counter(
-        size
-        for done in operations
-        for x in leaves_of(done.args)
-        if isinstance(x, torch.Tensor)
-        for size in x.shape
-        if size > 1
-    )
-    return [size for size, _ in found.most_common(_SIZES)]

@@ -6,16 +6,19 @@ rounding, and a wrong one leaves 1e-5 or more, so what matches is the cause.
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch.nn import functional
 
+from parity.capture import leaves_of
 from parity.causes.replay import Done
 
 Instead = Callable[..., Any]
 
+_SIZES = 8
 _EPSILONS = 1e-5, 1e-6, 1e-8, 1e-12, 1e-3, 1e-7, 0.0, torch.finfo(torch.float32).eps
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu with tanh": lambda x: functional.gelu(x, approximate="tanh"),
@@ -50,6 +53,11 @@ def alternatives(done: Done, sizes: Collection[int]) -> Iterator[tuple[str, Inst
                 f"{'numbers' if full == 'arange' else 'the result'} {shift:+d}",
                 lambda *a, s=shift, **k: operation(*a, **k) + s,
             )
+        if full == "add" and all(isinstance(x, torch.Tensor) for x in args[:2]):
+            yield "x in place of x + y", lambda x, y, **k: x
+    elif full in ("argmax", "argmin"):
+        other = {"argmax": torch.argmin, "argmin": torch.argmax}[full]
+        yield f"{other.__name__} in place of {full}", lambda *a, **k: other(*a, **k)
     elif full in _ACTIVATING:
         yield from _activations()
     elif "norm" in full:
@@ -408,6 +416,19 @@ def substitutes(done: Done, others: Mapping[str, torch.Tensor]) -> Iterator[tupl
                     return done.operation(*a[:place], tensor, *a[place + 1 :], **k)
 
                 yield f"{name} on the {('left', 'right')[place]} of its sum", other
+
+
+def common_sizes(operations: Iterable[Done]) -> list[int]:
+    """Sizes of axes that a scale may be made of, the most frequent first."""
+    found = Counter(
+        size
+        for done in operations
+        for x in leaves_of(done.args)
+        if isinstance(x, torch.Tensor)
+        for size in x.shape
+        if size > 1
+    )
+    return [size for size, _ in found.most_common(_SIZES)]
 
 
 def _tensor_of(args: tuple) -> torch.Tensor:

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from types import CodeType
 from typing import Any
 
 import numpy as np
@@ -198,14 +199,23 @@ def named(words: str, operation: Operation, line: str | None = None) -> str:
 
 
 def _line_of_caller() -> str:
-    """The file and line of the code that asked for an operation, outside of torch and of parity."""
+    return place_of_caller()[1]
+
+
+def place_of_caller() -> tuple[tuple[CodeType, int] | None, str]:
+    """The instruction that asked for an operation, outside of torch and of parity; None if none.
+
+    Returns:
+        It, and its file and line in words.
+    """
     frame = sys._getframe(1)
     torch_folder = os.path.dirname(torch.__file__) + os.sep
     while frame is not None:
         name = frame.f_code.co_filename
         if not name.startswith((_HERE, torch_folder)):
-            return f"{os.path.basename(name)}:{frame.f_lineno}"
+            place = frame.f_code, frame.f_lasti
+            return place, f"{os.path.basename(name)}:{frame.f_lineno}"
         if name.startswith(_HERE) and not name.startswith(os.path.join(_HERE, "causes")):
-            return ""
+            return None, ""
         frame = frame.f_back
-    return ""
+    return None, ""

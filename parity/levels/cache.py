@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from parity.capture import Trace
+from parity.causes import explained
 from parity.compare import Record, Verdict, abstain, judge, max_abs
 from parity.localize import first_divergence, float64_gap, model_name
 from parity.pair import Batch
@@ -76,22 +77,25 @@ def assemble(calls: list, outputs: list[np.ndarray], shape: tuple[int, ...]) -> 
 
 def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     """The first module whose output through the cache is not what it is without."""
+    from parity.causes.decode import explained_chunks  # as in logits
+
     bad = next(record for record in records if record.verdict is Verdict.FAIL)
     run = next((r for r in subject.runs("float64") if bad.name.startswith(r.name)), None)
-    if run is None or bad.dtype != "float64":
-        return Divergence(bad.name, "decode", 0, bad.value)
+    found = Divergence(bad.name, "decode", 0, bad.value)
+    if bad.dtype != "float64":
+        return found
     tokens, counts = subject.pair.sequences
-    calls = ragged_calls(tokens, counts, subject.seed)
-    real = np.arange(tokens.shape[1]) < counts[:, None]
-    traces: list[Trace] = []
-    run.traces(Batch((tokens, counts)), traces.append)
-    whole = _by_token(traces, real)
-    pieces = run.decoder_traces(lambda decoder: decoder.chunks(calls, tokens.shape[1]))
-    paths = {trace.path for trace in whole}
-    found = first_divergence(
-        whole, _joined(pieces, calls, real), float64_gap, model_name(subject), "decode", paths
-    )
-    return found or Divergence(bad.name, "decode", 0, bad.value)
+    calls, capacity = ragged_calls(tokens, counts, subject.seed), tokens.shape[1]
+    if run is not None:
+        real = np.arange(capacity) < counts[:, None]
+        traces: list[Trace] = []
+        run.traces(Batch((tokens, counts)), traces.append)
+        whole = _by_token(traces, real)
+        pieces = run.decoder_traces(lambda decoder: decoder.chunks(calls, capacity))
+        joined, paths = _joined(pieces, calls, real), {trace.path for trace in whole}
+        root = model_name(subject)
+        found = first_divergence(whole, joined, float64_gap, root, "decode", paths) or found
+    return explained(found, lambda found: explained_chunks(subject, found, calls, capacity))
 
 
 def _by_token(traces: list[Trace], real: np.ndarray) -> list[Trace]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from parity.causes import explained
 from parity.compare import Record, Verdict, abstain, max_abs
 from parity.evidence import Flip, Generation
 from parity.levels import logits
@@ -151,6 +152,12 @@ def record(
 
 def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     """The decoder and the token that flipped."""
+    from parity.causes.decode import explained_tokens  # as in logits
+
     bad = next(record for record in records if record.verdict is Verdict.FAIL)
     detail = f"In {bad.dtype}: {bad.note}."
-    return Divergence(bad.name, "decode", bad.step, bad.value, detail=detail)
+    found = Divergence(bad.name, "decode", bad.step, bad.value, detail=detail)
+    if bad.dtype != "float64" or bad.name.endswith("drawn"):
+        return found
+    asked = *subject.pair.prompts, not bad.name.endswith("uncached")
+    return explained(found, lambda found: explained_tokens(subject, found, *asked))

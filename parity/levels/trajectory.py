@@ -105,8 +105,9 @@ def _final_parameters(subject: Subject, flax: Leaves, torch: Leaves) -> Iterator
 def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     """The first step past the bound, and whether rounding alone could have led there."""
     bad = next(record for record in records if record.verdict is Verdict.FAIL)
-    where, words = bad.where or "the loss curve", ""
+    where, words, cause = bad.where or "the loss curve", "", None
     if not bad.where:
+        cause = _idle(subject, bad.dtype, bad.step - 1)
         runs = *subject.runs(bad.dtype), subject.witness(bad.dtype)
         _, words = rounding_or_bug(
             [run.trainer(subject.steps) for run in runs],
@@ -115,7 +116,21 @@ def locate(subject: Subject, records: list[Record]) -> Divergence | None:
             runs[1].name,
         )
     detail = f"In {bad.dtype}, of {subject.steps} steps. {words}".rstrip()
-    return Divergence(where, "optimizer", bad.step, bad.value, detail=detail)
+    return Divergence(where, "optimizer", bad.step, bad.value, cause, detail)
+
+
+def _idle(subject: Subject, dtype: str, last: int) -> str | None:
+    """Whether one side alone skips the step before its loss parts, in words."""
+    idle = []
+    for run in subject.runs(dtype) if last else ():
+        trainer = run.trainer(subject.steps)
+        for step in range(last):
+            before = trainer.parameters()
+            trainer.step(*subject.pair.training_batch(step).inputs)
+        after = trainer.parameters()
+        if all(np.array_equal(before[name], after[name]) for name in after):
+            idle.append(run.name)
+    return f"{idle[0]} leaves every weight as it was in step {last}" if len(idle) == 1 else None
 
 
 def rounding_or_bug(
