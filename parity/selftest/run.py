@@ -1,9 +1,18 @@
 """All trials and the controls, and the table that they make."""
 
+import contextlib
 import dataclasses
+import itertools
 import json
+import multiprocessing
+import signal
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+
+import jax
+import torch
 
 from parity.check import check
 from parity.compare import Verdict
@@ -20,7 +29,7 @@ smallest under which the fault would have passed, in the metric of the level tha
 tolerance as loose as that hides it. `parity self-test --markdown docs/self_test.md` writes this.
 """
 
-# What the check must reach: all detected, and these shares of them.
+# What the check must reach: all detected, none called by a wrong name, and these shares of them.
 LOCATED, EXPLAINED = 0.95, 0.80
 
 Progress = Callable[[str, int, int], None]
@@ -48,6 +57,7 @@ class SelfTest:
             all(x.detected for x in self.outcomes)
             and sum(x.located for x in self.outcomes) >= LOCATED * count
             and sum(x.explained for x in self.outcomes) >= EXPLAINED * count
+            and not any(x.misled for x in self.outcomes)
             and not self.alarms
         )
         return 0 if good else 1
@@ -120,29 +130,73 @@ class SelfTest:
 
 
 def self_test(
-    faults: Sequence[Fault], seeds: int, progress: Progress = lambda title, done, total: None
+    faults: Sequence[Fault],
+    seeds: int,
+    jobs: int = 1,
+    progress: Progress = lambda title, done, total: None,
 ) -> SelfTest:
     """Plants every fault, and checks clean pairs.
 
     Args:
         faults: to plant.
         seeds: of clean pairs, shared out among the twins and the ports.
-        progress: told what is tried next, how many are done and how many there are.
+        jobs: processes that share the work out.
+        progress: told what has been tried, how many are done and how many there are.
     """
-    corpus = Corpus.load()
-    total = len(faults) + seeds
-    outcomes = []
-    for fault in faults:
-        progress(fault.title, len(outcomes), total)
-        outcomes.append(trial(fault, corpus))
-    alarms: dict[str, Report] = {}
-    for seed in range(seeds):
-        subject = ("twins", *PAIRS)[seed % (len(PAIRS) + 1)]
-        progress(f"clean {subject}, seed {seed}", len(outcomes) + seed, total)
-        report = clean(subject, seed, corpus)
-        if report.verdict is not Verdict.PASS:
-            alarms[f"{subject}, seed {seed}"] = report
-    return SelfTest(tuple(outcomes), alarms, seeds)
+    pairs = [(("twins", *PAIRS)[seed % (len(PAIRS) + 1)], seed) for seed in range(seeds)]
+    titles = [fault.title for fault in faults] + [f"clean {x}, seed {seed}" for x, seed in pairs]
+    done = itertools.count(1)
+    progress("starting", 0, len(titles))
+    with _workers(jobs) as workers:
+        work = [workers.submit(_trial, fault) for fault in faults]
+        work += [workers.submit(_clean, *pair) for pair in pairs]
+        for future, title in zip(work, titles, strict=True):
+            future.add_done_callback(
+                lambda _, title=title: progress(title, next(done), len(titles))
+            )
+        found = [future.result() for future in work]
+    reports = zip(titles[len(faults) :], found[len(faults) :], strict=True)
+    alarms = {title: report for title, report in reports if report.verdict is not Verdict.PASS}
+    return SelfTest(tuple(found[: len(faults)]), alarms, seeds)
+
+
+@contextlib.contextmanager
+def _workers(jobs: int) -> Iterator[Executor]:
+    """Processes that find what another has compiled: half of a fault's pair is as all others'."""
+    with tempfile.TemporaryDirectory(prefix="parity-") as programs:
+        workers = ProcessPoolExecutor(
+            jobs,
+            # Not forked: a copy of a process that has threads waits for what they will never do.
+            multiprocessing.get_context("spawn"),
+            _prepare,
+            (programs,),
+        )
+        try:
+            yield workers
+        except BaseException:
+            workers.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+        finally:
+            workers.shutdown()
+
+
+def _prepare(programs: str) -> None:
+    """In a worker, once."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who waits for it ends it
+    torch.set_num_threads(1)
+    jax.config.update("jax_compilation_cache_dir", programs)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def _trial(fault: Fault) -> Outcome:
+    return trial(fault, Corpus.load())
+
+
+def _clean(subject: str, seed: int) -> Report:
+    return clean(subject, seed, Corpus.load())
 
 
 def clean(subject: str, seed: int, corpus: Corpus) -> Report:
