@@ -29,6 +29,21 @@ class Trace:
     output: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class Backward:
+    """What one call of one module passed back: gradients of a loss.
+
+    Attributes:
+        path: the module's place in the model, "" for the model itself.
+        inputs: by its arguments that are floats, through this call alone.
+        output: by its output or the first float of it, through all that reads it; None without one.
+    """
+
+    path: str
+    inputs: tuple[np.ndarray, ...]
+    output: np.ndarray | None
+
+
 Sink = Callable[[Trace], None]
 
 

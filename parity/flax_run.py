@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from parity.capture import Sink, Trace
-from parity.flax_capture import capture_flax
+from parity.capture import Backward, Sink, Trace
+from parity.flax_capture import backward_flax, capture_flax
 from parity.flax_leaves import load_flax, state_leaves
 from parity.flax_oracle import flax_purity
 from parity.flax_scope import Scoped, jax_scope
@@ -73,6 +73,12 @@ class FlaxRun:
         with self._scope(), jax.default_matmul_precision("highest"):
             arrays = self._arrays(batch)
             capture_flax(self.module, lambda: self._side.forward(self.module, *arrays), sink)
+
+    def backward(self, batch: Batch) -> list[Backward]:
+        """The gradients of the loss that every module passes back, the last call first."""
+        with self._scope(), jax.default_matmul_precision("highest"):
+            arrays, loss = self._arrays(batch), self._call(self._side.loss)
+            return backward_flax(self.module, lambda: loss(self._parameters, *arrays))
 
     def trainer(self, num_steps: int) -> Any:
         """The side's trainer for a training of `num_steps`, on weights of its own."""

@@ -1,11 +1,14 @@
 """Where two models part: the first module, by what went in and what came out."""
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import numpy as np
 
-from parity.capture import Trace, in_step
+from parity.capture import Backward, Trace, in_step
 from parity.compare import error_ratio, max_abs
 from parity.pair import Batch
 from parity.report import Divergence
@@ -13,9 +16,12 @@ from parity.subject import Subject
 
 # Of the largest number in an array; the noise is near 1e-15 and the smallest bug near 1e-5.
 _FLOAT64 = 1e-12
+# Of the largest number in a gradient; rounding through all layers is near 1e-14.
+_GRADIENT = 1e-9
 # As for logits: the larger float32 error over the smaller.
 _RATIO = 4.0
 
+Call = TypeVar("Call", Trace, Backward)
 Gap = Callable[[np.ndarray, np.ndarray], float | None]
 
 
@@ -25,6 +31,85 @@ def locate_forward(subject: Subject, batch: Batch) -> Divergence | None:
         return first_divergence(
             flax, torch, float64_gap, model_name(subject), "forward", subject.modules.values()
         )
+
+
+def locate_backward(subject: Subject, leaves: Mapping[str, float]) -> Divergence | None:
+    """The first module, from the loss on, that passes back another gradient in float64.
+
+    A module that gets the same gradient by its output as its counterpart and passes another one on,
+    or has another one by a leaf of its own, is guilty. Where the gradient that reaches a module has
+    parted and all behind it agrees, its caller is.
+
+    Args:
+        subject: the pair.
+        leaves: flax's names of those whose gradients part, and how far.
+    """
+    probe = subject.gradient_probe
+    flax, torch = (run.backward(probe) for run in subject.runs("float64"))
+    flax = translated(flax, subject.modules)
+    largest = max((_size(x) for call in torch for x in _passed(call)), default=0.0)
+    gap = functools.partial(_gradient_gap, floor=_FLOAT64 * largest)
+    pairs = [(call, twin) for call, twin in matched(torch, flax) if twin is not None]
+    reached: dict[str, float | None] = {}  # by path, the gap of the gradients that reach a module
+    for call, twin in pairs:
+        both = call.output is not None and twin.output is not None
+        reached.setdefault(call.path, gap(call.output, twin.output) if both else None)
+    owners = {subject.modules.get(x.rpartition(".")[0]): x for x in reversed(leaves)}
+    for call, twin in pairs:
+        if (found := reached[call.path]) is not None:
+            # What a module gives may be what its caller gives, as it is.
+            where = call.path
+            while where and reached.get(where) is not None:
+                where = _caller(where, reached)
+            where = "loss" if reached.get(where) is not None else where or model_name(subject)
+            detail = f"The gradient that reaches {call.path or 'the model'} parts in its code."
+            return Divergence(where, "backward", 0, found, detail=detail)
+        if (found := _inputs_gap(call, twin, gap)) is not None:
+            detail = "Given the same gradient of its output it passes another one on."
+        elif leaf := owners.get(call.path):
+            found = leaves[leaf]
+            detail = f"Its leaf {leaf.rpartition('.')[2]} has another gradient."
+        else:
+            continue
+        detail += " All between it and the loss agrees."
+        return Divergence(call.path or model_name(subject), "backward", 0, found, detail=detail)
+    return None
+
+
+def _inputs_gap(a: Backward, b: Backward, gap: Gap) -> float | None:
+    """How far apart what two calls pass back by their arguments is.
+
+    Where they take another number of arguments it is the sum that is compared: torch's attention is
+    given its input three times and flax's once.
+    """
+    sides = [list(call.inputs) for call in (a, b)]
+    if len(sides[0]) != len(sides[1]):
+        if not all(side and len({x.shape for x in side}) == 1 for side in sides):
+            return None
+        sides = [[np.sum(side, axis=0)] for side in sides]
+    gaps = [gap(x, y) for x, y in zip(*sides, strict=True)]
+    return max((x for x in gaps if x is not None), default=None)
+
+
+def _passed(call: Backward) -> tuple[np.ndarray, ...]:
+    return call.inputs if call.output is None else (*call.inputs, call.output)
+
+
+def _gradient_gap(a: np.ndarray, b: np.ndarray, floor: float) -> float | None:
+    """The largest difference where it is more than rounding, in the largest number; else None.
+
+    Args:
+        a: a gradient.
+        b: the other's.
+        floor: size below which a gradient is rounding of larger ones.
+    """
+    size = max(_size(a), _size(b), floor)
+    gap = max_abs(a, aligned(b, a)) / size if size else 0.0
+    return None if gap <= _GRADIENT else gap
+
+
+def _size(array: np.ndarray) -> float:
+    return float(np.max(np.abs(array), initial=0.0))
 
 
 def locate_rounding(subject: Subject, batch: Batch) -> Divergence | None:
@@ -117,14 +202,14 @@ def first_divergence(
 
 
 def matched(
-    a: Iterable[Trace], *others: Iterable[Trace]
-) -> Iterator[tuple[Trace, *tuple[Trace | None, ...]]]:
+    a: Iterable[Call], *others: Iterable[Call]
+) -> Iterator[tuple[Call, *tuple[Call | None, ...]]]:
     """Each trace of `a` with those of the same call of the same module, None where there is none.
 
     The others are read no further than they must be, and what comes early is kept until its turn.
     """
     streams = [_numbered(other) for other in others]
-    early: list[dict[tuple[str, int], Trace]] = [{} for _ in others]
+    early: list[dict[tuple[str, int], Call]] = [{} for _ in others]
     for key, trace in _numbered(a):
         twins = []
         for stream, waiting in zip(streams, early, strict=True):
@@ -134,11 +219,11 @@ def matched(
         yield trace, *twins
 
 
-def translated(traces: Iterable[Trace], modules: Mapping[str, str]) -> Iterator[Trace]:
+def translated(traces: Iterable[Call], modules: Mapping[str, str]) -> Iterator[Call]:
     """Flax traces under torch's paths, without those of modules that torch does not have."""
     for trace in traces:
         if trace.path in modules:
-            yield Trace(modules[trace.path], trace.inputs, trace.output)
+            yield dataclasses.replace(trace, path=modules[trace.path])
 
 
 def float64_gap(a: np.ndarray, b: np.ndarray) -> float | None:
@@ -197,7 +282,7 @@ def _inputs_part(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...], gap: Gap)
     return any(all(gap(x, y) is not None for y in many) for x in few)
 
 
-def _numbered(traces: Iterable[Trace]) -> Iterator[tuple[tuple[str, int], Trace]]:
+def _numbered(traces: Iterable[Call]) -> Iterator[tuple[tuple[str, int], Call]]:
     """Each trace behind its path and how many calls of the same module came before it."""
     seen: dict[str, int] = {}
     for trace in traces:

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from parity.capture import Sink, Trace
+from parity.capture import Backward, Sink, Trace
 from parity.leaves import Leaves, cast, cast_array
 from parity.oracle import Purity
 from parity.pair import Batch, Side
-from parity.torch_capture import capture_torch
+from parity.torch_capture import backward_torch, capture_torch
 from parity.torch_leaves import from_numpy, load_torch, to_numpy
 from parity.torch_oracle import torch_purity
 
@@ -61,6 +61,11 @@ class TorchRun:
         """Tells inputs and outputs of every module in a forward pass."""
         arrays = self.arrays(batch)
         capture_torch(self.module, lambda: self._side.forward(self.module, *arrays), sink)
+
+    def backward(self, batch: Batch) -> list[Backward]:
+        """The gradients of the loss that every module passes back, the last call first."""
+        arrays = self.arrays(batch)
+        return backward_torch(self.module, lambda: self._side.loss(self.module, *arrays))
 
     def trainer(self, num_steps: int) -> Any:
         """The side's trainer for a training of `num_steps`, on weights of its own."""

@@ -1,6 +1,7 @@
 """Why a loss or a gradient parts: torch's again, with one thing done in another way."""
 
 import dataclasses
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -8,12 +9,14 @@ import numpy as np
 import torch
 
 from parity.causes.forward import matching
-from parity.causes.replay import Replay, named, watched
+from parity.causes.replay import Change, Operation, Replay, named, watched
 from parity.compare import relative_l2
+from parity.localize import model_name
 from parity.pair_subject import PairSubject
 from parity.report import Divergence
 from parity.torch_leaves import to_numpy
 
+_PATIENCE = 20.0  # seconds to look for a cause
 # As for gradients: a wrong alternative leaves a tenth or more.
 _SAME = 1e-12
 
@@ -28,55 +31,84 @@ def explained_loss(subject: PairSubject, found: Divergence) -> Divergence:
     return dataclasses.replace(found, cause=words)
 
 
-def explained_gradient(subject: PairSubject, leaf: str, found: Divergence) -> Divergence:
-    """The divergence of a leaf's gradient, with the use of it that loses or finds a gradient.
+def explained_gradient(subject: PairSubject, found: Divergence) -> Divergence:
+    """The divergence of a gradient, with the operation that loses or finds one.
 
-    Args:
-        subject: the pair.
-        leaf: flax's name of it.
-        found: where it is.
+    What is judged is the guilty module's own leaves: behind it all agrees, and what lies before it
+    may have further faults.
     """
-    link = next(link for link in subject.weight_map.links if leaf in link.flax)
     (_, flax), _ = subject.gradients("float64")
-    port, name = subject.runs("float64")[1], link.torch[0]
-    parameter = port.module.get_parameter(name)
-    target = subject.weight_map.to_torch(flax)[name]
+    port = subject.runs("float64")[1]
+    inside = "" if found.where == model_name(subject) else f"{found.where}."
+    judged = {name: x for name, x in flax.items() if name not in subject.null_leaves}
+    targets = {
+        name: target
+        for name, target in subject.weight_map.to_torch(judged).items()
+        if name.startswith(inside) and name in dict(port.module.named_parameters())
+    }
+    parameters = [port.module.get_parameter(name) for name in targets]
     arrays = port.arrays(subject.gradient_probe)
 
-    def gradient(change: Callable) -> np.ndarray:
-        with watched(change):
+    def gradients(change: Change) -> list[np.ndarray]:
+        with watched(change), torch.enable_grad():
             loss = subject.pair.torch.loss(port.module, *arrays)
-        (made,) = torch.autograd.grad(loss, [parameter], allow_unused=True)
-        return to_numpy(torch.zeros_like(parameter) if made is None else made)
+        made = [None] * len(parameters)
+        if loss.requires_grad:
+            made = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return [
+            to_numpy(torch.zeros_like(x) if g is None else g)
+            for x, g in zip(parameters, made, strict=True)
+        ]
 
-    uses: list[tuple[int, str, bool]] = []
+    start = time.perf_counter()
+    for place, argument, words in _uses(gradients, parameters):
+        if time.perf_counter() - start > _PATIENCE or not targets:
+            break
+        pairs = zip(gradients(_otherwise(place, argument)), targets.values(), strict=True)
+        if all(relative_l2(made, target) <= _SAME for made, target in pairs):
+            return dataclasses.replace(found, cause=f"torch matches with {words}")
+    return found
 
-    def look(place: int, operation: Callable) -> Callable:
+
+def _uses(
+    gradients: Callable[[Change], Any], parameters: list[torch.Tensor]
+) -> list[tuple[int, int | None, str]]:
+    """Operations through which a gradient goes, by place and argument, or is stopped (None).
+
+    Those that stop one come first, then those that read a guilty weight itself.
+    """
+    stops, reads, others = [], [], []
+
+    def look(place: int, operation: Operation) -> Operation:
         def run(*args: Any, **kwargs: Any) -> Any:
-            if any(x is parameter for x in (*args, *kwargs.values())):
-                name = getattr(operation, "__name__", "").strip("_")
-                uses.append((place, named("", operation), name in ("detach", "detach_")))
+            name = getattr(operation, "__name__", "").strip("_")
+            if name in ("detach", "detach_"):
+                stops.append((place, None, named("a gradient through", operation)))
+            for index, x in enumerate(args):
+                if isinstance(x, torch.Tensor) and x.requires_grad:
+                    kind = reads if any(x is y for y in parameters) else others
+                    kind.append((place, index, named("no gradient through", operation)))
             return operation(*args, **kwargs)
 
         return run
 
-    gradient(look)
-    for place, where, detaches in uses:
+    gradients(look)
+    return stops + reads + others
 
-        def change(at: int, operation: Callable, place=place, detaches=detaches):
-            if at != place:
-                return None
-            if detaches:
-                return lambda x, *args, **kwargs: x
-            return lambda *args, **kwargs: operation(
-                *(x.detach() if x is parameter else x for x in args),
-                **{k: x.detach() if x is parameter else x for k, x in kwargs.items()},
-            )
 
-        if relative_l2(gradient(change), target) <= _SAME:
-            words = "a gradient" if detaches else "no gradient"
-            return dataclasses.replace(found, cause=f"torch matches with {words} through{where}")
-    return found
+def _otherwise(place: int, argument: int | None) -> Change:
+    """A gradient let through, or stopped at one argument."""
+
+    def change(at: int, operation: Operation) -> Operation | None:
+        if at != place:
+            return None
+        if argument is None:
+            return lambda x, *args, **kwargs: x
+        return lambda *args, **kwargs: operation(
+            *args[:argument], args[argument].detach(), *args[argument + 1 :], **kwargs
+        )
+
+    return change
 
 
 class _Loss(torch.nn.Module):

@@ -6,6 +6,7 @@ from parity.causes import explained
 from parity.compare import IMPURE, Record, Verdict, abstain, judge, largest, max_abs, relative_l2
 from parity.leaves import Leaves
 from parity.levels.logits import purity
+from parity.localize import locate_backward
 from parity.report import Divergence
 from parity.subject import Subject, along_ones, gradient_norm
 
@@ -54,7 +55,7 @@ def _null_gaps(subject: Subject, flax: Leaves, torch: Leaves) -> dict[str, tuple
 
 
 def locate(subject: Subject, records: list[Record]) -> Divergence | None:
-    """The loss itself, or the guilty leaf nearest to it: those before only inherit its error."""
+    """The loss itself, or the guilty module nearest to it: those before only inherit its error."""
     from parity.causes.backward import explained_gradient, explained_loss  # as in logits
 
     bad = {record.name: record for record in records if record.verdict is Verdict.FAIL}
@@ -66,12 +67,6 @@ def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     if not leaves:
         name, record = next(iter(bad.items()))
         return Divergence(name, "backward", 0, record.value, detail=record.note or "")
-    order: dict[str, int] = {}
-    flax, _ = subject.runs("float64")
-    flax.traces(subject.gradient_probe, lambda trace: order.update({trace.path: len(order)}))
-    last = max(leaves, key=lambda leaf: order.get(leaf.rpartition(".")[0], -1))
-    owner, _, leaf = last.rpartition(".")
-    detail = f"Its leaf {leaf} has another gradient; all between it and the loss agree."
-    where = subject.modules.get(owner, owner)
-    found = Divergence(where, "backward", 0, bad[last].value, detail=detail)
-    return explained(found, lambda found: explained_gradient(subject, last, found))
+    found = locate_backward(subject, {leaf: bad[leaf].value for leaf in leaves})
+    found = found or Divergence(leaves[0], "backward", 0, bad[leaves[0]].value)
+    return explained(found, lambda found: explained_gradient(subject, found))

@@ -103,4 +103,15 @@ MAPPING = (
           cause="lies the other way round"),
 )  # fmt: skip
 
-PAIR_FAULTS = FORWARD + MAPPING
+BACKWARD = (
+    Fault("attention weights without a gradient", "encoder",
+          _in("encoder", "jax.nn.softmax(scores, axis=-1)",
+              "jax.lax.stop_gradient(jax.nn.softmax(scores, axis=-1))"),
+          level="gradients", where="layers.1.self_attn"),
+    Fault("the first half frozen", "convnet",
+          _in("convnet", "self.norm2(self.conv2(x)))\n        return self.head(x.tr",
+              "self.norm2(jax.lax.stop_gradient(self.conv2(x))))\n        return self.head(x.tr"),
+          level="gradients", where="TorchNet", cause="no gradient through (batch_norm"),
+)  # fmt: skip
+
+PAIR_FAULTS = FORWARD + MAPPING + BACKWARD

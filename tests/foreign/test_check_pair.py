@@ -163,3 +163,17 @@ def test_what_a_capture_raises_reaches_the_reader():
     with in_step(lambda sink: capture_torch(port, lambda: port(wrong), sink)) as (traces,):
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             list(traces)
+
+
+@pytest.mark.parametrize("mode", [nnx.set_graph_mode, nnx.set_graph_updates])
+def test_modules_are_captured_in_the_other_modes_of_nnx_too(mode):
+    port, flax, inputs = modules(
+        "convnet", Edit("convnet.py", "nn.relu(self.norm1(", "nn.relu(2 * self.norm1(")
+    )
+    with mode(False):
+        report = check_pair(port, flax, inputs, **FORWARD)
+        assert report.divergence.where == "TorchNet" and "conv2" in report.divergence.detail
+        detached = Edit("convnet.py", "head(x.tr", "head(jax.lax.stop_gradient(x).tr")
+        port, flax, inputs = modules("convnet", detached)
+        report = check_pair(port, flax, inputs, levels=["gradients"], dtypes=("float64",))
+        assert report.divergence.where == "TorchNet" and "norm2" in report.divergence.detail

@@ -1,5 +1,6 @@
 """Capture from outside: complete, in order, and without a trace left behind."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,9 +9,9 @@ from flax import nnx
 
 from parity.capture import Trace
 from parity.compare import max_abs
-from parity.flax_capture import capture_flax
+from parity.flax_capture import backward_flax, capture_flax
 from parity.localize import first_divergence, float64_gap
-from parity.torch_capture import capture_torch
+from parity.torch_capture import backward_torch, capture_torch
 
 
 class Inner(nnx.Module):
@@ -137,3 +138,78 @@ def test_the_second_call_of_a_module_is_compared_with_the_second():
     a = [trace("p", 1, 2), trace("p", 2, 3), trace("", 1, 3)]
     b = [trace("p", 1, 2), trace("p", 2, 7), trace("", 1, 7)]
     assert first_divergence(a, b, float64_gap, "Model", "forward", PATHS).value == 4.0
+
+
+def twin_models() -> tuple[Outer, TorchOuter]:
+    """The same weights in both."""
+    flax, port = Outer(nnx.Rngs(0)), TorchOuter()
+    modules = dict(nnx.iter_modules(flax))
+    with torch.no_grad():
+        for path, linear in port.named_modules():
+            if isinstance(linear, torch.nn.Linear):
+                parts = tuple(int(x) if x.isdecimal() else x for x in path.split("."))
+                linear.weight.copy_(torch.from_numpy(np.array(modules[parts].kernel[...]).T))
+                linear.bias.copy_(torch.from_numpy(np.array(modules[parts].bias[...])))
+    return flax, port
+
+
+def test_both_frameworks_pass_the_same_gradients_back_and_put_every_call_back():
+    flax, port = twin_models()
+    x = np.random.default_rng(0).normal(size=(2, 4)).astype(np.float32)
+    original = vars(nnx.Linear)["__call__"]
+    ours = backward_flax(flax, lambda: (flax(jnp.asarray(x)) ** 2).sum())
+    theirs = backward_torch(port, lambda: (port(torch.from_numpy(x)) ** 2).sum())
+    # The last to start is the first to pass a gradient back.
+    order = ["parts.1.linear", "parts.1", "parts.0.linear", "parts.0", "linear", ""]
+    assert [call.path for call in ours] == [call.path for call in theirs] == order
+    for a, b in zip(ours, theirs, strict=True):
+        for left, right in zip((a.output, *a.inputs), (b.output, *b.inputs), strict=True):
+            assert np.abs(left).max() > 0 and max_abs(left, right) <= 1e-5
+    assert vars(nnx.Linear)["__call__"] is original
+    assert not port._forward_hooks and not port._forward_pre_hooks
+
+
+def test_a_gradient_is_that_of_one_call_and_not_of_the_others_that_read_the_same():
+    class Doubling(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.relu = torch.nn.ReLU(inplace=True)
+
+        def forward(self, x):
+            y = x * 1.0
+            return 3 * y + self.relu(y)
+
+    class FlaxRelu(nnx.Module):
+        def __call__(self, x):
+            return nnx.relu(x)
+
+    class FlaxDoubling(nnx.Module):
+        def __init__(self):
+            self.relu = FlaxRelu()
+
+        def __call__(self, x):
+            return 3 * x + self.relu(x)
+
+    port, flax = Doubling(), FlaxDoubling()
+    theirs = backward_torch(port, lambda: port(torch.tensor([2.0, -1.0])).sum())
+    ours = backward_flax(flax, lambda: flax(jnp.array([2.0, -1.0])).sum())
+    for back in (ours, theirs):
+        relu, model = back
+        assert relu.path == "relu" and model.path == ""
+        assert relu.inputs[0].tolist() == [1.0, 0.0] and relu.output.tolist() == [1.0, 1.0]
+        assert model.inputs[0].tolist() == [4.0, 3.0]
+
+
+def test_what_runs_in_the_body_of_a_scan_is_passed_over():
+    class Scanning(nnx.Module):
+        def __init__(self, rngs):
+            self.step, self.head = nnx.Linear(4, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)
+
+        def __call__(self, x):
+            h, _ = jax.lax.scan(lambda h, _: (self.step(h), None), x, None, length=3)
+            return self.head(h)
+
+    model = Scanning(nnx.Rngs(0))
+    back = backward_flax(model, lambda: model(jnp.ones((2, 4))).sum())
+    assert [call.path for call in back] == ["head", ""]
+    assert np.abs(back[1].inputs[0]).max() > 0
