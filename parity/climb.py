@@ -39,6 +39,7 @@ def climb(
         subject.progress = lambda fraction, name=name: progress(name, fraction)
         subject.progress(0.0)
         level, divergence = _level(name, compare, locate, subject)
+        subject.release()
         finished.append(level)
         done(level)
     return tuple(finished), divergence

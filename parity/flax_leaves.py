@@ -29,7 +29,7 @@ def load_flax(module: nnx.Module, leaves: Mapping[str, np.ndarray]) -> None:
         ValueError: when names, shapes or dtypes are not exactly the module's.
     """
     variables = _variables(module)
-    require_same("flax", flax_leaves(module), leaves)
+    require_same("flax", {x: np.asarray(v[...]) for x, v in variables.items()}, leaves)
     # Without 64-bit types jax would round a float64 leaf to float32 on its way in.
     wide = any(leaf.dtype.itemsize == 8 for leaf in leaves.values())
     with jax.enable_x64(wide or jax.config.jax_enable_x64):

@@ -24,7 +24,10 @@ from parity.pair import Batch, Side
 
 
 class FlaxRun:
-    """One model, loaded. Training and decoding start from fresh copies of it."""
+    """One model. Training and decoding start from fresh copies of it.
+
+    It is loaded when it is needed, and again after it was released; what is compiled stays so.
+    """
 
     def __init__(
         self, side: Side, leaves: Mapping[str, np.ndarray], dtype: str, device: jax.Device
@@ -33,18 +36,28 @@ class FlaxRun:
         # As they were given: a copy in another type would be one more model in memory.
         self._side, self._leaves = side, leaves
         self._dtype, self._device = dtype, device
-        self.module = self._load()
-        self._graphdef, self._parameters, self._rest = self._split()
+        self._parts: tuple[nnx.Module, nnx.State] | None = None
+        # What programs are compiled with: the same after every loading.
+        self._fixed: tuple[nnx.GraphDef, nnx.State] | None = None
         self._forward = jax.jit(self._call(side.forward))
         self._loss_and_gradients = jax.jit(jax.value_and_grad(self._call(side.loss)))
 
     def at(self, leaves: Mapping[str, np.ndarray]) -> "FlaxRun":
         """The same model with other weights; what is compiled stays so."""
+        if self._fixed is None:
+            self._loaded()
         other = copy.copy(self)
-        other._leaves = leaves
-        other.module = other._load()
-        _, other._parameters, _ = other._split()
+        other._leaves, other._parts = leaves, None
         return other
+
+    @property
+    def module(self) -> nnx.Module:
+        """The model itself."""
+        return self._loaded()[0]
+
+    def release(self) -> None:
+        """Gives the model's memory back until it is asked for again."""
+        self._parts = None
 
     def outputs(self, batch: Batch) -> np.ndarray:
         """The model's output."""
@@ -104,9 +117,19 @@ class FlaxRun:
             module.eval()
             return module
 
-    def _split(self) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-        with self._scope():
-            return nnx.split(self.module, nnx.Param, ...)
+    def _loaded(self) -> tuple[nnx.Module, nnx.State]:
+        """The module and its parameters."""
+        if self._parts is None:
+            module = self._load()
+            with self._scope():
+                graphdef, parameters, rest = nnx.split(module, nnx.Param, ...)
+            self._fixed = self._fixed or (graphdef, rest)
+            self._parts = module, parameters
+        return self._parts
+
+    @property
+    def _parameters(self) -> nnx.State:
+        return self._loaded()[1]
 
     def _arrays(self, batch: Batch) -> tuple[jax.Array, ...]:
         return tuple(jnp.asarray(cast_array(array, self._dtype)) for array in batch.inputs)
@@ -116,6 +139,7 @@ class FlaxRun:
 
     def _call(self, function):
         def call(parameters: nnx.State, *arrays: jax.Array):
-            return function(nnx.merge(self._graphdef, parameters, self._rest, copy=True), *arrays)
+            graphdef, rest = self._fixed
+            return function(nnx.merge(graphdef, parameters, rest, copy=True), *arrays)
 
         return call

@@ -1,9 +1,10 @@
 """Two models under test as the levels see them, and what the levels learn about the weights."""
 
 import abc
+import dataclasses
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import numpy as np
@@ -11,13 +12,25 @@ import numpy as np
 from parity.compare import IMPURE
 from parity.evidence import Evidence
 from parity.leaves import Leaves
+from parity.memory import hand_back_freed_memory
 from parity.pair import Batch, Pair
 from parity.weight_map import WeightMap
 
 # A gradient this far below the whole gradient is rounding: 1e4 units of float64's last place.
 _NULL = 1e-12
+_LARGE = 10_000_000  # weights
 # And of float32's, where a run is partly in that.
 _NULL_IMPURE = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What is kept of gradients, which take as much memory as the models."""
+
+    names: Set[str]
+    norm: float
+    null_leaves: tuple[str, ...]
+    null_means: tuple[tuple[str, int], ...]
 
 
 class Subject(abc.ABC):
@@ -48,12 +61,29 @@ class Subject(abc.ABC):
         self.steps, self.progress = steps, progress
         self.seed = seed
         self.evidence = Evidence()
-        self.runs = functools.cache(self._make_runs)
-        self.gradients = functools.cache(self._make_gradients)
+        self._runs = functools.cache(self._make_runs)
+        self.gradients = functools.lru_cache(maxsize=1)(self._make_gradients)
+        self._dtype: str | None = None
 
     @abc.abstractmethod
     def _make_runs(self, dtype: str) -> tuple[Any, Any]:
         """Both models in a dtype, as runs that answer in NumPy."""
+
+    def runs(self, dtype: str) -> tuple[Any, Any]:
+        """Both models in a dtype. Those of another dtype give their memory back."""
+        if dtype != self._dtype:
+            self.release()
+            self._dtype = dtype
+        return self._runs(dtype)
+
+    def release(self) -> None:
+        """Gives back the memory of what can be had again."""
+        self.gradients.cache_clear()
+        for run in self._runs(self._dtype) if self._dtype else ():
+            run.release()
+        leaves = vars(self).get("flax_leaves", {})
+        if sum(leaf.size for leaf in leaves.values()) > _LARGE:
+            hand_back_freed_memory()  # which takes a tenth of a second
 
     @property
     def num_params(self) -> int:
@@ -100,19 +130,42 @@ class Subject(abc.ABC):
         return _NULL_IMPURE if self.impurities else _NULL
 
     @functools.cached_property
+    def _seen(self) -> "_Seen":
+        """What the gradients in float64 of both frameworks are found to be."""
+        (_, flax), (_, torch) = self.gradients("float64")
+        scale = gradient_norm(flax)
+        null = tuple(
+            name
+            for name in flax
+            if all(np.linalg.norm(side[name]) <= self._null * scale for side in (flax, torch))
+        )
+        means = tuple(
+            (name, axis)
+            for name in flax
+            if name not in null
+            for axis, size in enumerate(flax[name].shape)
+            if size > 1
+            and all(
+                np.linalg.norm(along_ones(side[name], axis))
+                <= self._null * np.linalg.norm(side[name])
+                for side in (flax, torch)
+            )
+        )
+        return _Seen(frozenset(flax), scale, null, means)
+
+    @property
+    def gradient_norm(self) -> float:
+        """Of the whole gradient, in float64."""
+        return self._seen.norm
+
+    @property
     def null_leaves(self) -> tuple[str, ...]:
         """Leaves whose gradient is zero up to rounding, in float64 and in both frameworks.
 
         A key bias shifts all scores of a query alike and softmax does not see it. What remains is
         rounding, so relative tests of such a leaf compare noise with noise.
         """
-        (_, flax), (_, torch) = self.gradients("float64")
-        scale = gradient_norm(flax)
-        return tuple(
-            name
-            for name in flax
-            if all(np.linalg.norm(side[name]) <= self._null * scale for side in (flax, torch))
-        )
+        return self._seen.null_leaves
 
     @functools.cached_property
     def null_in_training(self) -> tuple[str, ...]:
@@ -120,8 +173,7 @@ class Subject(abc.ABC):
 
         The statistics of such a norm follow that bias wherever rounding takes it.
         """
-        (_, gradients), _ = self.gradients("float64")
-        if gradients.keys() == self.flax_leaves.keys():  # no statistics that training moves
+        if self._seen.names == self.flax_leaves.keys():  # no statistics that training moves
             return self.null_leaves
         moments = []
         for run, convert in zip(self.runs("float64"), (dict, self.weight_map.to_flax), strict=True):
@@ -136,29 +188,17 @@ class Subject(abc.ABC):
             )
         ]
         if set(found) > set(self.null_leaves):
-            found += [name for name in self.flax_leaves if name not in gradients]
+            found += [name for name in self.flax_leaves if name not in self._seen.names]
         return tuple(dict.fromkeys((*self.null_leaves, *found)))
 
-    @functools.cached_property
+    @property
     def null_means(self) -> tuple[tuple[str, int], ...]:
         """Leaves, and one axis each, over which the mean of the gradient is zero up to rounding.
 
         What is added to all channels of the residual stream alike is taken out again by the norms
         that read it; what is added to the scores of all classes alike, by the softmax of the loss.
         """
-        (_, flax), (_, torch) = self.gradients("float64")
-        return tuple(
-            (name, axis)
-            for name in flax
-            if name not in self.null_leaves
-            for axis, size in enumerate(flax[name].shape)
-            if size > 1
-            and all(
-                np.linalg.norm(along_ones(side[name], axis))
-                <= self._null * np.linalg.norm(side[name])
-                for side in (flax, torch)
-            )
-        )
+        return self._seen.null_means
 
     @property
     def null_names(self) -> str:

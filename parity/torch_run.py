@@ -20,7 +20,10 @@ from parity.torch_oracle import torch_purity
 
 
 class TorchRun:
-    """One model, loaded. Training and decoding start from fresh copies of it."""
+    """One model. Training and decoding start from fresh copies of it.
+
+    It is loaded when it is needed, and again after it was released.
+    """
 
     def __init__(
         self, side: Side, leaves: Mapping[str, np.ndarray], dtype: str, device: torch.device
@@ -29,14 +32,24 @@ class TorchRun:
         # As they were given: a copy in another type would be one more model in memory.
         self._side, self._leaves = side, leaves
         self._dtype, self._device = dtype, device
-        self.module = self._load()
+        self._module: torch.nn.Module | None = None
 
     def at(self, leaves: Mapping[str, np.ndarray]) -> "TorchRun":
         """The same model with other weights."""
         other = copy.copy(self)
-        other._leaves = leaves
-        other.module = other._load()
+        other._leaves, other._module = leaves, None
         return other
+
+    @property
+    def module(self) -> torch.nn.Module:
+        """The model itself."""
+        if self._module is None:
+            self._module = self._load()
+        return self._module
+
+    def release(self) -> None:
+        """Gives the model's memory back until it is asked for again."""
+        self._module = None
 
     def outputs(self, batch: Batch) -> np.ndarray:
         """The model's output."""
@@ -55,6 +68,7 @@ class TorchRun:
 
     def gradient_purity(self, batch: Batch) -> Purity:
         """What the forward and backward pass are made of."""
+        _ = self.module  # loaded before, for that is no part of the question
         return torch_purity(self._loss_and_gradients, batch)
 
     def traces(self, batch: Batch, sink: Sink) -> None:

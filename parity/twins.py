@@ -196,8 +196,10 @@ def _probes(corpus: Corpus, config: flax_gpt.GPTConfig, task: str, seed: int) ->
         "context - 1": Batch((corpus.windows(1, context - 1, seed, 4),)),
         "one token": Batch((corpus.windows(4, 1, seed, 5),)),
     }
-    if rows < 4:  # a large model's full context has no room for the rows that pad and repeat
-        probes["short, ragged"] = _ragged(corpus, 4, min(64, context), task, seed)
+    if rows < 4:
+        # A large model's full context has no room for rows that pad and repeat. The short one comes
+        # first, which is where gradients are taken, for they keep what every layer has computed.
+        probes = {"short, ragged": _ragged(corpus, 4, min(64, context), task, seed)} | probes
     return probes
 
 

@@ -57,11 +57,13 @@ class WeightMap:
 
     def to_flax(self, leaves: Mapping[str, np.ndarray]) -> Leaves:
         """Flax leaves from torch leaves, as `to_torch`."""
-        moved: Leaves = {}
+        return dict(self.flax_leaves(leaves))
+
+    def flax_leaves(self, leaves: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+        """The same one after the other, so that they need not all be there at once."""
         for link in self.links:
             if all(name in leaves for name in link.torch):
-                moved |= link.to_flax(leaves, self.flax_shapes)
-        return moved
+                yield from link.to_flax(leaves, self.flax_shapes).items()
 
 
 def links_of(rules: Rules, torch_names: Collection[str]) -> Iterator[Link]:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from parity.bench.decoders import Contender, Turn
-from parity.bench.machine import hand_back_freed_memory
 from parity.bench.steps import Unavailable
+from parity.memory import hand_back_freed_memory
 
 
 class Room:

@@ -3,10 +3,7 @@
 How fast it multiplies matrices bounds a training step, how fast it reads memory a decoding step.
 """
 
-import contextlib
-import ctypes
 import dataclasses
-import gc
 import math
 import os
 import statistics
@@ -22,6 +19,7 @@ import torch
 
 from parity.environment import Devices, pinned_precision
 from parity.flax_scope import jax_scope
+from parity.memory import hand_back_freed_memory
 
 SIZES = 512, 1024, 2048, 4096, 8192
 # A size that takes longer is the last one tried: small products fill a CPU, a GPU wants large ones.
@@ -224,13 +222,6 @@ class MemoryGrowth:
 def load_average() -> float | None:
     """Average number of processes that wanted to run in the last minute; None where unknown."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def hand_back_freed_memory() -> None:
-    """Frees what nobody refers to, and asks the C library to give it back; only glibc can."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _seconds(program: Callable[[], object]) -> float:

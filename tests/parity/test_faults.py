@@ -12,8 +12,13 @@ from parity.rules import TWINS, Rules
 from parity.selftest import FAULTS, trial
 from parity.selftest.twin_faults import ALIBI, ROTARY, T5
 
+# The first of each kind in each model; `parity self-test`, which CI runs, plants all of them.
+SAMPLE = {(fault.kind, fault.subject): fault for fault in reversed(FAULTS)}
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.subject}, {fault.title}")
+
+@pytest.mark.parametrize(
+    "fault", reversed(SAMPLE.values()), ids=lambda fault: f"{fault.subject}, {fault.title}"
+)
 def test_a_planted_fault_is_caught_located_and_explained(fault, corpus):
     outcome = trial(fault, corpus)
     assert outcome.detected and outcome.located, outcome.report
