@@ -31,7 +31,7 @@ def self_test(
 
     Every fault must be detected, 95 % of them located at the module and step where they were
     planted, 80 % called by their cause and none by another; and clean pairs must raise no alarm. It
-    takes a while: XXX minutes on two cores.
+    takes a while: a quarter of an hour on two cores.
 
     Exit codes: 0 as good as that, 1 not, 2 bad input.
 

@@ -25,7 +25,13 @@ def records(subject: PairSubject) -> Iterator[Record]:
     if first.verdict is not Verdict.PASS:
         return
     subject.progress(0.2)
+    yield from _round_trips(subject)
+    subject.progress(0.5)
+    yield from _orientations(subject)
 
+
+def _round_trips(subject: PairSubject) -> Iterator[Record]:
+    """Through the models themselves, in both directions."""
     flax_model, torch_model = subject.build_flax(), subject.pair.torch.build("float32")
     start = subject.flax_leaves
     load_torch(torch_model, subject.torch_leaves)
@@ -40,8 +46,6 @@ def records(subject: PairSubject) -> Iterator[Record]:
     bits = sum(different_bits(there[name], leaf) for name, leaf in again.items())
     size = sum(leaf.size for leaf in again.values())
     yield judge("torch to flax to torch", "float32", "different bits", bits, 0, size)
-    subject.progress(0.5)
-    yield from _orientations(subject)
 
 
 def _orientations(subject: PairSubject) -> Iterator[Record]:

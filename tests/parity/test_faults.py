@@ -12,8 +12,8 @@ from parity.rules import TWINS, Rules
 from parity.selftest import FAULTS, trial
 from parity.selftest.twin_faults import ALIBI, ROTARY, T5
 
-# The first of each kind in each model; `parity self-test`, which CI runs, plants all of them.
-SAMPLE = {(fault.kind, fault.subject): fault for fault in reversed(FAULTS)}
+# The first of each level and kind in each model; `parity self-test`, which CI runs, plants all.
+SAMPLE = {(fault.level, fault.kind, fault.subject): fault for fault in reversed(FAULTS)}
 
 
 @pytest.mark.parametrize(
