@@ -1,6 +1,8 @@
 """Parts of levels that a whole check does not bring into every state."""
 
 import dataclasses
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -9,10 +11,12 @@ import flax_gpt
 from parity.check import check
 from parity.compare import Verdict
 from parity.corpus import Corpus
+from parity.environment import choose_devices
 from parity.levels.cache import assemble, ragged_calls
 from parity.levels.ladder import LEVELS
-from parity.levels.optimizer import HORIZON
+from parity.levels.optimizer import HORIZON, SAMPLE
 from parity.levels.tokens import record
+from parity.pair_subject import PairSubject
 from parity.twins import preset_config, twins
 
 
@@ -118,3 +122,28 @@ def test_a_text_with_more_characters_than_ids_is_refused_wherever_it_comes_in():
         preset_config(text, "gpt2")
     with pytest.raises(ValueError, match=message):
         twins(text, flax_gpt.GPTConfig.preset("gpt2"))
+
+
+def test_models_are_given_back_when_others_are_asked_for_and_come_back_the_same(small):
+    subject = PairSubject(small(), choose_devices("cpu"))
+    runs, batch = subject.runs("float64"), subject.gradient_probe
+    before = [run.outputs(batch) for run in runs]
+    held = [weakref.ref(run.module) for run in runs]
+    subject.runs("float32")
+    gc.collect()
+    assert [reference() for reference in held] == [None, None]
+    for run, output in zip(subject.runs("float64"), before, strict=True):
+        assert np.array_equal(run.outputs(batch), output)
+        other = run.at({name: 2 * leaf for name, leaf in run.gradients(batch)[1].items()})
+        assert not np.array_equal(other.outputs(batch), output)
+
+
+def test_a_large_leaf_is_compared_by_a_sample_of_its_numbers(small):
+    config = dict(embed_dim=320, num_layers=1, num_heads=1, mlp_dim=8)
+    report = check(small(config), levels=["optimizer"], dtypes=("float64",), steps=1)
+    assert report.ok
+    counts = {record.name: record.count for record in report.levels[0].records}
+    subject = PairSubject(small(config), choose_devices("cpu"))
+    sizes = [x.size for name, x in subject.flax_leaves.items() if name not in subject.null_leaves]
+    assert max(sizes) > SAMPLE
+    assert counts["step 1 update"] == sum(min(size, SAMPLE) for size in sizes)
