@@ -81,9 +81,14 @@ class Subject(abc.ABC):
         self.gradients.cache_clear()
         for run in self._runs(self._dtype) if self._dtype else ():
             run.release()
-        leaves = vars(self).get("flax_leaves", {})
-        if sum(leaf.size for leaf in leaves.values()) > _LARGE:
+        if self._is_large:
             hand_back_freed_memory()  # which takes a tenth of a second
+
+    @property
+    def _is_large(self) -> bool:
+        """Whether memory is worth more than time; False before there are any weights."""
+        leaves = vars(self).get("flax_leaves", {})
+        return sum(leaf.size for leaf in leaves.values()) > _LARGE
 
     @property
     def num_params(self) -> int:
@@ -123,7 +128,12 @@ class Subject(abc.ABC):
     def _make_gradients(self, dtype: str) -> tuple[tuple[float, Leaves], tuple[float, Leaves]]:
         flax, torch = self.runs(dtype)
         loss, gradients = torch.gradients(self.gradient_probe)
-        return flax.gradients(self.gradient_probe), (loss, self.weight_map.to_flax(gradients))
+        theirs = loss, self.weight_map.to_flax(gradients)
+        del gradients
+        if self._is_large:
+            torch.release()
+            hand_back_freed_memory()
+        return flax.gradients(self.gradient_probe), theirs
 
     @property
     def _null(self) -> float:

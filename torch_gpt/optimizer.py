@@ -55,7 +55,12 @@ def clip_gradients(config: TrainConfig, model: nn.Module) -> torch.Tensor:
     Pascanu et al., "On the difficulty of training recurrent neural networks", 2013.
     """
     clip_norm = math.inf if config.clip_norm is None else config.clip_norm
-    return nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    # twin: torch's own norm adds squares up one after the other on a CPU, and in float32 that of
+    # GPT-2's embedding comes out 0.3 % too small; so both sum them by hand.
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = torch.sqrt(sum(torch.sum(torch.square(gradient)) for gradient in gradients))
+    nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
+    return norm
 
 
 def loss_scale(device: torch.device) -> torch.amp.GradScaler:
