@@ -23,8 +23,8 @@ from parity.report import Divergence
 from parity.subject import Subject
 from parity.torch_leaves import to_numpy
 
-# Seconds to look for a cause; the twins of the self-test take up to ten.
-_PATIENCE = 30.0
+# Seconds to look for a cause; the twins of the self-test take up to 16 where nothing else runs.
+_PATIENCE = 60.0
 
 _INDEXING = {"__getitem__", "__setitem__"}
 
