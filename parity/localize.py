@@ -50,20 +50,22 @@ def locate_backward(subject: Subject, leaves: Mapping[str, float]) -> Divergence
     largest = max((_size(x) for call in torch for x in _passed(call)), default=0.0)
     gap = functools.partial(_gradient_gap, floor=_FLOAT64 * largest)
     pairs = [(call, twin) for call, twin in matched(torch, flax) if twin is not None]
-    reached: dict[str, float | None] = {}  # by path, the gap of the gradients that reach a module
-    for call, twin in pairs:
-        both = call.output is not None and twin.output is not None
-        reached.setdefault(call.path, gap(call.output, twin.output) if both else None)
+    # How far apart the gradients are that reach each call, and by path those of the last.
+    gaps = [
+        None if call.output is None or twin.output is None else gap(call.output, twin.output)
+        for call, twin in pairs
+    ]
+    reached = {call.path: x for (call, _), x in reversed(list(zip(pairs, gaps, strict=True)))}
     owners = {subject.modules.get(x.rpartition(".")[0]): x for x in reversed(leaves)}
-    for call, twin in pairs:
-        if (found := reached[call.path]) is not None:
+    for (call, twin), parted in zip(pairs, gaps, strict=True):
+        if parted is not None:
             # What a module gives may be what its caller gives, as it is.
-            where = call.path
+            where = _caller(call.path, reached)
             while where and reached.get(where) is not None:
                 where = _caller(where, reached)
             where = "loss" if reached.get(where) is not None else where or model_name(subject)
             detail = f"The gradient that reaches {call.path or 'the model'} parts in its code."
-            return Divergence(where, "backward", 0, found, detail=detail)
+            return Divergence(where, "backward", 0, parted, detail=detail)
         if (found := _inputs_gap(call, twin, gap)) is not None:
             detail = "Given the same gradient of its output it passes another one on."
         elif leaf := owners.get(call.path):

@@ -2,6 +2,7 @@
 
 forward.py      a module's output, by doing one thing in another way
 backward.py     a loss or a gradient, likewise
+decode.py       a decode, likewise
 operations.py   the other ways to do an operation
 weights.py      the other ways to read weights
 replay.py       a torch module again, alone
