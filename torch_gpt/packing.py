@@ -28,15 +28,14 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, batch_size: int):
         super().__init__()
-        num_outputs, num_inputs = weight_OI.shape
         self._weight_OI, self._bias_O, self._packed = weight_OI, bias_O, None
         # A matrix per core, and what is left over.
         self._num_cores = torch.get_num_threads()
-        self._num_left = num_outputs % self._num_cores
-        share = num_outputs // self._num_cores
-        num_shared = share * self._num_cores
-        self._shares = weight_OI[:num_shared].view(self._num_cores, share, num_inputs)
-        self._left_OI = weight_OI[num_shared:]
+        self._num_left = len(weight_OI) % self._num_cores
+        num_shared = len(weight_OI) - self._num_left
+        self._shares = weight_OI[:num_shared].unflatten(0, (self._num_cores, -1))
+        self._biases = None if bias_O is None else bias_O[:num_shared].view(self._num_cores, -1, 1)
+        self._left = weight_OI[num_shared:], None if bias_O is None else bias_O[num_shared:]
         if batch_size > 1 and _can_pack(weight_OI.dtype):
             self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, batch_size)
 
@@ -49,12 +48,14 @@ class PackedLinear(nn.Module):
         B, T, num_inputs = x_BTI.shape
         if B * T == 1:
             # As the transpose of a row, which BLAS reads as a vector.
-            x_I1 = x_BTI.reshape(1, num_inputs).T
-            y_O = torch.bmm(self._shares, x_I1.expand(self._num_cores, -1, -1)).view(-1)
+            columns = x_BTI.expand(self._num_cores, 1, num_inputs).mT
+            if self._biases is None:
+                y_BTO = torch.bmm(self._shares, columns).view(1, 1, -1)
+            else:
+                y_BTO = torch.baddbmm(self._biases, self._shares, columns).view(1, 1, -1)
             if self._num_left:
-                y_O = torch.cat([y_O, self._left_OI @ x_BTI.reshape(num_inputs)])
-            y_O = y_O if self._bias_O is None else y_O + self._bias_O
-            return y_O.view(1, 1, -1)
+                y_BTO = torch.cat([y_BTO, F.linear(x_BTI, *self._left)], dim=-1)
+            return y_BTO
         if self._packed is None:
             return F.linear(x_BTI, self._weight_OI, self._bias_O)
         return torch.ops.mkldnn._linear_pointwise(x_BTI, self._packed, self._bias_O, "none", [], "")
