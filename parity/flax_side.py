@@ -94,7 +94,10 @@ class FlaxTrainer:
         return flax_leaves(nnx.merge(self._graphdef, self._parameters, self._rest))
 
     def moments(self) -> tuple[Leaves, Leaves, int]:
-        """First and second moments by leaf, as far as the optimizer keeps such, and its count."""
+        """First and second moments by leaf, where there are such, and the number of updates.
+
+        They are to be read before the next step.
+        """
         found = [x for x in jax.tree.leaves(self._state, is_leaf=_is_adam) if _is_adam(x)]
         if not found:
             return {}, {}, 0

@@ -7,6 +7,11 @@ import numpy as np
 Leaves = dict[str, np.ndarray]
 
 
+def copied(leaves: Mapping[str, np.ndarray]) -> Leaves:
+    """The same numbers in memory of their own."""
+    return {name: np.array(array) for name, array in leaves.items()}
+
+
 def cast(leaves: Mapping[str, np.ndarray], dtype: str) -> Leaves:
     """The same numbers with every float in the given dtype."""
     return {name: cast_array(array, dtype) for name, array in leaves.items()}

@@ -44,8 +44,8 @@ class Side:
         loss: (module, *inputs) to a scalar.
         trainer: a module and the number of steps that its schedule spans to a trainer:
             `step(*inputs)` to the loss before the update, `parameters()` and `moments()` to the
-            module's leaves and the optimizer's (first, second, count); None for a model that is
-            not to be trained.
+            module's leaves and the optimizer's (first, second, count), the moments to be read
+            before the next step; None for a model that is not to be trained.
         decoder: a module to a decoder: `chunks(calls, capacity)` to logits by call, `generate` to
             greedy tokens, and for a pair with `sampling` `sample` to tokens and margins; None for
             a model without a cache.

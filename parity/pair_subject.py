@@ -10,6 +10,7 @@ from parity.flax_leaves import flax_leaves
 from parity.flax_run import FlaxRun
 from parity.flax_scope import jax_scope
 from parity.leaves import Leaves, cast, neighbours
+from parity.memory import LARGE, on_disk
 from parity.modules import module_map
 from parity.pair import Pair
 from parity.subject import Subject, randomized
@@ -35,8 +36,11 @@ class PairSubject(Subject):
     def flax_leaves(self) -> Leaves:
         """The weights under test, in float32: initial weights hide forgotten biases and norms."""
         if self.pair.leaves is not None:
-            return cast(self.pair.leaves, "float32")
-        return randomized(flax_leaves(self.build_flax()), self.seed)
+            leaves = cast(self.pair.leaves, "float32")
+        else:
+            leaves = randomized(flax_leaves(self.build_flax()), self.seed)
+        # Read whenever a model is loaded, and not between.
+        return on_disk(leaves) if sum(x.size for x in leaves.values()) > LARGE else leaves
 
     @functools.cached_property
     def weight_map(self) -> WeightMap:

@@ -12,13 +12,12 @@ import numpy as np
 from parity.compare import IMPURE
 from parity.evidence import Evidence
 from parity.leaves import Leaves
-from parity.memory import hand_back_freed_memory
+from parity.memory import LARGE, hand_back_freed_memory
 from parity.pair import Batch, Pair
 from parity.weight_map import WeightMap
 
 # A gradient this far below the whole gradient is rounding: 1e4 units of float64's last place.
 _NULL = 1e-12
-_LARGE = 10_000_000  # weights
 # And of float32's, where a run is partly in that.
 _NULL_IMPURE = 1e-5
 
@@ -81,14 +80,19 @@ class Subject(abc.ABC):
         self.gradients.cache_clear()
         for run in self._runs(self._dtype) if self._dtype else ():
             run.release()
-        if self._is_large:
+        if self.is_large:
             hand_back_freed_memory()  # which takes a tenth of a second
 
+    def make_room(self) -> None:
+        """The same for a large model only, where memory is worth more than loading it again."""
+        if self.is_large:
+            self.release()
+
     @property
-    def _is_large(self) -> bool:
+    def is_large(self) -> bool:
         """Whether memory is worth more than time; False before there are any weights."""
         leaves = vars(self).get("flax_leaves", {})
-        return sum(leaf.size for leaf in leaves.values()) > _LARGE
+        return sum(leaf.size for leaf in leaves.values()) > LARGE
 
     @property
     def num_params(self) -> int:
@@ -130,7 +134,7 @@ class Subject(abc.ABC):
         loss, gradients = torch.gradients(self.gradient_probe)
         theirs = loss, self.weight_map.to_flax(gradients)
         del gradients
-        if self._is_large:
+        if self.is_large:
             torch.release()
             hand_back_freed_memory()
         return flax.gradients(self.gradient_probe), theirs

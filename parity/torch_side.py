@@ -15,7 +15,7 @@ from parity.calls import plain_call, projection, require_output
 from parity.capture import leaves_of
 from parity.leaves import Leaves, cast_array
 from parity.pair import Side
-from parity.torch_leaves import from_numpy, to_numpy, torch_leaves
+from parity.torch_leaves import from_numpy, numpy_view, torch_leaves
 from parity.torch_oracle import torch_in
 
 Call = Callable[..., Any]
@@ -94,6 +94,7 @@ class TorchTrainer:
         loss = self._loss(self._module, *tensors)
         loss.backward()
         self._optimizer.step()
+        self._optimizer.zero_grad()  # as much memory as the weights
         return float(loss.detach())
 
     def parameters(self) -> Leaves:
@@ -101,12 +102,17 @@ class TorchTrainer:
         return torch_leaves(self._module)
 
     def moments(self) -> tuple[Leaves, Leaves, int]:
-        """First and second moments by leaf, as far as the optimizer keeps such, and its count."""
+        """First and second moments by leaf, where there are such, and the number of updates.
+
+        They are to be read before the next step.
+        """
         first, second, updates = {}, {}, 0
         for name, parameter in self._module.named_parameters():
             state = self._optimizer.state.get(parameter, {})
             if "exp_avg" in state:
-                first[name], second[name] = map(to_numpy, (state["exp_avg"], state["exp_avg_sq"]))
+                first[name], second[name] = (
+                    numpy_view(state[kind].cpu()) for kind in ("exp_avg", "exp_avg_sq")
+                )
                 updates = max(updates, int(state["step"]))
         return first, second, updates
 

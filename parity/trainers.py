@@ -9,19 +9,22 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
 from flax import nnx
 
+from parity.donation import donated
 from parity.flax_leaves import flax_leaves, load_flax, state_leaves
-from parity.leaves import Leaves, different_leaves, dotted
-from parity.torch_leaves import from_numpy, load_torch, to_numpy, torch_leaves
+from parity.leaves import Leaves, copied, different_leaves, dotted
+from parity.memory import LARGE
+from parity.torch_leaves import from_numpy, load_torch, numpy_view, to_numpy, torch_leaves
 
 
 class FlaxTrainer:
-    """Training by flax_gpt.train_step.
+    """Training by flax_gpt.train_step. The state of a large model is written over in every step.
 
     Args:
         package: flax_gpt, or a changed copy of it.
@@ -48,6 +51,13 @@ class FlaxTrainer:
         if seed is not None:
             key = package.random.key(seed)
         self._state = package.TrainState.create(model, config, key, getattr(package, task))
+        self._step = package.train_step
+        leaves = jax.tree.leaves(self._state.parameters)
+        if sum(x.size for x in leaves) > LARGE:
+            parameters = jax.tree.map(jnp.copy, self._state.parameters)  # the model is the caller's
+            self._state = dataclasses.replace(self._state, parameters=parameters)
+            (device,) = leaves[0].devices()
+            self._step = donated(lambda batch, state: package.train_step(batch, state), 1, device)
         self.gradient_norm, self.applied = 0.0, True
 
     @property
@@ -69,7 +79,7 @@ class FlaxTrainer:
     ) -> float:
         """One step; the loss before it."""
         batch = self._batch(tokens, counts, labels)
-        result, self._state = self._package.train_step(batch, self._state)
+        result, self._state = self._step(batch, self._state)
         self.gradient_norm, self.applied = float(result.gradient_norm), bool(result.applied)
         return float(result.loss.mean)
 
@@ -85,7 +95,10 @@ class FlaxTrainer:
         return flax_leaves(self.model)
 
     def moments(self) -> tuple[Leaves, Leaves, int]:
-        """First and second moments by leaf, and the number of updates."""
+        """First and second moments by leaf, and the number of updates.
+
+        They are to be read before the next step.
+        """
         adam = self._state.optimizer[0]
         return state_leaves(adam.mu), state_leaves(adam.nu), int(adam.count)
 
@@ -201,14 +214,17 @@ class TorchTrainer:
         return torch_leaves(self.model)
 
     def moments(self) -> tuple[Leaves, Leaves, int]:
-        """First and second moments by leaf, and the number of updates."""
+        """First and second moments by leaf, and the number of updates.
+
+        They are to be read before the next step.
+        """
         first, second, updates = {}, {}, 0
         for name, parameter in self.model.named_parameters():
             # Before the first update torch has no moments, which is to say that they are zero.
             state = self._state.optimizer.state.get(parameter, {})
-            zeros = torch.zeros_like(parameter)
-            first[name] = to_numpy(state.get("exp_avg", zeros))
-            second[name] = to_numpy(state.get("exp_avg_sq", zeros))
+            for leaves, kind in ((first, "exp_avg"), (second, "exp_avg_sq")):
+                present = state[kind] if kind in state else torch.zeros_like(parameter)
+                leaves[name] = numpy_view(present.cpu())
             updates = max(updates, int(state.get("step", 0)))
         return first, second, updates
 
@@ -260,7 +276,7 @@ class TorchTrainer:
 
 
 def _named(parameters: Leaves, first: Leaves, second: Leaves, updates: int, step: int) -> Leaves:
-    groups = {"parameters.": parameters, "first.": first, "second.": second}
+    groups = {"parameters.": parameters, "first.": copied(first), "second.": copied(second)}
     named = {prefix + name: x for prefix, leaves in groups.items() for name, x in leaves.items()}
     return named | {"updates": np.array(updates, np.int64), "step": np.array(step, np.int64)}
 

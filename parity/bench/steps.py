@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import dataclasses
 import logging
 import os
 import tempfile
@@ -20,11 +21,8 @@ from flax import nnx
 
 import flax_gpt
 import torch_gpt
+from parity.donation import OPTION, donated, has_option
 from parity.flax_scope import jax_scope
-
-# On a CPU, donation alone makes gpt2's step 1.5 times slower instead of faster: XLA copies every
-# donated array before it writes over it, unless this tells it to look whether anyone still reads.
-_IN_PLACE = {"xla_cpu_copy_insertion_use_region_analysis": True}
 
 
 class Unavailable(Exception):
@@ -60,23 +58,19 @@ class FlaxStep:
         self.ran += "its state donated" if donate else "its new state beside the old"
         with jax_scope(model.config.dtype, device):
             state = flax_gpt.TrainState.create(model, config)
-            # Both moments start as one array, and what is given away must not be given twice.
-            self._state = jax.tree.map(jnp.copy, state)
+            parameters = jax.tree.map(jnp.copy, state.parameters)  # the model is the caller's
+            self._state = dataclasses.replace(state, parameters=parameters)
             self._batches = [flax_gpt.Batch(jnp.asarray(x, jnp.int32)) for x in batches]
+
             # Looked up when it is traced, as a caller of the package would find it.
-            step = jax.jit(
-                lambda batch, state: flax_gpt.train_step(batch, state),
-                donate_argnums=1 if donate else (),
-            )
+            def step(batch: flax_gpt.Batch, state: flax_gpt.TrainState) -> tuple:
+                return flax_gpt.train_step(batch, state)
+
+            program = donated(step, 1, device) if donate else jax.jit(step)
+            if donate and has_option(device):
+                self.ran += f" and {OPTION} set"
             start = time.perf_counter()
-            lowered = step.lower(self._batches[0], self._state)
-            self._program = None
-            if donate and device.platform == "cpu":
-                with contextlib.suppress(jax.errors.JaxRuntimeError):  # for an unknown option
-                    self._program = lowered.compile(compiler_options=_IN_PLACE)
-                    self.ran += f" and {next(iter(_IN_PLACE))} set"
-            if self._program is None:
-                self._program = lowered.compile()
+            self._program = program.lower(self._batches[0], self._state).compile()
             self.compile_s = time.perf_counter() - start
         self._done = 0
 

@@ -18,6 +18,7 @@ from parity.cli.options import (
     write_output,
 )
 from parity.cli.record import check_golden
+from parity.memory import return_freed_memory_at_once
 
 # The names of parity.levels.ladder.LEVELS; a test holds them equal.
 LEVELS = "weights", "logits", "gradients", "optimizer", "trajectory", "cache", "tokens"
@@ -149,6 +150,7 @@ def check(
             raise ValueError(f"--level {min(unknown)}: no such level. Choose {', '.join(LEVELS)}.")
         levels = [name for name in LEVELS if not level or name in level]
         own = {"--torch": torch, "--flax": flax, "--inputs": inputs}
+        return_freed_memory_at_once()
         if golden is not None:
             others = {"--data": data, "--checkpoint": checkpoint, "--inputs": inputs,
                       "--save-rules": save_rules}  # fmt: skip

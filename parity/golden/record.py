@@ -9,7 +9,7 @@ import numpy as np
 from parity.golden.file import Golden, State
 from parity.golden.frameworks import framework, framework_of
 from parity.inputs import as_inputs
-from parity.leaves import Leaves
+from parity.leaves import Leaves, copied
 from parity.levels.optimizer import HORIZON, STEPS
 from parity.pair import Side
 from parity.subject import randomized
@@ -79,7 +79,8 @@ def record(
     trainer, states = run.trainer(HORIZON), []
     for batch in batches[:STEPS]:
         trainer.step(*batch.inputs)
-        states.append(State(trainer.parameters(), *trainer.moments()))
+        first, second, count = trainer.moments()
+        states.append(State(trainer.parameters(), copied(first), copied(second), count))
     trainer = run.trainer(steps)
     losses = np.array([trainer.step(*batch.inputs) for batch in batches])
     return Golden(

@@ -24,23 +24,27 @@ def records(subject: Subject) -> Iterator[Record]:
         if dtype == "float64" and subject.impurities:
             yield abstain("float64", IMPURE)
             continue
-        (flax_loss, flax), (torch_loss, torch) = subject.gradients(dtype)
-        bound = FLOAT64 if dtype == "float64" else FLOAT32
-        for name in flax:
-            if name not in subject.null_leaves:
-                gap = relative_l2(flax[name], torch[name])
-                yield judge(name, dtype, "relative_l2", gap, bound, flax[name].size)
-        gap = abs(flax_loss - torch_loss) / max(abs(flax_loss), 1.0)
-        yield judge("loss", dtype, "relative", gap, bound, 1)
-        if null := _null_gaps(subject, flax, torch):
-            where = largest({name: gap for name, (gap, _) in null.items()})
-            size = sum(size for _, size in null.values())
-            note = f"zero up to rounding, judged absolutely: {subject.null_names}"
-            yield judge("null directions", dtype, "max_abs_of_norm", null[where][0], NULL[dtype],
-                        size, note=note, where=where)  # fmt: skip
+        yield from _compared(subject, dtype)
         subject.progress((number + 1) / len(subject.dtypes))
     if not subject.impurities:
         yield from purity(subject, "gradient_purity")
+
+
+def _compared(subject: Subject, dtype: str) -> Iterator[Record]:
+    (flax_loss, flax), (torch_loss, torch) = subject.gradients(dtype)
+    bound = FLOAT64 if dtype == "float64" else FLOAT32
+    for name in flax:
+        if name not in subject.null_leaves:
+            gap = relative_l2(flax[name], torch[name])
+            yield judge(name, dtype, "relative_l2", gap, bound, flax[name].size)
+    gap = abs(flax_loss - torch_loss) / max(abs(flax_loss), 1.0)
+    yield judge("loss", dtype, "relative", gap, bound, 1)
+    if null := _null_gaps(subject, flax, torch):
+        where = largest({name: gap for name, (gap, _) in null.items()})
+        size = sum(size for _, size in null.values())
+        note = f"zero up to rounding, judged absolutely: {subject.null_names}"
+        yield judge("null directions", dtype, "max_abs_of_norm", null[where][0], NULL[dtype],
+                    size, note=note, where=where)  # fmt: skip
 
 
 def _null_gaps(subject: Subject, flax: Leaves, torch: Leaves) -> dict[str, tuple[float, int]]:

@@ -73,6 +73,7 @@ def purity(subject: Subject, question: str) -> Iterator[Record]:
         yield abstain("float64", subject.weaker_claim)
         return
     for run in subject.runs("float64"):
+        subject.make_room()
         found = getattr(run, question)(subject.gradient_probe)
         culprits = ", ".join(f"{name} ({n}x)" for name, n in found.impure.items())
         yield judge(

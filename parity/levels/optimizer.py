@@ -38,8 +38,8 @@ STEPS = 4
 HORIZON = 5
 # Gap of a step's loss in float32: as on the trajectory.
 LOSS = 2e-5
-# Numbers of a leaf that are compared; smaller leaves are compared whole.
-SAMPLE = 1 << 16
+# Numbers of a leaf that are compared, and of a large model's; smaller leaves are compared whole.
+SAMPLE, SAMPLE_LARGE = 1 << 16, 1 << 12
 # In float64 the bound is that of logits, which is wider for a large model; relative L2 per leaf. An
 # update is a difference of parameters about a thousand times its size, so its rounding is a
 # thousand units of the last place, 2e-13. GPT-2's 124 million parameters were measured at 4.5e-12,
@@ -156,32 +156,36 @@ def _steps(subject: Subject, dtype: str) -> tuple[list[_Step], list[_Step]]:
     sides = zip(subject.runs(dtype), (dict.items, subject.weight_map.flax_leaves), strict=True)
     for run, leaves in sides:
         subject.release()  # a trainer has a model of its own
-        steps.append(_steps_of(run.trainer(HORIZON), subject.pair, leaves))
+        limit = SAMPLE_LARGE if subject.is_large else SAMPLE
+        steps.append(_steps_of(run.trainer(HORIZON), subject.pair, leaves, limit))
     return steps[0], steps[1]
 
 
-def _steps_of(trainer: Any, pair: Pair, leaves: Callable) -> list[_Step]:
+def _steps_of(trainer: Any, pair: Pair, leaves: Callable, limit: int) -> list[_Step]:
     def kept(whole: Leaves) -> Leaves:
-        return {name: _sample(leaf) for name, leaf in leaves(whole)}
+        return {name: _sample(leaf, limit) for name, leaf in leaves(whole)}
+
+    def moments() -> tuple[Leaves, Leaves, int]:
+        first, second, count = trainer.moments()  # gone before the next step, or it must copy them
+        return kept(first), kept(second), count
 
     taken, before = [], kept(trainer.parameters())
     for index in range(STEPS):
         loss = trainer.step(*pair.training_batch(index).inputs)
         after = kept(trainer.parameters())
-        *moments, count = trainer.moments()
-        taken.append(_Step(loss, before, after, *map(kept, moments), count))
+        taken.append(_Step(loss, before, after, *moments()))
         before = after
     return taken
 
 
-def _sample(leaf: np.ndarray) -> np.ndarray:
-    """The leaf, or so many of its numbers that four steps of a large model fit into memory.
+def _sample(leaf: np.ndarray, limit: int) -> np.ndarray:
+    """A copy of the leaf, or of so many of its numbers that steps of a large model fit into memory.
 
     The others are compared at the end of the trajectory.
     """
-    if leaf.size <= SAMPLE:
-        return leaf
-    return leaf.reshape(-1)[np.random.default_rng(0).integers(leaf.size, size=SAMPLE)]
+    if leaf.size <= limit:
+        return np.array(leaf)
+    return leaf.reshape(-1)[np.random.default_rng(0).integers(leaf.size, size=limit)]
 
 
 def _error_ratio(

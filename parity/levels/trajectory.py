@@ -9,6 +9,7 @@ from parity.compare import IMPURE, Record, Verdict, abstain, judge, largest, max
 from parity.evidence import LossCurves
 from parity.leaves import Leaves
 from parity.levels.logits import float64_bound
+from parity.memory import on_disk
 from parity.report import Divergence
 from parity.subject import Subject
 
@@ -29,21 +30,16 @@ def records(subject: Subject) -> Iterator[Record]:
     if subject.pair.flax.trainer is None or subject.pair.torch.trainer is None:
         yield abstain("trajectory", "the pair declares no trainer")
         return
-    parts = 2 * len(subject.dtypes) * subject.steps
-    done = 0
+    parts = 2 * len(subject.dtypes)
     exact: np.ndarray | None = None
-    for dtype in subject.dtypes:
-        curves, finals = [], []
-        for run in subject.runs(dtype):
-            subject.release()  # a trainer has a model of its own
-            trainer = run.trainer(subject.steps)
-            losses = np.empty(subject.steps)
-            for step in range(subject.steps):
-                losses[step] = trainer.step(*subject.pair.training_batch(step).inputs)
-                done += 1
-                subject.progress(done / parts)
-            curves.append(losses)
-            finals.append(trainer.parameters())
+    for number, dtype in enumerate(subject.dtypes):
+        curves, finals = zip(
+            *(
+                _train(run, subject, lambda done, part=2 * number + side: (part + done) / parts)
+                for side, run in enumerate(subject.runs(dtype))
+            ),
+            strict=True,
+        )
         flax, torch = curves
         if dtype == "float64" and subject.impurities:
             yield abstain("float64", IMPURE)
@@ -68,6 +64,24 @@ def records(subject: Subject) -> Iterator[Record]:
         if exact is None:
             exact = torch
             yield from _final_parameters(subject, finals[0], subject.weight_map.to_flax(finals[1]))
+
+
+def _train(
+    run: Any, subject: Subject, share: Callable[[float], float]
+) -> tuple[np.ndarray, Leaves]:
+    """The losses of one side, and the weights that it ends at.
+
+    Args:
+        share: of the level that is done, by that of this training.
+    """
+    subject.release()  # a trainer has a model of its own
+    trainer, losses = run.trainer(subject.steps), np.empty(subject.steps)
+    for step in range(subject.steps):
+        losses[step] = trainer.step(*subject.pair.training_batch(step).inputs)
+        subject.progress(share((step + 1) / subject.steps))
+    final = trainer.parameters()
+    # Out of the way of the other side's training.
+    return losses, on_disk(final) if subject.is_large else final
 
 
 def _final_parameters(subject: Subject, flax: Leaves, torch: Leaves) -> Iterator[Record]:

@@ -1,22 +1,29 @@
 """Parts of levels that a whole check does not bring into every state."""
 
 import dataclasses
+import errno
 import gc
+import os
 import weakref
 
+import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import flax_gpt
 from parity.check import check
 from parity.compare import Verdict
 from parity.corpus import Corpus
 from parity.environment import choose_devices
+from parity.leaves import different_leaves
 from parity.levels.cache import assemble, ragged_calls
 from parity.levels.ladder import LEVELS
 from parity.levels.optimizer import HORIZON, SAMPLE
 from parity.levels.tokens import record
+from parity.memory import on_disk
 from parity.pair_subject import PairSubject
+from parity.trainers import FlaxTrainer
 from parity.twins import preset_config, twins
 
 
@@ -147,3 +154,54 @@ def test_a_large_leaf_is_compared_by_a_sample_of_its_numbers(small):
     sizes = [x.size for name, x in subject.flax_leaves.items() if name not in subject.null_leaves]
     assert max(sizes) > SAMPLE
     assert counts["step 1 update"] == sum(min(size, SAMPLE) for size in sizes)
+
+
+@pytest.fixture
+def all_are_large(monkeypatch):
+    """Models of every size are treated as those for which memory is short."""
+    for module in ("subject", "pair_subject", "trainers"):
+        monkeypatch.setattr(f"parity.{module}.LARGE", 0)
+
+
+def test_memory_is_saved_without_a_change_to_what_is_compared(small, monkeypatch, request):
+    training = dict(levels=["optimizer", "trajectory"], dtypes=("float64",), steps=HORIZON)
+    expected = check(small(), **training)
+    request.getfixturevalue("all_are_large")
+    found = check(small(), **training)
+    assert expected.ok and found.ok
+    for plain, saving in zip(expected.levels, found.levels, strict=True):
+        named = [[(x.name, x.count) for x in level.records] for level in (plain, saving)]
+        assert named[0] == named[1]
+
+
+def test_a_large_model_whose_update_is_wrong_is_found_in_the_same_place(
+    small, plant, all_are_large
+):
+    broken = plant("flax_gpt", "optimizer.py", "steps = count.astype(m.dtype)", "steps = 1.0")
+    report = check(
+        small(flax_package=broken), levels=["optimizer"], dtypes=("float64",), steps=HORIZON
+    )
+    assert report.divergence.phase == "optimizer" and report.divergence.step == 2
+
+
+def test_a_large_model_is_trained_where_it_lies(all_are_large):
+    config = flax_gpt.GPTConfig.preset("tiny")
+    model = flax_gpt.GPT(config, flax_gpt.random.key(0))
+    trainer = FlaxTrainer(flax_gpt, model, dict(learning_rate=1e-3))
+    state = jax.tree.leaves(nnx.state(trainer.model))
+    trainer.step(np.ones((2, 8), np.int32))
+    assert all(leaf.is_deleted() for leaf in state)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def test_what_is_put_on_disk_is_read_back_the_same(monkeypatch):
+    leaves = {"a": np.arange(6.0).reshape(2, 3), "b": np.array(3, np.int32), "c": np.zeros((0, 2))}
+    found = on_disk(leaves)
+    assert isinstance(found["a"], np.memmap) and not different_leaves(leaves, found)
+    assert all(np.array_equal(found[name], leaf) for name, leaf in leaves.items())
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    assert on_disk(leaves)["a"] is leaves["a"]
