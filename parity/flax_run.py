@@ -18,7 +18,7 @@ from parity.flax_capture import backward_flax, capture_flax
 from parity.flax_leaves import load_flax, state_leaves
 from parity.flax_oracle import flax_purity
 from parity.flax_scope import Scoped, jax_scope
-from parity.leaves import Leaves, cast, cast_array
+from parity.leaves import CastLater, Leaves, cast_array
 from parity.oracle import Purity
 from parity.pair import Batch, Side
 
@@ -113,7 +113,7 @@ class FlaxRun:
     def _load(self) -> nnx.Module:
         with self._scope():
             module = self._side.build(self._dtype)
-            load_flax(module, cast(self._leaves, self._dtype))
+            load_flax(module, CastLater(self._leaves, self._dtype))
             module.eval()
             return module
 

@@ -1,6 +1,6 @@
 """The weights of a module as named NumPy arrays, of whichever framework."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -15,6 +15,25 @@ def copied(leaves: Mapping[str, np.ndarray]) -> Leaves:
 def cast(leaves: Mapping[str, np.ndarray], dtype: str) -> Leaves:
     """The same numbers with every float in the given dtype."""
     return {name: cast_array(array, dtype) for name, array in leaves.items()}
+
+
+class CastLater(Mapping[str, np.ndarray]):
+    """As `cast`, but leaf by leaf as they are read, so that they need not all be there at once."""
+
+    def __init__(self, leaves: Mapping[str, np.ndarray], dtype: str):
+        self._leaves, self._dtype = leaves, dtype
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return cast_array(self._leaves[name], self._dtype)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._leaves
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._leaves)
+
+    def __len__(self) -> int:
+        return len(self._leaves)
 
 
 def cast_array(array: np.ndarray, dtype: str) -> np.ndarray:
@@ -42,12 +61,12 @@ def different_leaves(present: Leaves, given: Mapping[str, np.ndarray]) -> list[s
     """What keeps `given` from standing in for `present`: names, shapes and dtypes, in words."""
     problems = [f"{name} is missing" for name in present if name not in given]
     problems += [f"{name} is unknown" for name in given if name not in present]
-    problems += [
-        f"{name} is {given[name].dtype}{list(given[name].shape)}, "
-        f"not {array.dtype}{list(array.shape)}"
-        for name, array in present.items()
-        if name in given and (given[name].shape != array.shape or given[name].dtype != array.dtype)
-    ]
+    for name, array in present.items():
+        if name in given:
+            leaf = given[name]
+            if leaf.shape != array.shape or leaf.dtype != array.dtype:
+                found, expected = (f"{x.dtype}{list(x.shape)}" for x in (leaf, array))
+                problems.append(f"{name} is {found}, not {expected}")
     return problems
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from parity.capture import Backward, Sink, Trace
-from parity.leaves import Leaves, cast, cast_array
+from parity.leaves import CastLater, Leaves, cast_array
 from parity.oracle import Purity
 from parity.pair import Batch, Side
 from parity.torch_capture import backward_torch, capture_torch
@@ -97,7 +97,7 @@ class TorchRun:
 
     def _load(self) -> torch.nn.Module:
         module = self._side.build(self._dtype)
-        load_torch(module, cast(self._leaves, self._dtype))
+        load_torch(module, CastLater(self._leaves, self._dtype))
         return module.to(self._device).eval()
 
     def _loss_and_gradients(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
