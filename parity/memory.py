@@ -5,16 +5,21 @@ import ctypes
 import gc
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
 from parity.leaves import Leaves
 
-LARGE = 10_000_000  # weights, from where on memory is worth more than time
-
+LARGE = 10_000_000  # numbers, from where on memory is worth more than time
 
 _MMAP_THRESHOLD = -3  # its number in malloc.h
+
+
+def is_large(arrays: Iterable[Any]) -> bool:
+    """Whether a model of these weights is one that memory is saved for."""
+    return sum(array.size for array in arrays) > LARGE
 
 
 def hand_back_freed_memory() -> None:

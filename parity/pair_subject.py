@@ -10,7 +10,7 @@ from parity.flax_leaves import flax_leaves
 from parity.flax_run import FlaxRun
 from parity.flax_scope import jax_scope
 from parity.leaves import Leaves, cast, neighbours
-from parity.memory import LARGE, on_disk
+from parity.memory import is_large, on_disk
 from parity.modules import module_map
 from parity.pair import Pair
 from parity.subject import Subject, randomized
@@ -40,7 +40,7 @@ class PairSubject(Subject):
         else:
             leaves = randomized(flax_leaves(self.build_flax()), self.seed)
         # Read whenever a model is loaded, and not between.
-        return on_disk(leaves) if sum(x.size for x in leaves.values()) > LARGE else leaves
+        return on_disk(leaves) if is_large(leaves.values()) else leaves
 
     @functools.cached_property
     def weight_map(self) -> WeightMap:

@@ -12,7 +12,7 @@ import numpy as np
 from parity.compare import IMPURE
 from parity.evidence import Evidence
 from parity.leaves import Leaves
-from parity.memory import LARGE, hand_back_freed_memory
+from parity.memory import hand_back_freed_memory, is_large
 from parity.pair import Batch, Pair
 from parity.weight_map import WeightMap
 
@@ -91,8 +91,7 @@ class Subject(abc.ABC):
     @property
     def is_large(self) -> bool:
         """Whether memory is worth more than time; False before there are any weights."""
-        leaves = vars(self).get("flax_leaves", {})
-        return sum(leaf.size for leaf in leaves.values()) > LARGE
+        return is_large(vars(self).get("flax_leaves", {}).values())
 
     @property
     def num_params(self) -> int:

@@ -19,7 +19,7 @@ from flax import nnx
 from parity.donation import donated
 from parity.flax_leaves import flax_leaves, load_flax, state_leaves
 from parity.leaves import Leaves, copied, different_leaves, dotted
-from parity.memory import LARGE
+from parity.memory import is_large
 from parity.torch_leaves import from_numpy, load_torch, numpy_view, to_numpy, torch_leaves
 
 
@@ -53,7 +53,7 @@ class FlaxTrainer:
         self._state = package.TrainState.create(model, config, key, getattr(package, task))
         self._step = package.train_step
         leaves = jax.tree.leaves(self._state.parameters)
-        if sum(x.size for x in leaves) > LARGE:
+        if is_large(leaves):
             parameters = jax.tree.map(jnp.copy, self._state.parameters)  # the model is the caller's
             self._state = dataclasses.replace(self._state, parameters=parameters)
             (device,) = leaves[0].devices()

@@ -30,17 +30,11 @@ def records(subject: Subject) -> Iterator[Record]:
     if subject.pair.flax.trainer is None or subject.pair.torch.trainer is None:
         yield abstain("trajectory", "the pair declares no trainer")
         return
-    parts = 2 * len(subject.dtypes)
     exact: np.ndarray | None = None
     for number, dtype in enumerate(subject.dtypes):
-        curves, finals = zip(
-            *(
-                _train(run, subject, lambda done, part=2 * number + side: (part + done) / parts)
-                for side, run in enumerate(subject.runs(dtype))
-            ),
-            strict=True,
-        )
-        flax, torch = curves
+        sides = enumerate(subject.runs(dtype))
+        trained = [_train(run, subject, 2 * number + side) for side, run in sides]
+        (flax, flax_final), (torch, torch_final) = trained
         if dtype == "float64" and subject.impurities:
             yield abstain("float64", IMPURE)
             exact = subject.truth(flax, torch)
@@ -63,22 +57,23 @@ def records(subject: Subject) -> Iterator[Record]:
         )
         if exact is None:
             exact = torch
-            yield from _final_parameters(subject, finals[0], subject.weight_map.to_flax(finals[1]))
+            yield from _final_parameters(
+                subject, flax_final, subject.weight_map.to_flax(torch_final)
+            )
 
 
-def _train(
-    run: Any, subject: Subject, share: Callable[[float], float]
-) -> tuple[np.ndarray, Leaves]:
+def _train(run: Any, subject: Subject, part: int) -> tuple[np.ndarray, Leaves]:
     """The losses of one side, and the weights that it ends at.
 
     Args:
-        share: of the level that is done, by that of this training.
+        part: number of this training among those of all sides and types.
     """
     subject.release()  # a trainer has a model of its own
     trainer, losses = run.trainer(subject.steps), np.empty(subject.steps)
     for step in range(subject.steps):
         losses[step] = trainer.step(*subject.pair.training_batch(step).inputs)
-        subject.progress(share((step + 1) / subject.steps))
+        done = part + (step + 1) / subject.steps
+        subject.progress(done / (2 * len(subject.dtypes)))
     final = trainer.parameters()
     # Out of the way of the other side's training.
     return losses, on_disk(final) if subject.is_large else final

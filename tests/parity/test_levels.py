@@ -159,11 +159,10 @@ def test_a_large_leaf_is_compared_by_a_sample_of_its_numbers(small):
 @pytest.fixture
 def all_are_large(monkeypatch):
     """Models of every size are treated as those for which memory is short."""
-    for module in ("subject", "pair_subject", "trainers"):
-        monkeypatch.setattr(f"parity.{module}.LARGE", 0)
+    monkeypatch.setattr("parity.memory.LARGE", 0)
 
 
-def test_memory_is_saved_without_a_change_to_what_is_compared(small, monkeypatch, request):
+def test_memory_is_saved_without_a_change_to_what_is_compared(small, request):
     training = dict(levels=["optimizer", "trajectory"], dtypes=("float64",), steps=HORIZON)
     expected = check(small(), **training)
     request.getfixturevalue("all_are_large")
