@@ -50,9 +50,7 @@ class Attention(nnx.Module):
         """Mixes along time; returns the new stream part and the layer with the new tokens in it."""
         B, T, _ = x_BTD.shape
         subkeys = split_or_none(key, 2)
-        q_BTNH = self.query(x_BTD).reshape(B, T, self.num_heads, -1)
-        k_BTKH = self.key(x_BTD).reshape(B, T, self.num_kv_heads, -1)
-        v_BTKH = self.value(x_BTD).reshape(B, T, self.num_kv_heads, -1)
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
         if self.query_norm is not None:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         if placement.turn is not None:
@@ -71,6 +69,14 @@ class Attention(nnx.Module):
         mixed_BNTH = mixed_BKQTH.reshape(q_BNTH.shape)
         y_BTD = self.out(jnp.swapaxes(mixed_BNTH, 1, 2).reshape(B, T, -1))
         return dropout(y_BTD, self.dropout, subkeys[1]), layer
+
+    def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values of every token."""
+        B, T, _ = x_BTD.shape
+        q_BTNH = self.query(x_BTD).reshape(B, T, self.num_heads, -1)
+        k_BTKH = self.key(x_BTD).reshape(B, T, self.num_kv_heads, -1)
+        v_BTKH = self.value(x_BTD).reshape(B, T, self.num_kv_heads, -1)
+        return q_BTNH, k_BTKH, v_BTKH
 
 
 class MLP(nnx.Module):

@@ -2,7 +2,8 @@
 
 Read beside torch_gpt/packing.py.
 
-Dimension key: B batch, T new tokens, D embed dim, V vocab, I inputs, O outputs of a linear map.
+Dimension key: B batch, T new tokens, S cache slots, D embed dim, N query heads, K kv heads, Q query
+heads of one kv head, H head dim, V vocab, I inputs, O outputs of a linear map.
 """
 
 import jax
@@ -58,6 +59,8 @@ class PackedGPT(GPT):
         self.blocks = shared.blocks
         self.norm = shared.norm
         self.head = shared.head
+        # twin: XLA makes one program of all operations, which is as fast without; torch starts each
+        # of them by itself, and has one for attention.
         parts = [self, *(part for x in self.blocks for part in (x.attention, x.mlp))]
         for part in parts:
             for name, linear in list(vars(part).items()):

@@ -193,18 +193,18 @@ class KVCache:
         counts_B = np.asarray([num_tokens]) if counts_B is None else read(counts_B)
         if lengths_B is None or counts_B is None:
             return
-        new_B = np.broadcast_to(counts_B, lengths_B.shape)
-        row = int(np.argmax(lengths_B + new_B))
-        total = lengths_B[row] + new_B[row]
-        held = f"KVCache: row {row} holds {lengths_B[row]} tokens + {new_B[row]} new = {total}"
+        totals_B = lengths_B + counts_B
+        row = int(np.argmax(totals_B))
+        held, total = lengths_B[row], totals_B[row]
+        words = f"KVCache: row {row} holds {held} tokens + {total - held} new = {total}"
         if total > self.capacity:
             raise ValueError(
-                f"{held} > capacity {self.capacity}. A cache never overwrites what it holds. Call "
+                f"{words} > capacity {self.capacity}. A cache never overwrites what it holds. Call "
                 "grow first."
             )
         if context_length is not None and total > context_length:
             raise ValueError(
-                f"{held} > context_length {context_length}. Positions end there. Call "
+                f"{words} > context_length {context_length}. Positions end there. Call "
                 "truncate first or build a longer context."
             )
 

@@ -32,6 +32,7 @@ class Placement:
         rungs: how many slots may be read, in rising order; the last reaches every token.
         rung: number of the lowest rung that reaches every token of every row.
         filled: whether all slots up to there are known to be valid in every row.
+        all_seen: whether every token is known to see every column.
         padded: whether a token may be padding.
         exact: whether every call reads all slots, so that its sums have the same terms.
         turn: of queries and keys, where positions are rotary.
@@ -48,6 +49,7 @@ class Placement:
     rungs: tuple[int, ...]
     rung: int | torch.Tensor
     filled: bool
+    all_seen: bool
     padded: bool
     exact: bool
     turn: Rotation | None = None
@@ -124,7 +126,7 @@ def place(
     padded = counts_B is not None
     return Placement(
         real_BT, lengths_B, ends_B, positions_BT, slots_BT, columns_BS, mask_BTS, rungs, rung,
-        filled, padded, exact,
+        filled, filled and not padded and num_tokens == 1, padded, exact,
     )  # fmt: skip
 
 
@@ -132,7 +134,9 @@ def windowed(placement: Placement, window: int) -> Placement:
     """The same tokens, of which each sees so many at most, itself among them."""
     first_BT = placement.positions_BT - window + 1
     seen_BTS = placement.columns_BS[:, None, :] >= first_BT[:, :, None]
-    return dataclasses.replace(placement, mask_BTS=placement.mask_BTS & seen_BTS)
+    mask_BTS = placement.mask_BTS & seen_BTS
+    all_seen = placement.all_seen and placement.rungs[-1] < window
+    return dataclasses.replace(placement, mask_BTS=mask_BTS, all_seen=all_seen)
 
 
 def reach(

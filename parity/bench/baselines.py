@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
+from torch.nn import functional as F
 
 import flax_gpt
 from parity.bench.decoders import Cell, FlaxSteps, TorchSteps, Turn, wait_for_torch
@@ -19,6 +20,8 @@ from parity.flax_scope import jax_scope
 from parity.torch_leaves import to_numpy
 
 Layers = list[tuple[jax.Array, jax.Array]]
+Buffers = list[tuple[torch.Tensor, torch.Tensor]]
+_State = tuple[Buffers, torch.Tensor, int]
 
 
 class FlaxNaive:
@@ -87,7 +90,7 @@ class FlaxNaive:
 
 
 class TorchInPlace:
-    """A bare torch step: the decoder's linear layers, and buffers that are written into.
+    """A bare torch step: the decoder's products and attention, and buffers that are written into.
 
     No handle, no lengths, no check: rows are all as long as one number says.
 
@@ -99,7 +102,7 @@ class TorchInPlace:
     name = "torch in place"
     framework = "torch"
     form = "cached"
-    ran = "an eager step with the decoder's linear layers that writes into (B, K, S, H) buffers"
+    ran = "an eager step with the decoder's kernels that writes into (B, K, S, H) buffers"
     reads = False
 
     def __init__(self, cell: Cell, reader: TorchSteps):
@@ -109,30 +112,43 @@ class TorchInPlace:
     def prefill(self) -> None:
         """The decoder reads the prompt for it, see `reader`."""
 
-    @torch.no_grad()
     def turn(self, num_steps: int) -> Turn:
         """The choice is on the device."""
+        state = self.state()
+        found = [state[1]]
+        self.wait(state)
+        start = time.perf_counter()
+        for _ in range(num_steps):
+            state = self.advance(state)
+            found.append(state[1])
+        self.wait(state)
+        seconds = time.perf_counter() - start
+        return Turn(to_numpy(torch.stack(found, dim=1)), seconds)
+
+    def state(self) -> _State:
+        """Buffers with as many slots as the context has tokens, the first token, and the length."""
         cache, token_B = self._reader.state()
         if cache.capacity < self._cell.context:
             cache = cache.grow(self._cell.context)
         layers = [(layer.keys_BKSH, layer.values_BKSH) for layer in cache.layers]
-        found = [token_B]
-        device = self._cell.devices.torch
-        wait_for_torch(device)
-        start = time.perf_counter()
-        for number in range(num_steps):
-            logits_BV = self._step(token_B, self._cell.prompt_length + number, layers)
-            token_B = torch.argmax(logits_BV, dim=-1)
-            found.append(token_B)
-        wait_for_torch(device)
-        seconds = time.perf_counter() - start
-        return Turn(to_numpy(torch.stack(found, dim=1)), seconds)
+        return layers, token_B, self._cell.prompt_length
 
+    def advance(self, state: _State) -> _State:
+        """The buffers with one more token in them, and the chosen one."""
+        layers, token_B, length = state
+        logits_BV = self._step(token_B, length, layers)
+        return layers, torch.argmax(logits_BV, dim=-1), length + 1
+
+    def wait(self, state: _State) -> None:
+        """Until the device has done all that it was asked."""
+        wait_for_torch(self._cell.devices.torch)
+
+    @torch.no_grad()
     def _step(
         self,
         token_B: torch.Tensor,
         length: int,
-        layers: list[tuple[torch.Tensor, torch.Tensor]],
+        layers: Buffers,
     ) -> torch.Tensor:
         """Logits (B, V) behind one more token in every row."""
         model, config = self._model, self._cell.config
@@ -141,13 +157,13 @@ class TorchInPlace:
         x_B1D = x_B1D + model.position_embedding.weight[length]
         for block, (keys_BKSH, values_BKSH) in zip(model.blocks, layers, strict=True):
             attention, y_B1D = block.attention, block.norm_1(x_B1D)
-            q_BK1H = attention.query(y_B1D).view(B, K, 1, -1)
-            keys_BKSH[:, :, length] = attention.key(y_B1D).view(B, K, -1)
-            values_BKSH[:, :, length] = attention.value(y_B1D).view(B, K, -1)
-            seen_BKHS = keys_BKSH[:, :, : length + 1].transpose(-1, -2)
-            scores_BK1S = (q_BK1H @ seen_BKHS).float() * config.head_width**-0.5
-            weights_BK1S = torch.softmax(scores_BK1S, dim=-1).to(x_B1D.dtype)
-            mixed_BK1H = weights_BK1S @ values_BKSH[:, :, : length + 1]
+            q_B1KH, k_B1KH, v_B1KH = attention.project(y_B1D)
+            keys_BKSH[:, :, length], values_BKSH[:, :, length] = k_B1KH[:, 0], v_B1KH[:, 0]
+            mixed_BK1H = F.scaled_dot_product_attention(
+                q_B1KH.view(B, K, 1, -1),
+                keys_BKSH[:, :, : length + 1],
+                values_BKSH[:, :, : length + 1],
+            )
             x_B1D = x_B1D + attention.out(mixed_BK1H.view(B, 1, -1))
             x_B1D = x_B1D + block.mlp(block.norm_2(x_B1D))
         return model.unembed(model.norm(x_B1D))[:, 0]

@@ -20,11 +20,12 @@ from parity.bench.agreement import LOGITS
 from parity.bench.complexity import MIN_CONTEXTS, Law
 from parity.bench.decode_cell import TWIN_STEPS, Subject, cell_phases, time_cell
 from parity.bench.decode_outcome import DecodeBench
-from parity.bench.decode_times import CapacityTest, DecodeCell
+from parity.bench.decode_times import DecodeCell
 from parity.bench.decoders import Cell, FlaxSteps, TorchSteps
 from parity.bench.machine import Bandwidth, load_average
 from parity.bench.peers import LIBRARIES, Peers
 from parity.bench.programs import uncached_costs
+from parity.bench.step_pairs import StepPairs, pair_steps
 from parity.environment import Devices, fingerprint, pinned_precision
 from parity.flax_leaves import flax_leaves, load_flax
 from parity.flax_scope import jax_scope
@@ -133,8 +134,8 @@ def _capacity_tests(
     num_steps: int,
     seed: int,
     progress: Callable[[str, float], None],
-) -> tuple[CapacityTest, ...]:
-    """A step with few valid slots in a small and in a large cache, by turns, one row."""
+) -> tuple[StepPairs, ...]:
+    """Steps with few valid slots in a large and in a small cache, in turns, one row."""
     cell = Cell(subject.config, _prompt(subject.config, 1, VALID, seed), num_steps, subject.devices)
     makers = {"flax step": FlaxSteps, "torch step": TorchSteps}
     models = {"flax step": subject.flax, "torch step": subject.torch}
@@ -142,17 +143,14 @@ def _capacity_tests(
     progress("large cache", 0.0)
     found = []
     for place, name in enumerate(wanted, 1):
-        steps = [makers[name](models[name], cell, capacity) for capacity in CAPACITIES]
-        for step in steps:
-            step.prefill()
-            step.turn(num_steps)
-        turns_s: tuple[list[float], list[float]] = [], []
-        for number in range(rounds):
-            order = (0, 1) if number % 2 == 0 else (1, 0)
-            for which in order:
-                turns_s[which].append(steps[which].turn(num_steps).seconds / num_steps)
-        small_s, large_s = map(tuple, turns_s)
-        found.append(CapacityTest(name.split()[0], VALID, CAPACITIES, small_s, large_s))
+        both = []
+        for slots in reversed(CAPACITIES):
+            steps = makers[name](models[name], cell, slots)
+            steps.prefill()
+            steps.turn(num_steps)
+            both.append((f"{slots} slots", steps))
+        words = f"{CAPACITIES[1]} slots over {CAPACITIES[0]}, {name.split()[0]}"
+        found.append(pair_steps(words, VALID, *both, rounds, num_steps))
         progress("large cache", place / len(wanted))
     return tuple(found)
 

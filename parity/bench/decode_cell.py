@@ -31,11 +31,14 @@ from parity.bench.decoders import (
 from parity.bench.machine import Bandwidth, Compilations, MemoryGrowth
 from parity.bench.peers import LIBRARIES, Peers
 from parity.bench.programs import costs
+from parity.bench.ratios import HANDLE
+from parity.bench.step_pairs import pair_steps
 from parity.bench.steps import Unavailable
 from parity.bench.structure import remade_caches
 from parity.environment import Devices
 
 TWIN_STEPS = "flax step", "torch step"
+HANDLE_PAIR = "torch step", "torch in place"
 # Without a cache a token is a whole prefill, so a turn is as short as it can be.
 _UNCACHED_STEPS = 1
 # A turn has fewer steps where it would take longer than this, in seconds, and a contender sits out
@@ -120,6 +123,11 @@ def time_cell(
     program, keys_BKSH = flax_steps.program(), flax_steps.cache.layers[0].keys_BKSH
     timed = [entries[name] for name in names if name in entries]
     bandwidths = _rounds(timed, reference, rounds, bandwidth, lambda done: progress(timing, done))
+    handle = None
+    if all(name in names for name in HANDLE_PAIR):
+        one, other = ((name, entries[name].contender) for name in HANDLE_PAIR)
+        num_steps = min(entries[name].num_steps for name in HANDLE_PAIR)
+        handle = pair_steps(HANDLE, cell.context, one, other, rounds, num_steps)
     return DecodeCell(
         dtype=cell.config.dtype,
         batch_size=cell.batch_size,
@@ -130,6 +138,7 @@ def time_cell(
         accounts=accounts,
         contenders=tuple(absent.get(name) or entries[name].timing() for name in names),
         bandwidths=bandwidths,
+        handle=handle,
         cache_copies=len(remade_caches(program.as_text(), keys_BKSH.shape)),
         step_costs=costs(program),
     )

@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from parity.bench.complexity import ARGUMENTS, MIN_CONTEXTS, Law
-from parity.bench.decode_times import REFERENCE, CapacityTest, DecodeCell
-from parity.bench.ratios import Ratio, order, ratio_of_test, ratios_of_batches, ratios_of_cell
+from parity.bench.decode_times import REFERENCE, DecodeCell
+from parity.bench.ratios import Ratio, order, ratio_of_pairs, ratios_of_batches, ratios_of_cell
+from parity.bench.step_pairs import StepPairs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class DecodeBench:
         config: of the model.
         seed: of weights and prompts.
         cells: the grid.
-        capacity_tests: by framework.
+        capacity_tests: steps in a large cache beside steps in a small one, by framework.
         laws: how costs grow with the context.
     """
 
@@ -34,7 +35,7 @@ class DecodeBench:
     config: Mapping[str, Any]
     seed: int
     cells: tuple[DecodeCell, ...]
-    capacity_tests: tuple[CapacityTest, ...]
+    capacity_tests: tuple[StepPairs, ...]
     laws: tuple[Law, ...]
 
     @property
@@ -42,7 +43,7 @@ class DecodeBench:
         """What the project has targets for, wherever the cells for it are there."""
         found = [ratio for cell in self.cells for ratio in ratios_of_cell(cell)]
         found += ratios_of_batches(self.cells)
-        found += map(ratio_of_test, self.capacity_tests)
+        found += map(ratio_of_pairs, self.capacity_tests)
         return tuple(sorted(found, key=order))
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,9 +56,7 @@ class DecodeBench:
             "config": dict(self.config),
             "seed": self.seed,
             "cells": [cell.to_dict() for cell in self.cells],
-            "capacity": [
-                dataclasses.asdict(test) | {"ratio": test.ratio} for test in self.capacity_tests
-            ],
+            "capacity": [pairs.to_dict() for pairs in self.capacity_tests],
             "ratios": [ratio.to_dict() for ratio in self.ratios],
             "complexity": [law.to_dict() for law in self.laws],
         }
@@ -73,8 +72,9 @@ class DecodeBench:
             f"{self.preset}; {environment['devices']}; {environment['cores']} cores, load {load}, "
             f"{environment['threads']} torch threads. Medians of rounds in turns; share: weights "
             "and valid cache read once per step, over the best read bandwidth of the same round; "
-            f"x tf: speed against {REFERENCE}, round by round; mem.: growth while it was set up "
-            "and ran first, the twins' own weights left out."
+            f"x tf: speed against {REFERENCE}, round by round; handle and large cache: medians of "
+            "single steps in turns; mem.: growth while it was set up and ran first, the twins' own "
+            "weights left out."
         )
         ran: dict[str, str] = {}
         for cell in self.cells:

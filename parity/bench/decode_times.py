@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from parity.bench.complexity import Traffic
+from parity.bench.step_pairs import StepPairs
 
 REFERENCE = "transformers"  # whom speeds are relative to
 
@@ -132,6 +133,7 @@ class DecodeCell:
         accounts: of their caches.
         contenders: by name, in the order of the table.
         bandwidths: bytes per second in each round, by program.
+        handle: steps of torch's handle beside those in place; None where one of them is missing.
         cache_copies: cache-shaped arrays that flax's compiled step makes anew.
         step_costs: FLOP and bytes of it by XLA's account, where there is one.
     """
@@ -145,6 +147,7 @@ class DecodeCell:
     accounts: tuple[CacheAccount, ...]
     contenders: tuple[Decoding, ...]
     bandwidths: Mapping[str, Sequence[float]]
+    handle: StepPairs | None = None
     cache_copies: int = 0
     step_costs: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
@@ -221,6 +224,7 @@ class DecodeCell:
                 }
                 for account in self.accounts
             ],
+            "torch_handle": None if self.handle is None else self.handle.to_dict(),
             "flax_step_program": {"cache_copies": self.cache_copies} | dict(self.step_costs),
             "contenders": [self._contender(x) for x in self.contenders],
         }
@@ -323,31 +327,6 @@ class DecodeCell:
         for decoding in self.contenders:
             if decoding.unavailable is not None:
                 yield f"{decoding.name}: {decoding.unavailable}"
-
-
-@dataclasses.dataclass(frozen=True)
-class CapacityTest:
-    """Seconds per step of one twin with few valid slots, in a large cache and in a small one.
-
-    Attributes:
-        framework: whose.
-        valid: slots that hold tokens when the turn begins.
-        capacities: slots of the small and of the large cache.
-        small_s: by round.
-        large_s: by round.
-    """
-
-    framework: str
-    valid: int
-    capacities: tuple[int, int]
-    small_s: tuple[float, ...]
-    large_s: tuple[float, ...]
-
-    @property
-    def ratio(self) -> float:
-        """Large over small; median of rounds."""
-        pairs = zip(self.large_s, self.small_s, strict=True)
-        return statistics.median(large / small for large, small in pairs)
 
 
 def _milliseconds(seconds: float, like: float) -> str:

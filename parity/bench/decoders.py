@@ -139,16 +139,24 @@ class FlaxSteps:
     def turn(self, num_steps: int) -> Turn:
         """Steps, and the first token of each turn from the prompt."""
         with self._scope():
-            cache, token_B = self.state()
-            found = [token_B]
+            state = self.state()
+            found = [state[1]]
             start = time.perf_counter()
             for _ in range(num_steps):
-                logits_BV, cache = self._decoder.step(token_B, cache)
-                token_B = self._choose(logits_BV)
-                found.append(token_B)
-            jax.block_until_ready((token_B, cache))
+                state = self._advanced(*state)
+                found.append(state[1])
+            self.wait(state)
             seconds = time.perf_counter() - start
             return Turn(np.stack([np.asarray(x) for x in found], axis=1), seconds)
+
+    def advance(self, state: tuple[Any, jax.Array]) -> tuple[Any, jax.Array]:
+        """The cache and the chosen token a step later."""
+        with self._scope():
+            return self._advanced(*state)
+
+    def wait(self, state: tuple[Any, jax.Array]) -> None:
+        """Until cache and token are there."""
+        jax.block_until_ready(state)
 
     def state(self) -> tuple[Any, jax.Array]:
         """A copy of the cache behind the prompt, garbage in its free slots, and the first token."""
@@ -178,6 +186,10 @@ class FlaxSteps:
             for token_B in tokens_BG.T[:-1]:
                 logits_BV, cache = self._decoder.step(jnp.asarray(token_B, jnp.int32), cache)
                 yield np.asarray(logits_BV, np.float32)
+
+    def _advanced(self, cache: Any, token_B: jax.Array) -> tuple[Any, jax.Array]:
+        logits_BV, cache = self._decoder.step(token_B, cache)
+        return cache, self._choose(logits_BV)
 
     def _scope(self) -> Any:
         return jax_scope(self._cell.config.dtype, self._cell.devices.flax)
@@ -315,20 +327,28 @@ class TorchSteps:
         )
         wait_for_torch(self._device)
 
-    @torch.no_grad()
     def turn(self, num_steps: int) -> Turn:
         """Steps, and the first token of each turn from the prompt."""
-        cache, token_B = self.state()
-        found = [token_B]
-        wait_for_torch(self._device)
+        state = self.state()
+        found = [state[1]]
+        self.wait(state)
         start = time.perf_counter()
         for _ in range(num_steps):
-            logits_BV, cache = self._decoder.step(token_B, cache)
-            token_B = torch.argmax(logits_BV, dim=-1)
-            found.append(token_B)
-        wait_for_torch(self._device)
+            state = self.advance(state)
+            found.append(state[1])
+        self.wait(state)
         seconds = time.perf_counter() - start
         return Turn(to_numpy(torch.stack(found, dim=1)), seconds)
+
+    def advance(self, state: tuple[Any, torch.Tensor]) -> tuple[Any, torch.Tensor]:
+        """The cache and the chosen token a step later."""
+        cache, token_B = state
+        logits_BV, cache = self._decoder.step(token_B, cache)
+        return cache, torch.argmax(logits_BV, dim=-1)
+
+    def wait(self, state: tuple[Any, torch.Tensor]) -> None:
+        """Until the device has done all that it was asked."""
+        wait_for_torch(self._device)
 
     @torch.no_grad()
     def state(self) -> tuple[Any, torch.Tensor]:

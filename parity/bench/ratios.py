@@ -4,8 +4,10 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from parity.bench.decode_times import REFERENCE, CapacityTest, DecodeCell
+from parity.bench.decode_times import REFERENCE, DecodeCell
+from parity.bench.step_pairs import StepPairs
 
+HANDLE = "torch handle over in place"
 # For gpt2 in float32 on two CPU cores: at least this, or at most.
 AT_LEAST = {
     "flax over transformers": 1.9,
@@ -21,7 +23,7 @@ AT_MOST = {
     "torch step over flax step": 1.15,
     "8192 slots over 256, flax": 1.1,
     "8192 slots over 256, torch": 1.1,
-    "torch handle over in place": 1.05,
+    HANDLE: 1.05,
     "cache-shaped copies": 0,
     "programs after warm-up": 0,
     "flax step compile s": 5.0,
@@ -83,8 +85,7 @@ def ratios_of_cell(cell: DecodeCell) -> Iterator[Ratio]:
     there = single and cell.context == NAIVE_CONTEXT
     yield from of("flax over naive", cell.speed("flax step", "flax naive"), there)
     there = single and cell.context in IN_PLACE_CONTEXTS
-    in_place = cell.speed("torch in place", "torch step")
-    yield from of("torch handle over in place", in_place, there)
+    yield from of(HANDLE, cell.handle and cell.handle.ratio, there)
     yield from of("flax over ctranslate2", cell.speed("flax step", "ctranslate2"), single)
     yield from of("cache-shaped copies", cell.cache_copies, True)
     step = cell.get("flax step")
@@ -112,11 +113,9 @@ def ratios_of_batches(cells: Sequence[DecodeCell]) -> Iterator[Ratio]:
                 yield _ratio(key, f"{name.split()[0]}, {cell.dtype}", cell.context, found, wide)
 
 
-def ratio_of_test(test: CapacityTest) -> Ratio:
+def ratio_of_pairs(pairs: StepPairs) -> Ratio:
     """What a large cache costs."""
-    small, large = test.capacities
-    name = f"{large} slots over {small}, {test.framework}"
-    return _ratio(name, "float32, batch 1", test.valid, test.ratio)
+    return _ratio(pairs.name, "float32, batch 1", pairs.context, pairs.ratio)
 
 
 def order(ratio: Ratio) -> int:

@@ -37,9 +37,11 @@ from parity.bench import (
     fit_exponent,
 )
 from parity.bench.baselines import TorchInPlace
-from parity.bench.decode_times import Agreement, CapacityTest
+from parity.bench.decode_times import Agreement
 from parity.bench.decoders import TorchUncached, Turn
 from parity.bench.machine import Compilations, MemoryGrowth
+from parity.bench.ratios import HANDLE
+from parity.bench.step_pairs import StepPairs, pair_steps
 from parity.cli.bench import CONTENDERS as CLI_CONTENDERS
 from parity.cli.bench import DTYPES as CLI_DTYPES
 from parity.environment import choose_devices
@@ -376,7 +378,7 @@ def cell_of(rows: int = 1, context: int = 2048, **turns_s: tuple[float, ...]) ->
     )
 
 
-def outcome(*cells: DecodeCell, tests: tuple[CapacityTest, ...] = ()) -> DecodeBench:
+def outcome(*cells: DecodeCell, tests: tuple[StepPairs, ...] = ()) -> DecodeBench:
     environment = dict(load_before=0.1, load_after=0.2, devices="cpu", cores=2, threads=2)
     return DecodeBench(
         environment=environment, preset="gpt2", config={}, seed=0, cells=cells,
@@ -395,11 +397,16 @@ def test_shares_and_speeds_are_taken_round_by_round():
 def test_ratios_know_their_targets_and_where_these_hold():
     cells = [
         cell_of(flax_step=(1.0,) * 3, torch_step=(1.2,) * 3, transformers=(2.0,) * 3,
-                flax_naive=(5.0,) * 3, torch_in_place=(1.19,) * 3, ctranslate2=(1.1,) * 3),
+                flax_naive=(5.0,) * 3, ctranslate2=(1.1,) * 3),
         cell_of(8, flax_step=(2.0,) * 3, torch_step=(3.2,) * 3),
         cell_of(context=128, flax_step=(1.0,) * 3, flax_naive=(2.0,) * 3),
     ]  # fmt: skip
-    test = CapacityTest("torch", 128, (256, 8192), (1.0, 2.0, 4.0), (1.05, 2.1, 4.2))
+    pairs = (1.05, 2.1, 4.2), (1.0, 2.0, 4.0)
+    test = StepPairs("8192 slots over 256, torch", 128, "8192 slots", "256 slots", *pairs)
+    handle = StepPairs(
+        HANDLE, 2048, "torch step", "torch in place", (1.02, 9.0, 4.0), (1.0, 8.0, 4.0)
+    )
+    cells[0] = dataclasses.replace(cells[0], handle=handle)
     bench = outcome(*cells, tests=(test,))
     met = {(x.name, x.cell, x.context): (round(x.found, 3), x.met) for x in bench.ratios}
     one, eight = "float32, batch 1", "float32, batch 8"
@@ -409,7 +416,7 @@ def test_ratios_know_their_targets_and_where_these_hold():
     assert met["torch step over flax step", eight, 2048] == (1.6, False)
     assert met["flax over naive", one, 2048] == (5.0, True)
     assert met["flax over naive", one, 128] == (2.0, None)
-    assert met["torch handle over in place", one, 2048] == (1.008, True)
+    assert met["torch handle over in place", one, 2048] == (1.02, True)
     assert met["flax over ctranslate2", one, 2048] == (1.1, False)
     assert met["batch 8 over batch 1", "flax, float32", 2048] == (4.0, True)
     assert met["batch 8 over batch 1", "torch, float32", 2048] == (3.0, False)
@@ -418,6 +425,46 @@ def test_ratios_know_their_targets_and_where_these_hold():
     assert met["flax share of bandwidth", one, 128][1] is None
     table = printed(bench)
     assert re.search(r"flax over naive +5 2 +>= 4 +float32 x 1 +2048 128", table)
+
+
+class Ticking:
+    """Steps that take given times, on a clock that only they move."""
+
+    def __init__(self, clock, seconds):
+        self.clock, self.seconds, self.waited = clock, seconds, []
+
+    def state(self):
+        return 0
+
+    def advance(self, state):
+        self.clock.append(self.clock[-1] + self.seconds(state))
+        return state + 1
+
+    def wait(self, state):
+        self.waited.append(state)
+
+
+def test_two_step_in_turns_each_from_its_own_state_and_drift_cancels(monkeypatch):
+    clock, drift = [0.0], lambda: 1.0 + clock[-1] / 50  # ever slower
+    one, other = (Ticking(clock, lambda state, k=k: k * drift()) for k in (1.1, 1.0))
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[-1])
+    pairs = pair_steps("it", 7, ("a", one), ("b", other), rounds=2, num_steps=20)
+    assert len(pairs.one_s) == len(pairs.other_s) == 40
+    assert one.waited == other.waited == 2 * [*range(1, 21)]
+    assert pairs.one_s[-1] > 2 * pairs.one_s[0]
+    assert abs(pairs.ratio - 1.1) < 0.005
+    assert pairs.to_dict() | {"one_s": (), "other_s": ()} == {
+        "name": "it", "context": 7, "one": "a", "other": "b", "ratio": pairs.ratio,
+        "one_s": (), "other_s": (),
+    }  # fmt: skip
+
+
+def test_the_handle_is_paired_with_steps_in_place_where_both_are_timed(times):
+    for cell in times.cells:
+        assert (cell.handle.one, cell.handle.other) == ("torch step", "torch in place")
+        assert len(cell.handle.one_s) == 2 * cell.get("torch step").num_steps
+        assert all(seconds > 0 for seconds in cell.handle.one_s + cell.handle.other_s)
+    assert all(cell.handle is None for cell in bench(names=TWINS, contexts=CONTEXTS[:1]).cells)
 
 
 def test_the_pictures_are_drawn(times, tmp_path):

@@ -36,6 +36,7 @@ ONE_SIDED = {
     ("flax", "train.py", "TrainState.graphdef"): "the model without its weights",
     ("flax", "train.py", "TrainState.parameters"): "the weights without their model",
     ("torch", "train.py", "TrainState.model"): "a torch model holds its weights",
+    ("torch", "packing.py", "PackedAttention"): "starts few operations; XLA makes one program",
     ("flax", "decoder.py", "Decoder.run"): "only jax compiles what else is decoded",
     ("flax", "decoder.py", "Decoder.program"): "and has programs to look into",
 }

@@ -101,6 +101,24 @@ def test_a_single_token_builds_a_single_row(gpt):
     np.testing.assert_array_equal(mask.sum(axis=2), [[3], [1], [8]])
 
 
+@examples
+@hypothesis.given(data=st.data())
+def test_what_is_said_to_be_all_seen_is(gpt, data):
+    num_tokens = data.draw(st.integers(1, 2))
+    same = data.draw(st.booleans())
+    longest = data.draw(st.integers(0, S - 2))
+    lengths = [longest] * B if same else [longest, 0, longest]
+    window = data.draw(st.integers(1, S + 2))
+    placement = gpt.package.positions.place(num_tokens, S, gpt.ints(lengths))
+    narrow = gpt.package.positions.windowed(placement, window)
+    for each in (placement, narrow):
+        assert not each.all_seen or gpt.numpy(each.mask_BTS).all()
+    if gpt.name == "torch":  # jax reads a rung, which is rarely full
+        uniform = same or longest == 0
+        assert placement.all_seen == (num_tokens == 1 and uniform)
+        assert narrow.all_seen == (placement.all_seen and longest + 1 < window)
+
+
 def test_a_sequence_that_starts_here_has_one_causal_mask_for_all_rows(gpt):
     placement = place(gpt, T, T, [0], cached=False)
     np.testing.assert_array_equal(placement["mask_BTS"], [np.tri(T, dtype=bool)])
