@@ -19,6 +19,7 @@ from parity.flax_leaves import load_flax, state_leaves
 from parity.flax_oracle import flax_purity
 from parity.flax_scope import Scoped, jax_scope
 from parity.leaves import CastLater, Leaves, cast_array
+from parity.memory import is_large
 from parity.oracle import Purity
 from parity.pair import Batch, Side
 
@@ -26,7 +27,7 @@ from parity.pair import Batch, Side
 class FlaxRun:
     """One model. Training and decoding start from fresh copies of it.
 
-    It is loaded when it is needed, and again after it was released; what is compiled stays so.
+    It is loaded when it is needed, and again after it was released.
     """
 
     def __init__(
@@ -56,8 +57,11 @@ class FlaxRun:
         return self._loaded()[0]
 
     def release(self) -> None:
-        """Gives the model's memory back until it is asked for again."""
+        """Gives the model's memory back until it is asked for again, and a large one's programs."""
         self._parts = None
+        if is_large(self._leaves.values()):
+            self._forward.clear_cache()
+            self._loss_and_gradients.clear_cache()
 
     def outputs(self, batch: Batch) -> np.ndarray:
         """The model's output."""

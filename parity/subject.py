@@ -83,6 +83,14 @@ class Subject(abc.ABC):
         if self.is_large:
             hand_back_freed_memory()  # which takes a tenth of a second
 
+    def trainer(self, run: Any, num_steps: int) -> Any:
+        """A trainer of one of the runs, which has a model of its own; others give theirs back."""
+        self.release()
+        trainer = run.trainer(num_steps)
+        if self.is_large:
+            hand_back_freed_memory()  # what loading leaves behind, half a gigabyte for gpt2
+        return trainer
+
     def make_room(self) -> None:
         """The same for a large model only, where memory is worth more than loading it again."""
         if self.is_large:

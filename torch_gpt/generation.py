@@ -83,7 +83,8 @@ def generate(
         decoder = Decoder(model, batch_size, packed=max_new_tokens >= _WORTH_PACKING)
     # twin: jax compiles the whole loop, once for all that need as much room; torch takes one step
     # after the other.
-    capacity = room_for(int(counts_B.max()) + max_new_tokens, model.config)
+    # The last token is chosen and not appended.
+    capacity = room_for(int(counts_B.max()) + max_new_tokens - 1, model.config)
     device = decoder.model.token_embedding.weight.device
     if use_cache:
         logits_BV, state = decoder.prefill(tokens_BT, counts_B, capacity, exact=exact)

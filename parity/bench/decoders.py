@@ -237,8 +237,7 @@ class _ReadsAhead(flax_gpt.Decoder):
 
     def read(self, prompt_BT: jax.Array, cell: Cell) -> None:
         """Reads the prompt, into as much room as `generate` wants for a full turn."""
-        # One token more than the context: the last one is chosen, but not appended.
-        capacity = room_for(cell.context + 1, cell.config)
+        capacity = room_for(cell.context, cell.config)
         logits_BV, cache = super().prefill(prompt_BT, capacity=capacity)
         self._behind = jax.block_until_ready((logits_BV, flax_littered(cache, cell)))
 

@@ -155,9 +155,8 @@ def _steps(subject: Subject, dtype: str) -> tuple[list[_Step], list[_Step]]:
     steps = []
     sides = zip(subject.runs(dtype), (dict.items, subject.weight_map.flax_leaves), strict=True)
     for run, leaves in sides:
-        subject.release()  # a trainer has a model of its own
         limit = SAMPLE_LARGE if subject.is_large else SAMPLE
-        steps.append(_steps_of(run.trainer(HORIZON), subject.pair, leaves, limit))
+        steps.append(_steps_of(subject.trainer(run, HORIZON), subject.pair, leaves, limit))
     return steps[0], steps[1]
 
 

@@ -68,8 +68,7 @@ def _train(run: Any, subject: Subject, part: int) -> tuple[np.ndarray, Leaves]:
     Args:
         part: number of this training among those of all sides and types.
     """
-    subject.release()  # a trainer has a model of its own
-    trainer, losses = run.trainer(subject.steps), np.empty(subject.steps)
+    trainer, losses = subject.trainer(run, subject.steps), np.empty(subject.steps)
     for step in range(subject.steps):
         losses[step] = trainer.step(*subject.pair.training_batch(step).inputs)
         done = part + (step + 1) / subject.steps

@@ -8,8 +8,9 @@ import multiprocessing
 import signal
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
+from typing import Any
 
 import jax
 import torch
@@ -21,6 +22,7 @@ from parity.levels.optimizer import HORIZON
 from parity.report import Report
 from parity.selftest.fault import Fault
 from parity.selftest.trial import PAIRS, Outcome, pair_module, port, right_rules, small_twins, trial
+from parity.selftest.twin_faults import ALIBI, ROTARY, T5
 
 _HEAD = """# What the check sees
 
@@ -31,6 +33,17 @@ tolerance as loose as that hides it. `parity self-test --markdown docs/self_test
 
 # What the check must reach: all detected, none called by a wrong name, and these shares of them.
 LOCATED, EXPLAINED = 0.95, 0.80
+# Twins without a fault, by what they are called: arguments of `small_twins`.
+_CLEAN_TWINS: Mapping[str, Mapping[str, Any]] = {
+    "twins": {},
+    "twins with dropout": {"changes": {"dropout": 0.1}},
+    "rotary twins": {"changes": ROTARY},
+    "ALiBi twins": {"changes": ALIBI},
+    "T5 twins": {"changes": T5},
+    "classifiers of tokens": {"task": "token-class"},
+    "classifiers of sequences": {"task": "sequence-class"},
+}
+CLEAN = *_CLEAN_TWINS, *PAIRS
 
 Progress = Callable[[str, int, int], None]
 
@@ -139,11 +152,11 @@ def self_test(
 
     Args:
         faults: to plant.
-        seeds: of clean pairs, shared out among the twins and the ports.
+        seeds: of clean pairs, shared out among `CLEAN`.
         jobs: processes that share the work out.
         progress: told what has been tried, how many are done and how many there are.
     """
-    pairs = [(("twins", *PAIRS)[seed % (len(PAIRS) + 1)], seed) for seed in range(seeds)]
+    pairs = [(CLEAN[seed % len(CLEAN)], seed) for seed in range(seeds)]
     titles = [fault.title for fault in faults] + [f"clean {x}, seed {seed}" for x, seed in pairs]
     done = itertools.count(1)
     progress("starting", 0, len(titles))
@@ -203,12 +216,13 @@ def clean(subject: str, seed: int, corpus: Corpus) -> Report:
     """The check of a pair without a fault, all levels, float64 and float32.
 
     Args:
-        subject: twins, or one of PAIRS.
+        subject: one of `CLEAN`.
         seed: of weights and inputs.
         corpus: the text of the twins' probes.
     """
-    if subject == "twins":
-        return check(small_twins(corpus, seed=seed), seed=seed, steps=HORIZON)
+    if subject in _CLEAN_TWINS:
+        pair = small_twins(corpus, seed=seed, **_CLEAN_TWINS[subject])
+        return check(pair, seed=seed, steps=HORIZON)
     with pair_module(subject) as module:
         return check(port(module, right_rules(subject), seed), seed=seed, steps=HORIZON)
 

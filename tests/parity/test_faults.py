@@ -10,9 +10,9 @@ from parity.layouts import Layout
 from parity.levels.optimizer import HORIZON
 from parity.rules import TWINS, Rules
 from parity.selftest import FAULTS, trial
-from parity.selftest.twin_faults import ALIBI, ROTARY, T5
 
-# The first of each level and kind in each model; `parity self-test`, which CI runs, plants all.
+# The first of each level and kind in each model; `parity self-test`, which CI runs, plants all, and
+# checks clean twins of other architectures and tasks.
 SAMPLE = list({(x.level, x.kind, x.subject): x for x in reversed(FAULTS)}.values())
 
 
@@ -33,25 +33,11 @@ def test_a_clean_pair_raises_no_alarm(seed, small):
     assert report.exit_code == 0 and report.divergence is None
 
 
-@pytest.mark.parametrize("changes", [ROTARY, ALIBI, T5], ids=["rotary", "alibi", "t5"])
-def test_a_clean_pair_of_another_architecture_raises_no_alarm(changes, small):
-    report = check(small(dict(changes)), steps=HORIZON)
-    assert {level.verdict for level in report.levels} <= {Verdict.PASS, Verdict.TIE}, report
-
-
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(8))
 def test_a_clean_training_raises_no_alarm(seed, small):
     levels = ["gradients", "optimizer", "trajectory"]
     report = check(small({"dropout": 0.1}, seed=seed), levels=levels, seed=seed, steps=HORIZON)
     assert [level.verdict for level in report.levels] == [Verdict.PASS] * 3, report
-
-
-@pytest.mark.parametrize("task", ["token-class", "sequence-class"])
-def test_a_clean_classifier_raises_no_alarm(task, small):
-    report = check(small(task=task), steps=HORIZON)
-    verdicts = [level.verdict for level in report.levels]
-    assert verdicts == [Verdict.PASS] * 5 + [Verdict.ABSTAIN] * 2, report
-    assert report.exit_code == 0
 
 
 def test_a_square_projection_left_untransposed_is_caught_by_running_it(small):

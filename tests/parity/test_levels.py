@@ -173,6 +173,16 @@ def test_memory_is_saved_without_a_change_to_what_is_compared(small, request):
         assert named[0] == named[1]
 
 
+def test_a_large_model_gives_its_programs_back_too(small, all_are_large):
+    subject = PairSubject(small(), choose_devices("cpu"))
+    run, batch = subject.runs("float64")[0], subject.gradient_probe
+    before = run.outputs(batch)
+    assert run._forward._cache_size() == 1
+    subject.release()
+    assert run._forward._cache_size() == 0
+    assert np.array_equal(run.outputs(batch), before)
+
+
 def test_a_large_model_whose_update_is_wrong_is_found_in_the_same_place(
     small, plant, all_are_large
 ):

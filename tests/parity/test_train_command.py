@@ -70,6 +70,33 @@ def test_one_batch_that_is_not_learned_exits_1(tmp_path):
     assert done.exit_code == 2 and not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--out", "x", "--data", "missing.txt"], "data file missing.txt: no such file"),
+        (["train", "--out", "x", "--only", "keras"], "--only keras: there are flax and torch"),
+        (["train", "--out", "x", "--dtype", "int8"], "--dtype int8: there are float64, float32"),
+        (["train", "--out", "x", "--width", "400"], "--width 400 > context length 384 of tiny"),
+        (["train", "--out", "x", "--accumulate", "3"], "--batch-size 8 in 3 parts"),
+        (["train", "--out", "x", "--clip", "-1"], "clip_norm is -1.0, it must be positive"),
+        (["train", "--out", "x", "--preset", "huge"], "no preset 'huge'"),
+        (["generate", ".", "x"], "run .: no config.json in it"),
+        (["generate", ".", "x", "--top-p", "2"], "Sampling: top_p is 2.0, it must be in (0, 1]"),
+        (["precision", "--out", "x", "--dtype", "float32"], "float64 is the truth"),
+        (["precision", "--out", "x", "--dtype", "float64,int8"], "--dtype int8: there are"),
+    ],
+)  # fmt: skip
+def test_bad_input_exits_2_with_one_line_and_leaves_nothing(
+    arguments, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    done = invoke(*arguments)
+    assert done.exit_code == 2, done.output
+    assert done.stderr.startswith("parity: ") and message in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- the commands, in processes of their own ---
 
 
@@ -129,29 +156,3 @@ def test_kill_9_at_any_time_loses_nothing_but_the_steps_since_the_checkpoint(tmp
         process.stderr.close()
         step, states = Run.open(run).load()
         assert step > before and states.keys() == {"torch"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["train", "--out", "x", "--data", "missing.txt"], "data file missing.txt: no such file"),
-        (["train", "--out", "x", "--only", "keras"], "--only keras: there are flax and torch"),
-        (["train", "--out", "x", "--dtype", "int8"], "--dtype int8: there are float64, float32"),
-        (["train", "--out", "x", "--width", "400"], "--width 400 > context length 384 of tiny"),
-        (["train", "--out", "x", "--accumulate", "3"], "--batch-size 8 in 3 parts"),
-        (["train", "--out", "x", "--clip", "-1"], "clip_norm is -1.0, it must be positive"),
-        (["train", "--out", "x", "--preset", "huge"], "no preset 'huge'"),
-        (["generate", ".", "x"], "run .: no config.json in it"),
-        (["generate", ".", "x", "--top-p", "2"], "Sampling: top_p is 2.0, it must be in (0, 1]"),
-        (["precision", "--out", "x", "--dtype", "float32"], "float64 is the truth"),
-        (["precision", "--out", "x", "--dtype", "float64,int8"], "--dtype int8: there are"),
-    ],
-)  # fmt: skip
-def test_bad_input_exits_2_with_one_line_and_leaves_nothing(arguments, message, tmp_path):
-    done = subprocess.run(
-        command(*arguments), cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("parity: ") and message in done.stderr
-    assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
-    assert list(tmp_path.iterdir()) == []
