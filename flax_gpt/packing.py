@@ -12,6 +12,8 @@ from flax import nnx
 
 from flax_gpt.model import GPT
 
+_FEW = 32  # tokens of a call, up to which all time goes into reading weights
+
 
 class PackedLinear(nnx.Module):
     """The linear map of given weights, for calls without gradients.
@@ -20,9 +22,9 @@ class PackedLinear(nnx.Module):
         extra_bytes: of memory that it takes beside the given weights.
     """
 
-    # twin: of one row XLA reads a matrix faster by its outputs, which takes a transposed copy; for
-    # torch it lies so, but its product of one row uses one core, so the outputs are shared out.
-    # Of more rows XLA is at its best, and torch takes a copy in the order of oneDNN.
+    # twin: XLA reads a matrix faster by its outputs, which takes a transposed copy; for torch it
+    # lies so, but its product of one row uses one core, so the outputs are shared out, and of more
+    # rows it takes a copy in the order of oneDNN.
 
     def __init__(self, weight_OI: jax.Array, bias_O: jax.Array | None, batch_size: int):
         self.weight = nnx.Param(weight_OI)
@@ -34,7 +36,13 @@ class PackedLinear(nnx.Module):
 
     def __call__(self, x_BTI: jax.Array) -> jax.Array:
         """The map of every token, (B, T, O)."""
-        y_BTO = jnp.einsum("BTI,OI->BTO", x_BTI, self.weight[...])
+        B, T, _ = x_BTI.shape
+        if 1 < B * T <= _FEW:
+            # Of few tokens XLA reads it in half the time where its outputs come first.
+            y_OBT = jnp.einsum("OI,BTI->OBT", self.weight[...], x_BTI)
+            y_BTO = jnp.moveaxis(y_OBT, 0, 2)
+        else:
+            y_BTO = jnp.einsum("BTI,OI->BTO", x_BTI, self.weight[...])
         return y_BTO if self.bias is None else y_BTO + self.bias[...][None, None, :]
 
 
@@ -58,27 +66,34 @@ class PackedGPT(GPT):
         self.embedding_norm = shared.embedding_norm
         self.blocks = shared.blocks
         self.norm = shared.norm
-        self.head = shared.head
         # twin: XLA makes one program of all operations, which is as fast without; torch starts each
         # of them by itself, and has one for attention.
-        parts = [self, *(part for x in self.blocks for part in (x.attention, x.mlp))]
-        for part in parts:
+        for part in (part for block in self.blocks for part in (block.attention, block.mlp)):
             for name, linear in list(vars(part).items()):
                 if isinstance(linear, nnx.Linear):
-                    bias_O = None if linear.bias is None else linear.bias[...]
-                    packed = PackedLinear(linear.kernel[...].T, bias_O, batch_size)
-                    setattr(part, name, packed)
-        # twin: XLA reads the embedding as fast as it lies; torch needs it shared out, too.
+                    setattr(part, name, _packed(linear, batch_size))
+        # A tied head reads the embedding, which lies as it should.
+        if shared.head is None:
+            self.head = PackedLinear(shared.token_embedding.embedding[...], None, batch_size)
+        else:
+            self.head = _packed(shared.head, batch_size)
 
     @property
     def extra_bytes(self) -> int:
-        return sum(x.extra_bytes for _, x in nnx.iter_modules(self) if isinstance(x, PackedLinear))
+        parts = [x for _, x in nnx.iter_modules(self) if isinstance(x, PackedLinear)]
+        given = self.head.extra_bytes if self.config.tied_head else 0
+        return sum(x.extra_bytes for x in parts) - given
 
 
 def pack(model: GPT, batch_size: int) -> GPT:
     """The model for steps of so many rows: itself where no other layout is known to be faster."""
     devices = model.token_embedding.embedding[...].devices()
     on_cpu = all(device.platform == "cpu" for device in devices)
-    if isinstance(model, PackedGPT) or batch_size > 1 or not on_cpu:
+    if isinstance(model, PackedGPT) or batch_size > _FEW or not on_cpu:
         return model
     return PackedGPT(model, batch_size)
+
+
+def _packed(linear: nnx.Linear, batch_size: int) -> PackedLinear:
+    bias_O = None if linear.bias is None else linear.bias[...]
+    return PackedLinear(linear.kernel[...].T, bias_O, batch_size)

@@ -26,9 +26,9 @@ class PackedLinear(nn.Module):
         extra_bytes: of memory that it takes beside the given weights.
     """
 
-    # twin: of one row XLA reads a matrix faster by its outputs, which takes a transposed copy; for
-    # torch it lies so, but its product of one row uses one core, so the outputs are shared out.
-    # Of more rows XLA is at its best, and torch takes a copy in the order of oneDNN.
+    # twin: XLA reads a matrix faster by its outputs, which takes a transposed copy; for torch it
+    # lies so, but its product of one row uses one core, so the outputs are shared out, and of more
+    # rows it takes a copy in the order of oneDNN.
 
     def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, batch_size: int):
         super().__init__()
@@ -155,16 +155,15 @@ class PackedGPT(GPT):
         self.embedding_norm = model.embedding_norm
         self.blocks = copy.deepcopy(model.blocks, shared)
         self.norm = model.norm
-        self.head = model.head
         for block in self.blocks:
             block.attention = PackedAttention(block.attention, batch_size)
-        for part in (self, *(block.mlp for block in self.blocks)):
-            for name, linear in list(part.named_children()):
-                if isinstance(linear, nn.Linear):
-                    setattr(part, name, _packed(linear, batch_size))
-        # twin: XLA reads the embedding as fast as it lies; torch needs it shared out, too.
-        if self.head is None:
+            for name, linear in list(block.mlp.named_children()):
+                setattr(block.mlp, name, _packed(linear, batch_size))
+        # A tied head reads the embedding, which lies as it should.
+        if model.head is None:
             self.head = PackedLinear(model.token_embedding.weight.detach(), None, batch_size)
+        else:
+            self.head = _packed(model.head, batch_size)
 
     @property
     def extra_bytes(self) -> int:
