@@ -15,9 +15,8 @@ from flax import nnx
 from torch.nn import functional as F
 
 import flax_gpt
-from parity.bench.decoders import Cell, FlaxSteps, TorchSteps, Turn, wait_for_torch
+from parity.bench.decoders import Cell, FlaxSteps, TorchSteps, Turn, torch_turn, wait_for_torch
 from parity.flax_scope import jax_scope
-from parity.torch_leaves import to_numpy
 
 Layers = list[tuple[jax.Array, jax.Array]]
 Buffers = list[tuple[torch.Tensor, torch.Tensor]]
@@ -114,16 +113,7 @@ class TorchInPlace:
 
     def turn(self, num_steps: int) -> Turn:
         """The choice is on the device."""
-        state = self.state()
-        found = [state[1]]
-        self.wait(state)
-        start = time.perf_counter()
-        for _ in range(num_steps):
-            state = self.advance(state)
-            found.append(state[1])
-        self.wait(state)
-        seconds = time.perf_counter() - start
-        return Turn(to_numpy(torch.stack(found, dim=1)), seconds)
+        return torch_turn(self, num_steps)
 
     def state(self) -> _State:
         """Buffers with as many slots as the context has tokens, the first token, and the length."""

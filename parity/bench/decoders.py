@@ -19,6 +19,7 @@ from flax import nnx
 import flax_gpt
 import torch_gpt
 from flax_gpt.decoder import room_for
+from parity.bench.step_pairs import Steps
 from parity.environment import Devices
 from parity.flax_scope import jax_scope
 from parity.torch_leaves import to_numpy
@@ -328,16 +329,7 @@ class TorchSteps:
 
     def turn(self, num_steps: int) -> Turn:
         """Steps, and the first token of each turn from the prompt."""
-        state = self.state()
-        found = [state[1]]
-        self.wait(state)
-        start = time.perf_counter()
-        for _ in range(num_steps):
-            state = self.advance(state)
-            found.append(state[1])
-        self.wait(state)
-        seconds = time.perf_counter() - start
-        return Turn(to_numpy(torch.stack(found, dim=1)), seconds)
+        return torch_turn(self, num_steps)
 
     def advance(self, state: tuple[Any, torch.Tensor]) -> tuple[Any, torch.Tensor]:
         """The cache and the chosen token a step later."""
@@ -433,6 +425,20 @@ def flax_littered(cache: Any, cell: Cell) -> Any:
 def garbage_like(shape: tuple[int, ...]) -> np.ndarray:
     """Numbers as large as keys and values are, in float32."""
     return np.resize(_GARBAGE, shape)
+
+
+def torch_turn(steps: Steps, num_steps: int) -> Turn:
+    """A turn of who can be stopped after each step, whose state has the chosen token second."""
+    state = steps.state()
+    found = [state[1]]
+    steps.wait(state)
+    start = time.perf_counter()
+    for _ in range(num_steps):
+        state = steps.advance(state)
+        found.append(state[1])
+    steps.wait(state)
+    seconds = time.perf_counter() - start
+    return Turn(to_numpy(torch.stack(found, dim=1)), seconds)
 
 
 def wait_for_torch(device: torch.device) -> None:
