@@ -400,8 +400,8 @@ BUGS = (
             Edit("model.py", "self.up(x_BTD)", "x_BTD @ self.up.weight.T"),
             Edit(
                 "packing.py",
-                "if isinstance(linear, nn.Linear):",
-                'if isinstance(linear, nn.Linear) and name != "up":',
+                "list(block.mlp.named_children())",
+                '[x for x in block.mlp.named_children() if x[0] != "up"]',
             ),
         ),
         caught_by=("gradient-coverage",),
