@@ -68,8 +68,9 @@ def decode(
     time is held against the time that this machine takes to read as many bytes, measured in the
     same round. The time of a token is the median, its spread that from the fastest to the slowest
     round; x tf is the speed against transformers, round by round; build is compiling, which is in
-    no turn. Below the cells come the ratios that the project has targets for, and how time, work
-    and memory grow with the context.
+    no turn. Below the cells come the ratios that the project has targets for, two of them from
+    single steps in turns (torch's handle against none, a large cache against a small one), and how
+    time, work and memory grow with the context.
 
     Close what else computes; the load average is printed. Torch's threads that spin while they
     wait are fastest on idle cores and stall each other on busy ones, so this command sets

@@ -164,9 +164,9 @@ def all_are_large(monkeypatch):
 
 def test_memory_is_saved_without_a_change_to_what_is_compared(small, request):
     training = dict(levels=["optimizer", "trajectory"], dtypes=("float64",), steps=HORIZON)
-    expected = check(small(), **training)
+    expected = check(small({"num_layers": 1}), **training)
     request.getfixturevalue("all_are_large")
-    found = check(small(), **training)
+    found = check(small({"num_layers": 1}), **training)
     assert expected.ok and found.ok
     for plain, saving in zip(expected.levels, found.levels, strict=True):
         named = [[(x.name, x.count) for x in level.records] for level in (plain, saving)]
@@ -188,8 +188,9 @@ def test_a_large_model_whose_update_is_wrong_is_found_in_the_same_place(
 ):
     broken = plant("flax_gpt", "optimizer.py", "steps = count.astype(m.dtype)", "steps = 1.0")
     report = check(
-        small(flax_package=broken), levels=["optimizer"], dtypes=("float64",), steps=HORIZON
-    )
+        small({"num_layers": 1}, flax_package=broken),
+        levels=["optimizer"], dtypes=("float64",), steps=HORIZON,
+    )  # fmt: skip
     assert report.divergence.phase == "optimizer" and report.divergence.step == 2
 
 
