@@ -38,7 +38,8 @@ class PackedLinear(nnx.Module):
         """The map of every token, (B, T, O)."""
         B, T, _ = x_BTI.shape
         if 1 < B * T <= _FEW:
-            # Of few tokens XLA reads it in half the time where its outputs come first.
+            # XLA reads it faster where its outputs come first: 1.1 to 1.8 times for 2 to 32 tokens
+            # and the matrices of gpt2; for more tokens slower.
             y_OBT = jnp.einsum("OI,BTI->OBT", self.weight[...], x_BTI)
             y_BTO = jnp.moveaxis(y_OBT, 0, 2)
         else:
