@@ -6,8 +6,8 @@ from typing import Protocol
 
 import numpy as np
 
+from parity.bench.contenders import Cell
 from parity.bench.decode_times import Agreement, Tie
-from parity.bench.decoders import Cell
 
 # Largest difference between the twins' logits, over the largest logit. Float32 as everywhere in
 # the check. A bfloat16 number rounds by up to 2**-9 of itself, and four such roundings per block in

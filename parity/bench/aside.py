@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from parity.bench.decoders import Contender, Turn
+from parity.bench.contenders import Contender, Turn
 from parity.bench.steps import Unavailable
 from parity.memory import hand_back_freed_memory
 

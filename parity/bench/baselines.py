@@ -15,7 +15,9 @@ from flax import nnx
 from torch.nn import functional as F
 
 import flax_gpt
-from parity.bench.decoders import Cell, FlaxSteps, TorchSteps, Turn, torch_turn, wait_for_torch
+from parity.bench.contenders import Cell, Turn
+from parity.bench.flax_decoders import FlaxSteps
+from parity.bench.torch_decoders import TorchSteps, torch_turn, wait_for_torch
 from parity.flax_scope import jax_scope
 
 Layers = list[tuple[jax.Array, jax.Array]]

@@ -18,14 +18,16 @@ import flax_gpt
 import torch_gpt
 from parity.bench.agreement import LOGITS
 from parity.bench.complexity import MIN_CONTEXTS, Law
+from parity.bench.contenders import Cell
 from parity.bench.decode_cell import TWIN_STEPS, Subject, cell_phases, time_cell
 from parity.bench.decode_outcome import DecodeBench
 from parity.bench.decode_times import DecodeCell
-from parity.bench.decoders import Cell, FlaxSteps, TorchSteps
+from parity.bench.flax_decoders import FlaxSteps
 from parity.bench.machine import Bandwidth, load_average
 from parity.bench.peers import LIBRARIES, Peers
 from parity.bench.programs import uncached_costs
 from parity.bench.step_pairs import StepPairs, pair_steps
+from parity.bench.torch_decoders import TorchSteps
 from parity.environment import Devices, fingerprint, pinned_precision
 from parity.flax_leaves import flax_leaves, load_flax
 from parity.flax_scope import jax_scope

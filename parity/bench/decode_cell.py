@@ -18,16 +18,9 @@ import torch_gpt
 from parity.bench.agreement import Reference, agree
 from parity.bench.baselines import FlaxNaive, TorchInPlace
 from parity.bench.complexity import Traffic
+from parity.bench.contenders import Cell, Contender
 from parity.bench.decode_times import CacheAccount, DecodeCell, Decoding, Tie
-from parity.bench.decoders import (
-    Cell,
-    Contender,
-    FlaxLoop,
-    FlaxSteps,
-    FlaxUncached,
-    TorchSteps,
-    TorchUncached,
-)
+from parity.bench.flax_decoders import FlaxLoop, FlaxSteps, FlaxUncached
 from parity.bench.machine import Bandwidth, Compilations, MemoryGrowth
 from parity.bench.peers import LIBRARIES, Peers
 from parity.bench.programs import costs
@@ -35,6 +28,7 @@ from parity.bench.ratios import HANDLE
 from parity.bench.step_pairs import pair_steps
 from parity.bench.steps import Unavailable
 from parity.bench.structure import remade_caches
+from parity.bench.torch_decoders import TorchSteps, TorchUncached
 from parity.environment import Devices
 
 TWIN_STEPS = "flax step", "torch step"

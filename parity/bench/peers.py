@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 import flax_gpt
 from parity.bench.aside import Aside, Room
-from parity.bench.decoders import Cell, Turn
+from parity.bench.contenders import Cell, Turn
 from parity.bench.steps import Unavailable
 from parity.flax_leaves import flax_leaves
 from parity.leaves import Leaves

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from parity.bench.aside import Room
-from parity.bench.decoders import Turn
+from parity.bench.contenders import Turn
 from parity.bench.steps import Unavailable
 
 

@@ -37,11 +37,12 @@ from parity.bench import (
     fit_exponent,
 )
 from parity.bench.baselines import TorchInPlace
+from parity.bench.contenders import Turn
 from parity.bench.decode_times import Agreement
-from parity.bench.decoders import TorchUncached, Turn
 from parity.bench.machine import Compilations, MemoryGrowth
 from parity.bench.ratios import HANDLE
 from parity.bench.step_pairs import StepPairs, pair_steps
+from parity.bench.torch_decoders import TorchUncached
 from parity.cli.bench import CONTENDERS as CLI_CONTENDERS
 from parity.cli.bench import DTYPES as CLI_DTYPES
 from parity.environment import choose_devices
