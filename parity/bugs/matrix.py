@@ -12,9 +12,9 @@ from rich.text import Text
 
 from parity.bugs.bug import FRAMEWORKS, Bug, planted, twin
 from parity.bugs.gallery import GALLERY
-from parity.compare import Verdict
 from parity.doctor import DETECTORS, examine, twin_patient
-from parity.pictures import save
+from parity.report.figures import save
+from parity.report.record import Verdict
 
 NAMES = tuple(detector.name for detector in DETECTORS)
 

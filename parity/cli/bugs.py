@@ -142,8 +142,8 @@ def run(
         with errors.status("loading jax and torch"):
             from parity.bugs import find
             from parity.bugs.exhibit import draw, exhibit
-            from parity.corpus import Corpus
-            from parity.progress import interruptible, shown
+            from parity.pair.text import Corpus
+            from parity.system.progress import interruptible, shown
 
             chosen = list(find(ids or classic))
             corpus = Corpus.load(data)
@@ -190,8 +190,8 @@ def matrix(
         with errors.status("loading jax and torch"):
             from parity.bugs import find
             from parity.bugs.matrix import draw, measure
-            from parity.files import write_atomically
-            from parity.progress import interruptible, shown
+            from parity.system.files import write_atomically
+            from parity.system.progress import interruptible, shown
 
         planted = list(find(ids or ()))
         with shown(errors, chosen) as show, interruptible(show) as progress:

@@ -13,20 +13,22 @@ from typing import Any
 
 import numpy as np
 
-from parity.climb import Progress, climb
-from parity.compare import Record, Verdict, abstain, different_bits, judge, largest
+from parity.check.levels import gradients, logits, optimizer, trajectory
+from parity.check.levels.completeness import every_leaf_once
+from parity.check.levels.run import Progress, climb
+from parity.check.metrics import different_bits, largest
+from parity.check.session import Subject
+from parity.frameworks.leaves import Leaves, different_leaves
+from parity.frameworks.spec import Side
 from parity.golden.file import Golden, read
 from parity.golden.frameworks import NAMES, framework, framework_of
 from parity.golden.recorded import RecordedRun, name_of
-from parity.layouts import Link
-from parity.leaves import Leaves, different_leaves
-from parity.levels import gradients, logits, optimizer, trajectory
-from parity.levels.completeness import every_leaf_once
-from parity.pair import Pair, Side
+from parity.pair.pair import Pair
 from parity.report import Divergence, Report
-from parity.rules import Rules
-from parity.subject import Subject
-from parity.weight_map import WeightMap, resolve
+from parity.report.record import Record, Verdict, abstain, judge
+from parity.weights.layouts import Link
+from parity.weights.rules import Rules
+from parity.weights.weight_map import WeightMap, resolve
 
 Call = Callable[..., Any]
 _PHASES = {"weights": "weights", "logits": "forward", "gradients": "backward"}
@@ -223,7 +225,7 @@ def _untold(level: str) -> Callable[[Subject], Iterator[Record]]:
     return lambda subject: iter([abstain(level, "a golden is of outputs and training alone")])
 
 
-# The names of parity.levels.ladder.LEVELS, which imports both frameworks; a test holds them equal.
+# The names of parity.check.check.LEVELS, which imports both frameworks; a test holds them equal.
 RUNGS: dict[str, Callable[[GoldenSubject], Iterable[Record]]] = {
     "weights": _weights,
     "logits": _in_float64(logits.records),

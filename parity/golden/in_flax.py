@@ -10,12 +10,12 @@ import numpy as np
 import optax
 from flax import nnx
 
-from parity.flax_leaves import flax_leaves
-from parity.flax_run import FlaxRun
-from parity.flax_scope import jax_scope
-from parity.flax_side import CONSTANTS, flax_side
-from parity.leaves import Leaves
-from parity.pair import Side
+from parity.frameworks.flax.leaves import flax_leaves
+from parity.frameworks.flax.module import CONSTANTS, flax_side
+from parity.frameworks.flax.runner import FlaxRun
+from parity.frameworks.flax.scope import jax_scope
+from parity.frameworks.leaves import Leaves
+from parity.frameworks.spec import Side
 
 NAME = "flax"
 MODULE = nnx.Module

@@ -6,11 +6,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from parity.leaves import Leaves
-from parity.pair import Side
-from parity.torch_leaves import torch_leaves
-from parity.torch_run import TorchRun
-from parity.torch_side import torch_side
+from parity.frameworks.leaves import Leaves
+from parity.frameworks.spec import Side
+from parity.frameworks.torch.leaves import torch_leaves
+from parity.frameworks.torch.module import torch_side
+from parity.frameworks.torch.runner import TorchRun
 
 NAME = "torch"
 MODULE = torch.nn.Module

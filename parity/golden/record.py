@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from parity.check.levels.optimizer import HORIZON, STEPS
+from parity.frameworks.leaves import Leaves, copied
+from parity.frameworks.spec import Side
 from parity.golden.file import Golden, State
 from parity.golden.frameworks import framework, framework_of
-from parity.inputs import as_inputs
-from parity.leaves import Leaves, copied
-from parity.levels.optimizer import HORIZON, STEPS
-from parity.pair import Side
-from parity.subject import randomized
+from parity.pair.inputs import as_inputs
+from parity.weights.randomize import randomized
 
 Call = Callable[..., Any]
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 
+from parity.frameworks.leaves import Leaves
+from parity.frameworks.purity import Purity
+from parity.frameworks.spec import Batch
 from parity.golden.file import Golden
-from parity.leaves import Leaves
-from parity.oracle import Purity
-from parity.pair import Batch
 
 
 class RecordedRun:

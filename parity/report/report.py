@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
-from parity.compare import BAD, IMPURE, Verdict, worst
-from parity.evidence import Evidence
 from parity.report import table
 from parity.report.level import Divergence, Level
+from parity.report.plot_data import Evidence
+from parity.report.record import BAD, IMPURE, Verdict, worst
 
 
 class ParityError(AssertionError):

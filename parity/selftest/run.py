@@ -15,11 +15,11 @@ from typing import Any
 import jax
 import torch
 
-from parity.check import check
-from parity.compare import Verdict
-from parity.corpus import Corpus
-from parity.levels.optimizer import HORIZON
+from parity.check.check import check
+from parity.check.levels.optimizer import HORIZON
+from parity.pair.text import Corpus
 from parity.report import Report
+from parity.report.record import Verdict
 from parity.selftest.fault import Fault
 from parity.selftest.trial import PAIRS, Outcome, pair_module, port, right_rules, small_twins, trial
 from parity.selftest.twin_faults import ALIBI, ROTARY, T5

@@ -14,16 +14,16 @@ from typing import Any
 import flax_gpt
 from parity.bugs import Edit, planted
 from parity.bugs.bug import edited
-from parity.check import check
-from parity.compare import Verdict
-from parity.corpus import Corpus
-from parity.foreign import pair_of
-from parity.levels.optimizer import HORIZON
-from parity.pair import Pair
+from parity.check.check import check
+from parity.check.levels.optimizer import HORIZON
+from parity.check.modules import pair_of
+from parity.pair.pair import Pair
+from parity.pair.text import Corpus
 from parity.report import Report
-from parity.rules import Rules
+from parity.report.record import Verdict
 from parity.selftest.fault import Fault
-from parity.twins import twins
+from parity.twins.pair import twins
+from parity.weights.rules import Rules
 
 PAIRS = "mlp", "convnet", "encoder", "recurrent", "gpt2"
 TWINS = "flax_gpt", "torch_gpt"
@@ -103,7 +103,7 @@ def small_twins(corpus: Corpus, changes: Mapping[str, Any] | None = None, **opti
     Args:
         corpus: the text of their probes.
         changes: of their config.
-        options: of `parity.twins.twins`; packages may be broken copies.
+        options: of `parity.twins.pair.twins`; packages may be broken copies.
     """
     config = flax_gpt.GPTConfig(
         vocab_size=len(corpus.vocabulary), context_length=48, embed_dim=20, num_layers=2,

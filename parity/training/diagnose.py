@@ -6,12 +6,12 @@ import numpy as np
 
 import flax_gpt
 import torch_gpt
-from parity.capture import Trace
-from parity.environment import Devices
-from parity.flax_run import FlaxRun
-from parity.leaves import Leaves
-from parity.pair import Batch, Side
-from parity.torch_run import TorchRun
+from parity.frameworks.capture import Trace
+from parity.frameworks.flax.runner import FlaxRun
+from parity.frameworks.leaves import Leaves
+from parity.frameworks.spec import Batch, Side
+from parity.frameworks.torch.runner import TorchRun
+from parity.system.devices import Devices
 from parity.training.run import RunConfig
 
 

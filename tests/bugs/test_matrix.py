@@ -9,9 +9,9 @@ import pytest
 from parity.bugs import BUGS, GALLERY, Edit, find, gallery, planted
 from parity.bugs.bug import twin
 from parity.bugs.matrix import NAMES, Matrix, Row, draw, measure
-from parity.compare import Verdict
 from parity.doctor import DETECTORS, examine, twin_patient
 from parity.doctor.twin_patients import CONFIG
+from parity.report.record import Verdict
 
 _DETECTORS = {detector.name: detector for detector in DETECTORS}
 # In torch, where a question takes a tenth of a second, every bug; in flax the first of each kind

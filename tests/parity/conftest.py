@@ -7,8 +7,8 @@ from types import ModuleType
 import pytest
 
 from parity.bugs import Edit, planted
-from parity.corpus import Corpus
-from parity.pair import Pair
+from parity.pair.pair import Pair
+from parity.pair.text import Corpus
 from parity.selftest import small_twins
 
 

@@ -6,10 +6,10 @@ import itertools
 import numpy as np
 import pytest
 
-from parity.flax_leaves import flax_leaves, load_flax
-from parity.rules import TWINS
-from parity.subject import randomized
-from parity.transplant import transplant
+from parity.frameworks.flax.leaves import flax_leaves, load_flax
+from parity.weights.randomize import randomized
+from parity.weights.tables import TWINS
+from parity.weights.transplant import transplant
 
 BOUND = 1e-12
 B, T, S = 4, 17, 21

@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 
-from parity.rules import HF_GPT2, TWINS
-from parity.transplant import transplant
+from parity.weights.tables import HF_GPT2, TWINS
+from parity.weights.transplant import transplant
 
 B, T, G = 3, 11, 13
 BOUND = 1e-12

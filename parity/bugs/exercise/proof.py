@@ -23,14 +23,15 @@ from parity.bugs.exercise import sandbox
 from parity.bugs.exercise.inside import driver
 from parity.bugs.exercise.plants import files
 from parity.bugs.exercise.starter import read_exercise
-from parity.check import check
-from parity.compare import Record, Verdict
-from parity.flax_leaves import flax_leaves
-from parity.leaves import Leaves
-from parity.pair import Batch, Pair, Side
+from parity.check.check import check
+from parity.frameworks.flax.leaves import flax_leaves
+from parity.frameworks.leaves import Leaves
+from parity.frameworks.spec import Batch, Side
+from parity.frameworks.torch.leaves import torch_leaves
+from parity.pair.pair import Pair
 from parity.report import Divergence, Level, Report
-from parity.rules import TWINS
-from parity.torch_leaves import torch_leaves
+from parity.report.record import Record, Verdict
+from parity.weights.tables import TWINS
 
 STEPS = 100
 # Small enough that rounding does not grow: the check's weights are larger than initial ones.

@@ -6,7 +6,7 @@ import string
 from pathlib import Path
 
 from parity.bugs.exercise.plants import CATEGORIES, FRAMEWORKS, ORDER, chosen, planted
-from parity.files import write_atomically
+from parity.system.files import write_atomically
 
 RECORD = ".exercise.json"
 TOLD = 4  # the highest level whose categories the task names
