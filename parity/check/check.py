@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from types import ModuleType
 
 from parity.check.levels import cache, gradients, logits, optimizer, tokens, trajectory, weights
-from parity.check.levels.run import Progress, climb, error_record
+from parity.check.levels.run import Progress, error_record, run_levels
 from parity.check.locate import gaps_by_module
-from parity.check.pair_session import PairSubject
+from parity.check.pair_session import PairSession
 from parity.pair.pair import Pair
 from parity.report import Level, Report
 from parity.report.plot_data import ModuleGaps
@@ -65,33 +65,33 @@ def check(
             "Ask for float64, or for float64 and float32."
         )
     devices = devices or choose_devices("cpu")
-    subject = PairSubject(pair, devices, dtypes=dtypes, seed=seed, steps=steps)
+    session = PairSession(pair, devices, dtypes=dtypes, seed=seed, steps=steps)
     rungs = {
         name: (module.records, module.locate) for name, module in LEVELS.items() if name in wanted
     }
 
     def done(level: Level) -> None:
         if evidence and level.name == "logits":
-            subject.evidence.modules = _module_gaps(subject, level.records)
+            session.evidence.modules = _module_gaps(session, level.records)
 
     with pinned_precision():
-        finished, divergence = climb(rungs, subject, progress, done)
+        finished, divergence = run_levels(rungs, session, progress, done)
         environment = fingerprint(devices)
     about = {
         "torch": pair.torch.name,
         "flax": pair.flax.name,
-        "num_params": subject.num_params,
+        "num_params": session.num_params,
         "config": dict(pair.config),
     }
-    seen = subject.evidence if evidence else None
+    seen = session.evidence if evidence else None
     return Report(environment, about, finished, divergence, seen)
 
 
-def _module_gaps(subject: PairSubject, records: Iterable[Record]) -> ModuleGaps:
+def _module_gaps(session: PairSession, records: Iterable[Record]) -> ModuleGaps:
     """On the probe that failed or the first one; what cannot be captured changes no verdict."""
-    probe, bound = logits.failed_probe(subject, records), logits.float64_bound(subject)
+    probe, bound = logits.failed_probe(session, records), logits.float64_bound(session)
     try:
-        gaps = gaps_by_module(subject, subject.pair.probes[probe])
+        gaps = gaps_by_module(session, session.pair.probes[probe])
     except Exception as error:
         return ModuleGaps(probe, (), bound, note=error_record("modules", error).note)
     return ModuleGaps(probe, tuple(gaps), bound)

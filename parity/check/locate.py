@@ -9,8 +9,8 @@ from typing import TypeVar
 import numpy as np
 
 from parity.check.metrics import error_ratio, max_abs
-from parity.check.session import Subject
-from parity.frameworks.capture import Backward, Trace, in_step
+from parity.check.session import Session
+from parity.frameworks.capture import Backward, Trace, lockstep
 from parity.frameworks.spec import Batch
 from parity.report import Divergence
 
@@ -25,15 +25,15 @@ Call = TypeVar("Call", Trace, Backward)
 Gap = Callable[[np.ndarray, np.ndarray], float | None]
 
 
-def locate_forward(subject: Subject, batch: Batch) -> Divergence | None:
+def locate_forward(session: Session, batch: Batch) -> Divergence | None:
     """The first module whose output parts in float64."""
-    with _both(subject, batch) as (flax, torch):
+    with _both(session, batch) as (flax, torch):
         return first_divergence(
-            flax, torch, float64_gap, model_name(subject), "forward", subject.modules.values()
+            flax, torch, float64_gap, model_name(session), "forward", session.modules.values()
         )
 
 
-def locate_backward(subject: Subject, leaves: Mapping[str, float]) -> Divergence | None:
+def locate_backward(session: Session, leaves: Mapping[str, float]) -> Divergence | None:
     """The first module, from the loss on, that passes back another gradient in float64.
 
     A module that gets the same gradient by its output as its counterpart and passes another one on,
@@ -41,12 +41,12 @@ def locate_backward(subject: Subject, leaves: Mapping[str, float]) -> Divergence
     parted and all behind it agrees, its caller is.
 
     Args:
-        subject: the pair.
+        session: the pair.
         leaves: flax's names of those whose gradients part, and how far.
     """
-    probe = subject.gradient_probe
-    flax, torch = (run.backward(probe) for run in subject.runs("float64"))
-    flax = translated(flax, subject.modules)
+    probe = session.gradient_probe
+    flax, torch = (run.backward(probe) for run in session.runs("float64"))
+    flax = translated(flax, session.modules)
     largest = max((_size(x) for call in torch for x in _passed(call)), default=0.0)
     gap = functools.partial(_gradient_gap, floor=_FLOAT64 * largest)
     pairs = [(call, twin) for call, twin in matched(torch, flax) if twin is not None]
@@ -56,14 +56,14 @@ def locate_backward(subject: Subject, leaves: Mapping[str, float]) -> Divergence
         for call, twin in pairs
     ]
     reached = {call.path: x for (call, _), x in reversed(list(zip(pairs, gaps, strict=True)))}
-    owners = {subject.modules.get(x.rpartition(".")[0]): x for x in reversed(leaves)}
+    owners = {session.modules.get(x.rpartition(".")[0]): x for x in reversed(leaves)}
     for (call, twin), parted in zip(pairs, gaps, strict=True):
         if parted is not None:
             # What a module gives may be what its caller gives, as it is.
             where = _caller(call.path, reached)
             while where and reached.get(where) is not None:
                 where = _caller(where, reached)
-            where = "loss" if reached.get(where) is not None else where or model_name(subject)
+            where = "loss" if reached.get(where) is not None else where or model_name(session)
             detail = f"The gradient that reaches {call.path or 'the model'} parts in its code."
             return Divergence(where, "backward", 0, parted, detail=detail)
         if (found := _inputs_gap(call, twin, gap)) is not None:
@@ -74,7 +74,7 @@ def locate_backward(subject: Subject, leaves: Mapping[str, float]) -> Divergence
         else:
             continue
         detail += " All between it and the loss agrees."
-        return Divergence(call.path or model_name(subject), "backward", 0, found, detail=detail)
+        return Divergence(call.path or model_name(session), "backward", 0, found, detail=detail)
     return None
 
 
@@ -114,16 +114,18 @@ def _size(array: np.ndarray) -> float:
     return float(np.max(np.abs(array), initial=0.0))
 
 
-def locate_rounding(subject: Subject, batch: Batch) -> Divergence | None:
+def locate_rounding(session: Session, batch: Batch) -> Divergence | None:
     """The first module that loses more in float32 than its twin does, against float64.
 
     Gaps are ratios of errors here, since two healthy float32 runs differ everywhere.
     """
-    _, truth = subject.runs("float64")
-    flax, torch = subject.runs("float32")
-    captures = [lambda sink, run=run: run.traces(batch, sink) for run in (flax, torch, truth)]
-    with in_step(*captures) as (ours, theirs, exact):
-        for trace, *others in matched(translated(ours, subject.modules), theirs, exact):
+    _, truth = session.runs("float64")
+    flax, torch = session.runs("float32")
+    captures = [
+        lambda on_trace, run=run: run.traces(batch, on_trace) for run in (flax, torch, truth)
+    ]
+    with lockstep(*captures) as (ours, theirs, exact):
+        for trace, *others in matched(translated(ours, session.modules), theirs, exact):
             if None in others:
                 continue
             twin, right = others
@@ -133,10 +135,10 @@ def locate_rounding(subject: Subject, batch: Batch) -> Divergence | None:
             where = trace.path
             inputs = zip(trace.inputs, twin.inputs, right.inputs, strict=False)
             if where and any(_ratio(*three) > _RATIO for three in inputs if _are_floats(three)):
-                where = _caller(where, subject.modules.values())
-            agrees = "" if subject.impurities else "; float64 agrees"
+                where = _caller(where, session.modules.values())
+            agrees = "" if session.impurities else "; float64 agrees"
             detail = f"Value is the larger float32 error over the smaller{agrees}."
-            return Divergence(where or model_name(subject), "forward", 0, ratio, detail=detail)
+            return Divergence(where or model_name(session), "forward", 0, ratio, detail=detail)
     return None
 
 
@@ -156,12 +158,12 @@ def _caller(path: str, paths: Collection[str]) -> str:
     return parent
 
 
-def gaps_by_module(subject: Subject, batch: Batch) -> list[tuple[str, float]]:
+def gaps_by_module(session: Session, batch: Batch) -> list[tuple[str, float]]:
     """The path of each module and the largest difference of its outputs, in order of completion."""
-    with _both(subject, batch) as sides:
+    with _both(session, batch) as sides:
         return [
             (
-                trace.path or model_name(subject),
+                trace.path or model_name(session),
                 max_abs(trace.output, aligned(twin.output, trace.output)),
             )
             for trace, twin in matched(*sides)
@@ -258,17 +260,19 @@ def aligned(array: np.ndarray, like: np.ndarray) -> np.ndarray:
     return fitting[int(np.nanargmin(gaps))] if not np.all(np.isnan(gaps)) else fitting[0]
 
 
-def model_name(subject: Subject) -> str:
+def model_name(session: Session) -> str:
     """What to call the model itself, whose path is empty."""
-    return type(subject.runs("float64")[1].module).__name__
+    return type(session.runs("float64")[1].module).__name__
 
 
 @contextlib.contextmanager
-def _both(subject: Subject, batch: Batch) -> Iterator[tuple[Iterator[Trace], Iterator[Trace]]]:
+def _both(session: Session, batch: Batch) -> Iterator[tuple[Iterator[Trace], Iterator[Trace]]]:
     """The traces of a forward pass in float64 of both sides, flax's under torch's paths."""
-    captures = [lambda sink, run=run: run.traces(batch, sink) for run in subject.runs("float64")]
-    with in_step(*captures) as (flax, torch):
-        yield translated(flax, subject.modules), torch
+    captures = [
+        lambda on_trace, run=run: run.traces(batch, on_trace) for run in session.runs("float64")
+    ]
+    with lockstep(*captures) as (flax, torch):
+        yield translated(flax, session.modules), torch
 
 
 def _inputs_part(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...], gap: Gap) -> bool:

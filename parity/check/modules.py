@@ -12,11 +12,11 @@ from flax import nnx
 
 from parity.check.check import LEVELS, Progress, check
 from parity.check.metrics import max_abs
-from parity.check.pair_session import PairSubject
+from parity.check.pair_session import PairSession
 from parity.frameworks.flax.leaves import flax_leaves
-from parity.frameworks.flax.module import flax_side
+from parity.frameworks.flax.module import flax_spec
 from parity.frameworks.torch.leaves import torch_leaves
-from parity.frameworks.torch.module import torch_side
+from parity.frameworks.torch.module import torch_spec
 from parity.pair.inputs import as_inputs
 from parity.pair.pair import Pair
 from parity.report import Report
@@ -135,8 +135,8 @@ def pair_of(
     if weights not in ("random", "torch"):
         raise ValueError(f"check_pair: weights {weights!r}: there are random and torch.")
     calls = as_inputs(inputs, seed)
-    flax = flax_side(flax_module, flax_call, flax_loss, flax_optimizer)
-    port = torch_side(torch_module, torch_call, torch_loss, torch_optimizer)
+    flax = flax_spec(flax_module, flax_call, flax_loss, flax_optimizer)
+    port = torch_spec(torch_module, torch_call, torch_loss, torch_optimizer)
 
     def made(rules: Rules) -> Pair:
         return Pair(flax, port, rules, calls.probes, calls.training_batch, pure=False)
@@ -150,7 +150,7 @@ def pair_of(
     )
     if weights == "torch":
         ours = torch_leaves(port.build("float32"))
-        theirs = PairSubject(pair, choose_devices("cpu")).build_flax()
+        theirs = PairSession(pair, choose_devices("cpu")).build_flax()
         pair = dataclasses.replace(
             pair, leaves=resolve(rules, ours, flax_leaves(theirs)).to_flax(ours)
         )
@@ -159,9 +159,9 @@ def pair_of(
 
 def _output_gap(pair: Pair) -> float:
     """How far the outputs are apart in float64 with these rules, of the largest."""
-    subject = PairSubject(pair, choose_devices("cpu"), dtypes=("float64",))
+    session = PairSession(pair, choose_devices("cpu"), dtypes=("float64",))
     try:
-        flax, torch = (run.outputs(subject.gradient_probe) for run in subject.runs("float64"))
+        flax, torch = (run.outputs(session.gradient_probe) for run in session.runs("float64"))
     except Exception as error:
         raise ValueError(
             f"rules auto: a model raised {type(error).__name__}: {in_a_line(error)}. Names leave a "

@@ -5,13 +5,13 @@ from typing import Any
 
 from flax import nnx
 
-from parity.check.session import Subject
+from parity.check.session import Session
 from parity.frameworks.flax.leaves import flax_leaves
-from parity.frameworks.flax.runner import FlaxRun
+from parity.frameworks.flax.runner import FlaxRunner
 from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import Leaves, cast, neighbours
 from parity.frameworks.torch.leaves import torch_leaves
-from parity.frameworks.torch.runner import TorchRun
+from parity.frameworks.torch.runner import TorchRunner
 from parity.pair.pair import Pair
 from parity.system.devices import Devices
 from parity.system.memory import is_large, on_disk
@@ -20,13 +20,13 @@ from parity.weights.randomize import randomized
 from parity.weights.weight_map import WeightMap, resolve
 
 
-class PairSubject(Subject):
+class PairSession(Session):
     """Both models of a pair.
 
     Args:
         pair: the models and inputs.
         devices: where they run.
-        options: of `Subject`.
+        options: of `Session`.
     """
 
     def __init__(self, pair: Pair, devices: Devices, **options: Any):
@@ -72,13 +72,13 @@ class PairSubject(Subject):
         with jax_scope("float32", self.devices.flax):
             return self.pair.flax.build("float32")
 
-    def _make_runs(self, dtype: str) -> tuple[FlaxRun, TorchRun]:
+    def _make_runs(self, dtype: str) -> tuple[FlaxRunner, TorchRunner]:
         return (
-            FlaxRun(self.pair.flax, self.flax_leaves, dtype, self.devices.flax),
-            TorchRun(self.pair.torch, self.torch_leaves, dtype, self.devices.torch),
+            FlaxRunner(self.pair.flax, self.flax_leaves, dtype, self.devices.flax),
+            TorchRunner(self.pair.torch, self.torch_leaves, dtype, self.devices.torch),
         )
 
-    def witness(self, dtype: str) -> TorchRun:
+    def witness(self, dtype: str) -> TorchRunner:
         """The torch side again, from neighbouring weights: what rounding alone does to it."""
         leaves = neighbours(cast(self.torch_leaves, dtype), self.seed)
-        return TorchRun(self.pair.torch, leaves, dtype, self.devices.torch)
+        return TorchRunner(self.pair.torch, leaves, dtype, self.devices.torch)

@@ -13,7 +13,7 @@ from parity.check.metrics import along_ones, gradient_norm
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.spec import Batch
 from parity.pair.pair import Pair
-from parity.report.plot_data import Evidence
+from parity.report.plot_data import PlotData
 from parity.report.record import IMPURE
 from parity.system.memory import hand_back_freed_memory, is_large
 from parity.weights.weight_map import WeightMap
@@ -34,7 +34,7 @@ class _Seen:
     null_means: tuple[tuple[str, int], ...]
 
 
-class Subject(abc.ABC):
+class Session(abc.ABC):
     """What every level works on: a pair that runs, or one side of it beside what was recorded.
 
     Attributes:
@@ -61,7 +61,7 @@ class Subject(abc.ABC):
         self.pair, self.dtypes = pair, dtypes
         self.steps, self.progress = steps, progress
         self.seed = seed
-        self.evidence = Evidence()
+        self.evidence = PlotData()
         self._runs = functools.cache(self._make_runs)
         self.gradients = functools.lru_cache(maxsize=1)(self._make_gradients)
         self._dtype: str | None = None

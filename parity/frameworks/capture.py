@@ -1,6 +1,6 @@
 """Module inputs and outputs, captured from outside: the models know nothing of it.
 
-A trace goes to a sink as soon as its module is done, so that nothing has to be kept. `in_step` runs
+A trace is passed on as soon as its module is done, so that nothing has to be kept. `lockstep` runs
 several captures side by side, each as far as the reader asks.
 """
 
@@ -44,18 +44,18 @@ class Backward:
     output: np.ndarray | None
 
 
-Sink = Callable[[Trace], None]
+OnTrace = Callable[[Trace], None]
 
 
 @contextlib.contextmanager
-def in_step(*captures: Callable[[Sink], None]) -> Iterator[list[Iterator[Trace]]]:
+def lockstep(*captures: Callable[[OnTrace], None]) -> Iterator[list[Iterator[Trace]]]:
     """The traces of captures that run side by side, each in a thread of its own.
 
     A capture waits until its next trace is asked for, so that no more than one of each is there;
     what is left when the block ends is given up.
 
     Args:
-        captures: each runs one capture into the sink that it is given.
+        captures: each runs one capture into the on_trace that it is given.
     """
     streams = [_Stream(capture) for capture in captures]
     try:
@@ -68,7 +68,7 @@ def in_step(*captures: Callable[[Sink], None]) -> Iterator[list[Iterator[Trace]]
 class _Stream:
     """A capture that goes on when its next trace is asked for."""
 
-    def __init__(self, capture: Callable[[Sink], None]):
+    def __init__(self, capture: Callable[[OnTrace], None]):
         self._asked: queue.Queue[bool] = queue.Queue()
         self._given: queue.Queue[Trace | None] = queue.Queue()
         self._error: BaseException | None = None
@@ -94,7 +94,7 @@ class _Stream:
             self._asked.put(False)
             self._thread.join()
 
-    def _run(self, capture: Callable[[Sink], None]) -> None:
+    def _run(self, capture: Callable[[OnTrace], None]) -> None:
         try:
             capture(self._give)
         except _Enough:
@@ -114,19 +114,19 @@ class _Enough(BaseException):
     """Ends a capture of which no more is wanted; no model that catches errors swallows it."""
 
 
-def tell(
-    sink: Sink,
+def emit(
+    on_trace: OnTrace,
     path: str,
     inputs: tuple,
     output: Any,
     array_type: type,
     convert: Callable[[Any], np.ndarray],
 ) -> None:
-    """Tells a call to a sink, if it gave an array."""
+    """Pass a module call to `on_trace` as a `Trace`, if its output contains an array."""
     arrays = [x for x in leaves_of(inputs) if isinstance(x, array_type)]
     outputs = [x for x in leaves_of(output) if isinstance(x, array_type)]
     if outputs:
-        sink(Trace(path, tuple(map(convert, arrays)), convert(outputs[0])))
+        on_trace(Trace(path, tuple(map(convert, arrays)), convert(outputs[0])))
 
 
 def leaves_of(value: Any) -> Iterator[Any]:

@@ -27,7 +27,7 @@ class Batch:
 
 
 @dataclasses.dataclass(frozen=True)
-class Side:
+class ModelSpec:
     """One framework's half of a pair, as functions of its module.
 
     Attributes:

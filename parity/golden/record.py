@@ -8,7 +8,7 @@ import numpy as np
 
 from parity.check.levels.optimizer import HORIZON, STEPS
 from parity.frameworks.leaves import Leaves, copied
-from parity.frameworks.spec import Side
+from parity.frameworks.spec import ModelSpec
 from parity.golden.file import Golden, State
 from parity.golden.frameworks import framework, framework_of
 from parity.pair.inputs import as_inputs
@@ -102,7 +102,7 @@ def record(
     )
 
 
-def _weights(here: ModuleType, module: Any, side: Side, weights: str, seed: int) -> Leaves:
+def _weights(here: ModuleType, module: Any, side: ModelSpec, weights: str, seed: int) -> Leaves:
     """What is to be loaded: random numbers in all that training moves, or the module's own."""
     if weights == "own":
         return here.leaves_of_side(side, "float64")

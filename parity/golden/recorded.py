@@ -1,4 +1,4 @@
-"""A recorded side: it answers the levels from a golden, as FlaxRun and TorchRun do from a model."""
+"""A recorded model: it answers the levels from a golden, as a runner does from a live model."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ from parity.frameworks.spec import Batch
 from parity.golden.file import Golden
 
 
-class RecordedRun:
+class RecordedRunner:
     """What a golden has to say, to the questions that were asked when it was recorded."""
 
     def __init__(self, golden: Golden):

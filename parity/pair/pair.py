@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from parity.frameworks.leaves import Leaves
-from parity.frameworks.spec import Batch, Side
+from parity.frameworks.spec import Batch, ModelSpec
 from parity.weights.rules import Rules
 
 
@@ -37,8 +37,8 @@ class Pair:
             which may hold an operation that is not: then float64 says less, and that is said.
     """
 
-    flax: Side
-    torch: Side
+    flax: ModelSpec
+    torch: ModelSpec
     rules: Rules
     probes: Mapping[str, Batch]
     training_batch: Callable[[int], Batch]

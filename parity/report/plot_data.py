@@ -60,7 +60,7 @@ class Generation:
 
 
 @dataclasses.dataclass
-class Evidence:
+class PlotData:
     """Filled by the levels as they are climbed; what they do not reach stays empty."""
 
     modules: ModuleGaps | None = None

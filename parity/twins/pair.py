@@ -9,7 +9,7 @@ import numpy as np
 import flax_gpt
 import torch_gpt
 from parity.frameworks.leaves import Leaves
-from parity.frameworks.spec import Batch, Side
+from parity.frameworks.spec import Batch, ModelSpec
 from parity.pair.pair import Pair
 from parity.pair.text import Corpus
 from parity.twins.flax import FlaxDecoder, FlaxTrainer
@@ -110,8 +110,8 @@ def twins(
     decodes = task == "next-token"
     dropout_seed = seed if config.dropout else None
 
-    def side(name: str, package: ModuleType, trainer: type, decoder: type) -> Side:
-        return Side(
+    def side(name: str, package: ModuleType, trainer: type, decoder: type) -> ModelSpec:
+        return ModelSpec(
             name=name,
             build=lambda dtype: _build(package, task, sizes | {"dtype": dtype}),
             forward=_forward if decodes else _classify,

@@ -106,16 +106,16 @@ def infer_rules(
     Raises:
         ValueError: for leaves without a counterpart, or with several that nothing tells apart.
     """
-    torch_side, flax_side = torch_leaves(torch_module), flax_leaves(flax_module)
+    torch_spec, flax_spec = torch_leaves(torch_module), flax_leaves(flax_module)
     ties = _ties(torch_module)
     found = {
         name: torch_leaf(*torch_owner(torch_module, name))
-        for name in torch_side
+        for name in torch_spec
         if name not in dict(ties)
     }
     ignored = [name for name, leaf in found.items() if leaf is None]
     ours = _owners({name: leaf for name, leaf in found.items() if leaf})
-    theirs = _owners({name: flax_leaf(*flax_owner(flax_module, name)) for name in flax_side})
+    theirs = _owners({name: flax_leaf(*flax_owner(flax_module, name)) for name in flax_spec})
     ours, theirs = _with_siblings(ours, theirs)
     links: list[Link] = []
     choices: list[_Choice] = []
@@ -144,7 +144,7 @@ def infer_rules(
         )
 
     def rules_of(links: Sequence[Link]) -> Rules:
-        return _compressed(links, ties, tuple(ignored), torch_side, flax_side)
+        return _compressed(links, ties, tuple(ignored), torch_spec, flax_spec)
 
     return _decided(rules_of, links, choices, output_gap)
 
@@ -342,14 +342,14 @@ def _compressed(
     links: Sequence[Link],
     ties: tuple[tuple[str, str], ...],
     ignored: tuple[str, ...],
-    torch_side: Leaves,
-    flax_side: Leaves,
+    torch_spec: Leaves,
+    flax_spec: Leaves,
 ) -> Rules:
     """Rules with stars for the numbers of layers, where these say the same as the links."""
     literal = [Rule(_braced(x.torch), _braced(x.flax), x.layout, x.heads) for x in links]
     starred = [_starred(rule) for rule in literal]
     uses = Counter(
-        name for rule in dict.fromkeys(starred) for x in rule.links(torch_side) for name in x.torch
+        name for rule in dict.fromkeys(starred) for x in rule.links(torch_spec) for name in x.torch
     )
     # Layers of a Sequential differ in kind under one pattern: such keep their numbers.
     chosen = [
@@ -358,7 +358,7 @@ def _compressed(
     ]
     rules = Rules(tuple(dict.fromkeys(chosen)), ties, tuple(dict.fromkeys(map(_star, ignored))))
     try:
-        weight_map = resolve(rules, torch_side, flax_side)
+        weight_map = resolve(rules, torch_spec, flax_spec)
     except TransplantError:
         return dataclasses.replace(rules, rules=tuple(literal), ignored=ignored)
     same = set(weight_map.links) == set(links)

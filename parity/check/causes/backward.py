@@ -12,7 +12,7 @@ from parity.check.causes.forward import matching
 from parity.check.causes.replay import Change, Operation, Replay, named, watched
 from parity.check.locate import model_name
 from parity.check.metrics import relative_l2
-from parity.check.pair_session import PairSubject
+from parity.check.pair_session import PairSession
 from parity.frameworks.torch.leaves import to_numpy
 from parity.report import Divergence
 
@@ -21,37 +21,37 @@ _PATIENCE = 20.0  # seconds to look for a cause
 _SAME = 1e-12
 
 
-def explained_loss(subject: PairSubject, found: Divergence) -> Divergence:
+def explained_loss(session: PairSession, found: Divergence) -> Divergence:
     """The divergence of a loss whose outputs agree, with its cause if one alternative closes it."""
-    (target, _), _ = subject.gradients("float64")
-    port = subject.runs("float64")[1]
-    loss = _Loss(port.module, subject.pair.torch.loss)
-    replay = Replay(loss, port.arrays(subject.gradient_probe), {}, {"model": port.module})
+    (target, _), _ = session.gradients("float64")
+    port = session.runs("float64")[1]
+    loss = _Loss(port.module, session.pair.torch.loss)
+    replay = Replay(loss, port.arrays(session.gradient_probe), {}, {"model": port.module})
     words = matching([(replay, np.asarray(target))], {})
     return dataclasses.replace(found, cause=words)
 
 
-def explained_gradient(subject: PairSubject, found: Divergence) -> Divergence:
+def explained_gradient(session: PairSession, found: Divergence) -> Divergence:
     """The divergence of a gradient, with the operation that loses or finds one.
 
     What is judged is the guilty module's own leaves: behind it all agrees, and what lies before it
     may have further faults.
     """
-    (_, flax), _ = subject.gradients("float64")
-    port = subject.runs("float64")[1]
-    inside = "" if found.where == model_name(subject) else f"{found.where}."
-    judged = {name: x for name, x in flax.items() if name not in subject.null_leaves}
+    (_, flax), _ = session.gradients("float64")
+    port = session.runs("float64")[1]
+    inside = "" if found.where == model_name(session) else f"{found.where}."
+    judged = {name: x for name, x in flax.items() if name not in session.null_leaves}
     targets = {
         name: target
-        for name, target in subject.weight_map.to_torch(judged).items()
+        for name, target in session.weight_map.to_torch(judged).items()
         if name.startswith(inside) and name in dict(port.module.named_parameters())
     }
     parameters = [port.module.get_parameter(name) for name in targets]
-    arrays = port.arrays(subject.gradient_probe)
+    arrays = port.arrays(session.gradient_probe)
 
     def gradients(change: Change) -> list[np.ndarray]:
         with watched(change), torch.enable_grad():
-            loss = subject.pair.torch.loss(port.module, *arrays)
+            loss = session.pair.torch.loss(port.module, *arrays)
         made = [None] * len(parameters)
         if loss.requires_grad:
             made = torch.autograd.grad(loss, parameters, allow_unused=True)

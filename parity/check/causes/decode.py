@@ -18,7 +18,7 @@ import torch
 from parity.check.causes.operations import alternatives, common_sizes
 from parity.check.causes.replay import Done, Operation, named, place_of_caller, watched
 from parity.check.locate import float64_gap
-from parity.check.session import Subject
+from parity.check.session import Session
 from parity.frameworks.capture import leaves_of
 from parity.frameworks.torch.leaves import to_numpy
 from parity.report import Divergence
@@ -53,18 +53,18 @@ Calls = Sequence[tuple[np.ndarray, np.ndarray]]
 
 
 def explained_chunks(
-    subject: Subject, found: Divergence, calls: Calls, capacity: int
+    session: Session, found: Divergence, calls: Calls, capacity: int
 ) -> Divergence:
     """The divergence of a sequence read in pieces, with its cause if one change makes torch do
     what flax does.
 
     Args:
-        subject: the pair.
+        session: the pair.
         found: the module where cached and uncached part.
         calls: tokens (B, T) and counts (B,) of each.
         capacity: of the cache.
     """
-    flax, port = subject.runs("float64")
+    flax, port = session.runs("float64")
     wanted = flax.decoder().chunks(calls, capacity)
     targets = [_real(call, output) for call, output in zip(calls, wanted, strict=True)]
 
@@ -74,24 +74,24 @@ def explained_chunks(
 
     replay = _Decoding(port.module, lambda: port.decoder().chunks(calls, capacity))
     early = _early(calls, targets) if len(replay.outputs) == len(calls) else None
-    guilty = subject.modules.get(found.where, found.where)
+    guilty = session.modules.get(found.where, found.where)
     return dataclasses.replace(found, cause=_cause(replay, matches, guilty, early))
 
 
 def explained_tokens(
-    subject: Subject, found: Divergence, tokens: np.ndarray, counts: np.ndarray, use_cache: bool
+    session: Session, found: Divergence, tokens: np.ndarray, counts: np.ndarray, use_cache: bool
 ) -> Divergence:
     """The divergence of greedy tokens with its cause, as above.
 
     Args:
-        subject: the pair.
+        session: the pair.
         found: the decoder whose tokens flip.
         tokens: prompts (B, T).
         counts: (B,).
         use_cache: of that decoder.
     """
-    flax, port = subject.runs("float64")
-    asked = tokens, counts, subject.pair.new_tokens, use_cache
+    flax, port = session.runs("float64")
+    asked = tokens, counts, session.pair.new_tokens, use_cache
     target = flax.decoder().generate(*asked)
     replay = _Decoding(port.module, lambda: port.decoder().generate(*asked))
     cause = _cause(replay, lambda written: np.array_equal(written, target), "")

@@ -14,17 +14,17 @@ from parity.check.causes.operations import ACTIVATIONS, alternatives, common_siz
 from parity.check.causes.replay import Change, Done, Exchange, Replay, named
 from parity.check.causes.weights import readings
 from parity.check.locate import aligned, float64_gap, model_name, translated
-from parity.check.session import Subject
+from parity.check.session import Session
 from parity.frameworks.capture import Trace, leaves_of
 from parity.frameworks.spec import Batch
-from parity.frameworks.torch.runner import TorchRun
+from parity.frameworks.torch.runner import TorchRunner
 from parity.report import Divergence
 
 # Seconds to look for a cause in one call; a small module's alternatives take two.
 _PATIENCE = 20.0
 
 
-def explained_output(subject: Subject, probe: str, found: Divergence) -> Divergence:
+def explained_output(session: Session, probe: str, found: Divergence) -> Divergence:
     """The divergence of a forward pass with its cause, as far as one alternative closes the gap.
 
     The torch side is what is changed, whichever of the two is wrong: which that is, nobody but the
@@ -32,14 +32,14 @@ def explained_output(subject: Subject, probe: str, found: Divergence) -> Diverge
     it in another.
 
     Args:
-        subject: the pair.
+        session: the pair.
         probe: the inputs on which they part.
         found: where they do.
     """
-    path = "" if found.where == model_name(subject) else found.where
-    model = subject.runs("float64")[1].module
-    probes = dict.fromkeys((probe, *subject.pair.probes))
-    calls = (_guilty_calls(subject, subject.pair.probes[name], path) for name in probes)
+    path = "" if found.where == model_name(session) else found.where
+    model = session.runs("float64")[1].module
+    probes = dict.fromkeys((probe, *session.pair.probes))
+    calls = (_guilty_calls(session, session.pair.probes[name], path) for name in probes)
     cause = matching(itertools.chain.from_iterable(calls), dict(model.named_modules()))
     return dataclasses.replace(found, cause=cause)
 
@@ -65,18 +65,18 @@ def matching(
     return None
 
 
-def _guilty_calls(subject: Subject, batch: Batch, path: str) -> Iterator[tuple[Replay, np.ndarray]]:
+def _guilty_calls(session: Session, batch: Batch, path: str) -> Iterator[tuple[Replay, np.ndarray]]:
     """The first call of a torch module whose output parts, and what flax's gives there.
 
     Then the whole model up to there, for a module may be given more than arrays, such as a mask
     inside of an object.
     """
-    flax, port = subject.runs("float64")
+    flax, port = session.runs("float64")
     targets: list[Trace] = []
     called: set[str] = set()
 
     def keep(trace: Trace) -> None:
-        for known in translated([trace], subject.modules):
+        for known in translated([trace], session.modules):
             called.add(known.path)
             if known.path == path:
                 targets.append(known)
@@ -118,7 +118,7 @@ def _is_bare(module: torch.nn.Module) -> bool:
     return not parts
 
 
-def _calls(run: TorchRun, batch: Batch, module: torch.nn.Module) -> list[tuple[tuple, dict]]:
+def _calls(run: TorchRunner, batch: Batch, module: torch.nn.Module) -> list[tuple[tuple, dict]]:
     """What a module is given in a forward pass."""
     calls: list[tuple[tuple, dict]] = []
     handle = module.register_forward_pre_hook(

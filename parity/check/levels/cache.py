@@ -7,7 +7,7 @@ import numpy as np
 from parity.check.causes import explained
 from parity.check.locate import first_divergence, float64_gap, model_name
 from parity.check.metrics import max_abs
-from parity.check.session import Subject
+from parity.check.session import Session
 from parity.frameworks.capture import Trace
 from parity.frameworks.spec import Batch
 from parity.report import Divergence
@@ -21,17 +21,17 @@ BOUND = {"float64": 1e-12, "float32": 1e-5}
 WIDTHS = 32, (8, 1)
 
 
-def records(subject: Subject) -> Iterator[Record]:
+def records(session: Session) -> Iterator[Record]:
     """Cached against uncached inside each framework, and cached against cached across."""
-    if subject.pair.sequences is None:
+    if session.pair.sequences is None:
         yield abstain("cache", "the pair declares no decoder")
         return
-    tokens, counts = subject.pair.sequences
-    calls = ragged_calls(tokens, counts, subject.seed)
+    tokens, counts = session.pair.sequences
+    calls = ragged_calls(tokens, counts, session.seed)
     real = np.arange(tokens.shape[1]) < counts[:, None]
-    for number, dtype in enumerate(subject.dtypes):
+    for number, dtype in enumerate(session.dtypes):
         cached = []
-        for run in subject.runs(dtype):
+        for run in session.runs(dtype):
             whole = run.outputs(Batch((tokens, counts)))
             pieces = assemble(calls, run.decoder().chunks(calls, tokens.shape[1]), whole.shape)
             gap = max_abs(pieces[real], whole[real])
@@ -40,7 +40,7 @@ def records(subject: Subject) -> Iterator[Record]:
             cached.append(pieces[real])
         gap = max_abs(*cached)
         yield judge("cached across frameworks", dtype, "max_abs", gap, BOUND[dtype], cached[0].size)
-        subject.progress((number + 1) / len(subject.dtypes))
+        session.progress((number + 1) / len(session.dtypes))
 
 
 def ragged_calls(
@@ -76,17 +76,17 @@ def assemble(calls: list, outputs: list[np.ndarray], shape: tuple[int, ...]) -> 
     return whole
 
 
-def locate(subject: Subject, records: list[Record]) -> Divergence | None:
+def locate(session: Session, records: list[Record]) -> Divergence | None:
     """The first module whose output through the cache is not what it is without."""
     from parity.check.causes.decode import explained_chunks  # as in logits
 
     bad = next(record for record in records if record.verdict is Verdict.FAIL)
-    run = next((r for r in subject.runs("float64") if bad.name.startswith(r.name)), None)
+    run = next((r for r in session.runs("float64") if bad.name.startswith(r.name)), None)
     found = Divergence(bad.name, "decode", 0, bad.value)
     if bad.dtype != "float64":
         return found
-    tokens, counts = subject.pair.sequences
-    calls, capacity = ragged_calls(tokens, counts, subject.seed), tokens.shape[1]
+    tokens, counts = session.pair.sequences
+    calls, capacity = ragged_calls(tokens, counts, session.seed), tokens.shape[1]
     if run is not None:
         real = np.arange(capacity) < counts[:, None]
         traces: list[Trace] = []
@@ -94,9 +94,9 @@ def locate(subject: Subject, records: list[Record]) -> Divergence | None:
         whole = _by_token(traces, real)
         pieces = run.decoder_traces(lambda decoder: decoder.chunks(calls, capacity))
         joined, paths = _joined(pieces, calls, real), {trace.path for trace in whole}
-        root = model_name(subject)
+        root = model_name(session)
         found = first_divergence(whole, joined, float64_gap, root, "decode", paths) or found
-    return explained(found, lambda found: explained_chunks(subject, found, calls, capacity))
+    return explained(found, lambda found: explained_chunks(session, found, calls, capacity))
 
 
 def _by_token(traces: list[Trace], real: np.ndarray) -> list[Trace]:

@@ -1,20 +1,20 @@
 """The first record of the level weights: the map leaves nothing over, on either side."""
 
-from parity.check.session import Subject
+from parity.check.session import Session
 from parity.report.record import Record, judge
 from parity.weights.weight_map import TransplantError
 
 
-def every_leaf_once(subject: Subject, dtype: str = "float32") -> Record:
+def every_leaf_once(session: Session, dtype: str = "float32") -> Record:
     """Whether the rules use each leaf exactly once, and what is wrong if they do not.
 
     Args:
-        subject: whose weight map it is.
+        session: whose weight map it is.
         dtype: of the weights.
     """
     name = "every leaf once"
     try:
-        weight_map = subject.weight_map
+        weight_map = session.weight_map
     except TransplantError as error:
         problems = error.problems
         note = "; ".join(problems)

@@ -7,7 +7,7 @@ import numpy as np
 from parity.check.causes import explained
 from parity.check.locate import locate_forward, locate_rounding
 from parity.check.metrics import error_ratio, relative_max_abs
-from parity.check.session import Subject
+from parity.check.session import Session
 from parity.report import Divergence
 from parity.report.record import Record, Verdict, abstain, judge
 
@@ -22,53 +22,53 @@ RATIO = 4.0
 FLOAT32 = 1e-4
 
 
-def float64_bound(subject: Subject) -> float:
+def float64_bound(session: Session) -> float:
     """Rounding grows with width and depth."""
-    return FLOAT64_LARGE if subject.num_params > LARGE else FLOAT64
+    return FLOAT64_LARGE if session.num_params > LARGE else FLOAT64
 
 
-def records(subject: Subject) -> Iterator[Record]:
+def records(session: Session) -> Iterator[Record]:
     """Gaps in float64; in narrower types each side's error against float64."""
-    probes = subject.pair.probes
+    probes = session.pair.probes
     truths: dict[str, np.ndarray] = {}
     for number, (name, batch) in enumerate(probes.items()):
-        flax, torch = (batch.select(r.outputs(batch)) for r in subject.runs("float64"))
-        truths[name] = subject.truth(flax, torch)
-        subject.progress((number + 1) / len(probes) / 2)
-        if subject.impurities:
+        flax, torch = (batch.select(r.outputs(batch)) for r in session.runs("float64"))
+        truths[name] = session.truth(flax, torch)
+        session.progress((number + 1) / len(probes) / 2)
+        if session.impurities:
             continue
         gap = relative_max_abs(flax, torch, flax)
         note = _padding_note(batch.real)
-        yield judge(name, "float64", "max_abs", gap, float64_bound(subject), flax.size, note=note)
+        yield judge(name, "float64", "max_abs", gap, float64_bound(session), flax.size, note=note)
         flips = _unequal_as_float32(flax, torch)
         yield judge(
             f"{name}, unequal as float32", "float64", "logits", flips,
             EXCEPTIONS + int(EXCEPTIONS_PER_LOGIT * flax.size), flax.size,
             note=f"{flips} of {flax.size:,} logits round to another float32" if flips else None,
         )  # fmt: skip
-    yield from purity(subject, "forward_purity")
-    if "float32" not in subject.dtypes:
+    yield from purity(session, "forward_purity")
+    if "float32" not in session.dtypes:
         return
     for number, (name, batch) in enumerate(probes.items()):
-        flax, torch = (batch.select(r.outputs(batch)) for r in subject.runs("float32"))
+        flax, torch = (batch.select(r.outputs(batch)) for r in session.runs("float32"))
         truth = truths[name]
-        if len(subject.impurities) < 2:  # else there is no truth to divide by
+        if len(session.impurities) < 2:  # else there is no truth to divide by
             ratio = error_ratio(flax, torch, truth)
             yield judge(name, "float32", "error_ratio", ratio, RATIO, flax.size)
-        for run, output in zip(subject.runs("float32"), (flax, torch), strict=True):
+        for run, output in zip(session.runs("float32"), (flax, torch), strict=True):
             error = relative_max_abs(output, truth, truth)
             yield judge(f"{name}, {run.name}", "float32", "max_abs", error, FLOAT32, output.size)
-        subject.progress(0.5 + (number + 1) / len(probes) / 2)
+        session.progress(0.5 + (number + 1) / len(probes) / 2)
 
 
-def purity(subject: Subject, question: str) -> Iterator[Record]:
+def purity(session: Session, question: str) -> Iterator[Record]:
     """Proof that the float64 runs computed in float64."""
-    if subject.impurities:
-        yield abstain("float64", subject.weaker_claim)
+    if session.impurities:
+        yield abstain("float64", session.weaker_claim)
         return
-    for run in subject.runs("float64"):
-        subject.make_room()
-        found = getattr(run, question)(subject.gradient_probe)
+    for run in session.runs("float64"):
+        session.make_room()
+        found = getattr(run, question)(session.gradient_probe)
         culprits = ", ".join(f"{name} ({n}x)" for name, n in found.impure.items())
         yield judge(
             f"{run.name}, {question.removesuffix('_purity')} in float64", "float64",
@@ -89,7 +89,7 @@ def _padding_note(real: np.ndarray | None) -> str | None:
     return f"{np.count_nonzero(~real)} of {real.size} positions are padding, not compared"
 
 
-def locate(subject: Subject, records: list[Record]) -> Divergence | None:
+def locate(session: Session, records: list[Record]) -> Divergence | None:
     """The first module whose output parts, in the probe that failed."""
     from parity.check.causes.forward import (
         explained_output,  # needs both frameworks; comparing does not
@@ -98,16 +98,16 @@ def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     bad = next(record for record in records if record.verdict is Verdict.FAIL)
     if bad.metric == "narrow operations":
         return Divergence(bad.name, "forward", 0, bad.value, detail=bad.note or "")
-    probe = failed_probe(subject, [bad])
-    batch = subject.pair.probes[probe]
+    probe = failed_probe(session, [bad])
+    batch = session.pair.probes[probe]
     if bad.dtype != "float64":
-        return locate_rounding(subject, batch)
-    found = locate_forward(subject, batch)
-    return found and explained(found, lambda found: explained_output(subject, probe, found))
+        return locate_rounding(session, batch)
+    found = locate_forward(session, batch)
+    return found and explained(found, lambda found: explained_output(session, probe, found))
 
 
-def failed_probe(subject: Subject, records: Iterable[Record]) -> str:
+def failed_probe(session: Session, records: Iterable[Record]) -> str:
     """The name of the probe that failed first, or of the first one."""
     failed = (record.name for record in records if record.verdict is Verdict.FAIL)
-    probes = list(subject.pair.probes)
+    probes = list(session.pair.probes)
     return next((name for bad in failed for name in probes if bad.startswith(name)), probes[0])

@@ -18,7 +18,7 @@ import numpy as np
 from parity.check.causes.optimizer import Reading, Step, difference, read, shares
 from parity.check.levels.logits import float64_bound
 from parity.check.metrics import largest, max_abs, ratio, relative_l2
-from parity.check.session import Subject
+from parity.check.session import Session
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.spec import Batch
 from parity.pair.pair import Pair
@@ -90,23 +90,23 @@ class _Step:
         return (self.first if quantity == _FIRST else self.after)[leaf]
 
 
-def records(subject: Subject) -> Iterator[Record]:
+def records(session: Session) -> Iterator[Record]:
     """Quantities by step; float64 names the worst leaf, float32 is judged by ratio to it."""
-    if subject.pair.flax.trainer is None or subject.pair.torch.trainer is None:
+    if session.pair.flax.trainer is None or session.pair.torch.trainer is None:
         yield abstain("optimizer", "the pair declares no trainer")
         return
     exact: list[_Step] = []
-    bound = float64_bound(subject)
-    for number, dtype in enumerate(subject.dtypes):
-        flax_steps, torch_steps = _steps(subject, dtype)
+    bound = float64_bound(session)
+    for number, dtype in enumerate(session.dtypes):
+        flax_steps, torch_steps = _steps(session, dtype)
         if not exact:
-            exact = flax_steps if subject.pair.torch.name in subject.impurities else torch_steps
-            if subject.impurities:
+            exact = flax_steps if session.pair.torch.name in session.impurities else torch_steps
+            if session.impurities:
                 yield abstain("float64", IMPURE)
                 continue
         for index, (flax, torch) in enumerate(zip(flax_steps, torch_steps, strict=True)):
             step, truth = index + 1, exact[index]
-            for quantity, leaves in truth.quantities(subject.null_in_training).items():
+            for quantity, leaves in truth.quantities(session.null_in_training).items():
                 name = f"step {step} {quantity}"
                 size = sum(flax.after[leaf].size for leaf in leaves)
                 if dtype == "float64":
@@ -120,7 +120,7 @@ def records(subject: Subject) -> Iterator[Record]:
                 else:
                     gap = _error_ratio(quantity, leaves, flax, torch, truth)
                     yield judge(name, dtype, "error_ratio", gap, RATIO, size, step=step)
-            judged = flax.after if dtype == "float64" else subject.null_in_training
+            judged = flax.after if dtype == "float64" else session.null_in_training
             gaps = {x: max_abs(flax.update(x), torch.update(x)) for x in judged}
             if gaps:
                 leaf = largest(gaps)
@@ -128,7 +128,7 @@ def records(subject: Subject) -> Iterator[Record]:
                     f"step {step} largest gap of a single update",
                     dtype,
                     "learning_rates",
-                    gaps[leaf] / subject.pair.learning_rate,
+                    gaps[leaf] / session.pair.learning_rate,
                     SINGLE[dtype],
                     sum(flax.after[x].size for x in gaps),
                     where=leaf,
@@ -139,16 +139,16 @@ def records(subject: Subject) -> Iterator[Record]:
                         where=_LOSS, step=step)  # fmt: skip
             gap = abs(flax.count - torch.count)
             yield judge(f"step {step} count", dtype, "difference", gap, 0, 1, step=step)
-        subject.progress((number + 1) / len(subject.dtypes))
+        session.progress((number + 1) / len(session.dtypes))
 
 
-def _steps(subject: Subject, dtype: str) -> tuple[list[_Step], list[_Step]]:
+def _steps(session: Session, dtype: str) -> tuple[list[_Step], list[_Step]]:
     """The steps of both sides, one after the other."""
     steps = []
-    sides = zip(subject.runs(dtype), (dict.items, subject.weight_map.flax_leaves), strict=True)
+    sides = zip(session.runs(dtype), (dict.items, session.weight_map.flax_leaves), strict=True)
     for run, leaves in sides:
-        limit = SAMPLE_LARGE if subject.is_large else SAMPLE
-        steps.append(_steps_of(subject.trainer(run, HORIZON), subject.pair, leaves, limit))
+        limit = SAMPLE_LARGE if session.is_large else SAMPLE
+        steps.append(_steps_of(session.trainer(run, HORIZON), session.pair, leaves, limit))
     return steps[0], steps[1]
 
 
@@ -197,7 +197,7 @@ def _error_ratio(
     return ratio(*map(float, errors), floor=float(np.finfo(np.float32).eps))
 
 
-def locate(subject: Subject, records: list[Record]) -> Divergence | None:
+def locate(session: Session, records: list[Record]) -> Divergence | None:
     """The first step and quantity that part, and the leaf where most."""
     failed = [record for record in records if record.verdict is Verdict.FAIL]
     of_step = [record for record in failed if record.step == failed[0].step]
@@ -205,14 +205,14 @@ def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     bad = next((record for record in of_step if record.where == _LOSS), failed[0])
     where = bad.where or "the optimizer"
     detail = f"Seen in {bad.name}, {bad.dtype}; all steps before agree."
-    cause = _cause(subject) if bad.dtype == "float64" else None
+    cause = _cause(session) if bad.dtype == "float64" else None
     return Divergence(where, "optimizer", bad.step, bad.value, cause, detail)
 
 
-def _cause(subject: Subject) -> str | None:
+def _cause(session: Session) -> str | None:
     """What the two optimizers are seen to do differently, each judged by its own steps alone."""
-    pair, (flax, torch) = subject.pair, subject.runs("float64")
-    readings = _reading(flax, pair, dict), _reading(torch, pair, subject.weight_map.to_flax)
+    pair, (flax, torch) = session.pair, session.runs("float64")
+    readings = _reading(flax, pair, dict), _reading(torch, pair, session.weight_map.to_flax)
     return difference(*readings, (flax.name, torch.name))
 
 

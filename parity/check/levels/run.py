@@ -3,18 +3,18 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 
-from parity.check.session import Subject
+from parity.check.session import Session
 from parity.report import Divergence, Level
 from parity.report.record import BAD, Record, Verdict
 
 Progress = Callable[[str, float], None]
-Compare = Callable[[Subject], Iterable[Record]]
-Locate = Callable[[Subject, list[Record]], Divergence | None]
+Compare = Callable[[Session], Iterable[Record]]
+Locate = Callable[[Session, list[Record]], Divergence | None]
 
 
-def climb(
+def run_levels(
     rungs: Mapping[str, tuple[Compare, Locate]],
-    subject: Subject,
+    session: Session,
     progress: Progress,
     done: Callable[[Level], None] = lambda level: None,
 ) -> tuple[tuple[Level, ...], Divergence | None]:
@@ -23,7 +23,7 @@ def climb(
     Args:
         rungs: by name, what gives a level's records and what says after a failure where the models
             part.
-        subject: what is under test.
+        session: what is under test.
         progress: called with a level's name and how far it is, from 0 to 1.
         done: called after each level that was not blocked.
 
@@ -36,17 +36,17 @@ def climb(
         if any(level.verdict in BAD for level in finished):
             finished.append(Level(name, 0.0, (), blocked=True))
             continue
-        subject.progress = lambda fraction, name=name: progress(name, fraction)
-        subject.progress(0.0)
-        level, divergence = _level(name, compare, locate, subject)
-        subject.release()
+        session.progress = lambda fraction, name=name: progress(name, fraction)
+        session.progress(0.0)
+        level, divergence = _level(name, compare, locate, session)
+        session.release()
         finished.append(level)
         done(level)
     return tuple(finished), divergence
 
 
 def _level(
-    name: str, compare: Compare, locate: Locate, subject: Subject
+    name: str, compare: Compare, locate: Locate, session: Session
 ) -> tuple[Level, Divergence | None]:
     """One level. A model that raises is an ERROR of its level, with the message kept.
 
@@ -56,13 +56,13 @@ def _level(
     records: list[Record] = []
     divergence = None
     try:
-        for record in compare(subject):
+        for record in compare(session):
             records.append(record)
     except Exception as error:
         records.append(error_record(name, error))
     if any(record.verdict is Verdict.FAIL for record in records):
         try:
-            divergence = locate(subject, records)
+            divergence = locate(session, records)
         except Exception as error:
             # That they differ is known; where, is not.
             detail = f"The search for the place ended with {error_record(name, error).note}."

@@ -7,7 +7,7 @@ import numpy as np
 from parity.check.causes import explained
 from parity.check.levels import logits
 from parity.check.metrics import max_abs
-from parity.check.session import Subject
+from parity.check.session import Session
 from parity.frameworks.spec import Batch
 from parity.report import Divergence
 from parity.report.plot_data import Flip, Generation
@@ -22,57 +22,57 @@ NOISE = 4e-6
 DRAWN = 64  # tokens to draw behind each prompt
 
 
-def records(subject: Subject) -> Iterator[Record]:
+def records(session: Session) -> Iterator[Record]:
     """Each decoder against the first one in float64; the margins say whether equality is luck."""
-    if subject.pair.prompts is None:
+    if session.pair.prompts is None:
         yield abstain("tokens", "the pair declares no decoder")
         return
-    tokens, counts = subject.pair.prompts
+    tokens, counts = session.pair.prompts
     reference: np.ndarray | None = None
     margins = errors = None
     drawn = drawn_margins = None
-    parts = len(subject.dtypes) * 2 * (3 if subject.pair.sampling else 2)
+    parts = len(session.dtypes) * 2 * (3 if session.pair.sampling else 2)
     done = 0
-    for dtype in subject.dtypes:
-        for run in subject.runs(dtype):
+    for dtype in session.dtypes:
+        for run in session.runs(dtype):
             decoder = run.decoder()
             for use_cache in (True, False):
-                written = decoder.generate(tokens, counts, subject.pair.new_tokens, use_cache)
+                written = decoder.generate(tokens, counts, session.pair.new_tokens, use_cache)
                 if reference is None:
                     reference = written
-                    margins, errors = _margins(subject, tokens, counts, reference)
+                    margins, errors = _margins(session, tokens, counts, reference)
                     thin = {x: 2 * error for x, error in errors.items()}
-                    greedy = _kept(subject, "greedy", reference, margins, thin)
+                    greedy = _kept(session, "greedy", reference, margins, thin)
                 name = f"{run.name}, {'cached' if use_cache else 'uncached'}"
                 greedy.flips += _flips(name, dtype, reference, written)
                 yield record(name, dtype, reference, written, margins, errors[dtype])
                 done += 1
-                subject.progress(done / parts)
-            if subject.pair.sampling is None:
+                session.progress(done / parts)
+            if session.pair.sampling is None:
                 continue
-            length = min(subject.pair.new_tokens, DRAWN)
+            length = min(session.pair.new_tokens, DRAWN)
             written, found = decoder.sample(
-                tokens, counts, length, subject.pair.sampling, subject.seed
+                tokens, counts, length, session.pair.sampling, session.seed
             )
             if drawn is None:
                 drawn, drawn_margins = written, found
-                temperature = subject.pair.sampling["temperature"]
+                temperature = session.pair.sampling["temperature"]
                 thin = {x: reach(error, temperature) for x, error in errors.items()}
-                sampled = _kept(subject, "drawn", drawn, drawn_margins, thin)
+                sampled = _kept(session, "drawn", drawn, drawn_margins, thin)
             name = f"{run.name}, drawn"
             sampled.flips += _flips(name, dtype, drawn, written)
             yield record(name, dtype, drawn, written, drawn_margins, errors[dtype],
                          sampled.reach[dtype])  # fmt: skip
             done += 1
-            subject.progress(done / parts)
+            session.progress(done / parts)
 
 
 def _kept(
-    subject: Subject, kind: str, tokens: np.ndarray, margins: np.ndarray, reach: dict[str, float]
+    session: Session, kind: str, tokens: np.ndarray, margins: np.ndarray, reach: dict[str, float]
 ) -> Generation:
     """The reference, kept as evidence."""
     generation = Generation(kind, tokens.tolist(), margins.tolist(), reach)
-    subject.evidence.generations.append(generation)
+    session.evidence.generations.append(generation)
     return generation
 
 
@@ -92,7 +92,7 @@ def reach(error: float, temperature: float) -> float:
 
 
 def _margins(
-    subject: Subject, tokens: np.ndarray, counts: np.ndarray, written: np.ndarray
+    session: Session, tokens: np.ndarray, counts: np.ndarray, written: np.ndarray
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Top-1 minus top-2 logit in float64 at each choice, and each dtype's measured logit error."""
     width = int(counts.max()) + written.shape[1]
@@ -103,17 +103,17 @@ def _margins(
     # The last token has been chosen but chooses nothing.
     lengths = (counts + written.shape[1] - 1).astype(np.int32)
     batch = Batch((sequences, lengths), np.arange(width) < lengths[:, None])
-    truth = subject.runs("float64")[0].outputs(batch)
+    truth = session.runs("float64")[0].outputs(batch)
     errors = {
         dtype: float(
             np.max(
                 [
                     max_abs(batch.select(run.outputs(batch)), batch.select(truth))
-                    for run in subject.runs(dtype)
+                    for run in session.runs(dtype)
                 ]
             )
         )
-        for dtype in subject.dtypes
+        for dtype in session.dtypes
     }
     top = np.sort(truth, axis=-1)[..., -2:]
     margin = top[..., 1] - top[..., 0]
@@ -151,7 +151,7 @@ def record(
                   noise=smallest, note=note, step=step)  # fmt: skip
 
 
-def locate(subject: Subject, records: list[Record]) -> Divergence | None:
+def locate(session: Session, records: list[Record]) -> Divergence | None:
     """The decoder and the token that flipped."""
     from parity.check.causes.decode import explained_tokens  # as in logits
 
@@ -160,5 +160,5 @@ def locate(subject: Subject, records: list[Record]) -> Divergence | None:
     found = Divergence(bad.name, "decode", bad.step, bad.value, detail=detail)
     if bad.dtype != "float64" or bad.name.endswith("drawn"):
         return found
-    asked = *subject.pair.prompts, not bad.name.endswith("uncached")
-    return explained(found, lambda found: explained_tokens(subject, found, *asked))
+    asked = *session.pair.prompts, not bad.name.endswith("uncached")
+    return explained(found, lambda found: explained_tokens(session, found, *asked))

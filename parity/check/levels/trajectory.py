@@ -7,7 +7,7 @@ import numpy as np
 
 from parity.check.levels.logits import float64_bound
 from parity.check.metrics import largest, max_abs
-from parity.check.session import Subject
+from parity.check.session import Session
 from parity.frameworks.leaves import Leaves
 from parity.report import Divergence
 from parity.report.plot_data import LossCurves
@@ -26,63 +26,63 @@ NULL = 1e-8
 CHANCE = 100.0
 
 
-def records(subject: Subject) -> Iterator[Record]:
+def records(session: Session) -> Iterator[Record]:
     """The two loss curves in each dtype, and in float64 the weights they end at."""
-    if subject.pair.flax.trainer is None or subject.pair.torch.trainer is None:
+    if session.pair.flax.trainer is None or session.pair.torch.trainer is None:
         yield abstain("trajectory", "the pair declares no trainer")
         return
     exact: np.ndarray | None = None
-    for number, dtype in enumerate(subject.dtypes):
-        sides = enumerate(subject.runs(dtype))
-        trained = [_train(run, subject, 2 * number + side) for side, run in sides]
+    for number, dtype in enumerate(session.dtypes):
+        sides = enumerate(session.runs(dtype))
+        trained = [_train(run, session, 2 * number + side) for side, run in sides]
         (flax, flax_final), (torch, torch_final) = trained
-        if dtype == "float64" and subject.impurities:
+        if dtype == "float64" and session.impurities:
             yield abstain("float64", IMPURE)
-            exact = subject.truth(flax, torch)
+            exact = session.truth(flax, torch)
             continue
-        bound = float64_bound(subject) if dtype == "float64" else FLOAT32
+        bound = float64_bound(session) if dtype == "float64" else FLOAT32
         curve = LossCurves(dtype, tuple(flax.tolist()), tuple(torch.tolist()), bound)
-        subject.evidence.losses.append(curve)
+        session.evidence.losses.append(curve)
         past = np.flatnonzero(~(np.abs(flax - torch) <= bound))
         first = int(past[0]) + 1 if past.size else 0
         yield judge(
-            f"loss over {subject.steps} steps",
+            f"loss over {session.steps} steps",
             dtype,
             "max_abs",
             max_abs(flax, torch),
             bound,
-            subject.steps,
+            session.steps,
             noise=None if exact is None else max_abs(torch, exact),
-            note=f"first past the bound at step {first} of {subject.steps}" if first else None,
+            note=f"first past the bound at step {first} of {session.steps}" if first else None,
             step=first,
         )
         if exact is None:
             exact = torch
             yield from _final_parameters(
-                subject, flax_final, subject.weight_map.to_flax(torch_final)
+                session, flax_final, session.weight_map.to_flax(torch_final)
             )
 
 
-def _train(run: Any, subject: Subject, part: int) -> tuple[np.ndarray, Leaves]:
+def _train(run: Any, session: Session, part: int) -> tuple[np.ndarray, Leaves]:
     """The losses of one side, and the weights that it ends at.
 
     Args:
         part: number of this training among those of all sides and types.
     """
-    trainer, losses = subject.trainer(run, subject.steps), np.empty(subject.steps)
-    for step in range(subject.steps):
-        losses[step] = trainer.step(*subject.pair.training_batch(step).inputs)
-        done = part + (step + 1) / subject.steps
-        subject.progress(done / (2 * len(subject.dtypes)))
+    trainer, losses = session.trainer(run, session.steps), np.empty(session.steps)
+    for step in range(session.steps):
+        losses[step] = trainer.step(*session.pair.training_batch(step).inputs)
+        done = part + (step + 1) / session.steps
+        session.progress(done / (2 * len(session.dtypes)))
     final = trainer.parameters()
     # Out of the way of the other side's training.
-    return losses, on_disk(final) if subject.is_large else final
+    return losses, on_disk(final) if session.is_large else final
 
 
-def _final_parameters(subject: Subject, flax: Leaves, torch: Leaves) -> Iterator[Record]:
+def _final_parameters(session: Session, flax: Leaves, torch: Leaves) -> Iterator[Record]:
     gaps = {name: max_abs(flax[name], torch[name]) for name in flax}
-    null = {name: gaps.pop(name) for name in subject.null_leaves}
-    adrift = [name for name in subject.null_in_training if gaps.pop(name, None) is not None]
+    null = {name: gaps.pop(name) for name in session.null_leaves}
+    adrift = [name for name in session.null_in_training if gaps.pop(name, None) is not None]
     leaf = largest(gaps)
     yield judge(
         "final parameters",
@@ -95,7 +95,7 @@ def _final_parameters(subject: Subject, flax: Leaves, torch: Leaves) -> Iterator
         if adrift
         else None,
         where=leaf,
-        step=subject.steps,
+        step=session.steps,
     )
     if null:
         leaf = largest(null)
@@ -103,40 +103,40 @@ def _final_parameters(subject: Subject, flax: Leaves, torch: Leaves) -> Iterator
             "final parameters without a gradient",
             "float64",
             "learning_rates",
-            null[leaf] / subject.pair.learning_rate,
-            NULL * subject.steps * max(1.0, subject.gradient_norm),
+            null[leaf] / session.pair.learning_rate,
+            NULL * session.steps * max(1.0, session.gradient_norm),
             sum(flax[name].size for name in null),
             note=f"zero up to rounding, judged by the way they can drift: {', '.join(null)}",
             where=leaf,
-            step=subject.steps,
+            step=session.steps,
         )
 
 
-def locate(subject: Subject, records: list[Record]) -> Divergence | None:
+def locate(session: Session, records: list[Record]) -> Divergence | None:
     """The first step past the bound, and whether rounding alone could have led there."""
     bad = next(record for record in records if record.verdict is Verdict.FAIL)
     where, words, cause = bad.where or "the loss curve", "", None
     if not bad.where:
-        cause = _idle(subject, bad.dtype, bad.step - 1)
-        runs = *subject.runs(bad.dtype), subject.witness(bad.dtype)
+        cause = _idle(session, bad.dtype, bad.step - 1)
+        runs = *session.runs(bad.dtype), session.witness(bad.dtype)
         _, words = rounding_or_bug(
-            [run.trainer(subject.steps) for run in runs],
-            lambda step: subject.pair.training_batch(step).inputs,
+            [run.trainer(session.steps) for run in runs],
+            lambda step: session.pair.training_batch(step).inputs,
             bad.step,
             runs[1].name,
         )
-    detail = f"In {bad.dtype}, of {subject.steps} steps. {words}".rstrip()
+    detail = f"In {bad.dtype}, of {session.steps} steps. {words}".rstrip()
     return Divergence(where, "optimizer", bad.step, bad.value, cause, detail)
 
 
-def _idle(subject: Subject, dtype: str, last: int) -> str | None:
+def _idle(session: Session, dtype: str, last: int) -> str | None:
     """Whether one side alone skips the step before its loss parts, in words."""
     idle = []
-    for run in subject.runs(dtype) if last else ():
-        trainer = run.trainer(subject.steps)
+    for run in session.runs(dtype) if last else ():
+        trainer = run.trainer(session.steps)
         for step in range(last):
             before = trainer.parameters()
-            trainer.step(*subject.pair.training_batch(step).inputs)
+            trainer.step(*session.pair.training_batch(step).inputs)
         after = trainer.parameters()
         if all(np.array_equal(before[name], after[name]) for name in after):
             idle.append(run.name)

@@ -14,21 +14,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from parity.frameworks.capture import Backward, Sink, leaves_of, tell
+from parity.frameworks.capture import Backward, OnTrace, emit, leaves_of
 from parity.frameworks.leaves import dotted
 
 # Given a module's path, its call and what it is called with, what it shall have given.
 Around = Callable[[str, Callable[..., Any], tuple, dict[str, Any]], Any]
 
 
-def capture_flax(module: nnx.Module, call: Callable[[], Any], sink: Sink) -> None:
+def capture_flax(module: nnx.Module, call: Callable[[], Any], on_trace: OnTrace) -> None:
     """Runs `call` and tells what every submodule took and gave, in order of completion."""
 
     def around(path: str, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         output = call(*args, **kwargs)
         # What is traced, as in the body of a scan, has no numbers.
         if not _is_traced((args, kwargs, output)):
-            tell(sink, path, (args, kwargs), output, jax.Array, np.asarray)
+            emit(on_trace, path, (args, kwargs), output, jax.Array, np.asarray)
         return output
 
     with _wrapped_calls(module, around):

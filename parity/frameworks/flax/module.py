@@ -1,6 +1,6 @@
 """Any Flax NNX module, a way to call it and an optimizer as one half of a pair.
 
-Read beside parity/torch_side.py; the two trainers have the same methods, those that the levels ask
+Read beside parity/torch_spec.py; the two trainers have the same methods, those that the levels ask
 for.
 """
 
@@ -19,20 +19,20 @@ from parity.frameworks.default_call import plain_call, projection, require_outpu
 from parity.frameworks.flax.leaves import flax_leaves, state_leaves
 from parity.frameworks.flax.purity import flax_in
 from parity.frameworks.leaves import Leaves, cast_array
-from parity.frameworks.spec import Side
+from parity.frameworks.spec import ModelSpec
 
 Call = Callable[..., Any]
 # What the optimizer is when the user names none.
 CONSTANTS = flax_gpt.TrainConfig(schedule="constant", decay_all=True)
 
 
-def flax_side(
+def flax_spec(
     module: nnx.Module,
     call: Call | None = None,
     loss: Call | None = None,
     optimizer: optax.GradientTransformation | None = None,
-) -> Side:
-    """A Flax NNX module as a side; see `torch_side`.
+) -> ModelSpec:
+    """A Flax NNX module as a side; see `torch_spec`.
 
     Args:
         module: copied for every use, and never changed.
@@ -53,7 +53,7 @@ def flax_side(
 
     score, optimizer = loss or projected, optimizer or flax_gpt.adamw(CONSTANTS)
     program = flax_program(score, optimizer)
-    return Side(
+    return ModelSpec(
         name=f"{type(module).__name__} (flax)",
         build=lambda dtype: flax_in(module, dtype),
         forward=forward,

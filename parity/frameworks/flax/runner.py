@@ -13,29 +13,29 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from parity.frameworks.capture import Backward, Sink, Trace
+from parity.frameworks.capture import Backward, OnTrace, Trace
 from parity.frameworks.flax.capture import backward_flax, capture_flax
 from parity.frameworks.flax.leaves import load_flax, state_leaves
 from parity.frameworks.flax.purity import flax_purity
 from parity.frameworks.flax.scope import Scoped, jax_scope
 from parity.frameworks.leaves import CastLater, Leaves, cast_array
 from parity.frameworks.purity import Purity
-from parity.frameworks.spec import Batch, Side
+from parity.frameworks.spec import Batch, ModelSpec
 from parity.system.memory import is_large
 
 
-class FlaxRun:
+class FlaxRunner:
     """One model. Training and decoding start from fresh copies of it.
 
     It is loaded when it is needed, and again after it was released.
     """
 
     def __init__(
-        self, side: Side, leaves: Mapping[str, np.ndarray], dtype: str, device: jax.Device
+        self, side: ModelSpec, leaves: Mapping[str, np.ndarray], dtype: str, device: jax.Device
     ):
         self.name = side.name
         # As they were given: a copy in another type would be one more model in memory.
-        self._side, self._leaves = side, leaves
+        self._spec, self._leaves = side, leaves
         self._dtype, self._device = dtype, device
         self._parts: tuple[nnx.Module, nnx.State] | None = None
         # What programs are compiled with: the same after every loading.
@@ -43,7 +43,7 @@ class FlaxRun:
         self._forward = jax.jit(self._call(side.forward))
         self._loss_and_gradients = jax.jit(jax.value_and_grad(self._call(side.loss)))
 
-    def at(self, leaves: Mapping[str, np.ndarray]) -> "FlaxRun":
+    def at(self, leaves: Mapping[str, np.ndarray]) -> "FlaxRunner":
         """The same model with other weights; what is compiled stays so."""
         if self._fixed is None:
             self._loaded()
@@ -84,39 +84,39 @@ class FlaxRun:
         with self._scope():
             return flax_purity(self._loss_and_gradients, self._parameters, *self._arrays(batch))
 
-    def traces(self, batch: Batch, sink: Sink) -> None:
+    def traces(self, batch: Batch, on_trace: OnTrace) -> None:
         """Tells inputs and outputs of every module in a forward pass."""
         # A capture may have a thread of its own, and every thread has its own precision.
         with self._scope(), jax.default_matmul_precision("highest"):
             arrays = self._arrays(batch)
-            capture_flax(self.module, lambda: self._side.forward(self.module, *arrays), sink)
+            capture_flax(self.module, lambda: self._spec.forward(self.module, *arrays), on_trace)
 
     def backward(self, batch: Batch) -> list[Backward]:
         """The gradients of the loss that every module passes back, the last call first."""
         with self._scope(), jax.default_matmul_precision("highest"):
-            arrays, loss = self._arrays(batch), self._call(self._side.loss)
+            arrays, loss = self._arrays(batch), self._call(self._spec.loss)
             return backward_flax(self.module, lambda: loss(self._parameters, *arrays))
 
     def trainer(self, num_steps: int) -> Any:
         """The side's trainer for a training of `num_steps`, on weights of its own."""
         with self._scope():
-            return Scoped(self._side.trainer(self._load(), num_steps), self._scope)
+            return Scoped(self._spec.trainer(self._load(), num_steps), self._scope)
 
     def decoder(self) -> Any:
         """The side's decoder."""
         with self._scope():
-            return Scoped(self._side.decoder(self.module), self._scope)
+            return Scoped(self._spec.decoder(self.module), self._scope)
 
     def decoder_traces(self, call: Callable[[Any], Any]) -> list[Trace]:
         """Inputs and outputs of every module while `call` uses the side's decoder."""
         traces: list[Trace] = []
         with self._scope(), jax.disable_jit():
-            capture_flax(self.module, lambda: call(self._side.decoder(self.module)), traces.append)
+            capture_flax(self.module, lambda: call(self._spec.decoder(self.module)), traces.append)
         return traces
 
     def _load(self) -> nnx.Module:
         with self._scope():
-            module = self._side.build(self._dtype)
+            module = self._spec.build(self._dtype)
             load_flax(module, CastLater(self._leaves, self._dtype))
             module.eval()
             return module

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from parity.frameworks.capture import Backward, Sink, tell
+from parity.frameworks.capture import Backward, OnTrace, emit
 from parity.frameworks.torch.leaves import to_numpy
 
 
-def capture_torch(module: torch.nn.Module, call: Callable[[], Any], sink: Sink) -> None:
+def capture_torch(module: torch.nn.Module, call: Callable[[], Any], on_trace: OnTrace) -> None:
     """Runs `call` and tells what every submodule took and gave, in order of completion."""
 
     def hook(path: str):
         def record(_, inputs: tuple, keywords: dict, output: Any) -> None:
-            tell(sink, path, (inputs, keywords), output, torch.Tensor, to_numpy)
+            emit(on_trace, path, (inputs, keywords), output, torch.Tensor, to_numpy)
 
         return record
 

@@ -1,6 +1,6 @@
 """Any PyTorch module, a way to call it and an optimizer as one half of a pair.
 
-Read beside parity/flax_side.py; the two trainers have the same methods, those that the levels ask
+Read beside parity/flax_spec.py; the two trainers have the same methods, those that the levels ask
 for.
 """
 
@@ -14,7 +14,7 @@ import torch_gpt
 from parity.frameworks.capture import leaves_of
 from parity.frameworks.default_call import plain_call, projection, require_output
 from parity.frameworks.leaves import Leaves, cast_array
-from parity.frameworks.spec import Side
+from parity.frameworks.spec import ModelSpec
 from parity.frameworks.torch.leaves import from_numpy, numpy_view, torch_leaves
 from parity.frameworks.torch.purity import torch_in
 
@@ -23,12 +23,12 @@ Call = Callable[..., Any]
 CONSTANTS = torch_gpt.TrainConfig(schedule="constant", decay_all=True)
 
 
-def torch_side(
+def torch_spec(
     module: torch.nn.Module,
     call: Call | None = None,
     loss: Call | None = None,
     optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
-) -> Side:
+) -> ModelSpec:
     """A PyTorch module as a side.
 
     Args:
@@ -51,7 +51,7 @@ def torch_side(
         return torch.dot(output.flatten(), weights)
 
     score = loss or projected
-    return Side(
+    return ModelSpec(
         name=f"{type(module).__name__} (torch)",
         build=lambda dtype: torch_in(module, dtype),
         forward=forward,

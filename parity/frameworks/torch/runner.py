@@ -10,31 +10,31 @@ from typing import Any
 import numpy as np
 import torch
 
-from parity.frameworks.capture import Backward, Sink, Trace
+from parity.frameworks.capture import Backward, OnTrace, Trace
 from parity.frameworks.leaves import CastLater, Leaves, cast_array
 from parity.frameworks.purity import Purity
-from parity.frameworks.spec import Batch, Side
+from parity.frameworks.spec import Batch, ModelSpec
 from parity.frameworks.torch.capture import backward_torch, capture_torch
 from parity.frameworks.torch.leaves import from_numpy, load_torch, to_numpy
 from parity.frameworks.torch.purity import torch_purity
 
 
-class TorchRun:
+class TorchRunner:
     """One model. Training and decoding start from fresh copies of it.
 
     It is loaded when it is needed, and again after it was released.
     """
 
     def __init__(
-        self, side: Side, leaves: Mapping[str, np.ndarray], dtype: str, device: torch.device
+        self, side: ModelSpec, leaves: Mapping[str, np.ndarray], dtype: str, device: torch.device
     ):
         self.name = side.name
         # As they were given: a copy in another type would be one more model in memory.
-        self._side, self._leaves = side, leaves
+        self._spec, self._leaves = side, leaves
         self._dtype, self._device = dtype, device
         self._module: torch.nn.Module | None = None
 
-    def at(self, leaves: Mapping[str, np.ndarray]) -> "TorchRun":
+    def at(self, leaves: Mapping[str, np.ndarray]) -> "TorchRunner":
         """The same model with other weights."""
         other = copy.copy(self)
         other._leaves, other._module = leaves, None
@@ -54,7 +54,7 @@ class TorchRun:
     def outputs(self, batch: Batch) -> np.ndarray:
         """The model's output."""
         with torch.no_grad():
-            return to_numpy(self._side.forward(self.module, *self.arrays(batch)))
+            return to_numpy(self._spec.forward(self.module, *self.arrays(batch)))
 
     def gradients(self, batch: Batch) -> tuple[float, Leaves]:
         """The loss, and its gradient by leaf."""
@@ -64,30 +64,30 @@ class TorchRun:
 
     def forward_purity(self, batch: Batch) -> Purity:
         """What the forward pass is made of."""
-        return torch_purity(self._side.forward, self.module, *self.arrays(batch))
+        return torch_purity(self._spec.forward, self.module, *self.arrays(batch))
 
     def gradient_purity(self, batch: Batch) -> Purity:
         """What the forward and backward pass are made of."""
         _ = self.module  # loaded before, for that is no part of the question
         return torch_purity(self._loss_and_gradients, batch)
 
-    def traces(self, batch: Batch, sink: Sink) -> None:
+    def traces(self, batch: Batch, on_trace: OnTrace) -> None:
         """Tells inputs and outputs of every module in a forward pass."""
         arrays = self.arrays(batch)
-        capture_torch(self.module, lambda: self._side.forward(self.module, *arrays), sink)
+        capture_torch(self.module, lambda: self._spec.forward(self.module, *arrays), on_trace)
 
     def backward(self, batch: Batch) -> list[Backward]:
         """The gradients of the loss that every module passes back, the last call first."""
         arrays = self.arrays(batch)
-        return backward_torch(self.module, lambda: self._side.loss(self.module, *arrays))
+        return backward_torch(self.module, lambda: self._spec.loss(self.module, *arrays))
 
     def trainer(self, num_steps: int) -> Any:
         """The side's trainer for a training of `num_steps`, on weights of its own."""
-        return self._side.trainer(self._load(), num_steps)
+        return self._spec.trainer(self._load(), num_steps)
 
     def decoder(self) -> Any:
         """The side's decoder."""
-        return self._side.decoder(self.module)
+        return self._spec.decoder(self.module)
 
     def decoder_traces(self, call: Callable[[Any], Any]) -> list[Trace]:
         """Inputs and outputs of every module while `call` uses the side's decoder."""
@@ -96,12 +96,12 @@ class TorchRun:
         return traces
 
     def _load(self) -> torch.nn.Module:
-        module = self._side.build(self._dtype)
+        module = self._spec.build(self._dtype)
         load_torch(module, CastLater(self._leaves, self._dtype))
         return module.to(self._device).eval()
 
     def _loss_and_gradients(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        loss = self._side.loss(self.module, *self.arrays(batch))
+        loss = self._spec.loss(self.module, *self.arrays(batch))
         parameters = list(self.module.parameters())
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         return loss.detach(), [

@@ -12,7 +12,7 @@ from flax import nnx
 from parity import ParityError, check_pair
 from parity.bugs import Edit
 from parity.check.levels.optimizer import HORIZON
-from parity.frameworks.capture import in_step
+from parity.frameworks.capture import lockstep
 from parity.frameworks.flax.capture import capture_flax
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.torch.capture import capture_torch
@@ -146,10 +146,10 @@ def test_captures_run_in_step_and_put_everything_back_when_they_are_left():
     seen = []
     x = np.ones((2, 5), np.float32)
     call = vars(nnx.Linear)["__call__"]
-    with in_step(
-        lambda sink: capture_torch(port, lambda: port(torch.from_numpy(x)),
-                                   lambda trace: (seen.append(trace.path), sink(trace))),
-        lambda sink: capture_flax(flax, lambda: flax(x), sink),
+    with lockstep(
+        lambda on_trace: capture_torch(port, lambda: port(torch.from_numpy(x)),
+                                   lambda trace: (seen.append(trace.path), on_trace(trace))),
+        lambda on_trace: capture_flax(flax, lambda: flax(x), on_trace),
     ) as (ours, theirs):  # fmt: skip
         assert next(ours).path == "0" and next(theirs).path == "up"
         assert len(seen) <= 2  # no more than is asked for, and the next one in waiting
@@ -160,7 +160,7 @@ def test_captures_run_in_step_and_put_everything_back_when_they_are_left():
 def test_what_a_capture_raises_reaches_the_reader():
     port, _, _ = modules("mlp")
     wrong = torch.ones(2, 6)
-    with in_step(lambda sink: capture_torch(port, lambda: port(wrong), sink)) as (traces,):
+    with lockstep(lambda on_trace: capture_torch(port, lambda: port(wrong), on_trace)) as (traces,):
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             list(traces)
 

@@ -14,7 +14,7 @@ from parity.check.check import check
 from parity.check.levels.optimizer import HORIZON
 from parity.report import Divergence, Level, Report
 from parity.report.page import SHOWN
-from parity.report.plot_data import Evidence, Flip, Generation, LossCurves, ModuleGaps
+from parity.report.plot_data import Flip, Generation, LossCurves, ModuleGaps, PlotData
 from parity.report.record import Record, Verdict, judge
 from parity.report.svg import linear_scale, log_scale
 from parity.report.table import number
@@ -197,7 +197,7 @@ def test_a_capture_that_fails_is_told_and_changes_no_verdict(small, monkeypatch)
 
 def test_the_page_stands_alone_and_escapes_what_it_is_told(passed):
     name = "a<b>&\"c'"
-    seen = Evidence(ModuleGaps(name, ((name, 1.0), ("x", 0.0)), 1e-12))
+    seen = PlotData(ModuleGaps(name, ((name, 1.0), ("x", 0.0)), 1e-12))
     bad = judge(name, "float64", "max_abs", 1.0, 1e-12, 1, note=name, where=name)
     level = Level("logits", 1.0, (bad, judge("x", "float64", "max_abs", 0.0, 1.0, 1, note=name)))
     parted = Divergence(name, "forward", 0, 1.0, name, name)
@@ -227,13 +227,13 @@ def test_numbers_that_have_no_place_break_no_plot(odd):
             [Flip("run", "float32", 0, 1)],
         )  # fmt: skip
         gaps = tuple((f"m{'.1' * n}", value) for n, value in enumerate(values))
-        seen = Evidence(ModuleGaps("probe", gaps, 1e-12), [curve], [tokens])
+        seen = PlotData(ModuleGaps("probe", gaps, 1e-12), [curve], [tokens])
         page = report(Level("a", 1.0, (GOOD,)), divergence=parted, evidence=seen).to_html()
         assert len(plots(page)) == 3
 
 
 def test_what_holds_no_number_is_not_drawn():
-    empty = Evidence(
+    empty = PlotData(
         ModuleGaps("probe", (), 1e-12), [LossCurves("float64", (), (), 1e-12)],
         [Generation("greedy", [[], []], [[], []], {"float64": 0.0})],
     )  # fmt: skip
@@ -246,7 +246,7 @@ def test_a_flip_is_ringed_and_told_in_its_row():
         "greedy", [[1, 2], [3, 4]], [[1.0, 0.5], [0.25, 2.0]], {"float32": 1e-5},
         [Flip("torch_gpt, cached", "float32", 1, 0)],
     )  # fmt: skip
-    made = report(Level("tokens", 1.0, (GOOD,)), evidence=Evidence(generations=[tokens]))
+    made = report(Level("tokens", 1.0, (GOOD,)), evidence=PlotData(generations=[tokens]))
     (drawing,) = plots(made.to_html())
     (ring,) = drawing.findall("circle[@class='ring']")
     words = "torch_gpt, cached, float32: row 1 flips at token 1"

@@ -16,7 +16,7 @@ from parity.check.check import LEVELS, check
 from parity.check.levels.cache import assemble, ragged_calls
 from parity.check.levels.optimizer import HORIZON, SAMPLE
 from parity.check.levels.tokens import record
-from parity.check.pair_session import PairSubject
+from parity.check.pair_session import PairSession
 from parity.frameworks.leaves import different_leaves
 from parity.pair.text import Corpus
 from parity.report.record import Verdict
@@ -131,7 +131,7 @@ def test_a_text_with_more_characters_than_ids_is_refused_wherever_it_comes_in():
 
 
 def test_models_are_given_back_when_others_are_asked_for_and_come_back_the_same(small):
-    subject = PairSubject(small(), choose_devices("cpu"))
+    subject = PairSession(small(), choose_devices("cpu"))
     runs, batch = subject.runs("float64"), subject.gradient_probe
     before = [run.outputs(batch) for run in runs]
     held = [weakref.ref(run.module) for run in runs]
@@ -149,7 +149,7 @@ def test_a_large_leaf_is_compared_by_a_sample_of_its_numbers(small):
     report = check(small(config), levels=["optimizer"], dtypes=("float64",), steps=1)
     assert report.ok
     counts = {record.name: record.count for record in report.levels[0].records}
-    subject = PairSubject(small(config), choose_devices("cpu"))
+    subject = PairSession(small(config), choose_devices("cpu"))
     sizes = [x.size for name, x in subject.flax_leaves.items() if name not in subject.null_leaves]
     assert max(sizes) > SAMPLE
     assert counts["step 1 update"] == sum(min(size, SAMPLE) for size in sizes)
@@ -173,7 +173,7 @@ def test_memory_is_saved_without_a_change_to_what_is_compared(small, request):
 
 
 def test_a_large_model_gives_its_programs_back_too(small, all_are_large):
-    subject = PairSubject(small(), choose_devices("cpu"))
+    subject = PairSession(small(), choose_devices("cpu"))
     run, batch = subject.runs("float64")[0], subject.gradient_probe
     before = run.outputs(batch)
     assert run._forward._cache_size() == 1
