@@ -10,14 +10,14 @@ import torch
 from flax import nnx
 
 from parity import ParityError, check_pair
-from parity.bugs import Edit
 from parity.capture import in_step
 from parity.compare import Verdict
 from parity.corpus import Corpus
+from parity.faults import Edit
+from parity.faults.selftest import PAIRS, clean, pair_module
 from parity.flax_capture import capture_flax
 from parity.flax_leaves import flax_leaves
 from parity.levels.optimizer import HORIZON
-from parity.selftest import PAIRS, clean, pair_module
 from parity.torch_capture import capture_torch
 from parity.torch_leaves import torch_leaves
 

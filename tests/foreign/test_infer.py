@@ -7,11 +7,11 @@ import pytest
 import torch
 from flax import nnx
 
+from parity.faults.selftest import PAIRS, pair_module
 from parity.flax_leaves import flax_leaves
 from parity.foreign import infer_rules, pair_of
 from parity.layouts import Layout, Link
 from parity.rules import Rule, Rules
-from parity.selftest import PAIRS, pair_module
 from parity.torch_leaves import torch_leaves
 from parity.weight_map import resolve
 

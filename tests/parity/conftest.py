@@ -6,10 +6,10 @@ from types import ModuleType
 
 import pytest
 
-from parity.bugs import Edit, planted
 from parity.corpus import Corpus
+from parity.faults import Edit, planted
+from parity.faults.selftest import small_twins
 from parity.pair import Pair
-from parity.selftest import small_twins
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,10 @@ import xml.etree.ElementTree as ET
 import pytest
 
 import parity.check
-from parity.bugs import Edit, planted
 from parity.check import check
 from parity.compare import Record, Verdict, judge
 from parity.evidence import Evidence, Flip, Generation, LossCurves, ModuleGaps
+from parity.faults import Edit, planted
 from parity.levels.optimizer import HORIZON
 from parity.report import Divergence, Level, Report
 from parity.report.page import SHOWN
