@@ -6,10 +6,10 @@ from types import ModuleType
 
 import pytest
 
-from parity.bugs import Edit, planted
+from parity.faults import Edit, planted
+from parity.faults.selftest import small_twins
 from parity.pair.pair import Pair
 from parity.pair.text import Corpus
-from parity.selftest import small_twins
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from parity.bugs import Edit, planted
 from parity.check.check import check
 from parity.check.levels.optimizer import HORIZON
+from parity.faults import Edit, planted
 from parity.report import Divergence, Level, Report
 from parity.report.page import SHOWN
 from parity.report.plot_data import Flip, Generation, LossCurves, ModuleGaps, PlotData
