@@ -13,7 +13,7 @@ from typing import Any
 
 import flax_gpt
 from parity.check.check import check
-from parity.check.levels.optimizer import HORIZON
+from parity.check.levels.names import HORIZON
 from parity.check.modules import pair_of
 from parity.faults import Edit, planted
 from parity.faults.edit import edited
