@@ -56,8 +56,8 @@ def record(
         raise ValueError(f"record: weights {weights!r}: there are random and own.")
     if steps < OPTIMIZER_STEPS:
         raise ValueError(
-            f"record: {steps} steps < {OPTIMIZER_STEPS}. Fewer cannot see every fault of an optimizer. Ask "
-            f"for {OPTIMIZER_STEPS} or more."
+            f"record: {steps} steps < {OPTIMIZER_STEPS}. Fewer cannot see every fault of an "
+            f"optimizer. Ask for {OPTIMIZER_STEPS} or more."
         )
     calls = as_inputs(inputs, seed)
     name = framework_of(module)
