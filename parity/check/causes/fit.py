@@ -11,7 +11,6 @@ import numpy as np
 from parity.check.bounds import EPSILON, FIT_APART, FIT_RESIDUAL
 
 
-
 @dataclasses.dataclass(frozen=True)
 class Number:
     """A fitted number and its largest error."""

@@ -71,7 +71,7 @@ def _equations(
 
 
 def _noise(gradient: Leaves) -> float:
-    """Return the rounding of one leaf: a share of the whole's, because null leaves are only that."""
+    """Return the rounding of one leaf: a share of the whole's, for null leaves are only that."""
     return GRADIENT_ROUNDING * norm([norm(g) for g in gradient.values()]) / len(gradient) ** 0.5
 
 
