@@ -1,4 +1,4 @@
-"""Options that several commands share, and how each of them ends: in one line, with a code."""
+"""Options that several commands share, and how each command ends: in one line, with a code."""
 
 import contextlib
 import inspect
@@ -11,11 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-# The names of flax_gpt.PRESETS, parity.twins.TASKS and parity.training.precision.DTYPES; a test
-# holds them equal.
-PRESETS = "tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"
-TASKS = "next-token", "token-class", "sequence-class"
-DTYPES = "float64", "float32", "bfloat16", "float16"
+from parity.twins.names import DTYPES, PRESETS
 
 Data = Annotated[
     Path | None,
@@ -39,26 +35,24 @@ Device = Annotated[str, typer.Option(help="auto (GPUs if both frameworks have on
 
 
 def unwrapped(command: Callable) -> str:
-    """A command's docstring with the lines of each paragraph joined, but not those of a table."""
+    """Return a command's docstring with the lines of each paragraph joined, except in tables."""
     paragraphs = inspect.cleandoc(command.__doc__).split("\n\n")
     return "\n\n".join(x if x.startswith("[") else x.replace("\n", " ") for x in paragraphs)
 
 
 @contextlib.contextmanager
 def in_one_line(errors: Console, interrupted: str = "nothing was written") -> Iterator[None]:
-    """Bad input ends with one line and exit code 2, an interrupt with one line and 130.
+    """End bad input with one line and exit code 2, an interrupt with one line and 130.
 
     Args:
         errors: the error stream.
-        interrupted: what an interrupt leaves behind, in words.
+        interrupted: what an interrupt leaves, for the message.
     """
     try:
         yield
     except (ValueError, OSError) as error:
-        errors.print(
-            f"parity: {error}", style="red", markup=False, highlight=False, emoji=False,
-            soft_wrap=True,
-        )  # fmt: skip
+        words = f"parity: {error}"
+        errors.print(words, style="red", markup=False, highlight=False, emoji=False, soft_wrap=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
         errors.print(f"parity: interrupted, {interrupted}.", style="red", soft_wrap=True)
@@ -70,7 +64,7 @@ def in_one_line(errors: Console, interrupted: str = "nothing was written") -> It
 
 
 def check_data(data: Path | None) -> None:
-    """Refuses a text that is not there before anything heavy is loaded.
+    """Refuse a text that does not exist, before anything heavy is loaded.
 
     Raises:
         ValueError: when there is no such file.
@@ -80,7 +74,7 @@ def check_data(data: Path | None) -> None:
 
 
 def check_outputs(files: dict[str, str | None]) -> None:
-    """Refuses output files, by option, that could not be written after all the work.
+    """Refuse output files, by option, that could not be written after all the work.
 
     Raises:
         ValueError: for a folder, or a file in a folder that does not exist.
@@ -95,28 +89,32 @@ def check_outputs(files: dict[str, str | None]) -> None:
             raise ValueError(f"{option} {name}: no folder {folder}. Make it or name another.")
 
 
-def write_output(name: str | None, text: Callable[[], str]) -> None:
-    """Writes a text where an option asked for it: nowhere, standard output for -, or a file."""
+def write_output(name: Path | str | None, text: Callable[[], str]) -> None:
+    """Write a text to a file, or to standard output for "-"; do nothing for None.
+
+    The text is made only if it is wanted. Tables go to the error stream then:
+    `Console(stderr="-" in names)`.
+    """
     from parity.system.files import write_atomically
 
-    if name == "-":
+    if str(name) == "-":
         typer.echo(text(), nl=False)
     elif name is not None:
         write_atomically(Path(name), text())
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuses a type that there is not.
+    """Refuse an unknown dtype.
 
     Raises:
-        ValueError: with those that there are.
+        ValueError: with the known ones.
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: there are {', '.join(DTYPES)}. Choose from them.")
 
 
 def run_config(corpus, preset, constants, dropout, rows, width, seed, *, dtype, **fields):
-    """A run's config, with every clash of numbers found before the work begins.
+    """Make a run's config; every clash of numbers is found before the work begins.
 
     Raises:
         ValueError: for what cannot be trained.
@@ -140,16 +138,21 @@ def run_config(corpus, preset, constants, dropout, rows, width, seed, *, dtype, 
             "number of rows. Choose an --accumulate that divides the batch."
         )
     return RunConfig.of(
-        corpus, model=dataclasses.asdict(model), training=dataclasses.asdict(training), rows=rows,
-        width=width, seed=seed, **fields,
-    )  # fmt: skip
+        corpus,
+        model=dataclasses.asdict(model),
+        training=dataclasses.asdict(training),
+        rows=rows,
+        width=width,
+        seed=seed,
+        **fields,
+    )
 
 
 def frameworks(only: str | None) -> tuple[str, ...]:
-    """The twins that --only leaves.
+    """Return the twins that --only leaves.
 
     Raises:
-        ValueError: for a framework that there is not.
+        ValueError: for an unknown framework.
     """
     if only not in (None, "flax", "torch"):
         raise ValueError(f"--only {only}: there are flax and torch. Choose one or leave it out.")
