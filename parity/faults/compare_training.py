@@ -20,7 +20,8 @@ import flax_gpt
 from parity.corpus import Corpus, decode, encode
 from parity.doctor import Patient, examine, twin_patient
 from parity.doctor.detectors.forward import cross_entropies
-from parity.faults.edit import Bug, planted, twin
+from parity.faults.edit import mutated, twin
+from parity.faults.gallery import Bug
 from parity.flax_scope import Scoped, jax_scope
 from parity.pictures import plain, save
 from parity.trainers import FlaxTrainer, TorchTrainer
@@ -101,7 +102,7 @@ def exhibit(
     shown = [_show(corpus, "healthy", framework, twin(framework), steps, seed, progress)]
     for bug in bugs:
         if bug.edits(framework):
-            with planted(framework, bug.edits(framework)) as package:
+            with mutated(f"{framework}_gpt", bug.edits(framework)) as package:
                 shown.append(_show(corpus, bug.id, framework, package, steps, seed, progress))
     return Exhibition(framework, tuple(shown))
 

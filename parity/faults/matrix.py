@@ -12,8 +12,8 @@ from rich.text import Text
 
 from parity.compare import Verdict
 from parity.doctor import DETECTORS, examine, twin_patient
-from parity.faults.edit import FRAMEWORKS, Bug, planted, twin
-from parity.faults.gallery import GALLERY
+from parity.faults.edit import FRAMEWORKS, mutated, twin
+from parity.faults.gallery import GALLERY, Bug
 from parity.pictures import save
 
 NAMES = tuple(detector.name for detector in DETECTORS)
@@ -205,7 +205,7 @@ def draw(matrix: Matrix, path: Path) -> None:
 
 
 def _planted_row(framework: str, bug: Bug) -> Row:
-    with planted(framework, bug.edits(framework)) as package:
+    with mutated(f"{framework}_gpt", bug.edits(framework)) as package:
         return _row(framework, package, bug.id, 0)
 
 

@@ -13,7 +13,7 @@ import parity.check
 from parity.check import check
 from parity.compare import Record, Verdict, judge
 from parity.evidence import Evidence, Flip, Generation, LossCurves, ModuleGaps
-from parity.faults import Edit, planted
+from parity.faults import Edit, mutated
 from parity.levels.optimizer import HORIZON
 from parity.report import Divergence, Level, Report
 from parity.report.page import SHOWN
@@ -80,7 +80,7 @@ def passed(small) -> Report:
 def failed(small) -> Report:
     """A pair whose torch side has GELU in its other form."""
     edit = Edit("layers.py", 'approximate="tanh" if', 'approximate="none" if')
-    with planted("torch", [edit]) as wrong:
+    with mutated("torch_gpt", [edit]) as wrong:
         pair = small(torch_package=wrong)
         return check(pair, levels=LEVELS, dtypes=("float64",), evidence=True)
 

@@ -10,7 +10,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from typing import Any
 
 import jax
 import torch
@@ -28,7 +27,6 @@ from parity.faults.selftest.trial import (
     small_twins,
     trial,
 )
-from parity.faults.selftest.twin_faults import ALIBI, ROTARY, T5
 from parity.levels.optimizer import HORIZON
 from parity.report import Report
 
@@ -41,15 +39,15 @@ tolerance as loose as that hides it. `parity self-test --markdown docs/self_test
 
 # What the check must reach: all detected, none called by a wrong name, and these shares of them.
 LOCATED, EXPLAINED = 0.95, 0.80
-# Twins without a fault, by what they are called: arguments of `small_twins`.
-_CLEAN_TWINS: Mapping[str, Mapping[str, Any]] = {
-    "twins": {},
-    "twins with dropout": {"changes": {"dropout": 0.1}},
-    "rotary twins": {"changes": ROTARY},
-    "ALiBi twins": {"changes": ALIBI},
-    "T5 twins": {"changes": T5},
-    "classifiers of tokens": {"task": "token-class"},
-    "classifiers of sequences": {"task": "sequence-class"},
+# Twins without a fault, by name: changes of their config, and their task.
+_CLEAN_TWINS: Mapping[str, tuple[Mapping[str, str | float], str]] = {
+    "twins": ({}, "next-token"),
+    "twins with dropout": ({"dropout": 0.1}, "next-token"),
+    "rotary twins": ({"positions": "rotary", "num_kv_heads": 2, "head_dim": 6}, "next-token"),
+    "ALiBi twins": ({"positions": "alibi", "num_kv_heads": 2}, "next-token"),
+    "T5 twins": ({"positions": "t5", "window": 7}, "next-token"),
+    "classifiers of tokens": ({}, "token-class"),
+    "classifiers of sequences": ({}, "sequence-class"),
 }
 CLEAN = *_CLEAN_TWINS, *PAIRS
 
@@ -229,7 +227,8 @@ def clean(subject: str, seed: int, corpus: Corpus) -> Report:
         corpus: the text of the twins' probes.
     """
     if subject in _CLEAN_TWINS:
-        pair = small_twins(corpus, seed=seed, **_CLEAN_TWINS[subject])
+        changes, task = _CLEAN_TWINS[subject]
+        pair = small_twins(corpus, changes, task=task, seed=seed)
         return check(pair, seed=seed, steps=HORIZON)
     with pair_module(subject) as module:
         return check(port(module, right_rules(subject), seed), seed=seed, steps=HORIZON)
