@@ -13,20 +13,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from parity.foreign import check_pair, infer_rules, pair_of
-    from parity.layouts import Layout
+    from parity.check.modules import check_pair, pair_of
     from parity.report import ParityError, Report
-    from parity.rules import Rule, Rules
+    from parity.weights.infer import infer_rules
+    from parity.weights.layouts import Layout
+    from parity.weights.rules import Rule, Rules
 
 _PLACES = {
-    "check_pair": "parity.foreign",
-    "infer_rules": "parity.foreign",
-    "pair_of": "parity.foreign",
+    "check_pair": "parity.check.modules",
+    "infer_rules": "parity.weights.infer",
+    "pair_of": "parity.check.modules",
     "ParityError": "parity.report",
     "Report": "parity.report",
-    "Layout": "parity.layouts",
-    "Rule": "parity.rules",
-    "Rules": "parity.rules",
+    "Layout": "parity.weights.layouts",
+    "Rule": "parity.weights.rules",
+    "Rules": "parity.weights.rules",
 }
 
 __all__ = [

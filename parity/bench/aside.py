@@ -17,7 +17,7 @@ import torch
 
 from parity.bench.contenders import Contender, Turn
 from parity.bench.steps import Unavailable
-from parity.memory import hand_back_freed_memory
+from parity.system.memory import hand_back_freed_memory
 
 
 class Room:

@@ -18,7 +18,7 @@ import flax_gpt
 from parity.bench.contenders import Cell, Turn
 from parity.bench.flax_decoders import FlaxSteps
 from parity.bench.torch_decoders import TorchSteps, torch_turn, wait_for_torch
-from parity.flax_scope import jax_scope
+from parity.frameworks.flax.scope import jax_scope
 
 Layers = list[tuple[jax.Array, jax.Array]]
 Buffers = list[tuple[torch.Tensor, torch.Tensor]]

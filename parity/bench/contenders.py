@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 import flax_gpt
-from parity.environment import Devices
+from parity.system.devices import Devices
 
 
 @dataclasses.dataclass(frozen=True)

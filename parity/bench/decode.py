@@ -28,12 +28,12 @@ from parity.bench.peers import LIBRARIES, Peers
 from parity.bench.programs import uncached_costs
 from parity.bench.step_pairs import StepPairs, pair_steps
 from parity.bench.torch_decoders import TorchSteps
-from parity.environment import Devices, fingerprint, pinned_precision
-from parity.flax_leaves import flax_leaves, load_flax
-from parity.flax_scope import jax_scope
-from parity.rules import TWINS
-from parity.subject import randomized
-from parity.transplant import transplant
+from parity.frameworks.flax.leaves import flax_leaves, load_flax
+from parity.frameworks.flax.scope import jax_scope
+from parity.system.devices import Devices, fingerprint, pinned_precision
+from parity.weights.randomize import randomized
+from parity.weights.tables import TWINS
+from parity.weights.transplant import transplant
 
 CONTENDERS = (
     "flax step", "flax loop", "flax uncached", "flax naive", "torch step", "torch uncached",

@@ -29,7 +29,7 @@ from parity.bench.step_pairs import pair_steps
 from parity.bench.steps import Unavailable
 from parity.bench.structure import remade_caches
 from parity.bench.torch_decoders import TorchSteps, TorchUncached
-from parity.environment import Devices
+from parity.system.devices import Devices
 
 TWIN_STEPS = "flax step", "torch step"
 HANDLE_PAIR = "torch step", "torch in place"

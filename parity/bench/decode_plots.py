@@ -12,7 +12,7 @@ from matplotlib.ticker import FuncFormatter, NullLocator
 from parity.bench.complexity import Law
 from parity.bench.decode_outcome import DecodeBench
 from parity.bench.decode_times import DecodeCell
-from parity.pictures import plain, save
+from parity.report.figures import plain, save
 
 # One colour per system, one line style per form of it.
 _STYLES = {

@@ -10,9 +10,9 @@ import numpy as np
 from flax import nnx
 
 import flax_gpt
-from flax_gpt.decoder import room_for
+from flax_gpt.decoding.decoder import room_for
 from parity.bench.contenders import Cell, Turn, garbage_like
-from parity.flax_scope import jax_scope
+from parity.frameworks.flax.scope import jax_scope
 
 
 class FlaxSteps:

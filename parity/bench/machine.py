@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from parity.environment import Devices, pinned_precision
-from parity.flax_scope import jax_scope
-from parity.memory import hand_back_freed_memory
+from parity.frameworks.flax.scope import jax_scope
+from parity.system.devices import Devices, pinned_precision
+from parity.system.memory import hand_back_freed_memory
 
 SIZES = 512, 1024, 2048, 4096, 8192
 # A size that takes longer is the last one tried: small products fill a CPU, a GPU wants large ones.

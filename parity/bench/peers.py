@@ -22,11 +22,11 @@ import flax_gpt
 from parity.bench.aside import Aside, Room
 from parity.bench.contenders import Cell, Turn
 from parity.bench.steps import Unavailable
-from parity.flax_leaves import flax_leaves
-from parity.leaves import Leaves
-from parity.rules import HF_GPT2
-from parity.torch_leaves import load_torch, torch_leaves
-from parity.weight_map import resolve
+from parity.frameworks.flax.leaves import flax_leaves
+from parity.frameworks.leaves import Leaves
+from parity.frameworks.torch.leaves import load_torch, torch_leaves
+from parity.weights.tables import HF_GPT2
+from parity.weights.weight_map import resolve
 
 LIBRARIES = "transformers", "ctranslate2"
 

@@ -21,8 +21,8 @@ from flax import nnx
 
 import flax_gpt
 import torch_gpt
-from parity.donation import OPTION, donated, has_option
-from parity.flax_scope import jax_scope
+from parity.frameworks.flax.donation import OPTION, donated, has_option
+from parity.frameworks.flax.scope import jax_scope
 
 
 class Unavailable(Exception):

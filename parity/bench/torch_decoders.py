@@ -10,7 +10,7 @@ import torch
 import torch_gpt
 from parity.bench.contenders import Cell, Turn, garbage_like
 from parity.bench.step_pairs import Steps
-from parity.torch_leaves import to_numpy
+from parity.frameworks.torch.leaves import to_numpy
 
 
 class TorchSteps:

@@ -20,13 +20,13 @@ import torch_gpt
 from parity.bench.machine import Matmul, best_matmul, load_average
 from parity.bench.steps import FlaxStep, TorchStep, Unavailable
 from parity.bench.times import Contest, Timing, TrainingBench
-from parity.corpus import Corpus
-from parity.environment import Devices, fingerprint, pinned_precision
-from parity.flax_scope import jax_scope
-from parity.levels.trajectory import FLOAT32
-from parity.rules import TWINS
-from parity.transplant import transplant
-from parity.twins import preset_config
+from parity.check.levels.trajectory import FLOAT32
+from parity.frameworks.flax.scope import jax_scope
+from parity.pair.text import Corpus
+from parity.system.devices import Devices, fingerprint, pinned_precision
+from parity.twins.pair import preset_config
+from parity.weights.tables import TWINS
+from parity.weights.transplant import transplant
 
 # Largest gap between the losses of two contenders. A bfloat16 number rounds by 2**-9 of itself,
 # which is 2e-2 for a loss as large as ln 50257.

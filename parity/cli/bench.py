@@ -105,9 +105,9 @@ def decode(
         threads.spin()
         with errors.status("loading jax and torch"):
             from parity.bench import bench_decode, decode_phases, draw
-            from parity.environment import choose_devices
-            from parity.files import write_atomically
-            from parity.progress import interruptible, shown
+            from parity.system.devices import choose_devices
+            from parity.system.files import write_atomically
+            from parity.system.progress import interruptible, shown
 
             devices = choose_devices(device)
         if png is not None:
@@ -224,10 +224,10 @@ def training(
         presets = list(dict.fromkeys(preset or ("tiny", "gpt2")))
         with errors.status("loading jax and torch"):
             from parity.bench import bench_training, phases
-            from parity.corpus import Corpus
-            from parity.environment import choose_devices
-            from parity.files import write_atomically
-            from parity.progress import interruptible, shown
+            from parity.pair.text import Corpus
+            from parity.system.devices import choose_devices
+            from parity.system.files import write_atomically
+            from parity.system.progress import interruptible, shown
 
             devices = choose_devices(device)
             corpus = Corpus.load()

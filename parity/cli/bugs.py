@@ -140,10 +140,10 @@ def run(
             check_outputs({"--out": out})
         classic = ("no-shift", "position-std-one", "mask-missing", "residual-from-norm")
         with errors.status("loading jax and torch"):
-            from parity.corpus import Corpus
             from parity.faults import find
             from parity.faults.compare_training import draw, exhibit
-            from parity.progress import interruptible, shown
+            from parity.pair.text import Corpus
+            from parity.system.progress import interruptible, shown
 
             chosen = list(find(ids or classic))
             corpus = Corpus.load(data)
@@ -190,8 +190,8 @@ def matrix(
         with errors.status("loading jax and torch"):
             from parity.faults import find
             from parity.faults.matrix import draw, measure
-            from parity.files import write_atomically
-            from parity.progress import interruptible, shown
+            from parity.system.files import write_atomically
+            from parity.system.progress import interruptible, shown
 
         planted = list(find(ids or ()))
         with shown(errors, chosen) as show, interruptible(show) as progress:

@@ -111,7 +111,7 @@ def _write(name: str, grades: list, report) -> None:
     """The grades, and the report where there is one, as one document."""
     import json
 
-    from parity.files import write_atomically
+    from parity.system.files import write_atomically
 
     document = {
         "schema": 1,

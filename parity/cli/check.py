@@ -18,9 +18,9 @@ from parity.cli.options import (
     write_output,
 )
 from parity.cli.record import check_golden
-from parity.memory import return_freed_memory_at_once
+from parity.system.memory import return_freed_memory_at_once
 
-# The names of parity.levels.ladder.LEVELS; a test holds them equal.
+# The names of parity.check.check.LEVELS; a test holds them equal.
 LEVELS = "weights", "logits", "gradients", "optimizer", "trajectory", "cache", "tokens"
 
 
@@ -213,8 +213,8 @@ def _own_pair(own: dict[str, str | None], rules: str, seed: int) -> Callable:
         from flax import nnx
         from torch import nn
 
-        from parity.foreign import pair_of
-        from parity.targets import built, load_attribute
+        from parity.check.modules import pair_of
+        from parity.system.import_target import built, load_attribute
 
         kinds = {"--torch": nn.Module, "--flax": nnx.Module}
         modules = []
@@ -238,8 +238,8 @@ def _checkpoint_pair(errors: Console, checkpoint, data, dropout, tokens, seed) -
     check_data(data)
 
     def make():
-        from parity.corpus import Corpus
-        from parity.huggingface import folder_of, open_checkpoint, pair_of
+        from parity.checkpoints import folder_of, open_checkpoint, pair_of
+        from parity.pair.text import Corpus
 
         weights = open_checkpoint(folder_of(checkpoint))
         for note in weights.notes:
@@ -255,8 +255,8 @@ def _twins(data, preset, task, dropout, tokens, seed) -> Callable:
     check_data(data)
 
     def make():
-        from parity.corpus import Corpus
-        from parity.twins import preset_config, twins
+        from parity.pair.text import Corpus
+        from parity.twins.pair import preset_config, twins
 
         corpus = Corpus.load(data)
         config = preset_config(corpus, preset, dropout=dropout)
@@ -268,12 +268,12 @@ def _twins(data, preset, task, dropout, tokens, seed) -> Callable:
 def _run(errors: Console, make: Callable, device: str, *, levels: list[str], **options):
     """The pair and its report, with a live progress line on the error stream."""
     with errors.status("loading jax and torch"):
-        from parity.check import check as run
-        from parity.environment import choose_devices
+        from parity.check.check import check as run
+        from parity.system.devices import choose_devices
 
         devices = choose_devices(device)
         pair = make()
-    from parity.progress import interruptible, shown
+    from parity.system.progress import interruptible, shown
 
     with shown(errors, levels) as show, interruptible(show) as progress:
         return pair, run(pair, levels=levels, devices=devices, progress=progress, **options)

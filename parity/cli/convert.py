@@ -52,7 +52,7 @@ def convert(
     parity convert net.safetensors port.safetensors --to flax --torch net.py:build --flax
     port.py:build
 
-    In Python: parity.huggingface.open_checkpoint(Path("llama-flax")).flax()
+    In Python: parity.checkpoints.open_checkpoint(Path("llama-flax")).flax()
     """
     errors = Console(stderr=True)
     with in_one_line(errors):
@@ -64,7 +64,7 @@ def convert(
             _convert_file(errors, source, out, to, dtype, torch, flax, rules)
             return
         with errors.status("loading jax and torch"):
-            from parity.huggingface import check_new, folder_of, open_checkpoint, save, write_twin
+            from parity.checkpoints import check_new, folder_of, open_checkpoint, save, write_twin
 
             check_new(out)
             weights = open_checkpoint(folder_of(source), dtype)
@@ -95,9 +95,9 @@ def _convert_file(errors: Console, source, out, to, dtype, torch, flax, rules) -
         from flax import nnx
         from torch import nn
 
-        from parity.foreign import convert_file
-        from parity.rules import Rules
-        from parity.targets import built, load_attribute
+        from parity.system.import_target import built, load_attribute
+        from parity.weights.convert import convert_file
+        from parity.weights.rules import Rules
 
         modules = [built(x, load_attribute(x), (nn.Module, nnx.Module)) for x in (torch, flax)]
         found = None if rules == "auto" else Rules.load(Path(rules))

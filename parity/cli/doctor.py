@@ -77,9 +77,9 @@ def doctor(
         with errors.status("loading jax and torch"):
             from parity.doctor import DETECTORS, examine
             from parity.doctor.loading import load_patient
-            from parity.environment import pinned_precision
-            from parity.files import write_atomically
-            from parity.progress import interruptible, shown
+            from parity.system.devices import pinned_precision
+            from parity.system.files import write_atomically
+            from parity.system.progress import interruptible, shown
 
         names = [detector.name for detector in DETECTORS]
         if unknown := set(only or ()) - set(names):

@@ -71,8 +71,8 @@ def generate(
         run = Path(source)
         with errors.status("loading jax and torch"):
             from flax_gpt import Sampling
-            from parity.compare import Verdict
-            from parity.environment import choose_devices
+            from parity.report.record import Verdict
+            from parity.system.devices import choose_devices
             from parity.training import Run, Writer
 
             sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
@@ -115,9 +115,9 @@ def _stream(
     """Writes as it goes; returns the exit code."""
     with errors.status("loading jax and torch"):
         from flax_gpt import Sampling
-        from parity.compare import Verdict
-        from parity.environment import choose_devices
-        from parity.huggingface import Tokens, folder_of, open_checkpoint, stream
+        from parity.checkpoints import Tokens, folder_of, open_checkpoint, stream
+        from parity.report.record import Verdict
+        from parity.system.devices import choose_devices
 
         devices = choose_devices(device)
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)

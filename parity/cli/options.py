@@ -97,7 +97,7 @@ def check_outputs(files: dict[str, str | None]) -> None:
 
 def write_output(name: str | None, text: Callable[[], str]) -> None:
     """Writes a text where an option asked for it: nowhere, standard output for -, or a file."""
-    from parity.files import write_atomically
+    from parity.system.files import write_atomically
 
     if name == "-":
         typer.echo(text(), nl=False)
@@ -125,7 +125,7 @@ def run_config(corpus, preset, constants, dropout, rows, width, seed, *, dtype, 
 
     from flax_gpt import TrainConfig
     from parity.training import RunConfig
-    from parity.twins import preset_config
+    from parity.twins.pair import preset_config
 
     model = preset_config(corpus, preset, dropout=dropout, dtype=dtype)
     training = TrainConfig(**constants)

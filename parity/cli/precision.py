@@ -64,9 +64,9 @@ def precision(
             total_steps=steps,
         )
         with errors.status("loading jax and torch"):
-            from parity.corpus import Corpus
-            from parity.environment import choose_devices
-            from parity.files import write_atomically
+            from parity.pair.text import Corpus
+            from parity.system.devices import choose_devices
+            from parity.system.files import write_atomically
             from parity.training import as_line, draw_precision, precision_report
             from parity.training.precision import check_dtypes
 
@@ -78,7 +78,7 @@ def precision(
                 dtype="float64",
             )  # fmt: skip
         out.mkdir(parents=True, exist_ok=True)
-        from parity.progress import interruptible, shown
+        from parity.system.progress import interruptible, shown
 
         with shown(errors, dtypes) as show, interruptible(show) as progress:
             report = precision_report(config, corpus, devices, steps, dtypes, progress)

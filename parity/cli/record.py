@@ -9,7 +9,7 @@ from rich.console import Console
 
 from parity.cli.options import check_outputs, in_one_line
 
-# parity.levels.optimizer.STEPS; a test holds them equal.
+# parity.check.levels.optimizer.STEPS; a test holds them equal.
 STEPS = 4
 
 
@@ -59,7 +59,7 @@ def record(
             raise ValueError("record -: a golden is binary. Name a file.")
         check_outputs({"record": str(out)})
         name, target = _only("record", torch, flax)
-        from parity.targets import load_attribute
+        from parity.system.import_target import load_attribute
 
         given = load_attribute(inputs)
         with errors.status(f"recording {target}"):
@@ -100,7 +100,7 @@ def check_golden(
         ValueError: for a golden, a module or rules that cannot be used.
     """
     from parity.golden import check, read, weight_rules
-    from parity.progress import interruptible, shown
+    from parity.system.progress import interruptible, shown
 
     if given := [option for option, value in others.items() if value is not None]:
         raise ValueError(
@@ -136,7 +136,7 @@ def _module(name: str, target: str, seed: int) -> Any:
         ValueError: when it builds none of that framework.
     """
     from parity.golden.frameworks import framework
-    from parity.targets import built, load_attribute
+    from parity.system.import_target import built, load_attribute
 
     here = framework(name)
     found = here.seeded(seed, lambda: built(target, load_attribute(target), (here.MODULE,)))

@@ -120,8 +120,8 @@ def train(
             compute_dtype=dtype if narrow else None,
         )
         with errors.status("loading jax and torch"):
-            from parity.corpus import Corpus
-            from parity.environment import choose_devices
+            from parity.pair.text import Corpus
+            from parity.system.devices import choose_devices
 
             devices = choose_devices(device)
             corpus = Corpus.load(data)
@@ -139,7 +139,7 @@ def _train(
     errors: Console, out: Path, corpus, config, devices, steps: int, save_every: int
 ) -> bool:
     """Trains with a live line; whether it failed."""
-    from parity.progress import stoppable, watched
+    from parity.system.progress import stoppable, watched
     from parity.training import NonFinite, Run, Trainers, draw_training, evaluate, parted, train
 
     learn, held_out = corpus.split()

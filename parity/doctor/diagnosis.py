@@ -12,11 +12,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from parity.compare import Verdict
 from parity.doctor.detectors import DETECTORS
 from parity.doctor.finding import Detector, Finding
 from parity.doctor.patient import Patient
-from parity.pages import render
+from parity.report.html import render
+from parity.report.record import Verdict
 
 _COLOURS = {
     Verdict.PASS: "green",

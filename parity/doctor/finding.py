@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from parity.compare import Verdict
 from parity.doctor.patient import Patient
-from parity.subject import randomized
+from parity.report.record import Verdict
+from parity.weights.randomize import randomized
 
 
 @dataclasses.dataclass(frozen=True)

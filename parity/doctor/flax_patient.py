@@ -16,9 +16,9 @@ from flax import nnx
 
 from parity.doctor.patient import Patient, Score
 from parity.doctor.sizes import find_position_table, find_sizes, logits_of
-from parity.flax_leaves import flax_leaves, load_flax
-from parity.flax_scope import jax_scope
-from parity.leaves import Leaves, dotted
+from parity.frameworks.flax.leaves import flax_leaves, load_flax
+from parity.frameworks.flax.scope import jax_scope
+from parity.frameworks.leaves import Leaves, dotted
 
 
 def flax_patient(

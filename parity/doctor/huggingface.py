@@ -15,8 +15,8 @@ from torch import nn
 
 from parity.doctor.patient import Decoder, Patient
 from parity.doctor.torch_patient import torch_patient
-from parity.subject import randomized
-from parity.torch_leaves import load_torch, to_numpy, torch_leaves
+from parity.frameworks.torch.leaves import load_torch, to_numpy, torch_leaves
+from parity.weights.randomize import randomized
 
 
 def is_causal_lm(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from parity.doctor.huggingface import causal_lm_patient, is_causal_lm
 from parity.doctor.patient import Patient
 from parity.doctor.sizes import NotLogits
 from parity.doctor.torch_patient import torch_patient
-from parity.targets import built, in_a_line, load_attribute
+from parity.system.import_target import built, in_a_line, load_attribute
 
 
 def load_patient(target: str, loss: str | None = None, **options: Any) -> Patient:

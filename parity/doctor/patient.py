@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from parity.leaves import Leaves
+from parity.frameworks.leaves import Leaves
 
 
 class Trainer(Protocol):

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from parity.doctor.patient import Patient, Score
 from parity.doctor.sizes import find_position_table, find_sizes, logits_of
-from parity.leaves import Leaves
-from parity.torch_leaves import from_numpy, load_torch, to_numpy, torch_leaves
+from parity.frameworks.leaves import Leaves
+from parity.frameworks.torch.leaves import from_numpy, load_torch, to_numpy, torch_leaves
 
 
 def torch_patient(

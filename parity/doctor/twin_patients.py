@@ -18,11 +18,12 @@ import flax_gpt
 from parity.doctor.flax_patient import flax_patient
 from parity.doctor.patient import AdamW, Decoder, Patient, Score
 from parity.doctor.torch_patient import torch_patient
-from parity.flax_leaves import flax_leaves, load_flax
-from parity.flax_scope import Scoped, jax_scope
-from parity.leaves import cast as cast_leaves
-from parity.torch_leaves import load_torch, torch_leaves
-from parity.trainers import FlaxTrainer, TorchTrainer
+from parity.frameworks.flax.leaves import flax_leaves, load_flax
+from parity.frameworks.flax.scope import Scoped, jax_scope
+from parity.frameworks.leaves import cast as cast_leaves
+from parity.frameworks.torch.leaves import load_torch, torch_leaves
+from parity.twins.flax import FlaxTrainer
+from parity.twins.torch import TorchTrainer
 
 # Sizes that all differ, and dropout that only a call with a key may switch on.
 CONFIG = flax_gpt.GPTConfig(

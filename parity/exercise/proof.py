@@ -19,18 +19,19 @@ import numpy as np
 import torch
 
 import parity
-from parity.check import check
-from parity.compare import Record, Verdict
+from parity.check.check import check
 from parity.exercise import sandbox
 from parity.exercise.inside import driver
 from parity.exercise.plants import files
 from parity.exercise.starter import read_exercise
-from parity.flax_leaves import flax_leaves
-from parity.leaves import Leaves
-from parity.pair import Batch, Pair, Side
+from parity.frameworks.flax.leaves import flax_leaves
+from parity.frameworks.leaves import Leaves
+from parity.frameworks.spec import Batch, ModelSpec
+from parity.frameworks.torch.leaves import torch_leaves
+from parity.pair.pair import Pair
 from parity.report import Divergence, Level, Report
-from parity.rules import TWINS
-from parity.torch_leaves import torch_leaves
+from parity.report.record import Record, Verdict
+from parity.weights.tables import TWINS
 
 STEPS = 100
 # Small enough that rounding does not grow: the check's weights are larger than initial ones.
@@ -142,14 +143,14 @@ def pair(flax: Any, torch_modules: Any) -> Pair:
     )
 
 
-def _flax_side(modules: Any, sizes: dict[str, int], cached: bool) -> Side:
+def _flax_side(modules: Any, sizes: dict[str, int], cached: bool) -> ModelSpec:
     def ids(tokens: np.ndarray) -> Any:
         return jnp.asarray(tokens, jnp.int32)
 
     def trained(model: Any, tokens: np.ndarray, num_steps: int) -> list[float]:
         return modules.train.train(model, ids(tokens), num_steps, LEARNING_RATE)
 
-    return Side(
+    return ModelSpec(
         name="the Flax starter",
         build=lambda dtype: modules.model.GPT(modules.model.Config(**sizes), seed=0),
         forward=_logits,
@@ -159,7 +160,7 @@ def _flax_side(modules: Any, sizes: dict[str, int], cached: bool) -> Side:
     )
 
 
-def _torch_side(modules: Any, sizes: dict[str, int], cached: bool) -> Side:
+def _torch_side(modules: Any, sizes: dict[str, int], cached: bool) -> ModelSpec:
     def ids(tokens: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.array(tokens)).long()
 
@@ -174,7 +175,7 @@ def _torch_side(modules: Any, sizes: dict[str, int], cached: bool) -> Side:
     def trained(model: Any, tokens: np.ndarray, num_steps: int) -> list[float]:
         return modules.train.train(model, ids(tokens), num_steps, LEARNING_RATE)
 
-    return Side(
+    return ModelSpec(
         name="the PyTorch starter",
         build=build,
         forward=_logits,

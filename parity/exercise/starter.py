@@ -7,7 +7,7 @@ from pathlib import Path
 
 from parity.exercise.plants import CATEGORIES, ORDER, chosen, mutated_files
 from parity.faults.edit import FRAMEWORKS
-from parity.files import write_atomically
+from parity.system.files import write_atomically
 
 RECORD = ".exercise.json"
 TOLD = 4  # the highest level whose categories the task names

@@ -17,14 +17,15 @@ from rich.padding import Padding
 from rich.text import Text
 
 import flax_gpt
-from parity.corpus import Corpus, decode, encode
 from parity.doctor import Patient, examine, twin_patient
 from parity.doctor.detectors.forward import cross_entropies
 from parity.faults.edit import mutated, twin
 from parity.faults.gallery import Bug
-from parity.flax_scope import Scoped, jax_scope
-from parity.pictures import plain, save
-from parity.trainers import FlaxTrainer, TorchTrainer
+from parity.frameworks.flax.scope import Scoped, jax_scope
+from parity.pair.text import Corpus, decode, encode
+from parity.report.figures import plain, save
+from parity.twins.flax import FlaxTrainer
+from parity.twins.torch import TorchTrainer
 
 _WIDTH, _ROWS, _PROMPT = 64, 16, "The "
 _FLOOR = 1e-8  # below this a float32 cache is exact

@@ -10,11 +10,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from parity.compare import Verdict
 from parity.doctor import DETECTORS, examine, twin_patient
 from parity.faults.edit import FRAMEWORKS, mutated, twin
 from parity.faults.gallery import GALLERY, Bug
-from parity.pictures import save
+from parity.report.figures import save
+from parity.report.record import Verdict
 
 NAMES = tuple(detector.name for detector in DETECTORS)
 

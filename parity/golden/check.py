@@ -13,20 +13,22 @@ from typing import Any
 
 import numpy as np
 
-from parity.climb import Progress, climb
-from parity.compare import Record, Verdict, abstain, different_bits, judge, largest
+from parity.check.levels import gradients, logits, optimizer, trajectory
+from parity.check.levels.completeness import every_leaf_once
+from parity.check.levels.run import Progress, run_levels
+from parity.check.metrics import different_bits, largest
+from parity.check.session import Session
+from parity.frameworks.leaves import Leaves, different_leaves
+from parity.frameworks.spec import ModelSpec
 from parity.golden.file import Golden, read
 from parity.golden.frameworks import NAMES, framework, framework_of
-from parity.golden.recorded import RecordedRun, name_of
-from parity.layouts import Link
-from parity.leaves import Leaves, different_leaves
-from parity.levels import gradients, logits, optimizer, trajectory
-from parity.levels.completeness import every_leaf_once
-from parity.pair import Pair, Side
+from parity.golden.recorded import RecordedRunner, name_of
+from parity.pair.pair import Pair
 from parity.report import Divergence, Report
-from parity.rules import Rules
-from parity.subject import Subject
-from parity.weight_map import WeightMap, resolve
+from parity.report.record import Record, Verdict, abstain, judge
+from parity.weights.layouts import Link
+from parity.weights.rules import Rules
+from parity.weights.weight_map import WeightMap, resolve
 
 Call = Callable[..., Any]
 _PHASES = {"weights": "weights", "logits": "forward", "gradients": "backward"}
@@ -69,7 +71,7 @@ def check(
     here = framework(name)
     rules = weight_rules(rules, golden, name)
     side = here.side_of(module, call, loss, optimizer)
-    subject = GoldenSubject(golden, here, module, side, rules)
+    session = GoldenSubject(golden, here, module, side, rules)
     wanted = set(RUNGS if levels is None else levels)
     if unknown := wanted - set(RUNGS):
         raise ValueError(
@@ -80,11 +82,11 @@ def check(
         for level, records in RUNGS.items()
         if level in wanted
     }
-    finished, divergence = climb(rungs, subject, progress)
-    return Report(_environment(golden, name), subject.about(), finished, divergence)
+    finished, divergence = run_levels(rungs, session, progress)
+    return Report(_environment(golden, name), session.about(), finished, divergence)
 
 
-class GoldenSubject(Subject):
+class GoldenSubject(Session):
     """A module that runs beside one that was recorded.
 
     For the levels one is the flax side and the other the torch side. Where both are of one
@@ -99,12 +101,12 @@ class GoldenSubject(Subject):
     """
 
     def __init__(
-        self, golden: Golden, here: ModuleType, module: Any, side: Side, rules: Rules | None
+        self, golden: Golden, here: ModuleType, module: Any, side: ModelSpec, rules: Rules | None
     ):
         def recorded(*args: Any) -> None:
             raise ValueError("a golden is not run")
 
-        replay = Side(name_of(golden), recorded, recorded, recorded, trainer=recorded)
+        replay = ModelSpec(name_of(golden), recorded, recorded, recorded, trainer=recorded)
         self._runs_first = rules is None or golden.framework == "torch"
         flax, torch = (side, replay) if self._runs_first else (replay, side)
         pair = Pair(
@@ -117,7 +119,7 @@ class GoldenSubject(Subject):
             pure=False,
         )
         super().__init__(pair, dtypes=("float64",), seed=golden.seed, steps=len(golden.batches))
-        self.golden, self._here, self._side = golden, here, side
+        self.golden, self._here, self._spec = golden, here, side
         self._is_alike = rules is None
         self._own = here.leaves_of_side(side, "float64")
         self._fixed = here.fixed(module)
@@ -159,7 +161,7 @@ class GoldenSubject(Subject):
         else:
             weights = self._own | self.weight_map.to_torch(self.golden.weights)
         # A table that the code computes is the code's to answer for.
-        return self._here.run_of(self._side, weights | {x: self._own[x] for x in self._fixed})
+        return self._here.run_of(self._spec, weights | {x: self._own[x] for x in self._fixed})
 
     def restored(self) -> Leaves:
         """The module's weights, brought back to the names and layouts of the golden."""
@@ -174,7 +176,7 @@ class GoldenSubject(Subject):
         other = NAMES[1 - NAMES.index(self._here.NAME)]
         weights = self.golden.weights if self.golden.framework == "flax" else self._own
         return {
-            self._here.NAME: self._side.name,
+            self._here.NAME: self._spec.name,
             other: name_of(self.golden),
             "num_params": sum(leaf.size for leaf in weights.values()),
             "config": {
@@ -186,44 +188,44 @@ class GoldenSubject(Subject):
         }
 
     def _make_runs(self, dtype: str) -> tuple[Any, Any]:
-        replay = RecordedRun(self.golden)
+        replay = RecordedRunner(self.golden)
         return (self.run, replay) if self._runs_first else (replay, self.run)
 
 
-def _weights(subject: GoldenSubject) -> Iterator[Record]:
+def _weights(session: GoldenSubject) -> Iterator[Record]:
     """The map is complete, and the recorded weights keep their bits in the module and back."""
-    first = every_leaf_once(subject, "float64")
+    first = every_leaf_once(session, "float64")
     yield first
     if first.verdict is not Verdict.PASS:
         return
-    recorded, back = subject.golden.weights, subject.restored()
+    recorded, back = session.golden.weights, session.restored()
     bits = sum(different_bits(recorded[name], leaf) for name, leaf in back.items())
     size = sum(leaf.size for leaf in back.values())
     yield judge("golden to module to golden", "float64", "different bits", bits, 0, size)
 
 
 def _in_float64(
-    records: Callable[[Subject], Iterable[Record]],
-) -> Callable[[Subject], Iterator[Record]]:
+    records: Callable[[Session], Iterable[Record]],
+) -> Callable[[Session], Iterator[Record]]:
     """The records of a level, which a model cannot have that leaves float64 on the way."""
 
-    def compare(subject: Subject) -> Iterator[Record]:
-        if subject.impurities:
-            words = "; ".join(f"{name}: {found}" for name, found in subject.impurities.items())
+    def compare(session: Session) -> Iterator[Record]:
+        if session.impurities:
+            words = "; ".join(f"{name}: {found}" for name, found in session.impurities.items())
             raise ValueError(
                 f"not float64 throughout; in {words}. A golden is judged in float64 alone. Check "
                 "both models as they run, where float32 decides."
             )
-        yield from records(subject)
+        yield from records(session)
 
     return compare
 
 
-def _untold(level: str) -> Callable[[Subject], Iterator[Record]]:
-    return lambda subject: iter([abstain(level, "a golden is of outputs and training alone")])
+def _untold(level: str) -> Callable[[Session], Iterator[Record]]:
+    return lambda session: iter([abstain(level, "a golden is of outputs and training alone")])
 
 
-# The names of parity.levels.ladder.LEVELS, which imports both frameworks; a test holds them equal.
+# The names of parity.check.check.LEVELS, which imports both frameworks; a test holds them equal.
 RUNGS: dict[str, Callable[[GoldenSubject], Iterable[Record]]] = {
     "weights": _weights,
     "logits": _in_float64(logits.records),
@@ -235,12 +237,12 @@ RUNGS: dict[str, Callable[[GoldenSubject], Iterable[Record]]] = {
 }
 
 
-def _locate(level: str, subject: GoldenSubject, records: list[Record]) -> Divergence:
+def _locate(level: str, session: GoldenSubject, records: list[Record]) -> Divergence:
     """What parts first; a golden holds no outputs of modules, so no module is named."""
     bad = next(record for record in records if record.verdict is Verdict.FAIL)
     where, detail = bad.where or bad.name, bad.note or ""
     if level == "logits":
-        where = subject.run.name
+        where = session.run.name
         detail = f"On {bad.name}. A check of both models as they run names the module."
     elif level == "gradients":
         failed = {x.name: x.value for x in records if x.verdict is Verdict.FAIL}

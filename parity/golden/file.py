@@ -10,10 +10,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from parity.files import write_atomically
-from parity.leaves import Leaves, cast, cast_array
-from parity.oracle import Purity
-from parity.pair import Batch
+from parity.frameworks.leaves import Leaves, cast, cast_array
+from parity.frameworks.purity import Purity
+from parity.frameworks.spec import Batch
+from parity.system.files import write_atomically
 
 KIND, SCHEMA = "parity golden", 1
 # The only entry of the file's metadata: of several, safetensors does not keep the order.

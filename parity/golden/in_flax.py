@@ -10,16 +10,16 @@ import numpy as np
 import optax
 from flax import nnx
 
-from parity.flax_leaves import flax_leaves
-from parity.flax_run import FlaxRun
-from parity.flax_scope import jax_scope
-from parity.flax_side import CONSTANTS, flax_side
-from parity.leaves import Leaves
-from parity.pair import Side
+from parity.frameworks.flax.leaves import flax_leaves
+from parity.frameworks.flax.module import CONSTANTS, flax_spec
+from parity.frameworks.flax.runner import FlaxRunner
+from parity.frameworks.flax.scope import jax_scope
+from parity.frameworks.leaves import Leaves
+from parity.frameworks.spec import ModelSpec
 
 NAME = "flax"
 MODULE = nnx.Module
-side_of = flax_side
+side_of = flax_spec
 
 
 def seeded(seed: int, build: Callable[[], Any]) -> Any:
@@ -27,13 +27,13 @@ def seeded(seed: int, build: Callable[[], Any]) -> Any:
     return build()
 
 
-def leaves_of_side(side: Side, dtype: str) -> Leaves:
+def leaves_of_side(side: ModelSpec, dtype: str) -> Leaves:
     """The weights that a side is built with."""
     with jax_scope(dtype, _device()):
         return flax_leaves(side.build(dtype))
 
 
-def leaves_of_run(run: FlaxRun) -> Leaves:
+def leaves_of_run(run: FlaxRunner) -> Leaves:
     """The weights that a run has."""
     with jax_scope("float64", _device()):
         return flax_leaves(run.module)
@@ -44,9 +44,9 @@ def fixed(module: nnx.Module) -> tuple[str, ...]:
     return ()
 
 
-def run_of(side: Side, weights: Mapping[str, np.ndarray]) -> FlaxRun:
+def run_of(side: ModelSpec, weights: Mapping[str, np.ndarray]) -> FlaxRunner:
     """The side in float64, on the CPU."""
-    return FlaxRun(side, weights, "float64", _device())
+    return FlaxRunner(side, weights, "float64", _device())
 
 
 def versions() -> dict[str, str]:

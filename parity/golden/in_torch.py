@@ -6,15 +6,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from parity.leaves import Leaves
-from parity.pair import Side
-from parity.torch_leaves import torch_leaves
-from parity.torch_run import TorchRun
-from parity.torch_side import torch_side
+from parity.frameworks.leaves import Leaves
+from parity.frameworks.spec import ModelSpec
+from parity.frameworks.torch.leaves import torch_leaves
+from parity.frameworks.torch.module import torch_spec
+from parity.frameworks.torch.runner import TorchRunner
 
 NAME = "torch"
 MODULE = torch.nn.Module
-side_of = torch_side
+side_of = torch_spec
 
 # Buffers that are weights: what a batch norm has learned of its inputs.
 _STATISTICS = "running_mean", "running_var", "num_batches_tracked"
@@ -27,12 +27,12 @@ def seeded(seed: int, build: Callable[[], Any]) -> Any:
         return build()
 
 
-def leaves_of_side(side: Side, dtype: str) -> Leaves:
+def leaves_of_side(side: ModelSpec, dtype: str) -> Leaves:
     """The weights that a side is built with."""
     return torch_leaves(side.build(dtype))
 
 
-def leaves_of_run(run: TorchRun) -> Leaves:
+def leaves_of_run(run: TorchRunner) -> Leaves:
     """The weights that a run has."""
     return torch_leaves(run.module)
 
@@ -46,9 +46,9 @@ def fixed(module: torch.nn.Module) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def run_of(side: Side, weights: Mapping[str, np.ndarray]) -> TorchRun:
+def run_of(side: ModelSpec, weights: Mapping[str, np.ndarray]) -> TorchRunner:
     """The side in float64, on the CPU."""
-    return TorchRun(side, weights, "float64", torch.device("cpu"))
+    return TorchRunner(side, weights, "float64", torch.device("cpu"))
 
 
 def versions() -> dict[str, str]:

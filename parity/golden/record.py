@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from parity.check.levels.optimizer import HORIZON, STEPS
+from parity.frameworks.leaves import Leaves, copied
+from parity.frameworks.spec import ModelSpec
 from parity.golden.file import Golden, State
 from parity.golden.frameworks import framework, framework_of
-from parity.inputs import as_inputs
-from parity.leaves import Leaves, copied
-from parity.levels.optimizer import HORIZON, STEPS
-from parity.pair import Side
-from parity.subject import randomized
+from parity.pair.inputs import as_inputs
+from parity.weights.randomize import randomized
 
 Call = Callable[..., Any]
 
@@ -102,7 +102,7 @@ def record(
     )
 
 
-def _weights(here: ModuleType, module: Any, side: Side, weights: str, seed: int) -> Leaves:
+def _weights(here: ModuleType, module: Any, side: ModelSpec, weights: str, seed: int) -> Leaves:
     """What is to be loaded: random numbers in all that training moves, or the module's own."""
     if weights == "own":
         return here.leaves_of_side(side, "float64")

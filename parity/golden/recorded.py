@@ -1,14 +1,14 @@
-"""A recorded side: it answers the levels from a golden, as FlaxRun and TorchRun do from a model."""
+"""A recorded model: it answers the levels from a golden, as a runner does from a live model."""
 
 import numpy as np
 
+from parity.frameworks.leaves import Leaves
+from parity.frameworks.purity import Purity
+from parity.frameworks.spec import Batch
 from parity.golden.file import Golden
-from parity.leaves import Leaves
-from parity.oracle import Purity
-from parity.pair import Batch
 
 
-class RecordedRun:
+class RecordedRunner:
     """What a golden has to say, to the questions that were asked when it was recorded."""
 
     def __init__(self, golden: Golden):

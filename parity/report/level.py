@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from parity.compare import Record, Verdict, worst
+from parity.report.record import Record, Verdict, worst
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,10 +4,10 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from parity.compare import Record, Verdict
-from parity.evidence import Generation
-from parity.pages import render
 from parity.report import plots
+from parity.report.html import render
+from parity.report.plot_data import Generation
+from parity.report.record import Record, Verdict
 from parity.report.report import Report
 from parity.report.table import dtypes_of, number
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from markupsafe import Markup
 
-from parity.evidence import Generation, LossCurves, ModuleGaps
+from parity.report.plot_data import Generation, LossCurves, ModuleGaps
 from parity.report.svg import Panel, Scale, drawing, linear_scale, log_scale, tag
 from parity.report.table import number
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
-from parity.compare import BAD, IMPURE, Verdict, worst
-from parity.evidence import Evidence
 from parity.report import table
 from parity.report.level import Divergence, Level
+from parity.report.plot_data import PlotData
+from parity.report.record import BAD, IMPURE, Verdict, worst
 
 
 class ParityError(AssertionError):
@@ -42,7 +42,7 @@ class Report:
     subject: dict[str, Any]
     levels: tuple[Level, ...]
     divergence: Divergence | None = None
-    evidence: Evidence | None = None
+    evidence: PlotData | None = None
 
     @property
     def verdict(self) -> Verdict:

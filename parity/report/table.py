@@ -7,8 +7,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from parity.compare import Record, Verdict
 from parity.report.level import Level
+from parity.report.record import Record, Verdict
 
 DTYPES = "float64", "float32"
 

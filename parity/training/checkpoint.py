@@ -9,8 +9,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from parity.files import write_atomically
-from parity.leaves import Leaves
+from parity.frameworks.leaves import Leaves
+from parity.system.files import write_atomically
 
 FORMAT = "parity-checkpoint-1"
 

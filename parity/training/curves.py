@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from parity.levels.trajectory import FLOAT32, FLOAT64
-from parity.pictures import plain, save
+from parity.check.levels.trajectory import FLOAT32, FLOAT64
+from parity.report.figures import plain, save
 
 # A gap of zero has no place on a log axis; it is drawn at the rounding of a loss near 1.
 _FLOOR = 1e-17

@@ -6,12 +6,12 @@ import numpy as np
 
 import flax_gpt
 import torch_gpt
-from parity.capture import Trace
-from parity.environment import Devices
-from parity.flax_run import FlaxRun
-from parity.leaves import Leaves
-from parity.pair import Batch, Side
-from parity.torch_run import TorchRun
+from parity.frameworks.capture import Trace
+from parity.frameworks.flax.runner import FlaxRunner
+from parity.frameworks.leaves import Leaves
+from parity.frameworks.spec import Batch, ModelSpec
+from parity.frameworks.torch.runner import TorchRunner
+from parity.system.devices import Devices
 from parity.training.run import RunConfig
 
 
@@ -39,9 +39,9 @@ def first_non_finite(
             return f"the weight {name}"
     dtype = config.training["compute_dtype"] or config.model["dtype"]
     if framework == "flax":
-        run = FlaxRun(_side(flax_gpt, config), parameters, dtype, devices.flax)
+        run = FlaxRunner(_side(flax_gpt, config), parameters, dtype, devices.flax)
     else:
-        run = TorchRun(_side(torch_gpt, config), parameters, dtype, devices.torch)
+        run = TorchRunner(_side(torch_gpt, config), parameters, dtype, devices.torch)
     batch = Batch(inputs)
     order: dict[str, int] = {}
     bad_outputs: list[str] = []
@@ -62,9 +62,9 @@ def first_non_finite(
     return "the loss or the norm of the gradient, whose parts are finite"
 
 
-def _side(package: ModuleType, config: RunConfig) -> Side:
+def _side(package: ModuleType, config: RunConfig) -> ModelSpec:
     """A twin as the harness runs it."""
-    return Side(
+    return ModelSpec(
         name=package.__name__,
         build=lambda dtype: package.GPT(package.GPTConfig(**config.model | {"dtype": dtype})),
         forward=lambda model, tokens: model(tokens)[0],

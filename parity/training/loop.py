@@ -10,17 +10,18 @@ import numpy as np
 
 import flax_gpt
 import torch_gpt
-from parity.corpus import Corpus
-from parity.environment import Devices, pinned_precision
-from parity.flax_leaves import flax_leaves, load_flax
-from parity.flax_scope import Scoped, jax_scope
-from parity.leaves import cast, neighbours
-from parity.levels.trajectory import FLOAT32, FLOAT64, rounding_or_bug
-from parity.rules import TWINS
-from parity.trainers import FlaxTrainer, TorchTrainer
+from parity.check.levels.trajectory import FLOAT32, FLOAT64, rounding_or_bug
+from parity.frameworks.flax.leaves import flax_leaves, load_flax
+from parity.frameworks.flax.scope import Scoped, jax_scope
+from parity.frameworks.leaves import cast, neighbours
+from parity.pair.text import Corpus
+from parity.system.devices import Devices, pinned_precision
 from parity.training.diagnose import first_non_finite
 from parity.training.run import Run, RunConfig, as_line
-from parity.transplant import transplant
+from parity.twins.flax import FlaxTrainer
+from parity.twins.torch import TorchTrainer
+from parity.weights.tables import TWINS
+from parity.weights.transplant import transplant
 
 # Windows of the held-out text that an evaluation reads at most.
 _HELD_OUT = 512

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from parity.corpus import Corpus
-from parity.environment import Devices, fingerprint, pinned_precision
-from parity.levels.trajectory import FLOAT64
+from parity.check.levels.trajectory import FLOAT64
+from parity.pair.text import Corpus
+from parity.system.devices import Devices, fingerprint, pinned_precision
 from parity.training.loop import Trainers, batch
 from parity.training.run import RunConfig
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from parity.corpus import Corpus
-from parity.files import unfinished, write_atomically
-from parity.leaves import Leaves
+from parity.frameworks.leaves import Leaves
+from parity.pair.text import Corpus
+from parity.system.files import unfinished, write_atomically
 from parity.training.checkpoint import read_checkpoint, write_checkpoint
 
 FRAMEWORKS = "flax", "torch"

@@ -9,16 +9,17 @@ import torch
 
 import flax_gpt
 import torch_gpt
-from parity.compare import Verdict, max_abs
-from parity.corpus import decode, encode
-from parity.environment import Devices, pinned_precision
-from parity.flax_leaves import load_flax
-from parity.flax_scope import jax_scope
-from parity.levels.tokens import ERROR, reach
-from parity.rules import TWINS
-from parity.torch_leaves import load_torch, to_numpy
+from parity.check.levels.tokens import ERROR, reach
+from parity.check.metrics import max_abs
+from parity.frameworks.flax.leaves import load_flax
+from parity.frameworks.flax.scope import jax_scope
+from parity.frameworks.torch.leaves import load_torch, to_numpy
+from parity.pair.text import decode, encode
+from parity.report.record import Verdict
+from parity.system.devices import Devices, pinned_precision
 from parity.training.run import FRAMEWORKS, Run
-from parity.transplant import transplant
+from parity.weights.tables import TWINS
+from parity.weights.transplant import transplant
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,10 @@ from types import ModuleType
 
 import pytest
 
-from parity.corpus import Corpus
 from parity.faults import Edit, mutated
 from parity.faults.selftest import small_twins
-from parity.pair import Pair
+from parity.pair.pair import Pair
+from parity.pair.text import Corpus
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ from parity.doctor.finding import (
     tolerance,
 )
 from parity.doctor.patient import Patient
-from parity.leaves import Leaves
+from parity.frameworks.leaves import Leaves
 
 # One shape for nearly all probes, because jax compiles for each.
 ROWS, LENGTH = 4, 16

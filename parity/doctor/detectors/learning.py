@@ -5,6 +5,7 @@ Dimension key: B batch, T tokens, V vocab.
 
 import numpy as np
 
+from parity.check.metrics import gradient_norm
 from parity.doctor.detectors.forward import LENGTH, LONGEST, ROWS, cross_entropies
 from parity.doctor.finding import (
     Finding,
@@ -16,8 +17,7 @@ from parity.doctor.finding import (
     tolerance,
 )
 from parity.doctor.patient import AdamW, Patient
-from parity.leaves import Leaves
-from parity.subject import gradient_norm
+from parity.frameworks.leaves import Leaves
 
 _STEPS, _CYCLES = 150, 80
 _LAGS = range(-2, 4)

@@ -7,8 +7,8 @@ import numpy as np
 from parity.doctor.detectors.forward import LENGTH, ROWS
 from parity.doctor.finding import Finding, failed, gap, passed, tokens, tolerance
 from parity.doctor.patient import Patient
-from parity.leaves import Leaves
-from parity.subject import randomized
+from parity.frameworks.leaves import Leaves
+from parity.weights.randomize import randomized
 
 
 def parity(patient: Patient) -> Finding:

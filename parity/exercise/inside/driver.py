@@ -87,7 +87,7 @@ def main(job_file: str) -> None:
             reference = loaded(job["reference"])
         student = Student(Path(job["folder"]))
 
-        def tell(**event: Any) -> None:
+        def emit(**event: Any) -> None:
             text = json.dumps(event)
             if len(text) > _LARGEST:
                 event = {key: event[key] for key in ("event", "stage")}
@@ -95,16 +95,16 @@ def main(job_file: str) -> None:
             events.write(f"{text}\n")
             events.flush()
 
-        tell(event="ready")
+        emit(event="ready")
         for stage in job["stages"]:
-            tell(event="begun", stage=stage)
+            emit(event="begun", stage=stage)
             with stages.scope():
                 values, error = attempt(
                     lambda stage=stage: run_stage(stage, stages, student, reference),
                     job["seconds"],
                     str(student.folder),
                 )
-            tell(event="done", stage=stage, values=values, error=error)
+            emit(event="done", stage=stage, values=values, error=error)
 
 
 def _stages(framework: str) -> ModuleType:

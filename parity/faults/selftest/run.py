@@ -14,9 +14,8 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 import jax
 import torch
 
-from parity.check import check
-from parity.compare import Verdict
-from parity.corpus import Corpus
+from parity.check.check import check
+from parity.check.levels.optimizer import HORIZON
 from parity.faults.selftest.fault import Fault
 from parity.faults.selftest.trial import (
     PAIRS,
@@ -27,8 +26,9 @@ from parity.faults.selftest.trial import (
     small_twins,
     trial,
 )
-from parity.levels.optimizer import HORIZON
+from parity.pair.text import Corpus
 from parity.report import Report
+from parity.report.record import Verdict
 
 _HEAD = """# What the check sees
 

@@ -11,17 +11,17 @@ from types import ModuleType
 
 import flax_gpt
 import torch_gpt
-from parity.check import check
-from parity.compare import Verdict
-from parity.corpus import Corpus
+from parity.check.check import check
+from parity.check.levels.optimizer import HORIZON
+from parity.check.modules import pair_of
 from parity.faults.edit import Edit, mutated, mutated_text
 from parity.faults.selftest.fault import RULES, Fault
-from parity.foreign import pair_of
-from parity.levels.optimizer import HORIZON
-from parity.pair import Pair
+from parity.pair.pair import Pair
+from parity.pair.text import Corpus
 from parity.report import Report
-from parity.rules import Rules
-from parity.twins import twins
+from parity.report.record import Verdict
+from parity.twins.pair import twins
+from parity.weights.rules import Rules
 
 PAIRS = "mlp", "convnet", "encoder", "recurrent", "gpt2"
 TWINS = "flax_gpt", "torch_gpt"
@@ -108,7 +108,7 @@ def small_twins(
     Args:
         corpus: the text of their probes.
         changes: of their config.
-        task: as for `parity.twins.twins`.
+        task: as for `parity.twins.pair.twins`.
         seed: of the probes.
         flax_package: the Flax twin, or a mutated copy of it.
         torch_package: the PyTorch twin, or a mutated copy of it.

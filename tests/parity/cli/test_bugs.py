@@ -30,7 +30,9 @@ def test_the_list_for_machines_tells_where_each_was_seen_and_what_finds_it():
 def test_a_bug_is_shown_with_its_lines_in_both_twins():
     done = bugs("show", "no-shift")
     assert done.exit_code == 0, done.output
-    assert "flax_gpt/loss.py" in done.stdout and "torch_gpt/loss.py" in done.stdout
+    assert (
+        "flax_gpt/training/loss.py" in done.stdout and "torch_gpt/training/loss.py" in done.stdout
+    )
     assert "-    return labels_BT[:, 1:]" in done.stdout and "best-lag" in done.stdout
     only = bugs("show", "graph-grows", "--framework", "flax").stdout
     assert "torch_gpt" not in only and "flax_gpt" in only

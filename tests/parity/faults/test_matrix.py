@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from parity.compare import Verdict
 from parity.doctor import DETECTORS, examine, twin_patient
 from parity.doctor.twin_patients import CONFIG
 from parity.faults import BUGS, GALLERY, find, mutated
 from parity.faults.edit import twin
 from parity.faults.matrix import NAMES, Matrix, Row, draw, measure
+from parity.report.record import Verdict
 
 ROOT = Path(__file__).parents[3]
 _DETECTORS = {detector.name: detector for detector in DETECTORS}

@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 
-from parity.check import check
-from parity.compare import Verdict
+from parity.check.check import check
+from parity.check.levels.optimizer import HORIZON
 from parity.faults.selftest import FAULTS, trial
-from parity.layouts import Layout
-from parity.levels.optimizer import HORIZON
-from parity.rules import TWINS, Rules
+from parity.report.record import Verdict
+from parity.weights.layouts import Layout
+from parity.weights.rules import Rules
+from parity.weights.tables import TWINS
 
 # The first of each level and kind in each model; `parity self-test`, which CI runs, plants all, and
 # checks clean twins of other architectures and tasks.

@@ -1,0 +1,16 @@
+"""An optimizer of Adam's family, read off from what it did in its first steps.
+
+Nothing is guessed and no setting is looked up. From the weights before and after each step, the
+moments and the gradient of the loss, all in float64, linear fits give every constant to about ten
+digits, each with its error; a part that no form of Adam explains to rounding is left unread. Two
+optimizers differ by what was read off them.
+
+Kingma and Ba, "Adam: a method for stochastic optimization", 2015; Loshchilov and Hutter, "Decoupled
+weight decay regularization", 2019.
+"""
+
+from parity.check.causes.optimizer.difference import difference
+from parity.check.causes.optimizer.reading import Reading, read, shares
+from parity.check.causes.optimizer.step import Step
+
+__all__ = ["Reading", "Step", "difference", "read", "shares"]

@@ -1,0 +1,213 @@
+"""The difference of two optimizers that were read off, in words."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import numpy as np
+
+from parity.check.causes.fit import Number
+from parity.check.causes.optimizer.gradient import Gradient
+from parity.check.causes.optimizer.reading import Reading
+from parity.check.causes.optimizer.update import Update
+
+# Kinds of leaves that are named before the rest is counted.
+_NAMED = 3
+# Digits in which a number is written, where fewer do not tell two apart.
+_DIGITS = 12
+
+
+def difference(flax: Reading, torch: Reading, names: tuple[str, str]) -> str | None:
+    """What the two did not do alike; None where one of them could not be read, or nothing differs.
+
+    Args:
+        flax: of one side.
+        torch: of the other.
+        names: of both, in this order.
+    """
+    sides = dict(zip(names, (flax, torch), strict=True))
+    return "; ".join(_causes(sides)) or None
+
+
+def _causes(sides: dict[str, Reading]) -> Iterator[str]:
+    """In the order in which a step goes."""
+    if still := _only(sides, lambda side: not side.moves):
+        yield f"{still} changes no weight"
+        return
+    if forgetful := _only(sides, lambda side: not side.remembers):
+        yield f"{forgetful} throws its moments away after each step"
+        return
+    foreign = _only(sides, lambda side: side.gradient is None)
+    if foreign and sides[foreign].betas is not None:
+        yield f"the gradient that reaches {foreign}'s optimizer is {_composition(sides[foreign])}"
+    betas = {name: side.betas for name, side in sides.items()}
+    gradients = {name: side.gradient for name, side in sides.items()}
+    updates = {name: side.update for name, side in sides.items()}
+    if None not in gradients.values():
+        yield from _gradients(gradients)
+    if None not in betas.values():
+        for index, words in enumerate(("beta1", "beta2")):
+            yield from _values(words, {name: beta[index] for name, beta in betas.items()})
+    if None not in updates.values():
+        yield from _epsilons(updates)
+        yield from _rates(sides)
+    if None not in updates.values() and None not in gradients.values():
+        yield from _decays(gradients, updates)
+
+
+def _composition(side: Reading) -> str:
+    """What the gradient is, if not that of the loss."""
+    parts = side.shares
+    if parts is None:
+        return "not that of its loss"
+    whole = [index for index, part in enumerate(parts) if not part.is_zero]
+    if len(whole) == 1:
+        return f"that of part {whole[0] + 1} of {len(parts)} of the batch alone"
+    if not any(part.differs(parts[0]) for part in parts):
+        return f"that of the mean over {len(parts)} parts of the batch of the mean loss of each"
+    return f"another mixture of those of {len(parts)} parts of the batch than that of its loss"
+
+
+def _gradients(gradients: dict[str, Gradient]) -> Iterator[str]:
+    if carrier := _only(gradients, lambda gradient: gradient.carried):
+        yield f"{carrier} does not set gradients to zero between steps"
+    norms = {name: gradient.clip_norm for name, gradient in gradients.items()}
+    if None in norms.values():
+        return
+    if clipping := _only(norms, lambda norm: np.isfinite(norm.value)):
+        yield f"gradients are clipped to a norm of {_text(norms[clipping])} in {clipping} alone"
+    else:
+        yield from _values("the clip norm", norms)
+        yield from _values("the clip epsilon", {x: g.clip_epsilon for x, g in gradients.items()})
+    factors = {name: gradient.factor for name, gradient in gradients.items()}
+    yield from _values("what gradients are multiplied by", factors)
+
+
+def _epsilons(updates: dict[str, Update]) -> Iterator[str]:
+    (name, update), (other, other_update) = updates.items()
+    epsilons = {name: update.epsilon for name, update in updates.items()}
+    if all(epsilon.is_zero for epsilon in epsilons.values()):
+        return
+    if any(epsilon.is_zero for epsilon in epsilons.values()):
+        yield from _values("epsilon", epsilons)
+        return
+    if update.inside != other_update.inside:
+        inside, outside = (name, other) if update.inside else (other, name)
+        yield f"epsilon is inside the root in {inside} and outside it in {outside}"
+    if update.corrected != other_update.corrected:
+        early = name if other_update.corrected else other
+        yield f"epsilon meets the second moment in {early} before its bias is corrected"
+    if update.inside == other_update.inside:
+        yield from _values("epsilon", epsilons)
+
+
+def _rates(sides: dict[str, Reading]) -> Iterator[str]:
+    """The relation of two schedules. A missing correction of bias acts as another schedule."""
+    rates = {name: side.update.rates for name, side in sides.items()}
+    (name, ours), (other, theirs) = rates.items()
+    if _alike(ours, theirs):
+        return
+    for side, rest in ((name, other), (other, name)):
+        beta1, beta2 = sides[side].betas
+        counts = range(1, len(ours) + 1)
+        first = [1.0 - beta1.value**count for count in counts]
+        second = [(1.0 - beta2.value**count) ** -0.5 for count in counts]
+        for moments, pattern in (
+            ("the first moment", first),
+            ("the second moment", second),
+            ("either moment", [a * b for a, b in zip(first, second, strict=True)]),
+        ):
+            corrected = [x * Number(y) for x, y in zip(rates[rest], pattern, strict=True)]
+            if _alike(rates[side], corrected):
+                yield f"{side} does not correct the bias of {moments}"
+                return
+    for ahead, behind in ((name, other), (other, name)):
+        if _alike(rates[ahead][:-1], rates[behind][1:]):
+            yield f"the schedule of {ahead} is one update ahead of that of {behind}"
+            return
+    for lost, kept in ((name, other), (other, name)):
+        if rates[lost][0].is_zero and not rates[kept][0].is_zero:
+            yield f"the first update of {lost} has a rate of zero"
+            return
+    ratios = [y / x for x, y in zip(ours, theirs, strict=True)]
+    if _alike(ratios, ratios[:1] * len(ratios)):
+        if ratios[0].value < 1.0:
+            name, other, ratios = other, name, [Number(1.0) / ratios[0]]
+        yield f"the rate of {other} is {_text(ratios[0])} times that of {name}"
+        return
+    step = next(t for t, (x, y) in enumerate(zip(ours, theirs, strict=True)) if x.differs(y))
+    yield from _values(f"the rate of update {step + 1}", {name: ours[step], other: theirs[step]})
+
+
+def _decays(gradients: dict[str, Gradient], updates: dict[str, Update]) -> Iterator[str]:
+    if any(update.decay is None for update in updates.values()):
+        return
+    (name, update), (other, other_update) = updates.items()
+    coupled = {x: bool(_decaying(gradients[x].decay)) for x in gradients}
+    apart = {x: bool(_decaying(updates[x].decay)) for x in updates}
+    for side, rest in ((name, other), (other, name)):
+        if coupled[side] and not apart[side] and apart[rest] and not coupled[rest]:
+            yield f"weight decay is L2, in the gradient, in {side} and decoupled from it in {rest}"
+            return
+    if apart[name] and apart[other] and update.scaled != other_update.scaled:
+        constant = other if update.scaled else name
+        yield f"weight decay of {constant} is not multiplied by the rate"
+        return
+    yield from _masks("weights", {x: updates[x].decay for x in updates})
+    if all(coupled.values()):
+        yield from _masks("weights by L2", {x: gradients[x].decay for x in gradients})
+    elif side := _only(coupled, bool):
+        yield f"{side} also adds weight decay to the gradient"
+
+
+def _masks(words: str, decays: dict[str, Mapping[str, Number]]) -> Iterator[str]:
+    """Which leaves decay, and by how much."""
+    (name, ours), (other, theirs) = decays.items()
+    decaying = {x: _decaying(decay) for x, decay in decays.items()}
+    known = {x for x in ours if ours[x].error < float("inf") and theirs[x].error < float("inf")}
+    for side, rest in ((name, other), (other, name)):
+        more = [x for x in decaying[side] if x in known and x not in decaying[rest]]
+        if more and not decaying[rest]:
+            yield f"{words} decay by {_text(decays[side][more[0]])} in {side} and not in {rest}"
+        elif more:
+            yield f"{_leaves(more)} decay in {side} and not in {rest}"
+    both = [x for x in decaying[name] if x in decaying[other] and ours[x].differs(theirs[x])]
+    if both:
+        yield from _values(
+            f"weight decay of {_leaves(both)}", {name: ours[both[0]], other: theirs[both[0]]}
+        )
+
+
+def _decaying(decay: Mapping[str, Number]) -> list[str]:
+    return [name for name, number in decay.items() if not number.is_zero]
+
+
+def _leaves(names: Iterable[str]) -> str:
+    """Names of leaves; layers of one kind are named once."""
+    kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+    more = len(kinds) - _NAMED
+    return ", ".join(kinds[:_NAMED]) + (f" and {more} other kinds of leaves" if more > 0 else "")
+
+
+def _values(words: str, numbers: dict[str, Number]) -> Iterator[str]:
+    """A constant that differs, with both its values."""
+    (name, ours), (other, theirs) = numbers.items()
+    if ours.differs(theirs):
+        a, b = _text(ours), _text(theirs)
+        if a == b:
+            a, b = (f"{x.value:.{_DIGITS}g}" for x in (ours, theirs))
+        yield f"{words} is {a} in {name} and {b} in {other}"
+
+
+def _text(x: Number) -> str:
+    """A number in the few digits that constants are written with, and 0 where it is that."""
+    return "0" if x.is_zero else f"{x.value:.6g}"
+
+
+def _alike(a: Iterable[Number], b: Iterable[Number]) -> bool:
+    return not any(x.differs(y) for x, y in zip(a, b, strict=True))
+
+
+def _only(sides: dict, holds: Callable) -> str | None:
+    """The one side of which something holds; None when it holds of both or of neither."""
+    names = [name for name, side in sides.items() if holds(side)]
+    return names[0] if len(names) == 1 else None

@@ -1,0 +1,111 @@
+"""What reaches an optimizer's moments, in terms of the gradient of the loss."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from parity.check.causes.fit import Equations, Number, constant_of, norm, part_along, solve
+from parity.check.causes.optimizer.step import GRADIENT, Step, earlier
+from parity.frameworks.leaves import Leaves
+
+_ONE = Number(1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gradient:
+    """What reaches the moments, in terms of the loss's gradient.
+
+    Attributes:
+        clip_norm: largest norm let through; infinite when no step was clipped, None when unread.
+        clip_epsilon: added to the norm that divides; None when unread.
+        factor: that the gradient is multiplied by, whatever its norm; None when unread.
+        decay: of weights, added to the gradient (L2), by leaf.
+        carried: whether gradients of earlier steps are still in it.
+    """
+
+    clip_norm: Number | None = None
+    clip_epsilon: Number | None = None
+    factor: Number | None = None
+    decay: Mapping[str, Number] = dataclasses.field(default_factory=dict)
+    carried: bool = False
+
+
+def read_gradient(steps: Sequence[Step], beta1: Number) -> Gradient | None:
+    """Tries the loss's gradient alone, then with decay of the weights, then with earlier ones."""
+    taken = _taken(steps, beta1.value)
+    norms = [step.norm for step in steps]
+    if found := solve(_equations(steps, taken)):
+        return _clipping([factor for (factor,) in found.by_step], norms)
+    if found := solve(_equations(steps, taken, decays=True)):
+        factors = [factor for (factor,) in found.by_step]
+        decay = _decay(steps, taken, factors)
+        return (
+            None if decay is None else dataclasses.replace(_clipping(factors, norms), decay=decay)
+        )
+    return Gradient(carried=True) if solve(_equations(steps, taken, carries=True)) else None
+
+
+def _taken(steps: Sequence[Step], beta1: float) -> list[Leaves]:
+    """The gradients that went in: (m_t - b1 m_{t-1}) / (1 - b1), by step and leaf."""
+    firsts = [step.first for step in steps]
+    return [
+        {x: (step.first[x] - beta1 * earlier(firsts, t, x)) / (1.0 - beta1) for x in step.names}
+        for t, step in enumerate(steps)
+    ]
+
+
+def _equations(
+    steps: Sequence[Step], taken: list[Leaves], decays: bool = False, carries: bool = False
+) -> list[Equations]:
+    made = []
+    for (t, step), name in itertools.product(enumerate(steps), steps[0].names):
+        terms = (step.gradient[name],)
+        if carries:
+            terms += (earlier(taken, t, name),)
+        own = (step.before[name],) if decays else ()
+        made.append(Equations(t, taken[t][name], (), terms, own, _noise(taken[t])))
+    return made
+
+
+def _noise(gradient: Leaves) -> float:
+    """Rounding of one leaf: a share of the whole's, for null leaves are nothing but rounding."""
+    return GRADIENT * norm([norm(g) for g in gradient.values()]) / len(gradient) ** 0.5
+
+
+def _decay(
+    steps: Sequence[Step], taken: list[Leaves], factors: Sequence[Number]
+) -> dict[str, Number] | None:
+    """How many times its weights each leaf has in its gradient; None if that is no constant."""
+    decay = {}
+    for name in steps[0].names:
+        by_step = []
+        for step, gradient, factor in zip(steps, taken, factors, strict=True):
+            left = gradient[name] - factor.value * step.gradient[name]
+            noise = _noise(gradient) + factor.error * norm(step.gradient[name])
+            by_step.append(part_along(left, step.before[name], noise))
+        decay[name] = constant_of(by_step, np.ones(len(steps)))
+    return None if None in decay.values() else decay
+
+
+def _clipping(factors: Sequence[Number], norms: Sequence[float]) -> Gradient:
+    """The rule that scales a gradient of norm n by min(1, N / (n + e)), or by a constant.
+
+    1 / factor = n / N + e / N is linear in n. Pascanu et al., "On the difficulty of training
+    recurrent neural networks", 2013.
+    """
+    if not any(factor.differs(factors[0]) for factor in factors):
+        factor = factors[0] if factors[0].differs(_ONE) else _ONE
+        return Gradient(Number(np.inf), Number(0.0), factor)
+    clipped = [(_ONE / f, n) for f, n in zip(factors, norms, strict=True) if f.differs(_ONE)]
+    if len(clipped) < 3:  # two unknowns, and one equation more that they must explain
+        return Gradient()
+    inverses, sizes = zip(*clipped, strict=True)
+    target = np.array([x.value for x in inverses])
+    noise = norm([x.error for x in inverses])
+    found = solve([Equations(0, target, (np.array(sizes), np.ones_like(target)), noise=noise)])
+    if found is None:
+        return Gradient()
+    slope, offset = found.shared
+    return Gradient(_ONE / slope, offset / slope, _ONE)

@@ -1,0 +1,91 @@
+"""Measure how far two arrays are apart; NaN and unlike shapes are never small."""
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from parity.frameworks.leaves import Leaves
+
+
+def largest(values: Mapping[str, float]) -> str:
+    """The key of the largest value; NaN, which has no order, counts as larger than all."""
+    return max(values, key=lambda key: math.inf if math.isnan(values[key]) else values[key])
+
+
+def ratio(a: float, b: float, floor: float) -> float:
+    """The larger error over the smaller, neither below `floor`; NaN if either is."""
+    if math.isnan(a) or math.isnan(b):
+        return math.nan
+    a, b = max(a, floor), max(b, floor)
+    return max(a, b) / min(a, b) if min(a, b) else math.nan
+
+
+def max_abs(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest absolute difference; NaN if there is one, infinite for unlike shapes."""
+    if a.shape != b.shape:
+        return math.inf
+    if a.size == 0:
+        return 0.0
+    with np.errstate(invalid="ignore"):  # inf - inf is NaN, which fails as it should
+        return float(np.max(np.abs(_wide(a) - _wide(b))))
+
+
+def relative_max_abs(a: np.ndarray, b: np.ndarray, truth: np.ndarray) -> float:
+    """The largest absolute difference, in units of the largest number in `truth` if that is over 1.
+
+    Rounding grows with the numbers that are rounded.
+    """
+    sizes = np.abs(_wide(truth[np.isfinite(truth)]))
+    return max_abs(a, b) / max(1.0, float(np.max(sizes, initial=0.0)))
+
+
+def rms_error(a: np.ndarray, b: np.ndarray) -> float:
+    """The root of the mean squared difference."""
+    if a.shape != b.shape:
+        return math.inf
+    with np.errstate(invalid="ignore"):
+        return float(np.sqrt(np.mean((_wide(a) - _wide(b)) ** 2))) if a.size else 0.0
+
+
+def relative_l2(a: np.ndarray, b: np.ndarray) -> float:
+    """|a - b| / max(|a|, |b|) in the Euclidean norm; 0 when both are zero."""
+    if a.shape != b.shape:
+        return math.inf
+    with np.errstate(invalid="ignore"):
+        gap = float(np.linalg.norm(_wide(a) - _wide(b)))
+        scale = max(float(np.linalg.norm(_wide(a))), float(np.linalg.norm(_wide(b))))
+    return gap / scale if scale else gap
+
+
+def different_bits(a: np.ndarray, b: np.ndarray) -> int:
+    """Elements whose bytes differ, so that NaN equals itself and 0 is not -0."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return max(a.size, b.size, 1)
+    words = f"u{a.dtype.itemsize}"
+    bits_a, bits_b = np.ascontiguousarray(a).view(words), np.ascontiguousarray(b).view(words)
+    return int(np.count_nonzero(bits_a != bits_b))
+
+
+def error_ratio(a: np.ndarray, b: np.ndarray, truth: np.ndarray) -> float:
+    """The larger of two RMS errors over the smaller, both against `truth`: 1 is a fair draw.
+
+    Errors below the rounding of `truth` to the narrower dtype count as that rounding, for a ratio
+    of two numbers that are both exact says nothing.
+    """
+    floor = float(np.finfo(a.dtype).eps) * float(np.sqrt(np.mean(_wide(truth) ** 2)))
+    return ratio(rms_error(a, truth), rms_error(b, truth), floor)
+
+
+def _wide(array: np.ndarray) -> np.ndarray:
+    return np.asarray(array, np.float64)
+
+
+def along_ones(array: np.ndarray, axis: int) -> np.ndarray:
+    """The part of an array along the unit vector of ones of an axis."""
+    return array.sum(axis=axis) / np.sqrt(array.shape[axis])
+
+
+def gradient_norm(gradients: Leaves) -> float:
+    """The Euclidean norm of a whole gradient."""
+    return float(np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in gradients.values())))

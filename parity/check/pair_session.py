@@ -1,0 +1,84 @@
+"""A pair that runs under test: its randomized weights and its runs in each dtype."""
+
+import functools
+from typing import Any
+
+from flax import nnx
+
+from parity.check.session import Session
+from parity.frameworks.flax.leaves import flax_leaves
+from parity.frameworks.flax.runner import FlaxRunner
+from parity.frameworks.flax.scope import jax_scope
+from parity.frameworks.leaves import Leaves, cast, neighbours
+from parity.frameworks.torch.leaves import torch_leaves
+from parity.frameworks.torch.runner import TorchRunner
+from parity.pair.pair import Pair
+from parity.system.devices import Devices
+from parity.system.memory import is_large, on_disk
+from parity.weights.modules import module_map
+from parity.weights.randomize import randomized
+from parity.weights.weight_map import WeightMap, resolve
+
+
+class PairSession(Session):
+    """Both models of a pair.
+
+    Args:
+        pair: the models and inputs.
+        devices: where they run.
+        options: of `Session`.
+    """
+
+    def __init__(self, pair: Pair, devices: Devices, **options: Any):
+        super().__init__(pair, **options)
+        self.devices = devices
+
+    @functools.cached_property
+    def flax_leaves(self) -> Leaves:
+        """The weights under test, in float32: initial weights hide forgotten biases and norms."""
+        if self.pair.leaves is not None:
+            leaves = cast(self.pair.leaves, "float32")
+        else:
+            leaves = randomized(flax_leaves(self.build_flax()), self.seed)
+        # Read whenever a model is loaded, and not between.
+        return on_disk(leaves) if is_large(leaves.values()) else leaves
+
+    @functools.cached_property
+    def weight_map(self) -> WeightMap:
+        """The rules resolved for this pair.
+
+        Raises:
+            TransplantError: when they do not fit it.
+        """
+        return resolve(
+            self.pair.rules, torch_leaves(self.pair.torch.build("float32")), self.flax_leaves
+        )
+
+    @functools.cached_property
+    def modules(self) -> dict[str, str]:
+        """Torch paths of the modules of both models, by flax path."""
+        flax, torch = self.runs("float64")
+        return module_map(torch.module, flax.module, self.weight_map)
+
+    @functools.cached_property
+    def torch_leaves(self) -> Leaves:
+        """The same weights for torch."""
+        unmapped = torch_leaves(self.pair.torch.build("float32")) if self.weight_map.ignored else {}
+        kept = {name: unmapped[name] for name in self.weight_map.ignored}
+        return self.weight_map.to_torch(self.flax_leaves) | kept
+
+    def build_flax(self) -> nnx.Module:
+        """A float32 model of the flax side, on its device."""
+        with jax_scope("float32", self.devices.flax):
+            return self.pair.flax.build("float32")
+
+    def _make_runs(self, dtype: str) -> tuple[FlaxRunner, TorchRunner]:
+        return (
+            FlaxRunner(self.pair.flax, self.flax_leaves, dtype, self.devices.flax),
+            TorchRunner(self.pair.torch, self.torch_leaves, dtype, self.devices.torch),
+        )
+
+    def witness(self, dtype: str) -> TorchRunner:
+        """The torch side again, from neighbouring weights: what rounding alone does to it."""
+        leaves = neighbours(cast(self.torch_leaves, dtype), self.seed)
+        return TorchRunner(self.pair.torch, leaves, dtype, self.devices.torch)

@@ -1,0 +1,1 @@
+"""One interface to a model, implemented once for each framework."""

@@ -1,0 +1,48 @@
+"""The weights of a Flax NNX module as named NumPy arrays.
+
+Read beside parity/torch_leaves.py.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from flax import nnx
+
+from parity.frameworks.leaves import Leaves, dotted, require_same
+
+
+def flax_leaves(module: nnx.Module) -> Leaves:
+    """Every variable of a module by its path, without the states of random streams."""
+    return {name: np.array(variable[...]) for name, variable in _variables(module).items()}
+
+
+def state_leaves(state: nnx.State) -> Leaves:
+    """What a state shaped like a module holds, gradients or moments, by the path of its leaves."""
+    return {dotted(path): np.asarray(x[...]) for path, x in nnx.to_flat_state(state)}
+
+
+def load_flax(module: nnx.Module, leaves: Mapping[str, np.ndarray]) -> None:
+    """Overwrites every variable of a module.
+
+    Raises:
+        ValueError: when names, shapes or dtypes are not exactly the module's.
+    """
+    variables = _variables(module)
+    require_same("flax", {x: np.asarray(v[...]) for x, v in variables.items()}, leaves)
+    # Without 64-bit types jax would round a float64 leaf to float32 on its way in.
+    wide = any(leaf.dtype.itemsize == 8 for leaf in leaves.values())
+    with jax.enable_x64(wide or jax.config.jax_enable_x64):
+        for name, variable in variables.items():
+            # As it was placed: an array that is tied to its device would tie what is computed from
+            # it, and a program is compiled again for each mixture of tied and free arguments.
+            array = variable[...]
+            place = array.sharding if array.committed else None
+            variable.set_value(jax.device_put(leaves[name], place))
+
+
+def _variables(module: nnx.Module) -> dict[str, nnx.Variable]:
+    flat = nnx.to_flat_state(nnx.state(module))
+    return {
+        dotted(path): variable for path, variable in flat if not isinstance(variable, nnx.RngState)
+    }

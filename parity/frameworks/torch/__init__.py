@@ -1,0 +1,1 @@
+"""PyTorch modules: leaves, capture, purity, runner."""

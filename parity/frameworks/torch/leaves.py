@@ -1,0 +1,56 @@
+"""The weights of a PyTorch module as named NumPy arrays, and tensors as arrays and back.
+
+Read beside parity/flax_leaves.py.
+"""
+
+from collections.abc import Mapping
+
+import ml_dtypes
+import numpy as np
+import torch
+
+from parity.frameworks.leaves import Leaves, require_same
+
+
+def torch_leaves(module: torch.nn.Module) -> Leaves:
+    """Every parameter and persistent buffer of a module by its name."""
+    return {name: to_numpy(tensor) for name, tensor in module.state_dict().items()}
+
+
+def load_torch(module: torch.nn.Module, leaves: Mapping[str, np.ndarray]) -> None:
+    """Overwrites every parameter and persistent buffer of a module.
+
+    Raises:
+        ValueError: when names, shapes or dtypes are not exactly the module's.
+    """
+    tensors = module.state_dict()
+    # Only shapes and types, for a copy would be one more model in memory.
+    blank = {x: np.broadcast_to(to_numpy(v.new_empty(())), v.shape) for x, v in tensors.items()}
+    require_same("torch", blank, leaves)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(from_numpy(leaves[name]))
+
+
+def to_numpy(tensor: torch.Tensor) -> np.ndarray:
+    """A copy as an array of the same bits; torch itself refuses bfloat16."""
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
+    return tensor.numpy().copy()
+
+
+def numpy_view(tensor: torch.Tensor) -> np.ndarray:
+    """The tensor's own memory, on the host, as an array of the same bits."""
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def from_numpy(array: np.ndarray) -> torch.Tensor:
+    """A tensor of the same bits, on the host."""
+    array = np.array(array, order="C")  # np.ascontiguousarray would give a number an axis
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)

@@ -1,5 +1,0 @@
-"""The rungs of the check; `ladder.py` has them in the order in which they are climbed.
-
-Each level is a module with `records(subject)`, which compares, and `locate(subject, records)`,
-which says after a failure where the two models part.
-"""

@@ -1,0 +1,1 @@
+"""What is compared: two specs, rules and inputs."""

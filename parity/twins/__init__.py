@@ -1,0 +1,1 @@
+"""The two GPTs as one pair."""

@@ -1,0 +1,240 @@
+"""The harness's first client: flax_gpt and torch_gpt as a pair."""
+
+import dataclasses
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+import flax_gpt
+import torch_gpt
+from parity.frameworks.leaves import Leaves
+from parity.frameworks.spec import Batch, ModelSpec
+from parity.pair.pair import Pair
+from parity.pair.text import Corpus
+from parity.twins.flax import FlaxDecoder, FlaxTrainer
+from parity.twins.torch import TorchDecoder, TorchTrainer
+from parity.weights.tables import CLASSIFIERS, TWINS
+
+TASKS = "next-token", "token-class", "sequence-class"
+CLASSES = 4
+
+_PROBE_SIZE = 1 << 26  # logits of one probe at most, half a gigabyte in float64
+_PROMPT_LENGTH = 64
+_SEQUENCE_LENGTH = 96
+_TRAINING_BATCH = 8, 64
+_SAMPLING = dict(temperature=0.8, top_k=40, top_p=0.95, min_p=0.02)
+_UNSCORED = 0.1  # share of labels that are not scored
+
+
+def preset_config(corpus: Corpus, preset: str, **changes) -> flax_gpt.GPTConfig:
+    """A preset's sizes; `tiny` takes its vocabulary size from the text.
+
+    Raises:
+        ValueError: for an unknown preset, or a vocabulary that it cannot hold.
+    """
+    if preset == "tiny":
+        changes = {"vocab_size": len(corpus.vocabulary)} | changes
+    config = flax_gpt.GPTConfig.preset(preset, **changes)
+    check_vocabulary(corpus, config)
+    return config
+
+
+def check_vocabulary(corpus: Corpus, config: flax_gpt.GPTConfig) -> None:
+    """Refuses a text that has more characters than a model has ids.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    if len(corpus.vocabulary) > config.vocab_size:
+        raise ValueError(
+            f"data file {corpus.source}: {len(corpus.vocabulary)} different characters > "
+            f"vocabulary size {config.vocab_size}. Each needs an id. Give another text or a larger "
+            "model."
+        )
+
+
+def training(num_steps: int) -> dict[str, Any]:
+    """Constants of a training in which everything that can differ is switched on."""
+    warmup = max(2, num_steps // 10)
+    return dict(
+        learning_rate=1e-3,
+        schedule="cosine",
+        warmup_steps=warmup,
+        total_steps=max(num_steps, warmup + 1),
+        clip_norm=0.5,
+        label_smoothing=0.1,
+        accumulation_steps=2,
+    )
+
+
+def twins(
+    corpus: Corpus,
+    config: flax_gpt.GPTConfig | None = None,
+    *,
+    task: str = "next-token",
+    seed: int = 0,
+    max_new_tokens: int = 256,
+    leaves: Leaves | None = None,
+    flax_package: ModuleType = flax_gpt,
+    torch_package: ModuleType = torch_gpt,
+) -> Pair:
+    """The two GPTs as a pair, with probes cut from a text.
+
+    Args:
+        corpus: the text.
+        config: their sizes; the `tiny` preset when None. Its dropout is active in training.
+        task: one of `TASKS`. The two with classes put a classifier's head on the GPT: the kind of
+            the character before each token, and how many of a passage's characters are letters.
+        seed: of the passages and of dropout.
+        max_new_tokens: tokens to generate behind each prompt; the prompts leave room for them.
+        leaves: weights of the Flax twin to test; None for random ones.
+        flax_package: the Flax twin, or a changed copy of it.
+        torch_package: the PyTorch twin, or a changed copy of it.
+
+    Raises:
+        ValueError: for an unknown task, a vocabulary that the model cannot hold, or too many new
+            tokens.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task {task!r}: there are {', '.join(TASKS)}. Choose one of them.")
+    config = config or preset_config(corpus, "tiny")
+    sizes, context = dataclasses.asdict(config), config.context_length
+    check_vocabulary(corpus, config)
+    room = context - max_new_tokens
+    if room < 4:
+        raise ValueError(
+            f"check: {max_new_tokens} new tokens leave {room} of context {context} for prompts. "
+            f"They need 4. Ask for at most {context - 4}."
+        )
+    decodes = task == "next-token"
+    dropout_seed = seed if config.dropout else None
+
+    def side(name: str, package: ModuleType, trainer: type, decoder: type) -> ModelSpec:
+        return ModelSpec(
+            name=name,
+            build=lambda dtype: _build(package, task, sizes | {"dtype": dtype}),
+            forward=_forward if decodes else _classify,
+            loss=lambda model, *inputs: _loss(package, task, model, *inputs),
+            trainer=lambda model, num_steps: trainer(
+                package, model, training(num_steps), _task_name(task), dropout_seed
+            ),
+            decoder=(lambda model: decoder(package, model)) if decodes else None,
+        )
+
+    rows, width = _TRAINING_BATCH
+    width = min(width, context)
+    prompts = sequences = None
+    if decodes:
+        prompt, length = min(_PROMPT_LENGTH, room), min(_SEQUENCE_LENGTH, context)
+        counts = [prompt, prompt * 3 // 4, prompt // 2, 1]
+        prompts = corpus.windows(4, prompt, seed, 2), np.array(counts, np.int32)
+        counts = [length, length - 1, length // 3, 1]
+        sequences = corpus.windows(4, length, seed, 3), np.array(counts, np.int32)
+    return Pair(
+        flax=side("flax_gpt", flax_package, FlaxTrainer, FlaxDecoder),
+        torch=side("torch_gpt", torch_package, TorchTrainer, TorchDecoder),
+        rules=TWINS if decodes else CLASSIFIERS,
+        probes=_probes(corpus, config, task, seed),
+        training_batch=lambda step: training_batch(corpus, rows, width, task, seed, step),
+        learning_rate=training(1)["learning_rate"],
+        prompts=prompts,
+        new_tokens=max_new_tokens,
+        sampling=_SAMPLING if decodes else None,
+        sequences=sequences,
+        config=sizes | {"data": corpus.source, "task": task},
+        leaves=leaves,
+    )
+
+
+def training_batch(corpus: Corpus, rows: int, width: int, task: str, seed: int, step: int) -> Batch:
+    """Ragged rows in which some labels are not scored, fresh ones for every step."""
+    tokens = corpus.windows(rows, width, seed, 1, step)
+    rng = np.random.default_rng((seed, 4, step))
+    counts = rng.integers(max(width // 4, 2), width + 1, rows).astype(np.int32)
+    return Batch((tokens, counts, labels(corpus, tokens, counts, task, rng)))
+
+
+def labels(
+    corpus: Corpus, tokens: np.ndarray, counts: np.ndarray, task: str, rng: np.random.Generator
+) -> np.ndarray:
+    """What a task wants to be said of tokens, some of it not scored.
+
+    Of a token: itself, or the kind (letter, digit, space, other) of the character before it. Of a
+    passage: in which fourth of 0 to 1 its share of letters lies.
+    """
+    wanted = tokens
+    if task != "next-token":
+        kinds = np.array([_kind(character) for character in corpus.vocabulary])[tokens]
+    if task == "sequence-class":
+        real = np.arange(tokens.shape[1]) < counts[:, None]
+        share = np.sum(real & (kinds == 0), axis=1) / np.maximum(counts, 1)
+        return np.minimum(share * CLASSES, CLASSES - 1).astype(np.int32)
+    if task == "token-class":
+        wanted = np.roll(kinds, 1, axis=1)
+    unscored = rng.random(tokens.shape) < _UNSCORED
+    return np.where(unscored, flax_gpt.IGNORE_INDEX, wanted).astype(np.int32)
+
+
+def _kind(character: str) -> int:
+    tests = str.isalpha, str.isdigit, str.isspace
+    return next((kind for kind, test in enumerate(tests) if test(character)), len(tests))
+
+
+def _probes(corpus: Corpus, config: flax_gpt.GPTConfig, task: str, seed: int) -> dict[str, Batch]:
+    """Inputs that reach bugs: the ends of the context, one token, padding, repetition."""
+    context = config.context_length
+    rows = int(np.clip(_PROBE_SIZE // (context * config.vocab_size), 1, 4))
+    probes = {
+        "full context, ragged": _ragged(corpus, rows, context, task, seed),
+        "context - 1": Batch((corpus.windows(1, context - 1, seed, 4),)),
+        "one token": Batch((corpus.windows(4, 1, seed, 5),)),
+    }
+    if rows < 4:
+        # A large model's full context has no room for rows that pad and repeat. The short one comes
+        # first, which is where gradients are taken, for they keep what every layer has computed.
+        probes = {"short, ragged": _ragged(corpus, 4, min(64, context), task, seed)} | probes
+    return probes
+
+
+def _ragged(corpus: Corpus, rows: int, width: int, task: str, seed: int) -> Batch:
+    """A full row, two with padding, and one that repeats a token; the first of these."""
+    tokens = corpus.windows(rows, width, seed, 0)
+    if rows == 4:
+        tokens[3] = tokens[3, 0]
+    counts = np.array([width, width * 2 // 3, min(17, width), width], np.int32)[:rows]
+    wanted = labels(corpus, tokens, counts, task, np.random.default_rng((seed, 6)))
+    real = np.arange(width) < counts[:, None]
+    return Batch((tokens, counts, wanted), None if task == "sequence-class" else real)
+
+
+def _build(package: ModuleType, task: str, sizes: dict[str, Any]) -> Any:
+    """The model of a task, with weights of zero."""
+    config = package.GPTConfig(**sizes)
+    if task == "next-token":
+        return package.GPT(config)
+    head = package.TokenClassifier if task == "token-class" else package.SequenceClassifier
+    return head(config, CLASSES)
+
+
+def _task_name(task: str) -> str:
+    return task.upper().replace("-", "_")
+
+
+def _forward(model: Any, tokens: Any, counts: Any = None, labels: Any = None) -> Any:
+    """Logits of either GPT."""
+    return model(tokens, counts_B=counts)[0]
+
+
+def _classify(model: Any, tokens: Any, counts: Any = None, labels: Any = None) -> Any:
+    """Scores of either classifier."""
+    return model(tokens, counts)
+
+
+def _loss(package: ModuleType, task: str, model: Any, *inputs: Any) -> Any:
+    """Mean loss of either twin, smoothed."""
+    task, batch = getattr(package, _task_name(task)), package.Batch(*inputs)
+    smoothing = training(1)["label_smoothing"]
+    return package.cross_entropy(
+        task.logits(model, batch, None), task.targets(batch), smoothing
+    ).mean

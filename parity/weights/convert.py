@@ -1,0 +1,80 @@
+"""A file of one module's weights as a file of its port's."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from parity.frameworks.flax.leaves import flax_leaves
+from parity.frameworks.leaves import Leaves
+from parity.frameworks.torch.leaves import torch_leaves
+from parity.system.files import write_atomically
+from parity.weights.infer import infer_rules
+from parity.weights.rules import Rules
+from parity.weights.weight_map import resolve
+
+
+def convert_file(
+    source: Path,
+    out: Path,
+    torch_module: torch.nn.Module,
+    flax_module: nnx.Module,
+    to: str,
+    rules: Rules | None = None,
+) -> int:
+    """Writes the weights of a safetensors file under the names and in the layouts of the port.
+
+    Bit for bit, in the types of the file. The modules are asked for names and shapes alone.
+
+    Args:
+        source: with every weight of the other framework's module, and nothing else.
+        out: the new file, which appears whole or not at all.
+        torch_module: the PyTorch module.
+        flax_module: the Flax NNX module.
+        to: flax or torch.
+        rules: the weight map; inferred by names when None.
+
+    Returns:
+        How many tensors were written.
+
+    Raises:
+        ValueError: for a file that is not what it should be, or rules that do not fit.
+    """
+    port, original = torch_leaves(torch_module), flax_leaves(flax_module)
+    weight_map = resolve(rules or infer_rules(torch_module, flax_module), port, original)
+    leaves = _read(source)
+    aliases = {alias for alias, _ in weight_map.ties}
+    wanted = port if to == "flax" else original
+    free = aliases | set(weight_map.ignored) if to == "flax" else set()
+    problems = [f"{name} is missing" for name in wanted if name not in leaves and name not in free]
+    problems += [f"{name} is unknown" for name in leaves if name not in wanted]
+    problems += [
+        f"{name} is {list(leaf.shape)}, the module's is {list(wanted[name].shape)}"
+        for name, leaf in leaves.items()
+        if name in wanted and leaf.shape != wanted[name].shape
+    ]
+    if problems:
+        side = "torch" if to == "flax" else "flax"
+        raise ValueError(
+            f"{source}: {'; '.join(problems)}. The file has the {side} module's weights. Give that "
+            "file or mend the module."
+        )
+    if to == "flax":
+        made = weight_map.to_flax(leaves)
+    else:
+        made = weight_map.to_torch(leaves) | {name: port[name] for name in weight_map.ignored}
+    write_atomically(out, save({name: np.ascontiguousarray(x) for name, x in made.items()}))
+    return len(made)
+
+
+def _read(path: Path) -> Leaves:
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{path}: {error}. Weights are read from a safetensors file. Name one."
+        ) from error

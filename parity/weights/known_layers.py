@@ -1,0 +1,205 @@
+"""The layers that come with the frameworks: how their leaves lie, and what each does alone."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import torch
+from flax import nnx
+
+from parity.frameworks.torch.leaves import from_numpy, to_numpy
+from parity.weights.layouts import Layout, Shape, joined_shape
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """What a layer says about one of its leaves.
+
+    Attributes:
+        kind: of the layer: linear, embedding, norm, batch norm, convolution or transposed
+            convolution; parameter or buffer for a leaf of no layer that is known here.
+        role: of the leaf in it: weight, bias, mean or var.
+        layout: of the leaf, if the other framework's lies in its plain way.
+        shape: of the joined form, alike in both frameworks.
+        part: of the layer, where it holds several of a kind, as a recurrent one does.
+    """
+
+    kind: str
+    role: str
+    layout: Layout
+    shape: Shape
+    part: str = ""
+
+
+Act = Callable[[np.ndarray], np.ndarray]
+_WINDOWS = torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d
+_CONVOLUTIONS = {3: "conv1d", 4: "conv2d", 5: "conv3d"}
+
+
+_TORCH_KINDS = {
+    "embedding": torch.nn.Embedding,
+    "norm": torch.nn.LayerNorm | torch.nn.RMSNorm | torch.nn.GroupNorm,
+    "batch norm": torch.nn.modules.batchnorm._BatchNorm,
+    "convolution": _WINDOWS,
+    "transposed convolution": torch.nn.modules.conv._ConvTransposeNd,
+}
+_FLAX_KINDS = {
+    "linear": nnx.Linear | nnx.LinearGeneral,
+    "embedding": nnx.Embed,
+    "norm": nnx.LayerNorm | nnx.RMSNorm | nnx.GroupNorm,
+    "batch norm": nnx.BatchNorm,
+    "convolution": nnx.Conv,
+    "transposed convolution": nnx.ConvTranspose,
+}
+_TORCH_ROLES = {"running_mean": "mean", "running_var": "var"}
+_FLAX_ROLES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
+_WINDOW_LAYOUTS = {
+    "convolution": Layout.CONV,
+    "transposed convolution": Layout.CONV_TRANSPOSE,
+}
+
+
+def torch_leaf(module: torch.nn.Module, name: str) -> Leaf | None:
+    """What a module says about a leaf; None for a count or a mask, which is no weight."""
+    tensor = module.state_dict()[name]
+    shape = tuple(tensor.shape)
+    if not tensor.is_floating_point():
+        return None
+    part = ""
+    if isinstance(module, torch.nn.MultiheadAttention) and name.startswith("in_proj"):
+        kind, role = "linear", name.removeprefix("in_proj_")
+    elif isinstance(module, torch.nn.RNNBase) and name.startswith(("weight", "bias")):
+        kind, (role, _, part) = "linear", name.partition("_")
+    elif _is_linear(module):
+        kind, role = "linear", name
+    else:
+        kind = next((k for k, types in _TORCH_KINDS.items() if isinstance(module, types)), "")
+        role = _TORCH_ROLES.get(name, name)
+    if not kind or role not in ("weight", "bias", "mean", "var"):
+        loose = "parameter" if name in dict(module.named_parameters(recurse=False)) else "buffer"
+        return Leaf(loose, "weight", Layout.SAME, shape)
+    layout = Layout.SAME
+    if role == "weight" and kind == "linear" and not _is_conv1d(module):
+        layout = Layout.TRANSPOSED
+    elif role == "weight":
+        layout = _WINDOW_LAYOUTS.get(kind, Layout.SAME)
+    return Leaf(kind, role, layout, joined_shape(shape, layout, "torch"), part)
+
+
+def flax_leaf(module: nnx.Module, name: str) -> Leaf:
+    """What a module says about a leaf."""
+    variable = getattr(module, name) if not isinstance(module, nnx.List) else module[int(name)]
+    shape = tuple(variable[...].shape)
+    kind = next((k for k, types in _FLAX_KINDS.items() if isinstance(module, types)), "")
+    role = _FLAX_ROLES.get(name, name)
+    if not kind or role not in ("weight", "bias", "mean", "var"):
+        loose = "parameter" if isinstance(variable, nnx.Param) else "buffer"
+        return Leaf(loose, "weight", Layout.SAME, shape)
+    layout = Layout.SAME
+    if isinstance(module, nnx.LinearGeneral) and len(shape) == 3 and role == "weight":
+        layout = Layout.HEADS_OUT if len(module.out_features) == 2 else Layout.HEADS_IN
+    elif isinstance(module, nnx.LinearGeneral) and len(shape) == 2 and role == "bias":
+        layout = Layout.FLAT
+    elif kind == "transposed convolution" and role == "weight":
+        turned = module.transpose_kernel
+        layout = Layout.CONV_TRANSPOSE_KERNEL if turned else Layout.CONV_TRANSPOSE
+    joined = joined_shape(shape, layout, "flax")
+    if layout is Layout.CONV_TRANSPOSE_KERNEL:
+        joined = (*joined[:-2], joined[-1], joined[-2])
+    return Leaf(kind, role, layout, joined)
+
+
+def torch_action(module: torch.nn.Module, leaf: str) -> Act | None:
+    """What a leaf does to rows (N, in), to ids (N,), or for a convolution to (N, *space, in).
+
+    Outputs come last. A bias takes part; the caller removes it by what is done to zeros.
+
+    Args:
+        module: the one that owns the leaf.
+        leaf: its name in it.
+
+    Returns:
+        None where there is no way known to run it alone.
+    """
+    parameter = getattr(module, leaf, None)
+    if isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward:
+        return _on_arrays(lambda x: x @ parameter.T, parameter)  # what is added is its own matter
+    if _is_linear(module) or isinstance(module, torch.nn.Embedding):
+        return _on_arrays(module, parameter)
+    if isinstance(module, torch.nn.MultiheadAttention) or (
+        isinstance(module, torch.nn.RNNBase) and leaf.startswith("weight")
+    ):
+        return _on_arrays(lambda x: torch.nn.functional.linear(x, parameter), parameter)
+    if isinstance(module, _WINDOWS):
+        return _on_arrays(lambda x: _convolve(x, parameter, module.groups), parameter)
+    return None
+
+
+def flax_action(module: nnx.Module, leaf: str) -> Act | None:
+    """The same of a flax leaf, in the scope of the caller's types."""
+    if isinstance(module, nnx.Linear) and type(module).__call__ is not nnx.Linear.__call__:
+        return lambda x: np.asarray(x @ module.kernel[...])
+    if isinstance(module, nnx.Linear | nnx.Embed):
+        return lambda x: np.asarray(module(x))
+    if isinstance(module, nnx.LinearGeneral):
+        return lambda x: np.asarray(module(x.reshape(len(x), *module.in_features))).reshape(
+            len(x), -1
+        )
+    if isinstance(module, nnx.Conv):
+        kernel = module.kernel[...]
+        window = "XYZ"[: kernel.ndim - 2]
+        names = f"N{window}C", f"{window}IO", f"N{window}C"
+        return lambda x: np.asarray(
+            jax.lax.conv_general_dilated(
+                x, kernel, (1,) * len(window), "VALID", dimension_numbers=names,
+                feature_group_count=module.feature_group_count,
+            )
+        )  # fmt: skip
+    return None
+
+
+def flax_input(module: nnx.Module, rng: np.random.Generator) -> np.ndarray:
+    """An input for `flax_action` of a module, in float64 or of ids."""
+    if isinstance(module, nnx.Embed):
+        return np.arange(min(module.num_embeddings, 64), dtype=np.int64)
+    if isinstance(module, nnx.Conv):
+        window = module.kernel.shape[:-2]
+        return rng.normal(size=(2, *(size + 1 for size in window), module.in_features))
+    return rng.normal(size=(3, int(np.prod(module.in_features))))
+
+
+def flax_owner(module: nnx.Module, leaf: str) -> tuple[nnx.Module, str]:
+    """The module that owns a leaf, and the leaf's name in it."""
+    *path, name = leaf.split(".")
+    for step in path:
+        module = module[int(step)] if step.isdigit() else getattr(module, step)
+    return module, name
+
+
+def torch_owner(module: torch.nn.Module, leaf: str) -> tuple[torch.nn.Module, str]:
+    """The module that owns a leaf, and the leaf's name in it."""
+    path, _, name = leaf.rpartition(".")
+    return module.get_submodule(path), name
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear) or _is_conv1d(module)
+
+
+def _is_conv1d(module: torch.nn.Module) -> bool:
+    """Whether it is transformers' linear layer of GPT-2, whose weight is (in, out)."""
+    return type(module).__name__ == "Conv1D" and not isinstance(module, torch.nn.Conv1d)
+
+
+def _on_arrays(function: Callable, parameter: torch.Tensor) -> Act:
+    def act(x: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            return to_numpy(function(from_numpy(x).to(parameter.device)))
+
+    return act
+
+
+def _convolve(x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
+    function = getattr(torch.nn.functional, _CONVOLUTIONS[weight.ndim])
+    return function(x.movedim(-1, 1), weight, groups=groups).movedim(1, -1)

@@ -1,0 +1,210 @@
+"""How leaves of one framework lie in the other: the same numbers in another order.
+
+In between lies the *joined* form, flax's order of axes with all heads in one axis. Outputs come
+last in it, so leaves that are fused in one framework and apart in the other are side by side.
+"""
+
+import dataclasses
+import enum
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from parity.frameworks.leaves import Leaves
+
+Shape = tuple[int, ...]
+
+
+class Layout(enum.StrEnum):
+    """Torch's axes against flax's."""
+
+    SAME = "same"
+    TRANSPOSED = "transposed"  # linear: (out, in) is (in, out)
+    CONV = "conv"  # any number of window axes: (out, in, *window) is (*window, in, out)
+    # nnx.ConvTranspose: (in, out, *window) is (*window, in, out), the window back to front
+    CONV_TRANSPOSE = "conv_transpose"
+    # the same with transpose_kernel=True: (in, out, *window) is (*window, out, in)
+    CONV_TRANSPOSE_KERNEL = "conv_transpose_kernel"
+    HEADS_OUT = "heads_out"  # (heads * width, in) is (in, heads, width): query, key, value
+    HEADS_IN = "heads_in"  # (out, heads * width) is (heads, width, out): the way out
+    FLAT = "flat"  # (heads * width) is (heads, width): biases
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """Torch leaves and the flax leaves that hold the same numbers.
+
+    Attributes:
+        torch: their names; one, unless flax fuses several.
+        flax: theirs; one, unless torch fuses several.
+        layout: how one lies in the other.
+        heads: fused leaves alternate head by head, in so many heads; 1 for one behind the other.
+    """
+
+    torch: tuple[str, ...]
+    flax: tuple[str, ...]
+    layout: Layout = Layout.SAME
+    heads: int = 1
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.torch)} <-> {', '.join(self.flax)} ({self.layout})"
+
+    def to_torch(
+        self, leaves: Mapping[str, np.ndarray], shapes: Mapping[str, Shape] | None = None
+    ) -> Leaves:
+        """The torch leaves, of the flax leaves.
+
+        Args:
+            leaves: of flax, by name.
+            shapes: of torch's leaves by name, needed where there are several.
+        """
+        joined = join([from_flax(leaves[name], self.layout) for name in self.flax], self.heads)
+        widths = [0]
+        if len(self.torch) > 1:
+            widths = [joined_shape(shapes[x], self.layout, "torch")[-1] for x in self.torch]
+        parts = _split(joined, widths, self.heads)
+        return {
+            name: np.array(as_torch(part, self.layout), order="C", copy=None)
+            for name, part in zip(self.torch, parts, strict=True)
+        }
+
+    def to_flax(
+        self, leaves: Mapping[str, np.ndarray], shapes: Mapping[str, Shape] | None = None
+    ) -> Leaves:
+        """The flax leaves, of the torch leaves.
+
+        Args:
+            leaves: of torch, by name.
+            shapes: of flax's leaves by name, needed where there are several, or heads have an axis
+                of their own.
+        """
+        joined = join([from_torch(leaves[name], self.layout) for name in self.torch], self.heads)
+        widths = [0]
+        if len(self.flax) > 1:
+            widths = [joined_shape(shapes[x], self.layout, "flax")[-1] for x in self.flax]
+        parts = _split(joined, widths, self.heads)
+        return {
+            name: np.array(
+                as_flax(part, self.layout, shapes[name] if shapes else part.shape),
+                order="C",
+                copy=None,
+            )
+            for name, part in zip(self.flax, parts, strict=True)
+        }
+
+    def misfits(self, torch: Mapping[str, np.ndarray], flax: Mapping[str, np.ndarray]) -> list[str]:
+        """What keeps the link from working, in words: dtypes, axes, shapes."""
+        leaves, parts = [torch[x] for x in self.torch], [flax[x] for x in self.flax]
+        ours, theirs = ", ".join(self.torch), ", ".join(self.flax)
+        noun = "torch leaf" if len(leaves) == 1 else "torch leaves"
+        if len({x.dtype for x in (*leaves, *parts)}) > 1:
+            return [f"{noun} {ours} is {leaves[0].dtype}, flax {theirs} is {parts[0].dtype}"]
+        axes = {(leaf.ndim, part.ndim) for leaf in leaves for part in parts}
+        if not all(has_axes(self.layout, *pair) for pair in axes):
+            shapes = " and ".join(str(list(x[0].shape)) for x in (leaves, parts))
+            return [f"{noun} {ours} does not lie in flax {theirs} as {self.layout}: {shapes}"]
+        if leaves[0].ndim == 0:
+            return []
+        wanted, made = (
+            _side_by_side([joined_shape(x.shape, self.layout, framework) for x in group])
+            for framework, group in (("torch", leaves), ("flax", parts))
+        )
+        if wanted is None or made is None:
+            return [f"{noun} {ours} {list(leaves[0].shape)} does not line up with flax {theirs}"]
+        if wanted == made:
+            return []
+        shape = list(as_torch(np.broadcast_to(np.int8(0), made), self.layout).shape)
+        return [f"{noun} {ours} is {list(leaves[0].shape)}, flax {theirs} makes {shape}"]
+
+    def torch_shape(self, shapes: Mapping[str, Shape]) -> Shape:
+        """The shape of the torch leaf that flax leaves of these shapes make, where it is one."""
+        made = _side_by_side([joined_shape(shapes[x], self.layout, "flax") for x in self.flax])
+        return as_torch(np.broadcast_to(np.int8(0), made), self.layout).shape
+
+
+def from_flax(leaf: np.ndarray, layout: Layout) -> np.ndarray:
+    """The joined form of a flax leaf, as a view."""
+    match layout:
+        case Layout.HEADS_OUT:
+            return leaf.reshape(leaf.shape[0], -1)
+        case Layout.HEADS_IN:
+            return leaf.reshape(-1, leaf.shape[-1])
+        case Layout.FLAT:
+            return leaf.reshape(-1)
+    return leaf
+
+
+def as_flax(joined: np.ndarray, layout: Layout, shape: Shape) -> np.ndarray:
+    """A flax leaf of that shape from its joined form, as a view."""
+    heads = layout in (Layout.HEADS_OUT, Layout.HEADS_IN, Layout.FLAT)
+    return joined.reshape(shape) if heads else joined
+
+
+def from_torch(leaf: np.ndarray, layout: Layout) -> np.ndarray:
+    """The joined form of a torch leaf, as a view."""
+    window = range(2, leaf.ndim)
+    match layout:
+        case Layout.TRANSPOSED | Layout.HEADS_OUT | Layout.HEADS_IN:
+            return leaf.T
+        case Layout.CONV | Layout.CONV_TRANSPOSE_KERNEL:
+            return leaf.transpose(*window, 1, 0)
+        case Layout.CONV_TRANSPOSE:
+            return np.flip(leaf.transpose(*window, 0, 1), tuple(range(leaf.ndim - 2)))
+    return leaf
+
+
+def as_torch(joined: np.ndarray, layout: Layout) -> np.ndarray:
+    """A torch leaf from its joined form, as a view."""
+    window = range(joined.ndim - 2)
+    match layout:
+        case Layout.TRANSPOSED | Layout.HEADS_OUT | Layout.HEADS_IN:
+            return joined.T
+        case Layout.CONV | Layout.CONV_TRANSPOSE_KERNEL:
+            return joined.transpose(-1, -2, *window)
+        case Layout.CONV_TRANSPOSE:
+            return np.flip(joined, tuple(window)).transpose(-2, -1, *window)
+    return joined
+
+
+def has_axes(layout: Layout, torch_axes: int, flax_axes: int) -> bool:
+    """Whether leaves with so many axes can lie in each other this way."""
+    match layout:
+        case Layout.SAME:
+            return torch_axes == flax_axes
+        case Layout.TRANSPOSED:
+            return torch_axes == flax_axes == 2
+        case Layout.HEADS_OUT | Layout.HEADS_IN:
+            return (torch_axes, flax_axes) == (2, 3)
+        case Layout.FLAT:
+            return (torch_axes, flax_axes) == (1, 2)
+    return torch_axes == flax_axes >= 3
+
+
+def joined_shape(shape: Shape, layout: Layout, framework: str) -> Shape:
+    """The shape of the joined form of a leaf of "torch" or "flax"."""
+    blank = np.broadcast_to(np.int8(0), shape)
+    return (from_torch if framework == "torch" else from_flax)(blank, layout).shape
+
+
+def _side_by_side(shapes: Sequence[Shape]) -> Shape | None:
+    """The shape of arrays joined along the last axis; None when they do not line up."""
+    if len({shape[:-1] for shape in shapes}) > 1:
+        return None
+    return (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
+
+
+def join(parts: Sequence[np.ndarray], heads: int) -> np.ndarray:
+    """Parts side by side; with heads, that of the first head of each, then the second's."""
+    if len(parts) == 1:
+        return parts[0]
+    by_head = [part.reshape(*part.shape[:-1], heads, -1) for part in parts]
+    return np.concatenate(by_head, axis=-1).reshape(*parts[0].shape[:-1], -1)
+
+
+def _split(joined: np.ndarray, widths: Sequence[int], heads: int) -> list[np.ndarray]:
+    """The parts, each `widths` wide, that `join` put side by side."""
+    if len(widths) == 1:
+        return [joined]
+    by_head = joined.reshape(*joined.shape[:-1], heads, -1)
+    ends = np.cumsum(widths)[:-1] // heads
+    return [x.reshape(*joined.shape[:-1], -1) for x in np.split(by_head, ends, axis=-1)]

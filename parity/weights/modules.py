@@ -1,0 +1,66 @@
+"""Which module of one model is which of the other, by the weights below it."""
+
+import torch
+from flax import nnx
+
+from parity.frameworks.leaves import dotted
+from parity.weights.weight_map import WeightMap
+
+# They hold modules and are never called.
+_CONTAINERS = torch.nn.ModuleList | torch.nn.ModuleDict
+
+
+def module_map(
+    torch_module: torch.nn.Module, flax_module: nnx.Module, weights: WeightMap
+) -> dict[str, str]:
+    """Torch paths of the flax modules that do the same work, by flax path; "" for the models.
+
+    Two modules are one when the same links of the weight map lie below them. Several in a row may
+    hold the same weights, one inside the other; these are paired from the outside in. A module
+    without weights is paired with one of the same name in the same place.
+    """
+    torch_paths = [
+        path for path, part in torch_module.named_modules() if not isinstance(part, _CONTAINERS)
+    ]
+    flax_paths = [
+        dotted(path)
+        for path, part in nnx.iter_modules(flax_module)
+        if not isinstance(part, nnx.List | nnx.Dict)
+    ]
+    ours = _by_content(torch_paths, [link.torch for link in weights.links])
+    theirs = _by_content(flax_paths, [link.flax for link in weights.links])
+    found = {"": ""}
+    for content, torch_chain in ours.items():
+        if content:
+            inner = [path for path in theirs.get(content, []) if path]
+            found |= dict(zip(inner, [path for path in torch_chain if path], strict=False))
+    empty = set(ours.get(frozenset(), []))
+    for path in sorted(theirs.get(frozenset(), []), key=_depth):
+        parent, _, name = path.rpartition(".")
+        twin = f"{found[parent]}.{name}".lstrip(".") if parent in found else None
+        if twin in empty:
+            found[path] = twin
+    return found
+
+
+def _by_content(paths: list[str], links: list[tuple[str, ...]]) -> dict[frozenset[int], list[str]]:
+    """Paths by the links all of whose leaves lie below them, from the outside in."""
+    below: dict[str, set[int]] = {path: set() for path in paths}
+    for number, leaves in enumerate(links):
+        owners = [set(_ancestors(leaf)) for leaf in leaves]
+        for path in set.intersection(*owners) & below.keys():
+            below[path].add(number)
+    found: dict[frozenset[int], list[str]] = {}
+    for path in sorted(paths, key=_depth):
+        found.setdefault(frozenset(below[path]), []).append(path)
+    return found
+
+
+def _ancestors(leaf: str) -> list[str]:
+    """Paths of the modules that a leaf lies in, the model itself among them."""
+    parts = leaf.split(".")[:-1]
+    return [".".join(parts[:end]) for end in range(len(parts) + 1)]
+
+
+def _depth(path: str) -> tuple[int, str]:
+    return (path.count(".") + 1 if path else 0), path

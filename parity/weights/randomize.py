@@ -1,0 +1,29 @@
+"""Random weights without zeros and ones, so that every leaf matters."""
+
+import numpy as np
+
+from parity.frameworks.leaves import Leaves
+
+
+def randomized(leaves: Leaves, seed: int) -> Leaves:
+    """New numbers for every leaf, so that each one matters.
+
+    Matrices are drawn with the deviation that keeps a signal's size, 1 / sqrt(shorter side), and
+    arrays with more axes as if all but the longest were one;
+    vectors keep their value (zero biases, unit norms) and get noise of 0.2. A variance stays
+    positive, and what is no float, as a count, stays as it is.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = {}
+    for name, leaf in leaves.items():
+        if leaf.dtype.kind in "iub":
+            drawn[name] = leaf
+            continue
+        new = (
+            rng.normal(0.0, (leaf.size / max(leaf.shape)) ** -0.5, leaf.shape)
+            if leaf.ndim >= 2
+            else leaf + rng.normal(0.0, 0.2, leaf.shape)
+        )
+        is_variance = name.endswith((".var", "running_var"))
+        drawn[name] = (np.abs(new) if is_variance else new).astype(leaf.dtype)
+    return drawn

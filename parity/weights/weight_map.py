@@ -1,0 +1,129 @@
+"""Rules applied to the leaves of two models: which is which, with nothing left over."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+
+import numpy as np
+
+from parity.frameworks.leaves import Leaves
+from parity.weights.layouts import Link, Shape
+from parity.weights.rules import Rules
+
+
+class TransplantError(ValueError):
+    """The rules do not map one set of leaves onto the other; every problem is listed.
+
+    Attributes:
+        problems: one sentence each.
+    """
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        super().__init__(
+            f"transplant: {'; '.join(problems)}. Every leaf must be used exactly once. Mend the "
+            "rules or the model."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightMap:
+    """Rules resolved for one pair of models: the proof that every leaf is used exactly once.
+
+    Attributes:
+        links: which leaves are which.
+        ties: pairs of torch names (alias, original) of one tensor.
+        ignored: torch leaves that are left out.
+        torch_shapes: of every torch leaf.
+        flax_shapes: of every flax leaf.
+    """
+
+    links: tuple[Link, ...]
+    ties: tuple[tuple[str, str], ...]
+    ignored: tuple[str, ...]
+    torch_shapes: Mapping[str, Shape]
+    flax_shapes: Mapping[str, Shape]
+
+    def to_torch(self, leaves: Mapping[str, np.ndarray]) -> Leaves:
+        """Torch leaves from flax leaves: weights, or anything shaped like them, as gradients.
+
+        What is not there, as the gradient of a running mean, is left out.
+        """
+        moved: Leaves = {}
+        for link in self.links:
+            if all(name in leaves for name in link.flax):
+                moved |= link.to_torch(leaves, self.torch_shapes)
+        return moved | {a: moved[original] for a, original in self.ties if original in moved}
+
+    def to_flax(self, leaves: Mapping[str, np.ndarray]) -> Leaves:
+        """Flax leaves from torch leaves, as `to_torch`."""
+        return dict(self.flax_leaves(leaves))
+
+    def flax_leaves(self, leaves: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+        """The same one after the other, so that they need not all be there at once."""
+        for link in self.links:
+            if all(name in leaves for name in link.torch):
+                yield from link.to_flax(leaves, self.flax_shapes).items()
+
+
+def links_of(rules: Rules, torch_names: Collection[str]) -> Iterator[Link]:
+    """The links of torch leaves by their names alone; `resolve` is what proves that they fit."""
+    for rule in rules.rules:
+        yield from rule.links(torch_names)
+
+
+def resolve(
+    rules: Rules, torch_leaves: Mapping[str, np.ndarray], flax_leaves: Mapping[str, np.ndarray]
+) -> WeightMap:
+    """Applies the rules to the leaves of two models.
+
+    Raises:
+        TransplantError: unless every leaf on both sides is used exactly once and fits.
+    """
+    aliases = {alias: original for alias, original in rules.ties if alias in torch_leaves}
+    ignored = tuple(name for name in torch_leaves if rules.is_ignored(name))
+    mapped = [name for name in torch_leaves if name not in aliases and name not in ignored]
+    by_rule = [(rule, list(rule.links(mapped))) for rule in rules.rules]
+    found = [link for _, links in by_rule for link in links]
+    uses = Counter(name for link in found for name in link.torch)
+    problems = [f"no rule for torch leaf {name}" for name in mapped if not uses[name]]
+    problems += [f"{uses[name]} rules for torch leaf {name}" for name in mapped if uses[name] > 1]
+    links: list[Link] = []
+    for link in found:
+        ours, theirs = ", ".join(link.torch), ", ".join(link.flax)
+        absent = [name for name in link.torch if name not in mapped]
+        problems += [f"flax leaf {theirs} wants torch leaf {x}, which does not exist"
+                     for x in absent]  # fmt: skip
+        lacking = [name for name in link.flax if name not in flax_leaves]
+        problems += [f"torch leaf {ours} wants flax leaf {x}, which does not exist"
+                     for x in lacking]  # fmt: skip
+        if not absent and not lacking and all(uses[name] == 1 for name in link.torch):
+            links.append(link)
+    taken = Counter(name for link in links for name in link.flax)
+    problems += [
+        f"flax leaf {name} is used by {n} torch leaves" for name, n in taken.items() if n > 1
+    ]
+    problems += [f"no torch leaf for flax leaf {name}" for name in flax_leaves if not taken[name]]
+    problems += [
+        f"rule {rule} matches nothing"
+        for rule, of_rule in by_rule
+        if not rule.optional and not of_rule
+    ]
+    for alias, original in aliases.items():
+        if original not in torch_leaves:
+            problems.append(f"torch leaf {alias} is tied to {original}, which does not exist")
+        elif not np.array_equal(torch_leaves[alias], torch_leaves[original], equal_nan=True):
+            problems.append(f"torch leaf {alias} is not equal to {original}, its declared tie")
+    for link in links:
+        problems += link.misfits(torch_leaves, flax_leaves)
+    if problems:
+        raise TransplantError(problems)
+    # In the order of the torch model, which is the one that people read.
+    place = {name: number for number, name in enumerate(torch_leaves)}
+    return WeightMap(
+        tuple(sorted(links, key=lambda link: place[link.torch[0]])),
+        tuple(aliases.items()),
+        ignored,
+        {name: leaf.shape for name, leaf in torch_leaves.items()},
+        {name: leaf.shape for name, leaf in flax_leaves.items()},
+    )

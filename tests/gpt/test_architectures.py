@@ -1,0 +1,261 @@
+"""Every kind of position, of heads and of window, in both twins: one function, with and without a
+cache, in one call or many, for rows of one length or of their own."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from parity.frameworks.flax.leaves import flax_leaves, load_flax
+from parity.weights.randomize import randomized
+from parity.weights.tables import TWINS
+from parity.weights.transplant import transplant
+
+BOUND = 1e-12
+B, T, S = 4, 17, 21
+COUNTS = np.array((T, 9, 1, T))
+WIDTHS = 6, 1  # of calls, few different ones, for each is compiled
+CHUNKS = 6, 1, 1, 6, 1, 1, 1
+# All different, and the head is not the stream divided by the heads. A block's other parts take
+# turns, so that each is met in some cell.
+SIZES = dict(vocab_size=61, context_length=23, embed_dim=15, num_layers=2, num_heads=6, head_dim=4,
+             mlp_dim=13)  # fmt: skip
+POSITIONS = {
+    "learned": dict(norm="layer", activation="gelu_tanh"),
+    "rotary": dict(norm="rms", activation="silu", gated=True, tied_head=False, qkv_bias=False,
+                   out_bias=False, mlp_bias=False, rotary=dict(base=100.0, fraction=0.5)),
+    "alibi": dict(norm="layer", activation="gelu_bloom", embedding_norm=True),
+    "t5": dict(norm="rms_plus_one", activation="gelu", gated=True, t5_buckets=6, t5_max_distance=9,
+               tied_head=False, mlp_bias=False),
+    "none": dict(norm="rms", qk_norm=True, out_bias=False, activation="silu"),
+}  # fmt: skip
+KV_HEADS = {"MHA": 6, "GQA": 2, "MQA": 1}
+WINDOWS = {"no window": dict(), "window": dict(window=5, num_full_layers=1)}
+CELLS = list(itertools.product(POSITIONS, KV_HEADS, WINDOWS))
+ROPES = {
+    "half": dict(fraction=0.5),
+    "linear": dict(scaling="linear", factor=3.0),
+    "llama3": dict(scaling="llama3", factor=4.0, original_length=8, base=50.0, high_frequency=2.5),
+    "dynamic": dict(scaling="dynamic", factor=2.0, original_length=8),
+}
+
+
+def pair_of(twins, **changes):
+    """Both twins with the same random numbers in every leaf."""
+    flax, torch = (gpt.package.GPT(gpt.config(**(SIZES | changes))) for gpt in twins)
+    load_flax(flax, randomized(flax_leaves(flax), 1))
+    transplant(flax, torch, TWINS)
+    return list(zip(twins, (flax, torch), strict=True))
+
+
+def cell(name, heads, window):
+    return POSITIONS[name] | dict(positions=name, num_kv_heads=KV_HEADS[heads]) | WINDOWS[window]
+
+
+def tokens_of(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, SIZES["vocab_size"], (B, T))
+
+
+def in_pieces(gpt, model, tokens, seed):
+    """Logits of a cache that is read in calls in which rows have random numbers of tokens, but the
+    last row has all there is room for; NaN where there is no token."""
+    rng = np.random.default_rng(seed)
+    cache = gpt.package.KVCache.empty(model.config, B, S)
+    found = np.full((B, T, SIZES["vocab_size"]), np.nan)
+    done = np.zeros(B, int)
+    while np.any(done < COUNTS):
+        width = int(rng.choice(WIDTHS))
+        wanted = rng.integers(0, width + 1, B)
+        wanted[-1] = width
+        taken = np.minimum(COUNTS - done, wanted)
+        part = rng.integers(0, SIZES["vocab_size"], (B, width))
+        for row in range(B):
+            part[row, : taken[row]] = tokens[row, done[row] : done[row] + taken[row]]
+        logits, cache = model(gpt.ints(part), cache, gpt.ints(taken))
+        for row in range(B):
+            found[row, done[row] : done[row] + taken[row]] = gpt.numpy(logits)[row, : taken[row]]
+        done += taken
+    return found
+
+
+@pytest.mark.parametrize("name, heads, window", CELLS)
+def test_the_twins_agree_with_and_without_a_cache(twins, name, heads, window):
+    tokens, whole = tokens_of(), []
+    real = np.arange(T) < COUNTS[:, None]
+    for gpt, model in pair_of(twins, **cell(name, heads, window)):
+        whole.append(gpt.numpy(model(gpt.ints(tokens))[0]))
+        ragged = gpt.numpy(model(gpt.ints(tokens), None, gpt.ints(COUNTS))[0])
+        empty = gpt.package.KVCache.empty(model.config, B, S)
+        at_once, cache = model(gpt.ints(tokens), empty)
+        assert gpt.numpy(cache.layers[0].keys_BKSH).shape == (B, KV_HEADS[heads], S, 4)
+        np.testing.assert_allclose(gpt.numpy(at_once), whole[-1], rtol=0, atol=BOUND)
+        start, cache = 0, empty
+        for width in CHUNKS:
+            part = gpt.ints(tokens[:, start : start + width])
+            logits, cache = model(part, cache)
+            expected = whole[-1][:, start : start + width]
+            np.testing.assert_allclose(gpt.numpy(logits), expected, rtol=0, atol=BOUND)
+            start += width
+        for found in (ragged, in_pieces(gpt, model, tokens, 1)):
+            np.testing.assert_allclose(found[real], whole[-1][real], rtol=0, atol=BOUND)
+    assert whole[0].std() > 0.3
+    np.testing.assert_allclose(*whole, rtol=0, atol=BOUND)
+
+
+@pytest.mark.parametrize("scaling", ROPES)
+def test_scaled_rotations_agree_and_a_cached_key_stays_right(twins, scaling):
+    config = dict(positions="rotary", rotary=ROPES[scaling], num_kv_heads=2, head_dim=8)
+    tokens, whole = tokens_of(), []
+    for gpt, model in pair_of(twins, **config):
+        whole.append(gpt.numpy(model(gpt.ints(tokens))[0]))
+        found, real = in_pieces(gpt, model, tokens, 3), np.arange(T) < COUNTS[:, None]
+        np.testing.assert_allclose(found[real], whole[-1][real], rtol=0, atol=BOUND)
+    np.testing.assert_allclose(*whole, rtol=0, atol=BOUND)
+    (gpt, plain), _ = pair_of(twins, **(config | dict(rotary=dict())))
+    assert np.abs(gpt.numpy(plain(gpt.ints(tokens))[0]) - whole[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_what_lies_in_free_slots_or_behind_the_window_is_never_seen(twins, name):
+    tokens = tokens_of()
+    for gpt, model in pair_of(twins, **cell(name, "GQA", "window")):
+        cache = gpt.package.KVCache.empty(model.config, B, S)
+        _, cache = model(gpt.ints(tokens), cache, gpt.ints(COUNTS))
+        expected = gpt.numpy(model(gpt.ints(tokens[:, :2]), cache)[0])
+        for poison in (np.nan, 1e30):
+            layers = []
+            for index, layer in enumerate(cache.layers):
+                slots = np.arange(S)[None, :]
+                free = slots >= COUNTS[:, None]
+                if index >= model.config.num_full_layers:
+                    free |= slots < COUNTS[:, None] - model.config.window + 1
+                parts = [gpt.numpy(x).copy() for x in (layer.keys_BKSH, layer.values_BKSH)]
+                for part in parts:
+                    part[np.broadcast_to(free[:, None, :], part.shape[:3])] = poison
+                layers.append(gpt.package.LayerCache(*map(gpt.floats, parts)))
+            poisoned = gpt.package.KVCache(tuple(layers), cache.lengths_B)
+            found = gpt.numpy(model(gpt.ints(tokens[:, :2]), poisoned)[0])
+            np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["rotary", "alibi", "t5"])
+def test_a_compiled_decoder_writes_what_the_model_writes_without_a_cache(twins, name):
+    prompts, written = tokens_of()[:, :7], []
+    for gpt, model in pair_of(twins, **cell(name, "GQA", "window")):
+        counts = gpt.ints((7, 4, 1, 7))
+        decoder = gpt.package.Decoder(model, B)
+        for use_cache in (True, False):
+            generation = gpt.package.generate(
+                decoder, gpt.ints(prompts), 9, counts, use_cache=use_cache
+            )
+            written.append(gpt.numpy(generation.tokens_BG))
+        single = gpt.package.Decoder(model, 1)  # laid out in another way
+        alone = gpt.package.generate(single, gpt.ints(prompts[1:2, :4]), 9)
+        np.testing.assert_array_equal(gpt.numpy(alone.tokens_BG), written[-1][1:2])
+    for tokens in written[1:]:
+        np.testing.assert_array_equal(tokens, written[0])
+    assert len(np.unique(written[0])) > 3
+
+
+@pytest.mark.parametrize("name", ["rotary", "alibi", "t5"])
+def test_an_exact_cache_gives_the_same_bits_for_every_kind_of_position(twins, name):
+    tokens = tokens_of()[:1]
+    for gpt, model in pair_of(twins, **cell(name, "GQA", "window")):
+        found = []
+        for cuts in ((T,), (5, 1, 11)):
+            cache, start = gpt.package.KVCache.empty(model.config, 1, S, exact=True), 0
+            for width in cuts:
+                part = gpt.ints(tokens[:, start : start + width])
+                logits, cache = gpt.package.prefill(model, part, cache)
+                start += width
+            found.append(gpt.numpy(logits))
+        np.testing.assert_array_equal(*found)
+
+
+def test_a_query_head_reads_the_kv_head_of_its_group(gpt):
+    """Two kv heads and six query heads: the first three read the first."""
+    model = gpt.model(**(SIZES | dict(num_kv_heads=2, num_layers=1)))
+    cache = gpt.package.KVCache.empty(model.config, 1, S)
+    _, cache = model(gpt.ints(tokens_of()[:1]), cache)
+    heard, mix = [], gpt.package.attention.mix
+
+    def overheard(weights, parts):
+        mixed = mix(weights, parts)
+        heard.append((gpt.numpy(weights), gpt.numpy(mixed)))
+        return mixed
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(gpt.package.model, "mix", overheard)
+        model(gpt.ints(tokens_of()[:1]))
+    ((weights_BKQTS, mixed_BKQTH),) = heard
+    assert weights_BKQTS.shape == (1, 2, 3, T, T)
+    values_BKSH = gpt.numpy(cache.layers[0].values_BKSH)[:, :, :T]
+    for head in range(6):
+        expected = weights_BKQTS[:, head // 3, head % 3] @ values_BKSH[:, head // 3]
+        np.testing.assert_allclose(mixed_BKQTH[:, head // 3, head % 3], expected, atol=BOUND)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 5, 6, 8, 12, 16])
+def test_alibi_slopes_fall_by_one_factor_and_fill_up_from_the_next_power(gpt, heads):
+    slopes = gpt.package.relative.slopes(heads)
+    power = 2 ** int(np.log2(heads))
+    assert slopes.shape == (heads,) and len(set(slopes)) == heads
+    np.testing.assert_allclose(slopes[:power], [2 ** (-8 * n / power) for n in range(1, power + 1)])
+    twice = [2 ** (-8 * n / (2 * power)) for n in range(1, 2 * power + 1)]
+    np.testing.assert_allclose(slopes[power:], twice[0::2][: heads - power])
+
+
+def test_t5_buckets_are_exact_for_near_tokens_and_logarithmic_for_far_ones(gpt):
+    config = gpt.config(positions="t5")
+    buckets = gpt.package.relative.buckets(config)
+    assert buckets[:16].tolist() == list(range(16)) and buckets[-1] == 31
+    assert np.all(np.diff(buckets) >= 0) and set(buckets) == set(range(32))
+    # Raffel et al.: distance 16 * 8 ** (n / 16) begins the nth of the logarithmic ones.
+    assert [int(np.argmax(buckets == 16 + n)) for n in (1, 8, 15)] == [19, 46, 113]
+
+
+def test_t5_scores_and_slopes_are_those_of_transformers(gpt):
+    import torch
+    from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    buckets = gpt.package.relative.buckets(gpt.config(positions="t5"))
+    theirs = T5Attention._relative_position_bucket(-torch.arange(129), bidirectional=False)
+    np.testing.assert_array_equal(buckets, theirs.numpy())
+    for heads in (1, 2, 3, 5, 6, 8, 12, 20):
+        theirs = np.ravel(_get_alibi_slopes(heads, "cpu").numpy())
+        np.testing.assert_allclose(gpt.package.relative.slopes(heads), theirs, rtol=1e-6)
+
+
+def test_a_turn_changes_no_length_and_only_distances_matter(gpt):
+    """q at p and k at s multiply to what they do at p + 3 and s + 3."""
+    config = gpt.config(positions="rotary", head_dim=8, num_heads=1)
+    rng = np.random.default_rng(0)
+    q, k = (gpt.floats(rng.standard_normal((1, 5, 1, 8))) for _ in range(2))
+    rotary = gpt.package.rotary
+
+    def product(shift):
+        turn = rotary.rotation(config, gpt.ints(np.arange(5)[None] + shift))
+        turned = [gpt.numpy(rotary.rotate(x, turn))[0, :, 0] for x in (q, k)]
+        np.testing.assert_allclose(
+            np.linalg.norm(turned[0], axis=-1), np.linalg.norm(gpt.numpy(q)[0, :, 0], axis=-1)
+        )
+        return turned[0] @ turned[1].T
+
+    np.testing.assert_allclose(product(0), product(3), atol=1e-13)
+    assert np.abs(product(0) - gpt.numpy(q)[0, :, 0] @ gpt.numpy(k)[0, :, 0].T).max() > 0.1
+
+
+def test_a_row_that_overflows_under_jit_is_nan_without_a_position_table():
+    import jax
+    import jax.numpy as jnp
+
+    import flax_gpt
+
+    config = flax_gpt.GPTConfig(**(SIZES | dict(positions="alibi", dtype="float32")))
+    model = flax_gpt.GPT(config, flax_gpt.random.key(0))
+    cache = flax_gpt.KVCache.empty(config, 2, 4)
+    cache = flax_gpt.KVCache(cache.layers, jnp.asarray([4, 1]))
+    step = jax.jit(lambda cache: flax_gpt.decode_step(model, jnp.asarray([1, 2]), cache)[0])
+    logits = np.asarray(step(cache))
+    assert np.all(np.isnan(logits[0])) and np.all(np.isfinite(logits[1]))
