@@ -73,7 +73,7 @@ def test_an_edit_reaches_into_subpackages_through_relative_and_whole_imports(nes
 
 
 def test_a_copy_is_gone_afterwards():
-    edit = Edit("optimizer.py", "fused=False", "fused=False, foreach=False")
+    edit = Edit("training/optimizer.py", "fused=False", "fused=False, foreach=False")
     with mutated("torch_gpt", [edit]) as package:
         name = package.__name__
         assert package.train_step is not twin("torch").train_step and name in sys.modules
