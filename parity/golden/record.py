@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from parity.check.levels.optimizer import HORIZON, STEPS
+from parity.check.levels.names import HORIZON, OPTIMIZER_STEPS
 from parity.frameworks.leaves import Leaves, copied
 from parity.frameworks.spec import ModelSpec
 from parity.golden.file import Golden, State
@@ -27,7 +27,7 @@ def record(
     learning_rate: float | None = None,
     weights: str = "random",
     seed: int = 0,
-    steps: int = STEPS,
+    steps: int = OPTIMIZER_STEPS,
 ) -> Golden:
     """What a module computes in float64: outputs, gradients and a few steps of its optimizer.
 
@@ -54,10 +54,10 @@ def record(
     """
     if weights not in ("random", "own"):
         raise ValueError(f"record: weights {weights!r}: there are random and own.")
-    if steps < STEPS:
+    if steps < OPTIMIZER_STEPS:
         raise ValueError(
-            f"record: {steps} steps < {STEPS}. Fewer cannot see every fault of an optimizer. Ask "
-            f"for {STEPS} or more."
+            f"record: {steps} steps < {OPTIMIZER_STEPS}. Fewer cannot see every fault of an optimizer. Ask "
+            f"for {OPTIMIZER_STEPS} or more."
         )
     calls = as_inputs(inputs, seed)
     name = framework_of(module)
@@ -77,7 +77,7 @@ def record(
         )
     # Two trainers, as in the levels: the schedule may span another number of steps.
     trainer, states = run.trainer(HORIZON), []
-    for batch in batches[:STEPS]:
+    for batch in batches[:OPTIMIZER_STEPS]:
         trainer.step(*batch.inputs)
         first, second, count = trainer.moments()
         states.append(State(trainer.parameters(), copied(first), copied(second), count))

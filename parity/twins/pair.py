@@ -13,10 +13,10 @@ from parity.frameworks.spec import Batch, ModelSpec
 from parity.pair.pair import Pair
 from parity.pair.text import Corpus
 from parity.twins.flax import FlaxDecoder, FlaxTrainer
+from parity.twins.names import TASKS
 from parity.twins.torch import TorchDecoder, TorchTrainer
 from parity.weights.tables import CLASSIFIERS, TWINS
 
-TASKS = "next-token", "token-class", "sequence-class"
 CLASSES = 4
 
 _PROBE_SIZE = 1 << 26  # logits of one probe at most, half a gigabyte in float64
