@@ -16,7 +16,7 @@ from parity.check.pair_session import PairSession
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.flax.module import flax_spec
 from parity.frameworks.torch.leaves import torch_leaves
-from parity.frameworks.torch.module import torch_spec
+from parity.frameworks.torch.module import largest_learning_rate, torch_spec
 from parity.pair.inputs import as_inputs
 from parity.pair.pair import Pair
 from parity.report import Report
@@ -146,7 +146,7 @@ def pair_of(
     elif not isinstance(rules, Rules):
         rules = Rules.load(Path(rules))
     pair = dataclasses.replace(
-        made(rules), learning_rate=port.trainer(port.build("float32"), 1).learning_rate
+        made(rules), learning_rate=largest_learning_rate(torch_module, torch_optimizer)
     )
     if weights == "torch":
         ours = torch_leaves(port.build("float32"))
