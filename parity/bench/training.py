@@ -20,6 +20,7 @@ import torch_gpt
 from parity.bench.machine import Matmul, best_matmul, load_average
 from parity.bench.steps import FlaxStep, TorchStep, Unavailable
 from parity.bench.times import Contest, Timing, TrainingBench
+from parity.check import bounds
 from parity.frameworks.flax.scope import jax_scope
 from parity.pair.text import Corpus
 from parity.system.devices import Devices, fingerprint, pinned_precision

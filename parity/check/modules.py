@@ -15,9 +15,8 @@ from parity.check.metrics import max_abs, size_of
 from parity.check.pair_session import PairSession
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.flax.module import flax_spec
-from parity.frameworks.spec import ModelSpec
 from parity.frameworks.torch.leaves import torch_leaves
-from parity.frameworks.torch.module import torch_spec
+from parity.frameworks.torch.module import largest_learning_rate, torch_spec
 from parity.pair.inputs import as_inputs
 from parity.pair.pair import Pair
 from parity.report import Report
@@ -152,7 +151,9 @@ def pair_of(
         rules = infer_rules(torch_module, flax_module, lambda found: _output_gap(made(found)))
     elif not isinstance(rules, Rules):
         rules = Rules.load(Path(rules))
-    pair = dataclasses.replace(made(rules), learning_rate=_learning_rate(original))
+    pair = dataclasses.replace(
+        made(rules), learning_rate=largest_learning_rate(torch_module, torch.optimizer)
+    )
     if weights == "torch":
         ours = torch_leaves(original.build("float32"))
         theirs = flax_leaves(PairSession(pair).build_flax())
@@ -167,11 +168,6 @@ def _require_modules(torch_module: object, flax_module: object) -> None:
             f"check_pair: {kinds}. A pair is a torch.nn.Module and a flax.nnx.Module, in this "
             "order. Give these."
         )
-
-
-def _learning_rate(spec: ModelSpec) -> float:
-    """Return the learning rate of a spec's trainer, the unit in which updates are judged."""
-    return spec.trainer(spec.build("float32"), 1).learning_rate
 
 
 def _output_gap(pair: Pair) -> float:
