@@ -264,7 +264,7 @@ class FlaxTwin:
 
     def num_compilations(self) -> int | None:
         """See `Twin`."""
-        return self.package.decoder._program()._cache_size()
+        return self.package.decoding.decoder._program()._cache_size()
 
     @contextlib.contextmanager
     def _programs(self) -> Iterator[None]:
