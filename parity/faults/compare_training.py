@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 
-import jax
 import numpy as np
 from rich.console import Group, RenderableType
 from rich.padding import Padding
@@ -21,11 +20,10 @@ from parity.doctor import Patient, examine, twin_patient
 from parity.doctor.detectors.forward import cross_entropies
 from parity.faults.edit import mutated, twin
 from parity.faults.gallery import Bug
-from parity.frameworks.flax.scope import Scoped, jax_scope
 from parity.pair.text import Corpus, decode, encode
 from parity.report.figures import plain, save
-from parity.twins.flax import FlaxTrainer
-from parity.twins.torch import TorchTrainer
+from parity.twins.flax import FlaxTwin
+from parity.twins.torch import TorchTwin
 
 _WIDTH, _ROWS, _PROMPT = 64, 16, "The "
 _FLOOR = 1e-8  # below this a float32 cache is exact
@@ -193,19 +191,11 @@ def _show(
 
 def _trainer(framework: str, package: ModuleType, config, steps: int, seed: int):
     """The twin's own training."""
-    sizes = package.GPTConfig(**dataclasses.asdict(config))
     constants = dict(
         learning_rate=3e-3, schedule="cosine", warmup_steps=steps // 20, total_steps=steps + 1
     )
-    if framework == "torch":
-        return TorchTrainer(package, package.GPT(sizes, package.random.key(seed)), constants)
-
-    def scope():
-        return jax_scope("float32", jax.devices()[0])
-
-    with scope():
-        model = package.GPT(sizes, package.random.key(seed))
-        return Scoped(FlaxTrainer(package, model, constants), scope)
+    kind = {"flax": FlaxTwin, "torch": TorchTwin}[framework]
+    return kind.build(config, seed=seed, package=package).trainer(constants)
 
 
 def _held_out(patient: Patient, trainer, probe_BT: np.ndarray) -> float:
