@@ -122,7 +122,7 @@ def _flax_twin(package: ModuleType, model: Any, seed: int) -> Patient:
         with scope():
             for length in lengths:
                 package.generate(module, jnp.zeros((1, length), jnp.int32), 2)
-                counts.append(package.decoder._program()._cache_size())
+                counts.append(package.decoding.decoder._program()._cache_size())
         # What the first length needs, a program that reads and one that goes on, counts as one.
         return 1 + counts[-1] - counts[0]
 
