@@ -2,17 +2,18 @@
 
 from flax_gpt import random
 from flax_gpt.cache import KVCache, LayerCache
-from flax_gpt.classifier import SequenceClassifier, TokenClassifier
-from flax_gpt.config import GREEDY, PRESETS, GPTConfig, Rotary, Sampling, TrainConfig
+from flax_gpt.config import PRESETS, GPTConfig, Rotary
 from flax_gpt.decode import decode_step, prefill
-from flax_gpt.decoder import Decoder
-from flax_gpt.generation import NO_TOKEN, Generation, filter_logits, generate, right_pad
-from flax_gpt.loss import IGNORE_INDEX, TokenLoss, cross_entropy, next_token_loss
+from flax_gpt.decoding.decoder import Decoder
+from flax_gpt.decoding.generate import NO_TOKEN, Generation, generate, right_pad
+from flax_gpt.decoding.packing import PackedGPT, PackedLinear, pack
+from flax_gpt.decoding.sampling import GREEDY, Sampling, filter_logits
 from flax_gpt.model import GPT, MLP, Attention, Block
-from flax_gpt.optimizer import adamw, learning_rate
-from flax_gpt.packing import PackedGPT, PackedLinear, pack
-from flax_gpt.tasks import NEXT_TOKEN, SEQUENCE_CLASS, TOKEN_CLASS, Batch, Task
-from flax_gpt.train import (
+from flax_gpt.training.classifier import SequenceClassifier, TokenClassifier
+from flax_gpt.training.config import TrainConfig
+from flax_gpt.training.loss import IGNORE_INDEX, TokenLoss, cross_entropy, next_token_loss
+from flax_gpt.training.optimizer import adamw, learning_rate
+from flax_gpt.training.step import (
     Evaluation,
     StepResult,
     TrainState,
@@ -20,6 +21,7 @@ from flax_gpt.train import (
     overfit_one_batch,
     train_step,
 )
+from flax_gpt.training.tasks import NEXT_TOKEN, SEQUENCE_CLASS, TOKEN_CLASS, Batch, Task
 
 __all__ = [
     "GPT",

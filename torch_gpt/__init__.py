@@ -2,17 +2,18 @@
 
 from torch_gpt import random
 from torch_gpt.cache import KVCache, LayerCache
-from torch_gpt.classifier import SequenceClassifier, TokenClassifier
-from torch_gpt.config import GREEDY, PRESETS, GPTConfig, Rotary, Sampling, TrainConfig
+from torch_gpt.config import PRESETS, GPTConfig, Rotary
 from torch_gpt.decode import decode_step, prefill
-from torch_gpt.decoder import Decoder
-from torch_gpt.generation import NO_TOKEN, Generation, filter_logits, generate, right_pad
-from torch_gpt.loss import IGNORE_INDEX, TokenLoss, cross_entropy, next_token_loss
+from torch_gpt.decoding.decoder import Decoder
+from torch_gpt.decoding.generate import NO_TOKEN, Generation, generate, right_pad
+from torch_gpt.decoding.packing import PackedGPT, PackedLinear, pack
+from torch_gpt.decoding.sampling import GREEDY, Sampling, filter_logits
 from torch_gpt.model import GPT, MLP, Attention, Block
-from torch_gpt.optimizer import adamw, learning_rate
-from torch_gpt.packing import PackedGPT, PackedLinear, pack
-from torch_gpt.tasks import NEXT_TOKEN, SEQUENCE_CLASS, TOKEN_CLASS, Batch, Task
-from torch_gpt.train import (
+from torch_gpt.training.classifier import SequenceClassifier, TokenClassifier
+from torch_gpt.training.config import TrainConfig
+from torch_gpt.training.loss import IGNORE_INDEX, TokenLoss, cross_entropy, next_token_loss
+from torch_gpt.training.optimizer import adamw, learning_rate
+from torch_gpt.training.step import (
     Evaluation,
     StepResult,
     TrainState,
@@ -20,6 +21,7 @@ from torch_gpt.train import (
     overfit_one_batch,
     train_step,
 )
+from torch_gpt.training.tasks import NEXT_TOKEN, SEQUENCE_CLASS, TOKEN_CLASS, Batch, Task
 
 __all__ = [
     "GPT",

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 import flax_gpt
-from flax_gpt.decoder import room_for
+from flax_gpt.decoding.decoder import room_for
 from parity.bench.contenders import Cell, Turn, garbage_like
 from parity.frameworks.flax.scope import jax_scope
 

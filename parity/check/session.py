@@ -5,12 +5,12 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Set
-from typing import Any
 
 import numpy as np
 
 from parity.check.metrics import along_ones, gradient_norm
 from parity.frameworks.leaves import Leaves
+from parity.frameworks.protocols import Runner, Trainer
 from parity.frameworks.spec import Batch
 from parity.pair.pair import Pair
 from parity.report.plot_data import PlotData
@@ -67,10 +67,10 @@ class Session(abc.ABC):
         self._dtype: str | None = None
 
     @abc.abstractmethod
-    def _make_runs(self, dtype: str) -> tuple[Any, Any]:
+    def _make_runs(self, dtype: str) -> tuple[Runner, Runner]:
         """Both models in a dtype, as runs that answer in NumPy."""
 
-    def runs(self, dtype: str) -> tuple[Any, Any]:
+    def runs(self, dtype: str) -> tuple[Runner, Runner]:
         """Both models in a dtype. Those of another dtype give their memory back."""
         if dtype != self._dtype:
             self.release()
@@ -85,7 +85,7 @@ class Session(abc.ABC):
         if self.is_large:
             hand_back_freed_memory()  # which takes a tenth of a second
 
-    def trainer(self, run: Any, num_steps: int) -> Any:
+    def trainer(self, run: Runner, num_steps: int) -> Trainer:
         """A trainer of one of the runs, which has a model of its own; others give theirs back."""
         self.release()
         trainer = run.trainer(num_steps)

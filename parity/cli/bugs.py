@@ -39,7 +39,7 @@ def list_bugs(
     """
     errors = Console(stderr=True)
     with in_one_line(errors):
-        from parity.bugs import GALLERY
+        from parity.faults import GALLERY
 
         if category is not None and category not in GALLERY:
             raise ValueError(f"--category {category}: there are {', '.join(GALLERY)}.")
@@ -82,8 +82,8 @@ def show(
     with in_one_line(errors):
         chosen = frameworks(framework)
         with errors.status("loading"):
-            from parity.bugs import GALLERY, find
             from parity.doctor import DETECTORS
+            from parity.faults import GALLERY, find
 
         asks = {detector.name: detector.asks for detector in DETECTORS}
         for bug in find(ids):
@@ -140,8 +140,8 @@ def run(
             check_outputs({"--out": out})
         classic = ("no-shift", "position-std-one", "mask-missing", "residual-from-norm")
         with errors.status("loading jax and torch"):
-            from parity.bugs import find
-            from parity.bugs.exhibit import draw, exhibit
+            from parity.faults import find
+            from parity.faults.compare_training import draw, exhibit
             from parity.pair.text import Corpus
             from parity.system.progress import interruptible, shown
 
@@ -188,8 +188,8 @@ def matrix(
         check_outputs({"--json": json, "--markdown": markdown, "--png": png})
         chosen = frameworks(framework)
         with errors.status("loading jax and torch"):
-            from parity.bugs import find
-            from parity.bugs.matrix import draw, measure
+            from parity.faults import find
+            from parity.faults.matrix import draw, measure
             from parity.system.files import write_atomically
             from parity.system.progress import interruptible, shown
 

@@ -37,7 +37,7 @@ def exercise(
     """
     errors = Console(stderr=True)
     with in_one_line(errors):
-        from parity.bugs.exercise import write_starter
+        from parity.exercise import write_starter
 
         write_starter(folder, framework, level, seed)
         typer.echo(f"{folder}: begin with its README.md, end with: parity bugs grade {folder}")
@@ -78,7 +78,7 @@ def grade(
         if len(folders) > 2:
             raise ValueError(f"grade: {len(folders)} folders. One is graded, two are compared.")
         with errors.status("loading"):
-            from parity.bugs.exercise import check_two, grade, prove
+            from parity.exercise import check_two, grade, prove
 
             by_framework = check_two(folders)
         grades = []

@@ -50,8 +50,8 @@ def self_test(
                 "'bench'."
             )
         with errors.status("loading jax and torch"):
-            from parity.selftest import FAULTS
-            from parity.selftest import self_test as run
+            from parity.faults.selftest import FAULTS
+            from parity.faults.selftest import self_test as run
 
         words = (only or "").lower()
         faults = [x for x in FAULTS if words in f"{x.title} {x.kind} {x.subject}".lower()]

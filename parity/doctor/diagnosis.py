@@ -1,7 +1,6 @@
 """An examination from the first question to the last, and its result as a value."""
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Sequence
 
@@ -16,6 +15,7 @@ from parity.doctor.detectors import DETECTORS
 from parity.doctor.finding import Detector, Finding
 from parity.doctor.model import LanguageModel
 from parity.report.html import render
+from parity.report.json import to_json
 from parity.report.record import Verdict
 
 _COLOURS = {
@@ -79,14 +79,14 @@ class Diagnosis:
                     "detector": x.detector.name,
                     "verdict": x.finding.verdict,
                     "sentence": x.finding.sentence,
-                    "value": _finite(x.finding.value),
-                    "bound": _finite(x.finding.bound),
+                    "value": x.finding.value,
+                    "bound": x.finding.bound,
                     "seconds": round(x.seconds, 3),
                 }
                 for x in self.answers
             ],
         }
-        return json.dumps(document, indent=2, allow_nan=False) + "\n"
+        return to_json(document, indent=2)
 
     def to_html(self) -> str:
         """One page without anything from elsewhere."""
@@ -170,9 +170,3 @@ def examine(
 def _finite_start(first: Answer) -> bool:
     """Whether the first question got numbers at all."""
     return first.finding.value is not None
-
-
-def _finite(value: float | None) -> float | str | None:
-    if value is None or (value == value and abs(value) != float("inf")):
-        return value
-    return str(value)

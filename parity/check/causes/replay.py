@@ -10,6 +10,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -27,7 +28,7 @@ Change = Callable[[int, Operation], Operation | None]
 Exchange = Callable[[str, torch.nn.Module, tuple, dict, Any], Any]
 
 _SILENT = {"__get__", "__set__", "_set_grad_enabled"}
-_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_HERE = str(Path(__file__).parents[2]) + os.sep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -215,7 +216,7 @@ def place_of_caller() -> tuple[tuple[CodeType, int] | None, str]:
         if not name.startswith((_HERE, torch_folder)):
             place = frame.f_code, frame.f_lasti
             return place, f"{os.path.basename(name)}:{frame.f_lineno}"
-        if name.startswith(_HERE) and not name.startswith(os.path.join(_HERE, "causes")):
+        if name.startswith(_HERE) and not name.startswith(os.path.join(_HERE, "check", "causes")):
             return None, ""
         frame = frame.f_back
     return None, ""

@@ -6,7 +6,6 @@ Read beside parity/torch_run.py; the two classes have the same methods.
 import contextlib
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from parity.frameworks.flax.leaves import load_flax, state_leaves
 from parity.frameworks.flax.purity import flax_purity
 from parity.frameworks.flax.scope import Scoped, jax_scope
 from parity.frameworks.leaves import CastLater, Leaves, cast_array
+from parity.frameworks.protocols import Decoder, Trainer
 from parity.frameworks.purity import Purity
 from parity.frameworks.spec import Batch, ModelSpec
 from parity.system.memory import is_large
@@ -97,17 +97,17 @@ class FlaxRunner:
             arrays, loss = self._arrays(batch), self._call(self._spec.loss)
             return backward_flax(self.module, lambda: loss(self._parameters, *arrays))
 
-    def trainer(self, num_steps: int) -> Any:
+    def trainer(self, num_steps: int) -> Trainer:
         """The side's trainer for a training of `num_steps`, on weights of its own."""
         with self._scope():
             return Scoped(self._spec.trainer(self._load(), num_steps), self._scope)
 
-    def decoder(self) -> Any:
+    def decoder(self) -> Decoder:
         """The side's decoder."""
         with self._scope():
             return Scoped(self._spec.decoder(self.module), self._scope)
 
-    def decoder_traces(self, call: Callable[[Any], Any]) -> list[Trace]:
+    def decoder_traces(self, call: Callable[[Decoder], object]) -> list[Trace]:
         """Inputs and outputs of every module while `call` uses the side's decoder."""
         traces: list[Trace] = []
         with self._scope(), jax.disable_jit():

@@ -5,13 +5,13 @@ Read beside parity/flax_run.py; the two classes have the same methods.
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 import torch
 
 from parity.frameworks.capture import Backward, OnTrace, Trace
 from parity.frameworks.leaves import CastLater, Leaves, cast_array
+from parity.frameworks.protocols import Decoder, Trainer
 from parity.frameworks.purity import Purity
 from parity.frameworks.spec import Batch, ModelSpec
 from parity.frameworks.torch.capture import backward_torch, capture_torch
@@ -81,15 +81,15 @@ class TorchRunner:
         arrays = self.arrays(batch)
         return backward_torch(self.module, lambda: self._spec.loss(self.module, *arrays))
 
-    def trainer(self, num_steps: int) -> Any:
+    def trainer(self, num_steps: int) -> Trainer:
         """The side's trainer for a training of `num_steps`, on weights of its own."""
         return self._spec.trainer(self._load(), num_steps)
 
-    def decoder(self) -> Any:
+    def decoder(self) -> Decoder:
         """The side's decoder."""
         return self._spec.decoder(self.module)
 
-    def decoder_traces(self, call: Callable[[Any], Any]) -> list[Trace]:
+    def decoder_traces(self, call: Callable[[Decoder], object]) -> list[Trace]:
         """Inputs and outputs of every module while `call` uses the side's decoder."""
         traces: list[Trace] = []
         capture_torch(self.module, lambda: call(self.decoder()), traces.append)

@@ -10,8 +10,9 @@ import torch
 from flax import nnx
 
 from parity import ParityError, check_pair
-from parity.bugs import Edit
 from parity.check.levels.optimizer import HORIZON
+from parity.faults import Edit
+from parity.faults.selftest import PAIRS, clean, pair_module
 from parity.frameworks.capture import lockstep
 from parity.frameworks.flax.capture import capture_flax
 from parity.frameworks.flax.leaves import flax_leaves
@@ -19,7 +20,6 @@ from parity.frameworks.torch.capture import capture_torch
 from parity.frameworks.torch.leaves import torch_leaves
 from parity.pair.text import Corpus
 from parity.report.record import Verdict
-from parity.selftest import PAIRS, clean, pair_module
 
 COMPARED = "weights", "logits", "gradients", "optimizer", "trajectory"
 FORWARD = dict(levels=["weights", "logits"], dtypes=("float64",))

@@ -1,0 +1,1 @@
+"""Decoding: tokens chosen from logits, batches decoded fast."""

@@ -1,0 +1,1 @@
+"""Training: the loss, the optimizer, one step, and what is learned."""

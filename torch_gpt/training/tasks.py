@@ -1,0 +1,82 @@
+"""What a model is trained to predict: its scores, and the class that each of them should name.
+
+Read beside flax_gpt/training/tasks.py.
+
+Dimension key: B batch, T tokens, C classes.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from torch_gpt.model import GPT
+from torch_gpt.training.loss import IGNORE_INDEX, next_token_targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What one call of a training step reads.
+
+    Attributes:
+        tokens_BT: ids.
+        counts_B: real tokens per row, the rest is padding on the right; None for T.
+        labels: classes by token (B, T) or by row (B,), IGNORE_INDEX where there is nothing to
+            score; None for a language model, whose labels are its tokens.
+    """
+
+    tokens_BT: torch.Tensor
+    counts_B: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+
+
+pytree.register_dataclass(Batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Two functions that make a loss of a model and a batch.
+
+    Attributes:
+        logits: (model, batch, dropout key) to scores (..., C).
+        targets: batch to classes (...), IGNORE_INDEX where a score does not count.
+    """
+
+    logits: Callable[[Any, Batch, torch.Tensor | None], torch.Tensor]
+    targets: Callable[[Batch], torch.Tensor]
+
+
+def _next_token_logits(model: GPT, batch: Batch, key: torch.Tensor | None) -> torch.Tensor:
+    return model(batch.tokens_BT, counts_B=batch.counts_B, key=key)[0][:, :-1]
+
+
+def _next_token_targets(batch: Batch) -> torch.Tensor:
+    labels = batch.tokens_BT if batch.labels is None else batch.labels
+    return next_token_targets(labels, batch.counts_B)
+
+
+def _class_logits(model: Any, batch: Batch, key: torch.Tensor | None) -> torch.Tensor:
+    return model(batch.tokens_BT, batch.counts_B, key)
+
+
+def _token_targets(batch: Batch) -> torch.Tensor:
+    if batch.counts_B is None:
+        return batch.labels
+    real_BT = (
+        torch.arange(batch.labels.shape[1], device=batch.labels.device)[None, :]
+        < batch.counts_B[:, None]
+    )
+    return torch.where(real_BT, batch.labels, IGNORE_INDEX)
+
+
+def _sequence_targets(batch: Batch) -> torch.Tensor:
+    if batch.counts_B is None:
+        return batch.labels
+    return torch.where(batch.counts_B > 0, batch.labels, IGNORE_INDEX)
+
+
+NEXT_TOKEN = Task(_next_token_logits, _next_token_targets)
+TOKEN_CLASS = Task(_class_logits, _token_targets)
+SEQUENCE_CLASS = Task(_class_logits, _sequence_targets)
