@@ -13,7 +13,6 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from parity.check.modules import ModuleUse as ModuleUse
     from parity.check.modules import check_pair as check_pair
     from parity.check.modules import pair_of as pair_of
     from parity.report import ParityError as ParityError
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "Layout": "parity.weights.layouts",
-    "ModuleUse": "parity.check.modules",
     "ParityError": "parity.report",
     "Report": "parity.report",
     "Rule": "parity.weights.rules",

@@ -167,7 +167,7 @@ def first_divergence(
     phase: str,
     paths: Collection[str],
 ) -> Divergence | None:
-    """Return the first module, in order of completion, whose output differs but inputs agree.
+    """Return the first module to complete whose output differs although its inputs agree.
 
     A module whose inputs differ while all that completed before it agrees was fed by wrong code
     outside of modules, in the body of its caller; then its caller is returned.

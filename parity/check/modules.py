@@ -1,9 +1,9 @@
 """Check your own two modules: a PyTorch module, a Flax NNX module and what to call both with."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Generic, TypedDict, TypeVar, Unpack
+from typing import TypedDict, Unpack
 
 import optax
 import torch
@@ -15,9 +15,9 @@ from parity.check.metrics import max_abs, size_of
 from parity.check.pair_session import PairSession
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.flax.module import flax_spec
-from parity.frameworks.spec import ModelSpec
+from parity.frameworks.spec import SpecOptions
 from parity.frameworks.torch.leaves import torch_leaves
-from parity.frameworks.torch.module import torch_spec
+from parity.frameworks.torch.module import largest_learning_rate, torch_spec
 from parity.pair.inputs import as_inputs
 from parity.pair.pair import Pair
 from parity.report import Report
@@ -27,35 +27,16 @@ from parity.weights.infer import infer_rules
 from parity.weights.rules import Rules
 from parity.weights.weight_map import resolve
 
-Optimizer = TypeVar("Optimizer")
 
-
-@dataclasses.dataclass(frozen=True)
-class ModuleUse(Generic[Optimizer]):
-    """How one module is called, scored and trained, where the defaults do not fit.
-
-    Attributes:
-        call: (module, *inputs) to outputs; `module(*inputs)` when None.
-        loss: (module, *inputs) to a scalar; a fixed random projection of the outputs when None.
-        optimizer: for torch a function of parameters to an optimizer, for flax an optax
-            transformation; AdamW with the same constants when None.
-    """
-
-    call: Callable[..., object] | None = None
-    loss: Callable[..., Any] | None = None
-    optimizer: Optimizer | None = None
-
-
-TorchUse = ModuleUse[Callable[[Any], torch.optim.Optimizer]]
-FlaxUse = ModuleUse[optax.GradientTransformation]
+_DEFAULTS: SpecOptions = {}
 
 
 class PairOptions(TypedDict, total=False):
     """The options of `pair_of`, which documents them."""
 
     rules: Rules | Path | str
-    torch: TorchUse
-    flax: FlaxUse
+    torch: SpecOptions
+    flax: SpecOptions
     weights: str
     seed: int
 
@@ -109,21 +90,21 @@ def pair_of(
     inputs: object,
     *,
     rules: Rules | Path | str = "auto",
-    torch: TorchUse = ModuleUse(),
-    flax: FlaxUse = ModuleUse(),
+    torch: SpecOptions = _DEFAULTS,
+    flax: SpecOptions = _DEFAULTS,
     weights: str = "random",
     seed: int = 0,
 ) -> Pair:
     """Make a pair of two modules.
 
-        pair_of(net, port, x, torch=ModuleUse(loss=net_loss), flax=ModuleUse(loss=port_loss))
+        pair_of(net, port, x, torch={"loss": net_loss}, flax={"loss": port_loss})
 
     Args:
         torch_module: the PyTorch module.
         flax_module: the Flax NNX module.
         inputs: see `check_pair`.
         rules: the weight map, a rules file, or "auto" to infer it.
-        torch: how the PyTorch module is called, scored and trained.
+        torch: `call`, `loss` and `optimizer` of the PyTorch module, see `SpecOptions`.
         flax: the same of the Flax module; its call may bring axes into torch's order. A loss or an
             optimizer is given for both modules or for neither.
         weights: "random", or "torch" for those that the PyTorch module has.
@@ -134,7 +115,7 @@ def pair_of(
     """
     _require_modules(torch_module, flax_module)
     for name in ("loss", "optimizer"):
-        if (getattr(torch, name) is None) != (getattr(flax, name) is None):
+        if (torch.get(name) is None) != (flax.get(name) is None):
             raise ValueError(
                 f"check_pair: {name} of one side alone. Two are compared. Give one in `torch` and "
                 "one in `flax`, or neither."
@@ -142,8 +123,8 @@ def pair_of(
     if weights not in ("random", "torch"):
         raise ValueError(f"check_pair: weights {weights!r}: there are random and torch.")
     calls = as_inputs(inputs, seed)
-    port = flax_spec(flax_module, flax.call, flax.loss, flax.optimizer)
-    original = torch_spec(torch_module, torch.call, torch.loss, torch.optimizer)
+    port = flax_spec(flax_module, **flax)
+    original = torch_spec(torch_module, **torch)
 
     def made(rules: Rules) -> Pair:
         return Pair(port, original, rules, calls.probes, calls.training_batch, pure=False)
@@ -152,7 +133,9 @@ def pair_of(
         rules = infer_rules(torch_module, flax_module, lambda found: _output_gap(made(found)))
     elif not isinstance(rules, Rules):
         rules = Rules.load(Path(rules))
-    pair = dataclasses.replace(made(rules), learning_rate=_learning_rate(original))
+    pair = dataclasses.replace(
+        made(rules), learning_rate=largest_learning_rate(torch_module, torch.get("optimizer"))
+    )
     if weights == "torch":
         ours = torch_leaves(original.build("float32"))
         theirs = flax_leaves(PairSession(pair).build_flax())
@@ -167,11 +150,6 @@ def _require_modules(torch_module: object, flax_module: object) -> None:
             f"check_pair: {kinds}. A pair is a torch.nn.Module and a flax.nnx.Module, in this "
             "order. Give these."
         )
-
-
-def _learning_rate(spec: ModelSpec) -> float:
-    """Return the learning rate of a spec's trainer, the unit in which updates are judged."""
-    return spec.trainer(spec.build("float32"), 1).learning_rate
 
 
 def _output_gap(pair: Pair) -> float:

@@ -18,7 +18,7 @@ from parity.cli.options import (
     in_one_line,
     write_output,
 )
-from parity.cli.record import check_golden
+from parity.cli.record import only_one
 from parity.system.memory import return_freed_memory_at_once
 from parity.twins.names import PRESETS
 
@@ -159,7 +159,7 @@ def check(
         if golden is not None:
             others = {"--data": data, "--checkpoint": checkpoint, "--inputs": inputs}
             others |= {"--save-rules": save_rules}
-            report = check_golden(errors, golden, torch, flax, rules, levels, others)
+            report = _check_golden(errors, golden, own, rules, levels, others)
         else:
             if any(own.values()):
                 if checkpoint is not None or data is not None or of_twins:
@@ -317,3 +317,41 @@ def _page(report: "Report") -> str:
     from parity.report.page import page  # jinja2 waits until a page is wanted
 
     return page(report)
+
+
+def _check_golden(
+    errors: Console,
+    golden: Path,
+    own: Mapping[str, str | None],
+    rules: str,
+    levels: Sequence[str],
+    others: Mapping[str, object],
+) -> "Report":
+    """Check a module against a golden, with a live progress line on the error stream.
+
+    Args:
+        errors: the error stream.
+        golden: the file.
+        own: targets by option.
+        rules: a rules file, or auto where none is given.
+        levels: to run.
+        others: options that must not be given beside it.
+
+    Raises:
+        ValueError: for a golden, a module or rules that cannot be used.
+    """
+    if given := [option for option, value in others.items() if value is not None]:
+        raise ValueError(
+            f"--golden {golden} with {', '.join(given)}: a golden has inputs and weights of its "
+            "own. Leave the others out."
+        )
+    name, target = only_one("check --golden", own["--torch"], own["--flax"])
+    from parity.golden import check, read, weight_rules
+    from parity.golden.target import build_module
+    from parity.system.progress import interruptible, shown
+
+    recorded = read(golden)
+    found = weight_rules(None if rules == "auto" else Path(rules), recorded, name)
+    module = build_module(name, target, recorded.seed)
+    with shown(errors, levels) as show, interruptible(show) as progress:
+        return check(recorded, module, rules=found, levels=levels, progress=progress)

@@ -31,11 +31,11 @@ from parity.exercise.plants import (
     Plant,
     chosen,
     fits,
-    planted,
+    mutated_files,
+    solved,
     subsets,
 )
 from parity.exercise.sandbox import Outcome, observe
-from parity.exercise.solution import solved
 from parity.exercise.starter import TOLD, read_exercise
 
 # Relative, for numbers above 1. Two right starters agree to 1e-12. A softmax in float32, which
@@ -331,7 +331,7 @@ def _explanation(
 def expected(stage: str, plants: tuple[Plant, ...] = ()) -> dict[str, Any]:
     """What a starter with those bugs, and no others, gives in a stage."""
     with torch_stages.scope():
-        modules = driver.loaded(planted("torch", plants))
+        modules = driver.loaded(mutated_files("torch", plants))
         return driver.run_stage(stage, torch_stages, modules, driver.loaded(solved("torch")))
 
 

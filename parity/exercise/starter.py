@@ -5,7 +5,8 @@ import json
 import string
 from pathlib import Path
 
-from parity.exercise.plants import CATEGORIES, FRAMEWORKS, ORDER, chosen, planted
+from parity.exercise.plants import CATEGORIES, ORDER, chosen, mutated_files
+from parity.faults.edit import FRAMEWORKS
 from parity.system.files import write_atomically
 
 RECORD = ".exercise.json"
@@ -61,7 +62,7 @@ def write_starter(folder: Path | str, framework: str, level: int, seed: int) -> 
         )
     folder.mkdir(parents=True, exist_ok=True)
     here = Path(__file__).parent
-    texts = planted(framework, plants)
+    texts = mutated_files(framework, plants)
     texts["test_starter.py"] = (here / framework / "test_starter.py").read_text(encoding="utf-8")
     texts["README.md"] = _task(Exercise(framework, level, seed))
     texts[RECORD] = json.dumps({"schema": 1, **vars(Exercise(framework, level, seed))}) + "\n"

@@ -1,11 +1,11 @@
-"""Bugs that people write, as data, and how they are planted in a twin.
+"""Known bugs as data: edits of a program, catalogues of them, and what detects them.
 
-What is done with them needs both frameworks, which the list of them should not wait for, so it is
-imported from its own place: `matrix` puts every bug to every detector, `exhibit` trains a healthy
-model and broken ones side by side, `exercise` writes and grades the exercise.
+`matrix` asks every detector about every bug, `compare_training` trains a healthy model and broken
+ones on the same batches, and `selftest` measures the check. They load both frameworks, which a list
+of bugs does not need, so each is imported by its own name.
 """
 
-from parity.faults.edit import Bug, Edit, planted
-from parity.faults.gallery import BUGS, GALLERY, find
+from parity.faults.edit import Edit, mutated
+from parity.faults.gallery import BUGS, GALLERY, Bug, find
 
-__all__ = ["BUGS", "GALLERY", "Bug", "Edit", "find", "planted"]
+__all__ = ["BUGS", "GALLERY", "Bug", "Edit", "find", "mutated"]

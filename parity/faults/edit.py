@@ -1,16 +1,15 @@
-"""A bug as data: the lines of a twin as they should be and as the bug has them, and its story."""
+"""Edits of a program's source: applied to its text, and imported as a copy of a twin."""
 
 import ast
 import contextlib
 import dataclasses
-import difflib
 import importlib
 import importlib.util
 import itertools
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from types import ModuleType
 
 FRAMEWORKS = "flax", "torch"
@@ -20,154 +19,163 @@ _numbers = itertools.count()
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """One place of one file, and how a bug has it.
+    """A replacement in one file.
 
     Attributes:
-        file: name of the file in its package.
-        right: the text as it stands there, exactly once.
-        wrong: what the bug has instead.
+        file: path below the folder of the program, such as "decoding/generate.py".
+        old: text that the file holds exactly once.
+        new: text that replaces it.
     """
 
     file: str
-    right: str
-    wrong: str
+    old: str
+    new: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Bug:
-    """One bug in both twins.
+class Mutation:
+    """A change of a program that exists in both frameworks.
 
     Attributes:
         id: short name, words joined by dashes.
-        title: what is wrong, in one line.
-        symptom: what somebody sees who has it, in one line.
-        why: why it is wrong and why it gives that symptom, in a few sentences.
-        seen: where it was met in the wild: a repository and thread, a page, or a known trap.
-        flax: the places in flax_gpt.
-        torch: the places in torch_gpt.
-        caught_by: the detectors that are known to fire, in both frameworks, the most telling first.
-        absent: why one framework cannot have it, where its places are empty.
+        title: the change in one line.
+        flax: edits of the Flax program.
+        torch: edits of the PyTorch program.
     """
 
     id: str
     title: str
-    symptom: str
-    why: str
-    seen: str
     flax: tuple[Edit, ...] = ()
     torch: tuple[Edit, ...] = ()
-    caught_by: tuple[str, ...] = ()
-    absent: str = ""
 
     def edits(self, framework: str) -> tuple[Edit, ...]:
-        """The places in the twin of that framework, flax or torch."""
+        """Return the edits for one framework, flax or torch."""
         return {"flax": self.flax, "torch": self.torch}[framework]
-
-    def diff(self, framework: str) -> str:
-        """The lines of that twin that change, - right and + wrong, with two lines around them."""
-        folder = twin_folder(framework)
-        lines: list[str] = []
-        for file in dict.fromkeys(edit.file for edit in self.edits(framework)):
-            right = (folder / file).read_text(encoding="utf-8")
-            wrong = edited(file, right, self.edits(framework))
-            name = f"{folder.name}/{file}"
-            lines += difflib.unified_diff(
-                right.splitlines(), wrong.splitlines(), name, f"{name} with {self.id}",
-                lineterm="", n=2,
-            )  # fmt: skip
-        return "\n".join(lines)
 
     @property
     def frameworks(self) -> tuple[str, ...]:
-        """Those that have the bug."""
+        """The frameworks that it has edits for."""
         return tuple(name for name in FRAMEWORKS if self.edits(name))
 
 
-@contextlib.contextmanager
-def planted(framework: str, edits: Sequence[Edit]) -> Iterator[ModuleType]:
-    """Imports a copy of a twin in which some places read differently.
+def mutated_text(file: str, text: str, edits: Sequence[Edit]) -> str:
+    """Apply the edits that are meant for one file, in order.
 
-    Args:
-        framework: flax or torch.
-        edits: the places. Files that none of them reaches are those of the healthy twin.
+    Returns:
+        The text with the edits.
 
     Raises:
-        ValueError: when an edit names no file of the twin, or its text is not there exactly once.
+        ValueError: an edit's old text is not in the file exactly once.
     """
-    healthy = f"{framework}_gpt"
-    sources = {path.stem: path.read_text("utf-8") for path in twin_folder(framework).glob("*.py")}
-    if unknown := {edit.file for edit in edits} - {f"{name}.py" for name in sources}:
+    for edit in edits:
+        if edit.file != file:
+            continue
+        if (found := text.count(edit.old)) != 1:
+            raise ValueError(
+                f"edit: {edit.old!r} is in {file} {found} times. An edit changes one place. Give "
+                "more of its line."
+            )
+        text = text.replace(edit.old, edit.new)
+    return text
+
+
+@contextlib.contextmanager
+def mutated(package: str, edits: Sequence[Edit]) -> Iterator[ModuleType]:
+    """Import a copy of a package with edits in it.
+
+    Args:
+        package: the name, such as flax_gpt.
+        edits: what the copy changes. Modules that they do not affect are those of the package.
+
+    Yields:
+        The copy. It can be imported by its own name until the context ends.
+
+    Raises:
+        ValueError: an edit names no file of the package, or its old text is not there exactly once.
+    """
+    root = package_folder(package)
+    sources = {x.relative_to(root).as_posix(): x.read_text("utf-8") for x in root.rglob("*.py")}
+    if unknown := {edit.file for edit in edits} - sources.keys():
         raise ValueError(
-            f"bug: no file {min(unknown)} in {healthy}. A place is in a file of the twin. Name one."
+            f"edit: no file {min(unknown)} in {package}. An edit changes a file of the package. "
+            "Name one by its path there."
         )
-    copied = _affected(healthy, sources, {edit.file.removesuffix(".py") for edit in edits})
-    name = f"{healthy}_copy_{next(_numbers)}"
+    copied = _affected(package, sources, {edit.file for edit in edits})
+    shared = sorted(map(_module, sources.keys() - copied))
+    name = f"{package}_copy_{next(_numbers)}"
     with tempfile.TemporaryDirectory() as folder:
-        for stem in copied:
-            text = edited(f"{stem}.py", sources[stem], edits).replace(healthy, name)
-            (Path(folder) / f"{stem}.py").write_text(text, encoding="utf-8")
+        for file in copied:
+            path = Path(folder, file)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = mutated_text(file, sources[file], edits).replace(package, name)
+            path.write_text(text, encoding="utf-8")
         spec = importlib.util.spec_from_file_location(
-            name, Path(folder) / "__init__.py", submodule_search_locations=[folder]
+            name, Path(folder, "__init__.py"), submodule_search_locations=[folder]
         )
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
+        assert spec is not None and spec.loader is not None
+        copy = sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
-            # What no edit reaches is shared: jax has compiled it already.
-            for stem in sources.keys() - copied:
-                shared = importlib.import_module(f"{healthy}.{stem}")
-                sys.modules[f"{name}.{stem}"] = shared
-                setattr(module, stem, shared)
-            spec.loader.exec_module(module)
-            yield module
+            # Unaffected modules are shared: jax has compiled their functions already.
+            for module in shared:
+                sys.modules[f"{name}.{module}"] = importlib.import_module(f"{package}.{module}")
+            spec.loader.exec_module(copy)
+            for module in shared:  # bind what a real import would have bound
+                parent, _, stem = module.rpartition(".")
+                owner = importlib.import_module(f"{name}.{parent}".rstrip("."))
+                if not hasattr(owner, stem):
+                    setattr(owner, stem, sys.modules[f"{name}.{module}"])
+            yield copy
         finally:
             for loaded in [x for x in sys.modules if x == name or x.startswith(f"{name}.")]:
                 del sys.modules[loaded]
 
 
-def _affected(package: str, sources: Mapping[str, str], changed: set[str]) -> set[str]:
-    """The files that change, and all that import one of them, however indirectly."""
-    imports = {name: _imported(package, text) for name, text in sources.items()}
-    affected = changed | {"__init__"}
-    while more := {name for name in imports.keys() - affected if imports[name] & affected}:
-        affected |= more
-    return affected
-
-
-def _imported(package: str, text: str) -> set[str]:
-    """The files of a package that one of its files imports from."""
-    found = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom) and node.module == package:
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{package}."):
-            found.add(node.module.removeprefix(f"{package}."))
-    return found
-
-
 def twin(framework: str) -> ModuleType:
-    """The healthy package of that framework."""
+    """Import the twin of one framework, flax or torch."""
     return importlib.import_module(f"{framework}_gpt")
 
 
-def twin_folder(framework: str) -> Path:
-    """Where its files are, without importing it."""
-    return Path(importlib.util.find_spec(f"{framework}_gpt").origin).parent
+def package_folder(package: str) -> Path:
+    """Find the folder of a package, without importing it."""
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
 
 
-def edited(file: str, text: str, edits: Sequence[Edit]) -> str:
-    """The text of a file with the edits that are meant for it.
+def _module(file: str) -> str:
+    """Return the name of a file's module below its package; "" for the package itself."""
+    return file.removesuffix(".py").removesuffix("__init__").strip("/").replace("/", ".")
 
-    Raises:
-        ValueError: when the text of an edit is not in it exactly once.
-    """
-    for edit in edits:
-        if edit.file != file:
-            continue
-        found = text.count(edit.right)
-        if found != 1:
-            raise ValueError(
-                f"bug: {edit.right!r} is in {file} {found} times. A place is one place. Give more "
-                "of its line."
-            )
-        text = text.replace(edit.right, edit.wrong)
-    return text
+
+def _affected(package: str, sources: Mapping[str, str], changed: set[str]) -> set[str]:
+    """Return the changed files, those that import one of them, and the packages they are in."""
+    files = {_module(file): file for file in sources}
+    imports = {
+        file: {files[module] for module in _imported(package, file, text, files)}
+        for file, text in sources.items()
+    }
+    affected: set[str] = set()
+    more = changed | {"__init__.py"}
+    while not more <= affected:
+        affected |= more
+        more = {file for file in sources if imports[file] & affected}
+        more |= {str(x / "__init__.py") for file in affected for x in PurePosixPath(file).parents}
+    return affected
+
+
+def _imported(package: str, file: str, text: str, modules: Collection[str]) -> Iterator[str]:
+    """Yield the modules below a package that one of its files imports."""
+    here = f"{package}/{file}".rpartition("/")[0].replace("/", ".")
+    for node in ast.walk(ast.parse(text)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            source = importlib.util.resolve_name("." * node.level + (node.module or ""), here)
+            names = [f"{source}.{alias.name}" for alias in node.names]
+        for name in names:
+            if f"{name}.".startswith(f"{package}."):
+                module = name.removeprefix(package).removeprefix(".")
+                while module not in modules:  # a name that a module defines
+                    module = module.rpartition(".")[0]
+                yield module

@@ -1,23 +1,21 @@
-"""A fault planted and the check run: was it seen, where was it put, and what was it called?"""
+"""One trial: a fault is planted and the check run. Was it detected, located and explained?"""
 
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import itertools
 import sys
-import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 import flax_gpt
+import torch_gpt
 from parity.check.check import check
 from parity.check.levels.names import HORIZON
 from parity.check.modules import pair_of
-from parity.faults import Edit, planted
-from parity.faults.edit import edited
-from parity.faults.selftest.fault import Fault
+from parity.faults.edit import Edit, mutated, mutated_text
+from parity.faults.selftest.fault import RULES, Changes, Fault
 from parity.pair.pair import Pair
 from parity.pair.text import Corpus
 from parity.report import Report
@@ -33,12 +31,7 @@ _numbers = itertools.count()
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of a fault.
-
-    Attributes:
-        fault: that was planted.
-        report: of the check.
-    """
+    """A fault and the report of the check that met it."""
 
     fault: Fault
     report: Report
@@ -55,87 +48,111 @@ class Outcome:
         failed = [x.name for x in self.report.levels if x.verdict is Verdict.FAIL]
         if found is None or failed != [wanted.level]:
             return False
-        right_step = found.step > 0 if wanted.step is None else found.step == wanted.step
+        right_step = found.step > 0 if wanted.step == "later" else found.step == wanted.step
         return right_step and wanted.where in ("", found.where)
 
     @property
     def explained(self) -> bool:
-        """Whether the cause is the fault, in words."""
-        cause = self.report.divergence.cause if self.report.divergence else None
-        return self.fault.cause is not None and self.fault.cause in (cause or "")
+        """Whether the named cause is the fault."""
+        return self.fault.cause is not None and self.fault.cause in (self._named or "")
 
     @property
     def misled(self) -> bool:
-        """Whether a cause is named that is not it."""
-        named = self.report.divergence is not None and self.report.divergence.cause is not None
-        return named and not self.explained
+        """Whether another cause is named."""
+        return self._named is not None and not self.explained
+
+    @property
+    def _named(self) -> str | None:
+        return self.report.divergence.cause if self.report.divergence else None
 
 
 def trial(fault: Fault, corpus: Corpus) -> Outcome:
-    """Plants a fault and checks.
+    """Plant a fault and run the check.
 
     Args:
         fault: to plant.
         corpus: the text of the twins' probes.
+
+    Returns:
+        The fault and the report of the check.
     """
     dtypes = ("float64", "float32") if fault.float32 else ("float64",)
     # As many steps as the optimizer level spans, so that both train with one compiled program.
     steps = HORIZON + (fault.level == "trajectory")
-    if fault.subject in TWINS:
-        framework = fault.subject.removesuffix("_gpt")
-        with planted(framework, fault.edits) as broken:
-            options = {f"{framework}_package": broken, **fault.options}
-            pair = small_twins(corpus, fault.changes, **options)
-            return Outcome(fault, check(pair, dtypes=dtypes, steps=steps))
-    rules = right_rules(fault.subject).to_toml()
-    for right, wrong in fault.rules:
-        if right not in rules:
-            raise ValueError(f"fault {fault.title}: {right!r} is not in the rules of its pair.")
-        rules = rules.replace(right, wrong)
-    with pair_module(fault.subject, fault.edits) as module:
-        pair = port(module, Rules.parse(rules))
+    with contextlib.ExitStack() as copies:
+        if fault.subject in TWINS:
+            packages: dict[str, ModuleType] = {"flax_gpt": flax_gpt, "torch_gpt": torch_gpt}
+            packages[fault.subject] = copies.enter_context(mutated(fault.subject, fault.edits))
+            pair = small_twins(
+                corpus,
+                fault.changes,
+                task=fault.task,
+                flax_package=packages["flax_gpt"],
+                torch_package=packages["torch_gpt"],
+            )
+        else:
+            module = copies.enter_context(pair_module(fault.subject, fault.edits))
+            rules = mutated_text(RULES, right_rules(fault.subject).to_toml(), fault.edits)
+            pair = port(module, Rules.parse(rules))
         return Outcome(fault, check(pair, dtypes=dtypes, steps=steps))
 
 
-def small_twins(corpus: Corpus, changes: Mapping[str, Any] | None = None, **options: Any) -> Pair:
-    """Twins that compile fast.
+def small_twins(
+    corpus: Corpus,
+    changes: Changes | None = None,
+    *,
+    task: str = "next-token",
+    seed: int = 0,
+    flax_package: ModuleType = flax_gpt,
+    torch_package: ModuleType = torch_gpt,
+) -> Pair:
+    """Make a pair of twins that compile fast.
 
     Args:
         corpus: the text of their probes.
         changes: of their config.
-        options: of `parity.twins.pair.twins`; packages may be broken copies.
+        task: as for `parity.twins.pair.twins`.
+        seed: of the probes.
+        flax_package: the Flax twin, or a mutated copy of it.
+        torch_package: the PyTorch twin, or a mutated copy of it.
+
+    Returns:
+        The two twins as a pair.
     """
-    config = flax_gpt.GPTConfig(
-        vocab_size=len(corpus.vocabulary), context_length=48, embed_dim=20, num_layers=2,
-        num_heads=4, mlp_dim=28,
-    )  # fmt: skip
+    sizes = dict(context_length=48, embed_dim=20, num_layers=2, num_heads=4, mlp_dim=28)
+    config = flax_gpt.GPTConfig(vocab_size=len(corpus.vocabulary), **sizes)
     return twins(
-        corpus, dataclasses.replace(config, **(changes or {})), max_new_tokens=16, **options
+        corpus,
+        dataclasses.replace(config, **(changes or {})),
+        task=task,
+        seed=seed,
+        max_new_tokens=16,
+        flax_package=flax_package,
+        torch_package=torch_package,
     )
 
 
-def port(module: types.ModuleType, rules: Rules | str = "auto", seed: int = 0) -> Pair:
-    """The pair of a file of ports."""
+def port(module: ModuleType, rules: Rules | str = "auto", seed: int = 0) -> Pair:
+    """Make the pair that a module of `parity.faults.selftest.pairs` holds."""
     return pair_of(module.torch_net(), module.flax_net(), module.inputs, rules=rules, seed=seed)
 
 
 @functools.cache
 def right_rules(name: str) -> Rules:
-    """The rules that are inferred for a pair without a fault."""
+    """Infer the rules of a pair without a fault."""
     with pair_module(name) as module:
         return port(module).rules
 
 
 @contextlib.contextmanager
-def pair_module(name: str, edits: tuple[Edit, ...] = ()) -> Iterator[types.ModuleType]:
-    """A file of `parity.faults.selftest.pairs`, in which some places read differently."""
+def pair_module(name: str, edits: Sequence[Edit] = ()) -> Iterator[ModuleType]:
+    """Import a copy of a module of `parity.faults.selftest.pairs` with edits in it."""
     path = Path(__file__).parent / "pairs" / f"{name}.py"
-    text = edited(path.name, path.read_text(encoding="utf-8"), edits)
-    spec = importlib.util.spec_from_loader(f"{name}_copy_{next(_numbers)}", loader=None)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # classes look for their module
+    text = mutated_text(path.name, path.read_text(encoding="utf-8"), edits)
+    module = ModuleType(f"{name}_copy_{next(_numbers)}")
+    sys.modules[module.__name__] = module  # classes look for their module
     try:
         exec(compile(text, path.name, "exec"), module.__dict__)
         yield module
     finally:
-        del sys.modules[spec.name]
+        del sys.modules[module.__name__]

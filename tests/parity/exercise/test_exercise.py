@@ -24,7 +24,6 @@ from parity.exercise import grade, prove, sandbox, write_starter
 from parity.exercise.grade import Grade, expected, gaps, judge
 from parity.exercise.inside import driver, flax_stages, probes, torch_stages
 from parity.exercise.plants import (
-    FRAMEWORKS,
     MISHAPS,
     ORDER,
     PLANTS,
@@ -32,13 +31,13 @@ from parity.exercise.plants import (
     Plant,
     chosen,
     files,
-    planted,
+    mutated_files,
+    solved,
     subsets,
 )
 from parity.exercise.sandbox import Outcome, observe
-from parity.exercise.solution import solved
 from parity.exercise.starter import RECORD
-from parity.faults.edit import Edit, edited
+from parity.faults.edit import FRAMEWORKS, Edit, mutated_text
 
 WATCHED = *STAGES, "symptoms", "together", "part_2"
 INSIDE = {"flax": flax_stages, "torch": torch_stages}
@@ -80,7 +79,7 @@ def graded(
 def mended(file: str, old: str, new: str) -> dict[str, str]:
     """The right PyTorch starter with one place written in another way."""
     texts = files("torch")
-    return texts | {file: edited(file, texts[file], [Edit(file, old, new)])}
+    return texts | {file: mutated_text(file, texts[file], [Edit(file, old, new)])}
 
 
 def words(found: Grade) -> str:
@@ -96,7 +95,7 @@ def words(found: Grade) -> str:
 def test_every_bug_applies_once_compiles_and_has_three_hints():
     assert len(BY_ID) == len(PLANTS)
     for plant, framework in itertools.product((*PLANTS, *MISHAPS), FRAMEWORKS):
-        texts = planted(framework, [plant])
+        texts = mutated_files(framework, [plant])
         assert texts != files(framework)
         for name, text in texts.items():
             compile(text, name, "exec")
@@ -108,7 +107,7 @@ def test_a_starter_with_bugs_is_as_tidy_as_one_without(tmp_path):
     for plant, framework in itertools.product(PLANTS, FRAMEWORKS):
         folder = tmp_path / f"{plant.id}-{framework}"
         folder.mkdir()
-        for name, text in planted(framework, [plant]).items():
+        for name, text in mutated_files(framework, [plant]).items():
             (folder / name).write_text(text)
     for framework in FRAMEWORKS:
         (tmp_path / framework).mkdir()
@@ -130,7 +129,7 @@ def test_level_and_seed_choose_bugs_that_can_stand_side_by_side():
         assert tuple(plant.category for plant in plants) == ORDER
         assert len(set(plants)) == len(plants) and chosen(4, seed) == plants[:4]
         for framework in FRAMEWORKS:
-            assert planted(framework, plants) == planted(framework, plants[::-1])
+            assert mutated_files(framework, plants) == mutated_files(framework, plants[::-1])
         seen |= set(plants)
     assert len(seen) > 0.8 * len(PLANTS)
 
@@ -163,7 +162,7 @@ def test_the_bugs_are_the_same_functions_in_flax():
             if plant is not None and plant.stage != "forward pass":
                 continue
             plants = () if plant is None else (plant,)
-            modules = driver.loaded(planted("flax", plants))
+            modules = driver.loaded(mutated_files("flax", plants))
             model = flax_stages.build(modules)
             logits = flax_stages.logits_of(model(flax_stages.ids(tokens)))
             values = {"logits of 3 x 7 tokens": flax_stages.array(logits)}
@@ -171,7 +170,7 @@ def test_the_bugs_are_the_same_functions_in_flax():
             assert gaps("forward pass", values, wanted)["logits of 3 x 7 tokens"] < 1e-6, plant
     for plant in (*PLANTS, *MISHAPS):
         if plant.stage != "forward pass" or plant.id == "positions-frozen":
-            outcome = run("flax", planted("flax", [plant]), plant.stage)[plant.stage]
+            outcome = run("flax", mutated_files("flax", [plant]), plant.stage)[plant.stage]
             wanted = expected(plant.stage, (plant,))
             assert max(gaps(plant.stage, outcome.values, wanted).values()) < 1e-4, plant.id
 
@@ -188,7 +187,7 @@ def test_a_right_starter_has_nothing_open():
 @pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.id)
 def test_a_bug_is_open_until_it_is_fixed(plant):
     stages = (plant.stage, "together") if plant.stage == "training" else (plant.stage,)
-    found = graded(planted("torch", [plant]), *stages, plants=(plant,))
+    found = graded(mutated_files("torch", [plant]), *stages, plants=(plant,))
     assert found.open == (plant,) and found.broken == () and found.exit_code == 1
     assert plant.title not in words(found) + found.to_json()
     assert found.hints(2) == tuple(
@@ -206,7 +205,7 @@ def test_a_bug_is_open_until_it_is_fixed(plant):
 def test_all_choices_of_what_is_fixed_are_seen(seed):
     plants = chosen(4, seed)
     for open_ones in subsets(plants):
-        found = graded(planted("torch", open_ones), *STAGES, plants=plants)
+        found = graded(mutated_files("torch", open_ones), *STAGES, plants=plants)
         assert found.open == open_ones and found.broken == ()
         assert len(found.fixed) == 4 - len(open_ones)
 
@@ -324,7 +323,7 @@ def test_what_was_right_and_is_not_is_broken(file, old, new, stage, seen):
 
 def test_a_bug_and_a_breakage_in_one_place_are_unclear():
     plant = BY_ID["mask-missing"]
-    texts = planted("torch", [plant])
+    texts = mutated_files("torch", [plant])
     texts["model.py"] = texts["model.py"].replace("self.mlp(", "1.01 * self.mlp(")
     found = graded(texts, plants=(plant, BY_ID["labels-shifted-twice"]))
     assert found.unclear == (plant,) and found.fixed == (BY_ID["labels-shifted-twice"],)
@@ -422,7 +421,9 @@ def test_a_cache_that_is_changed_in_place_fails():
 
 
 def test_a_cache_waits_for_the_forward_pass():
-    outcomes = cached() | run("torch", planted("torch", [BY_ID["mask-missing"]]), "forward pass")
+    outcomes = cached() | run(
+        "torch", mutated_files("torch", [BY_ID["mask-missing"]]), "forward pass"
+    )
     found = judge("torch", 4, 0, (BY_ID["mask-missing"],), outcomes)
     assert found.part_2.state == "blocked"
 
@@ -444,7 +445,7 @@ def test_a_starter_says_what_to_do_and_not_what_is_wrong(tmp_path):
             "schema": 1, "framework": framework, "level": level, "seed": 7,
         }  # fmt: skip
         assert set(texts) == {*files(framework), "test_starter.py", "README.md", RECORD}
-        assert {name: texts[name] for name in files(framework)} == planted(
+        assert {name: texts[name] for name in files(framework)} == mutated_files(
             framework, chosen(level, 7)
         )
         together = "\n".join(texts.values())
@@ -479,7 +480,7 @@ def test_a_folder_that_is_no_exercise_is_refused(tmp_path):
 
 def test_the_tests_of_a_starter_pass_with_bugs_in_it(tmp_path, monkeypatch):
     write_starter(tmp_path, "torch", 4, 7)
-    modules = driver.loaded(planted("torch", chosen(4, 7)))
+    modules = driver.loaded(mutated_files("torch", chosen(4, 7)))
     for name in driver.NAMES:
         monkeypatch.setitem(sys.modules, name, getattr(modules, name))
     names: dict[str, Any] = {}
@@ -578,7 +579,7 @@ def test_two_mended_starters_are_one_function(tmp_path):
             (folder / name).write_text(text)
     # One bug is left in flax, which the grade sees through the whole of the sandbox.
     bug = chosen(4, 7)[0]
-    text = planted("flax", [bug])["train.py"]
+    text = mutated_files("flax", [bug])["train.py"]
     (folders["flax"] / "train.py").write_text(text)
     found = grade(folders["flax"])
     assert found.open == (bug,) and len(found.fixed) == 3 and found.broken == ()

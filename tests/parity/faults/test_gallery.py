@@ -5,7 +5,7 @@ import re
 import pytest
 
 from parity.doctor import DETECTORS
-from parity.faults.edit import FRAMEWORKS, edited, twin_folder
+from parity.faults.edit import FRAMEWORKS, mutated_text, package_folder
 from parity.faults.gallery import BUGS, GALLERY
 
 PLANTS = [(bug, framework) for bug in BUGS for framework in bug.frameworks]
@@ -13,7 +13,7 @@ PLANTS = [(bug, framework) for bug in BUGS for framework in bug.frameworks]
 
 def source(framework, file):
     """The text of a twin's file."""
-    return (twin_folder(framework) / file).read_text(encoding="utf-8")
+    return (package_folder(f"{framework}_gpt") / file).read_text(encoding="utf-8")
 
 
 def plant_id(plant):
@@ -30,16 +30,16 @@ def sentences(text):
 def test_every_place_is_in_its_file_once(plant):
     bug, framework = plant
     for edit in bug.edits(framework):
-        assert edit.wrong != edit.right
+        assert edit.new != edit.old
         text = source(framework, edit.file)
-        assert edited(edit.file, text, [edit]) != text
+        assert mutated_text(edit.file, text, [edit]) != text
 
 
 @pytest.mark.parametrize("plant", PLANTS, ids=plant_id)
 def test_every_copy_compiles_with_all_its_edits(plant):
     bug, framework = plant
     for file in {edit.file for edit in bug.edits(framework)}:
-        text = edited(file, source(framework, file), bug.edits(framework))
+        text = mutated_text(file, source(framework, file), bug.edits(framework))
         compile(text, file, "exec")
 
 

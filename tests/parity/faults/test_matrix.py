@@ -8,7 +8,7 @@ import pytest
 
 from parity.doctor import DETECTORS, examine, twin_patient
 from parity.doctor.twin_patients import CONFIG
-from parity.faults import BUGS, GALLERY, Edit, find, planted
+from parity.faults import BUGS, GALLERY, find, mutated
 from parity.faults.edit import twin
 from parity.faults.matrix import NAMES, Matrix, Row, draw, measure
 from parity.report.record import Verdict
@@ -30,7 +30,7 @@ _IN_FLAX = {
 @pytest.mark.parametrize(("framework", "bug"), [*_IN_TORCH, *_IN_FLAX.values()])
 def test_a_planted_bug_is_seen_by_the_detectors_it_names(framework, bug):
     names = bug.caught_by if framework == "torch" else bug.caught_by[:1]
-    with planted(framework, bug.edits(framework)) as package:
+    with mutated(f"{framework}_gpt", bug.edits(framework)) as package:
         healthy = twin(framework) if "parity" in names else None
         patient = twin_patient(framework, package, healthy=healthy)
         for name in names:
@@ -68,17 +68,6 @@ def test_a_healthy_twin_of_another_shape_raises_no_alarm(changes):
 def test_nine_of_ten_bugs_are_seen_without_a_reference():
     alone = [bug for bug in BUGS if set(bug.caught_by) - {"parity"}]
     assert len(alone) >= 0.9 * len(BUGS)
-
-
-def test_a_planted_copy_is_gone_afterwards():
-    import sys
-
-    edit = Edit("optimizer.py", "fused=False", "fused=False, foreach=False")
-    with planted("torch", [edit]) as package:
-        name = package.__name__
-        assert package.train_step is not twin("torch").train_step and name in sys.modules
-        assert package.GPT is twin("torch").GPT  # what the edit does not reach is shared
-    assert not [module for module in sys.modules if module.startswith(name)]
 
 
 def test_a_measured_matrix_tells_bugs_from_healthy_models(tmp_path):

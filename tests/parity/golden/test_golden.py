@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from parity import golden
 from parity.check.levels.names import LEVELS, OPTIMIZER_STEPS
-from parity.golden.check import RUNGS
+from parity.golden.check import LEVELS as GOLDEN_LEVELS
 from parity.weights.layouts import Layout
 from parity.weights.rules import Rule, Rules
 
@@ -252,7 +252,9 @@ def test_what_is_read_is_what_was_written(net, tmp_path):
     np.testing.assert_array_equal(back.weights["head.weight"], back.weights["embedding.weight"])
     np.testing.assert_array_equal(back.states[2].second["scale"], net.states[2].second["scale"])
     np.testing.assert_array_equal(back.probes["less"].inputs[0], TOKENS[:, :2])
-    assert back.loss == net.loss and back.states[3].count == 4 and len(back.losses) == OPTIMIZER_STEPS
+    assert (
+        back.loss == net.loss and back.states[3].count == 4 and len(back.losses) == OPTIMIZER_STEPS
+    )
     back.write(tmp_path / "back.safetensors")
     assert (tmp_path / "back.safetensors").read_bytes() == path.read_bytes()
 
@@ -414,4 +416,4 @@ def test_options_that_clash_end_in_a_line(arguments, message, tmp_path, monkeypa
 
 
 def test_a_golden_has_the_levels_of_a_check():
-    assert tuple(RUNGS) == LEVELS
+    assert tuple(GOLDEN_LEVELS) == LEVELS

@@ -11,7 +11,7 @@ import pytest
 
 from parity.check.check import check
 from parity.check.levels.names import HORIZON
-from parity.faults import Edit, planted
+from parity.faults import Edit, mutated
 from parity.report import Divergence, Level, Report
 from parity.report.page import SHOWN
 from parity.report.page import page as html_page
@@ -80,7 +80,7 @@ def passed(small) -> Report:
 def failed(small) -> Report:
     """A pair whose torch side has GELU in its other form."""
     edit = Edit("layers.py", 'approximate="tanh" if', 'approximate="none" if')
-    with planted("torch", [edit]) as wrong:
+    with mutated("torch_gpt", [edit]) as wrong:
         pair = small(torch_package=wrong)
         return check(pair, levels=LEVELS, dtypes=("float64",), plot_data=True)
 
