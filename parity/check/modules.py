@@ -5,7 +5,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypedDict, Unpack
 
-import optax
 import torch
 from flax import nnx
 
@@ -26,7 +25,6 @@ from parity.system.import_target import in_a_line
 from parity.weights.infer import infer_rules
 from parity.weights.rules import Rules
 from parity.weights.weight_map import resolve
-
 
 _DEFAULTS: SpecOptions = {}
 

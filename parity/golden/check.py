@@ -14,6 +14,7 @@ import numpy as np
 
 from parity.check.levels import gradients, logits, optimizer, trajectory
 from parity.check.levels.completeness import every_leaf_once
+from parity.check.levels.names import LEVELS
 from parity.check.levels.run import Progress, run_levels
 from parity.check.metrics import different_bits, largest
 from parity.check.session import Session
@@ -68,7 +69,7 @@ def check(
         )
     chosen = {
         level: (records, functools.partial(_locate, level))
-        for level, records in LEVELS.items()
+        for level, records in zip(LEVELS, _RECORDS, strict=True)
         if level in wanted
     }
     finished, divergence = run_levels(chosen, session, progress)
@@ -108,16 +109,12 @@ def _not_recorded(level: str) -> Callable[[Session], Iterator[Record]]:
     return lambda session: iter([abstain(level, "a golden is of outputs and training alone")])
 
 
-# The names of parity.check.check.LEVELS, which imports both frameworks; a test holds them equal.
-LEVELS: dict[str, Callable[[GoldenSession], Iterable[Record]]] = {
-    "weights": _weights,
-    "logits": _in_float64(logits.records),
-    "gradients": _in_float64(gradients.records),
-    "optimizer": _in_float64(optimizer.records),
-    "trajectory": _in_float64(trajectory.records),
-    "cache": _not_recorded("cache"),
-    "tokens": _not_recorded("tokens"),
-}
+_RECORDS: tuple[Callable[[GoldenSession], Iterable[Record]], ...] = (
+    _weights,
+    *(_in_float64(x.records) for x in (logits, gradients, optimizer, trajectory)),
+    _not_recorded("cache"),
+    _not_recorded("tokens"),
+)
 
 
 def _locate(level: str, session: GoldenSession, records: list[Record]) -> Divergence:

@@ -15,7 +15,6 @@ from safetensors.numpy import load_file, save_file
 
 from parity import golden
 from parity.check.levels.names import LEVELS, OPTIMIZER_STEPS
-from parity.golden.check import LEVELS as GOLDEN_LEVELS
 from parity.weights.layouts import Layout
 from parity.weights.rules import Rule, Rules
 
@@ -413,7 +412,3 @@ def test_options_that_clash_end_in_a_line(arguments, message, tmp_path, monkeypa
     errors = capsys.readouterr().err
     assert end.value.code == 2 and message in errors and len(errors.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_golden_has_the_levels_of_a_check():
-    assert tuple(GOLDEN_LEVELS) == LEVELS
