@@ -49,7 +49,7 @@ class Place:
 
 # (operation, latest results by place, *args, **kwargs) to the replaced result of a place.
 Instead = Callable[..., Any]
-Latest = Mapping[Place, Any]
+Latest = Mapping[Place, object]
 
 
 def explain_chunks(
@@ -103,7 +103,7 @@ def explain_tokens(
 
 def _cause(
     replay: "_Decoding",
-    matches: Callable[[Any], bool],
+    matches: Callable[[object], bool],
     divergent: str,
     early: Callable[[int, np.ndarray], bool] | None = None,
 ) -> str | None:
@@ -144,7 +144,7 @@ def _attempts(replay: "_Decoding", divergent: str) -> Iterator[tuple[str, Place,
 def _alternative(number: int, sizes: Sequence[int]) -> Instead:
     """Replace any operation by its alternative of that number."""
 
-    def instead(operation: Operation, latest: Latest, *args: Any, **kwargs: Any) -> Any:
+    def instead(operation: Operation, latest: Latest, *args: object, **kwargs: object) -> object:
         done = Done(operation, args, kwargs, "", operation(*args, **kwargs))
         found = itertools.islice(alternatives(done, sizes), number, None)
         other = next(found, (None, None))[1]
@@ -229,7 +229,7 @@ class _Decoding:
         outputs: of the model's calls.
     """
 
-    def __init__(self, module: torch.nn.Module, decode: Callable[[], Any]):
+    def __init__(self, module: torch.nn.Module, decode: Callable[[], object]):
         self._module, self._decode = module, decode
         self.done: dict[Place, Done] = {}
         self.paths: dict[Place, str] = {}
@@ -258,7 +258,7 @@ class _Decoding:
         place: Place,
         instead: Instead,
         early: Callable[[int, np.ndarray], bool] | None = None,
-    ) -> Any:
+    ) -> object:
         """Return the decode's arrays with one place changed; None if it raises or is given up.
 
         Args:
@@ -283,7 +283,7 @@ class _Decoding:
     ) -> Iterator[None]:
         """Run a block with operations passed to `look` or replaced, and calls passed to `early`."""
         stack: list[tuple[str, Counter]] = []
-        latest: dict[Place, Any] = {}
+        latest: dict[Place, object] = {}
         count = itertools.count()
 
         def change(_: int, operation: Operation) -> Operation | None:
@@ -296,7 +296,7 @@ class _Decoding:
             place = Place(getattr(operation, "__name__", ""), line, code, seen[code])
             seen[code] += 1
 
-            def passing(*args: Any, **kwargs: Any) -> Any:
+            def passing(*args: object, **kwargs: object) -> object:
                 if place == changed:
                     return instead(operation, latest, *args, **kwargs)
                 result = latest[place] = operation(*args, **kwargs)
@@ -309,10 +309,10 @@ class _Decoding:
         handles = []
         for path, module in self._module.named_modules():
 
-            def enter(*_: Any, path=path) -> None:
+            def enter(*_: object, path=path) -> None:
                 stack.append((path, Counter()))
 
-            def leave(module: torch.nn.Module, args: tuple, output: Any, path=path) -> None:
+            def leave(module: torch.nn.Module, args: tuple, output: object, path=path) -> None:
                 stack.pop()
                 if not path and early is not None:
                     arrays = [x for x in leaves_of(output) if isinstance(x, torch.Tensor)]

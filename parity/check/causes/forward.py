@@ -5,7 +5,6 @@ import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -172,7 +171,7 @@ def _attempts(
 
 
 def _submodule_attempts(
-    replay: Replay, submodule_calls: list[tuple[str, tuple, Any]]
+    replay: Replay, submodule_calls: list[tuple[str, tuple, object]]
 ) -> Iterator[tuple[str, np.ndarray | None]]:
     """Leave a submodule out, put another in its place, or shift its ids by one."""
     for number, (path, args, _) in enumerate(submodule_calls):
@@ -204,7 +203,9 @@ def _at_call(number: int, instead: Callable) -> Exchange:
     """Replace the output of one submodule call by a function of (module, args, kwargs)."""
     count = itertools.count()
 
-    def exchange(_: str, module: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> Any:
+    def exchange(
+        _: str, module: torch.nn.Module, args: tuple, kwargs: dict, output: object
+    ) -> object:
         return instead(module, args, kwargs) if next(count) == number else None
 
     return exchange
@@ -217,7 +218,7 @@ def _at(place: int, instead: Callable) -> Change:
 def _at_all(places: set[int], operations: list[Done], sizes: list[int], number: int) -> Change:
     """Replace every operation of a line by the same alternative."""
 
-    def change(at: int, _: Any) -> Callable | None:
+    def change(at: int, _: object) -> Callable | None:
         if at not in places:
             return None
         found = itertools.islice(alternatives(operations[at], sizes), number, None)

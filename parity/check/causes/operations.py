@@ -55,7 +55,7 @@ def alternatives(done: Done, sizes: Collection[int]) -> Found:
         yield from _arithmetic(done, sizes)
 
 
-def _same(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def _same(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
     """Return the first argument: the operation left out."""
     return x
 
@@ -65,7 +65,7 @@ def _then(operation: Callable[..., Any], change: Callable[[Any], Any]) -> Instea
     return lambda *args, **kwargs: change(operation(*args, **kwargs))
 
 
-def _with(operation: Callable[..., Any], **changes: Any) -> Instead:
+def _with(operation: Callable[..., object], **changes: object) -> Instead:
     """Call an operation with other keyword arguments."""
     return lambda *args, **kwargs: operation(*args, **kwargs | changes)
 
@@ -97,7 +97,7 @@ def _variances(done: Done) -> Found:
     correction = 0 if done.kwargs.get("unbiased", done.kwargs.get("correction", 1)) else 1
     kept = {k: v for k, v in done.kwargs.items() if k not in ("unbiased", "correction")}
 
-    def flipped(*args: Any, **kwargs: Any) -> Any:
+    def flipped(*args: object, **kwargs: object) -> object:
         without_flags = (x for x in args if not isinstance(x, bool))
         return done.operation(*without_flags, **kept, correction=correction)
 
@@ -118,7 +118,7 @@ def _triangles(done: Done) -> Found:
 
 
 def _repeats(done: Done) -> Found:
-    def tiled(x: torch.Tensor, n: int, dim: int | None = None, **kwargs: Any) -> torch.Tensor:
+    def tiled(x: torch.Tensor, n: int, dim: int | None = None, **kwargs: object) -> torch.Tensor:
         return torch.cat([x] * n, dim=dim if dim is not None else 0)
 
     yield "repeats tiled, not next to each other", tiled
@@ -218,7 +218,9 @@ def _convolutions(done: Done) -> Found:
     }
     for words, pads in paddings.items():
 
-        def padded(x: torch.Tensor, *args: Any, pads: list[int] = pads, **kwargs: Any) -> Any:
+        def padded(
+            x: torch.Tensor, *args: object, pads: list[int] = pads, **kwargs: object
+        ) -> object:
             x = functional.pad(x, pads)
             return done.operation(x, weight, bias, strides, 0, dilations, groups)
 
@@ -264,7 +266,7 @@ def _inside_attention(done: Done, sizes: Collection[int]) -> Found:
     inner = Done(original, (like,) * 3, {}, "", None)
     for words, attention in _fused_attention(inner, {*sizes, width}):
 
-        def patched(*args: Any, attention: Instead = attention, **kwargs: Any) -> Any:
+        def patched(*args: object, attention: Instead = attention, **kwargs: object) -> object:
             functional.scaled_dot_product_attention = attention
             try:
                 return done.operation(*args, **kwargs | {"need_weights": False})
@@ -428,11 +430,11 @@ def _tensor_of(args: tuple) -> torch.Tensor:
     return next(x for x in args if isinstance(x, torch.Tensor))
 
 
-def _is_integral(result: Any) -> bool:
+def _is_integral(result: object) -> bool:
     return isinstance(result, torch.Tensor) and result.dtype in (torch.int32, torch.int64)
 
 
-def _is_narrower(x: Any, result: Any) -> bool:
+def _is_narrower(x: object, result: object) -> bool:
     return (
         isinstance(x, torch.Tensor)
         and isinstance(result, torch.Tensor)

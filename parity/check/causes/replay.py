@@ -23,7 +23,7 @@ Operation = Callable[..., Any]
 # (place among the module's own operations, operation) to its replacement; None to keep it.
 Change = Callable[[int, Operation], Operation | None]
 # (path, submodule, args, kwargs, output) of a call to its replaced output; None to keep it.
-Exchange = Callable[[str, torch.nn.Module, tuple, dict, Any], Any]
+Exchange = Callable[[str, torch.nn.Module, tuple, dict, object], object]
 
 _SILENT = {"__get__", "__set__", "_set_grad_enabled"}
 _CAUSES = os.path.dirname(os.path.abspath(__file__)) + os.sep
@@ -44,7 +44,7 @@ class Done:
 
     operation: Operation
     args: tuple
-    kwargs: dict[str, Any]
+    kwargs: dict[str, object]
     line: str
     result: Any
 
@@ -69,7 +69,7 @@ class Replay:
         self,
         module: torch.nn.Module,
         args: tuple,
-        kwargs: Mapping[str, Any],
+        kwargs: Mapping[str, object],
         agreeing: Mapping[str, torch.nn.Module],
         observed: torch.nn.Module | None = None,
     ):
@@ -109,7 +109,7 @@ class Replay:
         def look(place: int, operation: Operation) -> Operation:
             line = place_of_caller()[1]
 
-            def watched(*args: Any, **kwargs: Any) -> Any:
+            def watched(*args: object, **kwargs: object) -> object:
                 result = operation(*args, **kwargs)
                 seen.append(Done(operation, args, kwargs, line, result))
                 return result
@@ -119,11 +119,11 @@ class Replay:
         self.output(look)
         return seen
 
-    def submodule_calls(self) -> list[tuple[str, tuple, Any]]:
+    def submodule_calls(self) -> list[tuple[str, tuple, object]]:
         """Return path, arguments and output of each call of an agreeing module, in order."""
         seen = []
 
-        def look(path: str, _: torch.nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        def look(path: str, _: torch.nn.Module, args: tuple, kwargs: dict, output: object) -> None:
             seen.append((path, args, output))
 
         self.output(exchange=look)
@@ -134,7 +134,7 @@ class Replay:
         """Watch no operation while an agreeing module runs."""
         handles = []
 
-        def enter(*_: Any) -> None:
+        def enter(*_: object) -> None:
             watch.depth += 1
 
         for path, submodule in self.agreeing.items():
@@ -165,7 +165,7 @@ class Replay:
 class _Observed(BaseException):
     """The observed module has its output, and nothing else is wanted."""
 
-    def __init__(self, output: Any):
+    def __init__(self, output: object):
         self.output = output
 
 
