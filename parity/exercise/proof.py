@@ -112,7 +112,7 @@ def main(job_file: str) -> None:
     Path(job["result"]).write_text(report.to_json(), encoding="utf-8")
 
 
-def pair(flax: Starter, torch: Starter) -> Pair:
+def pair(flax_starter: Starter, torch_starter: Starter) -> Pair:
     """Make the pair of two starters, of the size and with the sentence of the exercise."""
     right = driver.loaded(files("torch"))
     tokens = np.array(right.train.encode(right.train.SENTENCE), np.int32)
@@ -120,10 +120,10 @@ def pair(flax: Starter, torch: Starter) -> Pair:
     width = tokens.shape[1]
     sizes = dict(context_length=width, embed_dim=32, num_layers=2, num_heads=4, mlp_dim=96)
     sizes["vocab_size"] = len(right.train.VOCABULARY)
-    cached = _has_cache(flax, in_flax, sizes) and _has_cache(torch, in_torch, sizes)
+    cached = _has_cache(flax_starter, in_flax, sizes) and _has_cache(torch_starter, in_torch, sizes)
     return Pair(
-        flax=_spec("the Flax starter", flax, in_flax, flax_leaves, sizes, cached),
-        torch=_spec("the PyTorch starter", torch, in_torch, torch_leaves, sizes, cached),
+        flax=_spec("the Flax starter", flax_starter, in_flax, flax_leaves, sizes, cached),
+        torch=_spec("the PyTorch starter", torch_starter, in_torch, torch_leaves, sizes, cached),
         rules=TWINS,
         probes={
             "the sentence": Batch((tokens,)),
@@ -258,13 +258,13 @@ def _imported(folder: Path) -> Starter:
 def _report(document: Values) -> Report:
     """Read what `Report.to_json` wrote."""
 
-    def number(value: str | float | None) -> str | float | None:
+    def number(value: object) -> object:
         with contextlib.suppress(ValueError):
             return float(value) if isinstance(value, str) else value
         return value
 
     def record(fields: Values) -> Record:
-        wide = {name: number(fields[name]) for name in ("value", "bound", "noise")}
+        wide: Values = {name: number(fields[name]) for name in ("value", "bound", "noise")}
         return Record(**(fields | wide | {"verdict": Verdict(fields["verdict"])}))
 
     levels = tuple(

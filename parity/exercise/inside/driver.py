@@ -48,8 +48,9 @@ class Student(Starter):
             try:
                 return importlib.import_module(name)
             except BaseException as error:
-                # Not again in every stage: an import that hangs would cost the time of each.
-                sys.modules[name] = None
+                # Not again in every stage: an import that hangs would cost the time of each. None
+                # is Python's "not to be imported", which its stubs do not know.
+                sys.modules[name] = None  # pyrefly: ignore[unsupported-operation]
                 said = "it does not end" if isinstance(error, OutOfTime) else None
                 said = said or in_one_line(error, str(self.folder))
                 self._failures[name] = f"{name}.py cannot be imported: {said}"

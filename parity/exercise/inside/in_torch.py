@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from unittest import mock
 
 import numpy as np
 import torch
@@ -121,8 +122,5 @@ def counted_rows(model: Model) -> Iterator[Callable[[], float]]:
         rows.append(input.numel() / input.shape[-1] / number)
         return forward(self, input)
 
-    torch.nn.Linear.forward = counting
-    try:
+    with mock.patch.object(torch.nn.Linear, "forward", counting):
         yield lambda: sum(rows)
-    finally:
-        torch.nn.Linear.forward = forward

@@ -75,7 +75,7 @@ class _Student:
                 self.modules.generate.generate_cached(self.model, given, new)
             )
             plain = self.framework.array(self.reference.generate.generate(self.model, given, new))
-            which = f"{new} tokens behind {tokens.shape[0]} x {tokens.shape[1]}"
+            which = f"{new} tokens after {tokens.shape[0]} x {tokens.shape[1]}"
             if cached.shape != plain.shape:
                 return False, f"{which}: shape {list(cached.shape)} instead of {list(plain.shape)}"
             if (cached != plain).any():
@@ -121,7 +121,7 @@ class _Student:
 
         used = [position for position in range(_WARM + 1) if moves(position)]
         found = " and ".join(map(str, used)) or "none"
-        said = f"a token behind {_WARM} in the cache is read at position {found}"
+        said = f"a token after {_WARM} in the cache is read at position {found}"
         return used == [_WARM], said if used == [_WARM] else f"{said} instead of {_WARM}"
 
     def mask(self) -> tuple[bool, str]:
@@ -147,10 +147,7 @@ class _Student:
         again, _ = self._read(tokens, cache)
         gap = max(float(np.max(np.abs(x))) for x in (again - first, further_again - further))
         if not gap <= _BOUND:
-            return (
-                False,
-                f"a cache that was continued before gives logits that are off by {gap:.1e}",
-            )
+            return False, f"a cache continued before gives logits that are off by {gap:.1e}"
         return True, "a cache that has been continued is as it was"
 
     def cost(self) -> tuple[bool | None, str]:
@@ -162,7 +159,7 @@ class _Student:
         if not read:
             return None, "no token went through a linear layer of the framework: cost was not seen"
         said = (
-            f"{read:.0f} tokens went through the linear layers for {_NEW} new ones behind {_PROMPT}"
+            f"{read:.0f} tokens went through the linear layers for {_NEW} new ones after {_PROMPT}"
             f" (without a cache: {naive})"
         )
         return read <= _PROMPT + _NEW, said
