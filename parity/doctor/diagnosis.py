@@ -1,7 +1,6 @@
 """An examination from the first question to the last, and its result as a value."""
 
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Sequence
 
@@ -14,8 +13,9 @@ from rich.text import Text
 
 from parity.doctor.detectors import DETECTORS
 from parity.doctor.finding import Detector, Finding
-from parity.doctor.patient import Patient
+from parity.doctor.model import LanguageModel
 from parity.report.html import render
+from parity.report.json import to_json
 from parity.report.record import Verdict
 
 _COLOURS = {
@@ -79,14 +79,14 @@ class Diagnosis:
                     "detector": x.detector.name,
                     "verdict": x.finding.verdict,
                     "sentence": x.finding.sentence,
-                    "value": _finite(x.finding.value),
-                    "bound": _finite(x.finding.bound),
+                    "value": x.finding.value,
+                    "bound": x.finding.bound,
                     "seconds": round(x.seconds, 3),
                 }
                 for x in self.answers
             ],
         }
-        return json.dumps(document, indent=2, allow_nan=False) + "\n"
+        return to_json(document, indent=2)
 
     def to_html(self) -> str:
         """One page without anything from elsewhere."""
@@ -133,7 +133,7 @@ def _advice(answer: Answer) -> list[RenderableType]:
 
 
 def examine(
-    patient: Patient,
+    model: LanguageModel,
     *,
     detectors: Sequence[Detector] = DETECTORS,
     stop_early: bool = True,
@@ -142,7 +142,7 @@ def examine(
     """Puts the questions to a language model, one after the other.
 
     Args:
-        patient: the model.
+        model: under examination.
         detectors: the questions, in order.
         stop_early: leaves out what an earlier failure has made meaningless.
         progress: told the name of the question and the fraction done.
@@ -151,28 +151,22 @@ def examine(
     failed: list[str] = []
     for number, detector in enumerate(detectors):
         progress(detector.name, number / len(detectors))
-        guilty = [name for name in detector.after if name in failed] if stop_early else []
+        blockers = [name for name in detector.after if name in failed] if stop_early else []
         if stop_early and failed[:1] == ["initial-loss"] and not _finite_start(answers[0]):
-            guilty = ["initial-loss"]
+            blockers = ["initial-loss"]
         start = time.perf_counter()
-        if guilty:
-            finding = Finding(Verdict.BLOCKED, f"Means nothing while {guilty[0]} fails.")
+        if blockers:
+            finding = Finding(Verdict.BLOCKED, f"Means nothing while {blockers[0]} fails.")
         else:
             with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
-                torch.manual_seed(patient.seed)
-                finding = detector(patient)
+                torch.manual_seed(model.seed)
+                finding = detector(model)
         if finding.verdict is Verdict.FAIL:
             failed.append(detector.name)
         answers.append(Answer(detector, finding, time.perf_counter() - start))
-    return Diagnosis(patient.name, patient.framework, patient.num_params, tuple(answers))
+    return Diagnosis(model.name, model.framework, model.num_params, tuple(answers))
 
 
 def _finite_start(first: Answer) -> bool:
     """Whether the first question got numbers at all."""
     return first.finding.value is not None
-
-
-def _finite(value: float | None) -> float | str | None:
-    if value is None or (value == value and abs(value) != float("inf")):
-        return value
-    return str(value)

@@ -13,6 +13,7 @@ from typing import Any
 
 from parity.frameworks.leaves import Leaves
 from parity.pair.text import Corpus
+from parity.report.json import to_json
 from parity.system.files import unfinished, write_atomically
 from parity.training.checkpoint import read_checkpoint, write_checkpoint
 
@@ -217,15 +218,7 @@ class Run:
 
 def as_line(row: Mapping[str, Any]) -> str:
     """A row of the metrics; JSON has no number for what is not finite, so that becomes null."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
-    return json.dumps(plain(row), allow_nan=False) + "\n"
+    return to_json(row, indent=None, as_null=True)
 
 
 def _number(value: float | None) -> float:

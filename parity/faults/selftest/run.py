@@ -15,7 +15,7 @@ import jax
 import torch
 
 from parity.check.check import check
-from parity.check.levels.optimizer import HORIZON
+from parity.check.levels.names import HORIZON
 from parity.faults.selftest.fault import Changes, Fault
 from parity.faults.selftest.trial import (
     PAIRS,

@@ -12,7 +12,7 @@ from types import ModuleType
 import flax_gpt
 import torch_gpt
 from parity.check.check import check
-from parity.check.levels.optimizer import HORIZON
+from parity.check.levels.names import HORIZON
 from parity.check.modules import pair_of
 from parity.faults.edit import Edit, mutated, mutated_text
 from parity.faults.selftest.fault import RULES, Changes, Fault
