@@ -28,8 +28,8 @@ def exercise(
     """Write a small GPT with bugs in it, to find and to fix.
 
     The folder stands alone: a model, a training loop that learns one sentence by heart, a loop that
-    generates, a KV cache to be built in afterwards, tests that run, and the task. The same level and
-    seed plant the same bugs in both frameworks.
+    generates, a KV cache to be built in afterwards, tests that run, and the task. The same level
+    and seed plant the same bugs in both frameworks.
 
     Exit codes: 0 written, 2 usage error.
 
