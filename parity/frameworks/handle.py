@@ -53,12 +53,6 @@ class Handle(Protocol):
             ValueError: for an optimizer that does not reveal it.
         """
 
-    def versions(self) -> dict[str, str]:
-        """Return the versions of the packages that compute."""
-
-    def num_threads(self) -> int:
-        """Return the number of threads that share the work."""
-
 
 def handle(name: str) -> Handle:
     """Import a framework.

@@ -10,19 +10,18 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Unpack
 
-import numpy as np
-
 from parity.check.levels import gradients, logits, optimizer, trajectory
 from parity.check.levels.completeness import every_leaf_once
 from parity.check.levels.run import Progress, run_levels
 from parity.check.metrics import different_bits, largest
 from parity.check.session import Session
-from parity.frameworks.handle import Handle, handle_of
+from parity.frameworks.handle import handle_of
 from parity.frameworks.spec import SpecOptions
 from parity.golden.file import Golden, read
 from parity.golden.session import GoldenSession
 from parity.report import Divergence, Report
 from parity.report.record import Record, Verdict, abstain, judge
+from parity.system.devices import num_threads, versions
 from parity.weights.rules import Rules
 
 _PHASES = {"weights": "weights", "logits": "forward", "gradients": "backward"}
@@ -72,7 +71,7 @@ def check(
         if level in wanted
     }
     finished, divergence = run_levels(chosen, session, progress)
-    return Report(_environment(golden, here), session.about(), finished, divergence)
+    return Report(_environment(golden, here.NAME), session.about(), finished, divergence)
 
 
 def _weights(session: GoldenSession) -> Iterator[Record]:
@@ -162,9 +161,9 @@ def weight_rules(rules: Rules | Path | str | None, golden: Golden, framework: st
     )
 
 
-def _environment(golden: Golden, here: Handle) -> dict[str, str | int]:
+def _environment(golden: Golden, framework: str) -> dict[str, str | int]:
     """Return what can change a digit: here, and where the golden was recorded."""
     there = {x: f"{version} (recorded)" for x, version in golden.versions.items()}
-    local = {"python": platform.python_version(), "numpy": np.__version__} | here.versions()
-    device = {"devices": f"{here.NAME} on cpu", "precision": "highest"}
-    return there | local | device | {"threads": here.num_threads()}
+    place = {"devices": f"{framework} on cpu", "precision": "highest"}
+    here = {"python": platform.python_version()} | versions(framework) | place
+    return there | here | {"threads": num_threads(framework)}

@@ -13,6 +13,7 @@ from parity.frameworks.purity import Purity
 from parity.frameworks.spec import Batch, ModelSpec, SpecOptions
 from parity.golden.file import Golden, State
 from parity.pair.inputs import as_inputs
+from parity.system.devices import versions
 from parity.weights.randomize import randomized
 
 
@@ -69,7 +70,7 @@ def record(
     return Golden(
         framework=here.NAME,
         model=spec.name,
-        versions={"numpy": np.__version__} | here.versions(),
+        versions=versions(here.NAME),
         seed=seed,
         learning_rate=learning_rate or here.learning_rate(module, options.get("optimizer")),
         weights=under_test,

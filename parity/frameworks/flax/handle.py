@@ -1,7 +1,5 @@
 """Flax, as `parity.frameworks.handle` hands it out."""
 
-import importlib.metadata
-import os
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -58,16 +56,6 @@ def learning_rate(module: nnx.Module, optimizer: optax.GradientTransformation | 
             "judged in learning rates. Give learning_rate."
         )
     return default_call.LEARNING_RATE
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that compute."""
-    return {"jax": jax.__version__, "flax": importlib.metadata.version("flax")}
-
-
-def num_threads() -> int:
-    """Return the number of threads that share the work."""
-    return os.cpu_count() or 1
 
 
 def _cpu() -> jax.Device:

@@ -46,13 +46,3 @@ def runner(
 ) -> TorchRunner:
     """Return a runner in float64 on the CPU."""
     return TorchRunner(spec, weights, "float64", torch.device("cpu"))
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that compute."""
-    return {"torch": torch.__version__}
-
-
-def num_threads() -> int:
-    """Return the number of threads that share the work."""
-    return torch.get_num_threads()
