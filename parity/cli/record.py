@@ -6,10 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from parity.check.levels.names import OPTIMIZER_STEPS
 from parity.cli.options import check_outputs, in_one_line
-
-# parity.check.levels.optimizer.STEPS; a test holds them equal.
-STEPS = 4
 
 
 def record(
@@ -27,7 +25,9 @@ def record(
     flax: Annotated[
         str | None, typer.Option(help="The Flax NNX module: port.py:build or my_pkg.port:build.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=STEPS, help="Steps of AdamW to record.")] = STEPS,
+    steps: Annotated[
+        int, typer.Option(min=OPTIMIZER_STEPS, help="Steps of AdamW to record.")
+    ] = OPTIMIZER_STEPS,
     weights: Annotated[
         str,
         typer.Option(

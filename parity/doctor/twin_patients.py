@@ -1,7 +1,6 @@
 """The two twins as patients, and copies of them with a bug in."""
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import math
@@ -19,11 +18,11 @@ from parity.doctor.flax_patient import flax_patient
 from parity.doctor.patient import AdamW, Decoder, Patient, Score
 from parity.doctor.torch_patient import torch_patient
 from parity.frameworks.flax.leaves import flax_leaves, load_flax
-from parity.frameworks.flax.scope import Scoped, jax_scope
+from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import cast as cast_leaves
 from parity.frameworks.torch.leaves import load_torch, torch_leaves
-from parity.twins.flax import FlaxTrainer
-from parity.twins.torch import TorchTrainer
+from parity.twins.flax import FlaxTrainer, FlaxTwin
+from parity.twins.torch import TorchTrainer, TorchTwin
 
 # Sizes that all differ, and dropout that only a call with a key may switch on.
 CONFIG = flax_gpt.GPTConfig(
@@ -67,7 +66,7 @@ def twin_patient(
 
 def _torch_twin(package: ModuleType, model: Any, seed: int) -> Patient:
     def trainer(module: Any, constants: dict[str, Any], **more: Any) -> TorchTrainer:
-        return TorchTrainer(package, copy.deepcopy(module), constants, **more)
+        return TorchTwin(module, package).copy().trainer(constants, **more)
 
     def cast(module: Any, dtype: str) -> Patient:
         config = package.GPTConfig(**dataclasses.asdict(module.config) | {"dtype": dtype})
@@ -108,9 +107,8 @@ def _flax_twin(package: ModuleType, model: Any, seed: int) -> Patient:
         with scope(), jax.disable_jit():
             yield
 
-    def trainer(module: Any, constants: dict[str, Any], **more: Any) -> Any:
-        with scope():
-            return Scoped(FlaxTrainer(package, module, constants, **more), scope)
+    def trainer(module: Any, constants: dict[str, Any], **more: Any) -> FlaxTrainer:
+        return FlaxTwin(module, package).trainer(constants, **more)
 
     def cast(module: Any, dtype: str) -> Patient:
         with jax_scope(dtype, jax.devices()[0]):
@@ -124,7 +122,7 @@ def _flax_twin(package: ModuleType, model: Any, seed: int) -> Patient:
         with scope():
             for length in lengths:
                 package.generate(module, jnp.zeros((1, length), jnp.int32), 2)
-                counts.append(package.decoder._program()._cache_size())
+                counts.append(package.decoding.decoder._program()._cache_size())
         # What the first length needs, a program that reads and one that goes on, counts as one.
         return 1 + counts[-1] - counts[0]
 

@@ -5,7 +5,7 @@ from typing import Any, Unpack
 
 import numpy as np
 
-from parity.check.levels.optimizer import HORIZON, STEPS
+from parity.check.levels.names import HORIZON, OPTIMIZER_STEPS
 from parity.frameworks.handle import Handle, handle_of
 from parity.frameworks.leaves import Leaves, copied
 from parity.frameworks.protocols import Runner
@@ -24,7 +24,7 @@ def record(
     learning_rate: float | None = None,
     weights: str = "random",
     seed: int = 0,
-    steps: int = STEPS,
+    steps: int = OPTIMIZER_STEPS,
     **options: Unpack[SpecOptions],
 ) -> Golden:
     """Record what a module computes in float64: outputs, gradients, a few steps of its optimizer.
@@ -50,10 +50,10 @@ def record(
     """
     if weights not in ("random", "own"):
         raise ValueError(f"record: weights {weights!r}: there are random and own.")
-    if steps < STEPS:
+    if steps < OPTIMIZER_STEPS:
         raise ValueError(
-            f"record: {steps} steps < {STEPS}. Fewer cannot see every fault of an optimizer. Ask "
-            f"for {STEPS} or more."
+            f"record: {steps} steps < {OPTIMIZER_STEPS}. Fewer cannot see every fault of an "
+            f"optimizer. Ask for {OPTIMIZER_STEPS} or more."
         )
     calls = as_inputs(inputs, seed)
     here = handle_of(module)
@@ -64,7 +64,7 @@ def record(
     batches = tuple(calls.training_batch(step) for step in range(steps))
     purity = _required_purity(runner, probe)
     # A trainer of its own, as in the levels: its schedule may span another number of steps.
-    states = _states(runner, batches[:STEPS])
+    states = _states(runner, batches[:OPTIMIZER_STEPS])
     trainer = runner.trainer(steps)
     losses = np.array([trainer.step(*batch.inputs) for batch in batches])
     return Golden(
