@@ -54,7 +54,7 @@ ABSENT = {"torch": ["jax", "jaxlib", "flax", "optax", "flax_gpt"], "flax": ["tor
 def half(name: str, framework: str) -> str:
     """A pair's file without what needs the other framework."""
     others = {"torch": {"jax", "jnp", "flax", "nnx"}, "flax": {"torch"}}[framework]
-    tree = ast.parse((ROOT / "parity" / "selftest" / "pairs" / f"{name}.py").read_text())
+    tree = ast.parse((ROOT / "parity" / "faults" / "selftest" / "pairs" / f"{name}.py").read_text())
 
     def words(statement: ast.stmt) -> set[str]:
         nodes = list(ast.walk(statement))
