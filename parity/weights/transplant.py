@@ -1,4 +1,4 @@
-"""Moves weights between the frameworks by rules: strict, in both directions, bit for bit."""
+"""Move weights between the frameworks by rules: strict, in both directions, bit for bit."""
 
 import torch
 from flax import nnx
@@ -12,13 +12,13 @@ from parity.weights.weight_map import WeightMap, resolve
 def transplant(
     source: torch.nn.Module | nnx.Module, target: torch.nn.Module | nnx.Module, rules: Rules
 ) -> WeightMap:
-    """Copies all weights of one model into its port in the other framework.
+    """Copy all weights of one model into its port in the other framework.
 
     Returns:
-        The map by which they went.
+        The resolved rules.
 
     Raises:
-        TransplantError: unless every leaf on both sides is used exactly once and fits; the target
+        TransplantError: unless every leaf of both models is used exactly once and fits; the target
             is then as it was.
     """
     if isinstance(source, nnx.Module):
