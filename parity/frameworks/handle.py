@@ -5,7 +5,7 @@ What works with a single framework, as goldens do, asks here, so that the other 
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar, Unpack, cast
+from typing import Protocol, TypeVar, Unpack, cast
 
 import numpy as np
 
@@ -29,24 +29,22 @@ class Handle(Protocol):
     NAME: str
     MODULE: type
 
-    def spec(self, module: Any, **options: Unpack[SpecOptions]) -> ModelSpec[Any, Any]:
-        """Describe a module."""
+    def spec(self, module: object, **options: Unpack[SpecOptions]) -> ModelSpec:
+        """Return the spec of a module."""
 
     def seeded(self, seed: int, build: Callable[[], Built]) -> Built:
         """Return what a function builds, with the framework's own generator at a seed."""
 
-    def initial_leaves(self, spec: ModelSpec[Any, Any], dtype: str) -> Leaves:
+    def initial_leaves(self, spec: ModelSpec, dtype: str) -> Leaves:
         """Return the weights that a model is built with, on the CPU."""
 
-    def code_leaves(self, module: Any) -> tuple[str, ...]:
+    def code_leaves(self, module: object) -> tuple[str, ...]:
         """Name the leaves that belong to the code, such as masks and tables of angles."""
 
-    def runner(
-        self, spec: ModelSpec[Any, Any], weights: Mapping[str, np.ndarray]
-    ) -> LiveRunner[Any]:
+    def runner(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> LiveRunner:
         """Return a runner in float64 on the CPU."""
 
-    def learning_rate(self, module: Any, optimizer: Any) -> float:
+    def learning_rate(self, module: object, optimizer: object) -> float:
         """Return the largest learning rate of an optimizer, or of the default where it is None.
 
         Raises:
@@ -55,7 +53,7 @@ class Handle(Protocol):
 
 
 def handle(name: str) -> Handle:
-    """Import a framework.
+    """Return a framework, which is imported for it.
 
     Raises:
         ValueError: when the framework cannot be imported here.
@@ -69,7 +67,7 @@ def handle(name: str) -> Handle:
 
 
 def handle_of(module: object) -> Handle:
-    """Import the framework that a module belongs to.
+    """Return the framework that a module belongs to.
 
     Raises:
         ValueError: for anything but a module.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Generic, TypedDict, TypeVar
 
 import numpy as np
 
@@ -67,5 +67,5 @@ class SpecOptions(TypedDict, total=False):
     """
 
     call: Callable[..., object] | None
-    loss: Callable[..., Any] | None
-    optimizer: Any
+    loss: Callable[..., object] | None
+    optimizer: object

@@ -8,7 +8,7 @@ import functools
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 from parity.check.levels import gradients, logits, optimizer, trajectory
 from parity.check.levels.completeness import every_leaf_once
@@ -29,7 +29,7 @@ _PHASES = {"weights": "weights", "logits": "forward", "gradients": "backward"}
 
 def check(
     golden: Golden | Path | str,
-    module: Any,
+    module: object,
     *,
     rules: Rules | Path | str | None = None,
     levels: Iterable[str] | None = None,
@@ -121,14 +121,16 @@ LEVELS: dict[str, Callable[[GoldenSession], Iterable[Record]]] = {
 
 def _locate(level: str, session: GoldenSession, records: list[Record]) -> Divergence:
     """Return what diverges first; no module's name, for a golden holds no outputs of modules."""
-    bad = next(record for record in records if record.verdict is Verdict.FAIL)
+    failed = [record for record in records if record.verdict is Verdict.FAIL]
+    bad = failed[0]
+    assert bad.value is not None, "what fails has a value"
     where, detail = bad.where or bad.name, bad.note or ""
     if level == "logits":
         where = session.runner.name
         detail = f"On {bad.name}. A check of both models as they run names the module."
     elif level == "gradients":
-        failed = {x.name: x.value for x in records if x.verdict is Verdict.FAIL}
-        where = "loss" if "loss" in failed else bad.where or largest(failed)
+        gaps = {x.name: x.value for x in failed if x.value is not None}
+        where = "loss" if "loss" in gaps else bad.where or largest(gaps)
         detail = f"In {len(failed)} of {len(records)} records the gradients differ, most there."
     elif level in ("optimizer", "trajectory"):
         detail = f"Seen in {bad.name}; all steps before agree."

@@ -1,7 +1,7 @@
 """Run one module and keep what it computes."""
 
 from collections.abc import Mapping
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
 
@@ -18,7 +18,7 @@ from parity.weights.randomize import randomized
 
 
 def record(
-    module: Any,
+    module: object,
     inputs: object,
     *,
     learning_rate: float | None = None,
@@ -27,7 +27,7 @@ def record(
     steps: int = OPTIMIZER_STEPS,
     **options: Unpack[SpecOptions],
 ) -> Golden:
-    """Record what a module computes in float64: outputs, gradients, a few steps of its optimizer.
+    """Return what a module computes in float64: outputs, gradients, some steps of its optimizer.
 
         record(net, np.ones((2, 3, 8))).write(Path("net.safetensors"))
 
@@ -86,9 +86,7 @@ def record(
     )
 
 
-def _weights(
-    here: Handle, module: Any, spec: ModelSpec[Any, Any], weights: str, seed: int
-) -> Leaves:
+def _weights(here: Handle, module: object, spec: ModelSpec, weights: str, seed: int) -> Leaves:
     """Return the weights to load: random ones in all that training moves, or the module's own."""
     if weights == "own":
         return here.initial_leaves(spec, "float64")

@@ -3,8 +3,10 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
@@ -100,7 +102,7 @@ def flax_leaf(module: nnx.Module, name: str) -> Leaf:
         layout = Layout.HEADS_OUT if len(module.out_features) == 2 else Layout.HEADS_IN
     elif isinstance(module, nnx.LinearGeneral) and len(shape) == 2 and role == "bias":
         layout = Layout.FLAT
-    elif kind == "transposed convolution" and role == "weight":
+    elif isinstance(module, nnx.ConvTranspose) and role == "weight":
         turned = module.transpose_kernel
         layout = Layout.CONV_TRANSPOSE_KERNEL if turned else Layout.CONV_TRANSPOSE
     joined = joined_shape(shape, layout, "flax")
@@ -121,7 +123,7 @@ def torch_action(module: torch.nn.Module, leaf: str) -> Act | None:
     Returns:
         None where the leaf cannot be run alone.
     """
-    parameter = getattr(module, leaf, None)
+    parameter: torch.Tensor = getattr(module, leaf)
     if isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward:
         return _on_arrays(lambda x: x @ parameter.T, parameter)  # a subclass may add anything
     if _is_linear(module) or isinstance(module, torch.nn.Embedding):
@@ -140,11 +142,14 @@ def flax_action(module: nnx.Module, leaf: str) -> Act | None:
     if isinstance(module, nnx.Linear) and type(module).__call__ is not nnx.Linear.__call__:
         return lambda x: np.asarray(x @ module.kernel[...])
     if isinstance(module, nnx.Linear | nnx.Embed):
-        return lambda x: np.asarray(module(x))
+        return lambda x: np.asarray(module(jnp.asarray(x)))
     if isinstance(module, nnx.LinearGeneral):
-        return lambda x: np.asarray(module(x.reshape(len(x), *module.in_features))).reshape(
-            len(x), -1
-        )
+        shape = module.in_features
+
+        def act(x: np.ndarray) -> np.ndarray:
+            return np.asarray(module(jnp.asarray(x.reshape(-1, *shape)))).reshape(len(x), -1)
+
+        return act
     if isinstance(module, nnx.Conv):
         kernel = module.kernel[...]
         window = "XYZ"[: kernel.ndim - 2]
@@ -156,7 +161,7 @@ def flax_action(module: nnx.Module, leaf: str) -> Act | None:
             dimension_numbers=names,
             feature_group_count=module.feature_group_count,
         )
-        return lambda x: np.asarray(convolve(x, kernel))
+        return lambda x: np.asarray(convolve(jnp.asarray(x), kernel))
     return None
 
 
@@ -167,15 +172,16 @@ def flax_input(module: nnx.Module, rng: np.random.Generator) -> np.ndarray:
     if isinstance(module, nnx.Conv):
         window = module.kernel.shape[:-2]
         return rng.normal(size=(2, *(size + 1 for size in window), module.in_features))
-    return rng.normal(size=(3, int(np.prod(module.in_features))))
+    return rng.normal(size=(3, int(np.prod(cast(nnx.Linear, module).in_features))))
 
 
 def flax_owner(module: nnx.Module, leaf: str) -> tuple[nnx.Module, str]:
     """Return the module that owns a leaf, and the leaf's name in it."""
     *path, name = leaf.split(".")
+    owner: Any = module
     for step in path:
-        module = module[int(step)] if step.isdigit() else getattr(module, step)
-    return module, name
+        owner = owner[int(step)] if step.isdigit() else getattr(owner, step)
+    return owner, name
 
 
 def torch_owner(module: torch.nn.Module, leaf: str) -> tuple[torch.nn.Module, str]:

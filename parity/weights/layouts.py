@@ -59,10 +59,7 @@ class Link:
             shapes: of torch's leaves by name, needed where there are several.
         """
         joined = join([from_flax(leaves[name], self.layout) for name in self.flax], self.heads)
-        widths = [0]
-        if len(self.torch) > 1:
-            widths = [joined_shape(shapes[x], self.layout, "torch")[-1] for x in self.torch]
-        parts = _split(joined, widths, self.heads)
+        parts = _split(joined, self._widths(self.torch, shapes, "torch"), self.heads)
         return {
             name: np.array(as_torch(part, self.layout), order="C", copy=None)
             for name, part in zip(self.torch, parts, strict=True)
@@ -79,10 +76,7 @@ class Link:
                 of their own.
         """
         joined = join([from_torch(leaves[name], self.layout) for name in self.torch], self.heads)
-        widths = [0]
-        if len(self.flax) > 1:
-            widths = [joined_shape(shapes[x], self.layout, "flax")[-1] for x in self.flax]
-        parts = _split(joined, widths, self.heads)
+        parts = _split(joined, self._widths(self.flax, shapes, "flax"), self.heads)
         return {
             name: np.array(
                 as_flax(part, self.layout, shapes[name] if shapes else part.shape),
@@ -91,6 +85,14 @@ class Link:
             )
             for name, part in zip(self.flax, parts, strict=True)
         }
+
+    def _widths(
+        self, names: tuple[str, ...], shapes: Mapping[str, Shape] | None, framework: str
+    ) -> list[int]:
+        if len(names) == 1:
+            return [0]
+        assert shapes is not None, f"{self}: to split a leaf needs shapes"
+        return [joined_shape(shapes[x], self.layout, framework)[-1] for x in names]
 
     def misfits(self, torch: Mapping[str, np.ndarray], flax: Mapping[str, np.ndarray]) -> list[str]:
         """Describe what keeps the link from working: dtypes, axes or shapes."""
@@ -119,6 +121,7 @@ class Link:
     def torch_shape(self, shapes: Mapping[str, Shape]) -> Shape:
         """Return the shape of the torch leaf, where it is one, for flax leaves of these shapes."""
         made = _side_by_side([joined_shape(shapes[x], self.layout, "flax") for x in self.flax])
+        assert made is not None, f"{self} is no link of a resolved weight map"
         return as_torch(np.broadcast_to(np.int8(0), made), self.layout).shape
 
 

@@ -22,7 +22,7 @@ def torch_spec(
     loss: Loss | None = None,
     optimizer: MakeOptimizer | None = None,
 ) -> ModelSpec[torch.nn.Module, torch.Tensor]:
-    """Describe a PyTorch module.
+    """Return the spec of a PyTorch module.
 
     Args:
         module: copied for every use, and never changed.
