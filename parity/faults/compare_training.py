@@ -17,8 +17,9 @@ from rich.padding import Padding
 from rich.text import Text
 
 import flax_gpt
-from parity.doctor import Patient, examine, twin_patient
+from parity.doctor import LanguageModel, examine, twin_model
 from parity.doctor.detectors.forward import cross_entropies
+from parity.doctor.model import CanDecode, CanGenerate
 from parity.faults.edit import mutated, twin
 from parity.faults.gallery import Bug
 from parity.pair.text import Corpus, decode, encode
@@ -163,7 +164,7 @@ def _trained(
         mlp_dim=192,
     )
     learned, held = corpus.split()
-    patient = twin_patient(framework, package, config, seed=seed)
+    model = twin_model(framework, package, config, seed=seed)
     trainer = _trainer(framework, package, config, steps, seed)
     probe = held.windows(32, _WIDTH, seed)
     losses: list[float] = []
@@ -173,17 +174,17 @@ def _trained(
     try:
         for step in range(steps):
             if step % max(steps // 20, 1) == 0:
-                held_out.append((step, _held_out(patient, trainer, probe)))
+                held_out.append((step, _held_out(model, trainer, probe)))
             losses.append(trainer.step(learned.windows(_ROWS, _WIDTH, seed, step)))
             if time.monotonic() - last_report > 0.2:
                 last_report = time.monotonic()
                 progress(name, 0.8 * step / steps)
-        held_out.append((steps, _held_out(patient, trainer, probe)))
+        held_out.append((steps, _held_out(model, trainer, probe)))
     except Exception as raised:
         error = f"raised {type(raised).__name__} at step {len(losses) + 1}"
     progress(name, 0.8)
-    trained = patient.with_weights(trainer.parameters())
-    found = examine(twin_patient(framework, package, healthy=twin(framework)), stop_early=False)
+    trained = model.with_weights(trainer.parameters())
+    found = examine(twin_model(framework, package, healthy=twin(framework)), stop_early=False)
     return TrainedModel(
         name,
         tuple(losses or [float("nan")]),
@@ -206,22 +207,22 @@ def _trainer(
     return kind.build(config, seed=seed, package=package).trainer(constants)
 
 
-def _held_out(patient: Patient, trainer: TwinTrainer, probe_BT: np.ndarray) -> float:
+def _held_out(model: LanguageModel, trainer: TwinTrainer, probe_BT: np.ndarray) -> float:
     """Return the cross entropy of the next token, by a loss that no bug is in."""
-    logits_BTV = patient.with_weights(trainer.parameters()).logits(probe_BT, None)
+    logits_BTV = model.with_weights(trainer.parameters()).logits(probe_BT, None)
     return float(np.mean(cross_entropies(logits_BTV[:, :-1], probe_BT[:, 1:])))
 
 
-def _drift(patient: Patient, ids: np.ndarray) -> tuple[float, ...]:
+def _drift(model: LanguageModel, ids: np.ndarray) -> tuple[float, ...]:
     """Return how far the logits of each position, decoded one by one, are from uncached ones."""
     try:
-        whole, decoder = patient.logits(ids, None), patient.decoder
-        assert decoder is not None
-        state = decoder.empty(1, 2 * ids.shape[1])
-        found, state = decoder.read(state, ids[:, : len(_PROMPT)], None)
+        assert isinstance(model, CanDecode)
+        whole = model.logits(ids, None)
+        cache = model.empty_cache(1, 2 * ids.shape[1])
+        found, cache = model.read(ids[:, : len(_PROMPT)], cache)
         pieces = [found]
         for at in range(len(_PROMPT), ids.shape[1]):
-            found, state = decoder.read(state, ids[:, at : at + 1], None)
+            found, cache = model.read(ids[:, at : at + 1], cache)
             pieces.append(found)
         cached = np.concatenate(pieces, axis=1)
     except Exception:
@@ -230,13 +231,13 @@ def _drift(patient: Patient, ids: np.ndarray) -> tuple[float, ...]:
     return tuple(float(x) / scale for x in np.abs(cached - whole).max(axis=(0, 2)))
 
 
-def _text(patient: Patient, corpus: Corpus, seed: int) -> str:
+def _text(model: LanguageModel, corpus: Corpus, seed: int) -> str:
     """Return text by the model, at a temperature that shows what it has learned."""
     prompt = _PROMPT if set(_PROMPT) <= set(corpus.vocabulary) else corpus.vocabulary[-4:]
     ids = encode(corpus.vocabulary, prompt)[None]
     try:
-        assert patient.generate is not None
-        written = patient.generate(ids, 90, temperature=0.7, seed=seed)[0]
+        assert isinstance(model, CanGenerate)
+        written = model.generate(ids, 90, temperature=0.7, seed=seed)[0]
     except Exception as raised:
         return f"({type(raised).__name__} while writing)"
     return prompt + decode(corpus.vocabulary, written[written >= 0])
