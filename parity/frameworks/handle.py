@@ -5,13 +5,13 @@ What works with a single framework, as goldens do, asks here, so that the other 
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Protocol, TypeVar, Unpack, cast
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import LiveRunner
-from parity.frameworks.spec import ModelSpec, SpecOptions
+from parity.frameworks.spec import ModelSpec, ModuleUse
 
 NAMES = "flax", "torch"
 
@@ -29,7 +29,7 @@ class Handle(Protocol):
     NAME: str
     MODULE: type
 
-    def spec(self, module: object, **options: Unpack[SpecOptions]) -> ModelSpec:
+    def spec(self, module: object, use: ModuleUse) -> ModelSpec:
         """Return the spec of a module."""
 
     def seeded(self, seed: int, build: Callable[[], Built]) -> Built:

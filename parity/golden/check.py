@@ -8,7 +8,6 @@ import functools
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Unpack
 
 from parity.check.levels import gradients, logits, optimizer, trajectory
 from parity.check.levels.completeness import every_leaf_once
@@ -16,7 +15,7 @@ from parity.check.levels.run import Progress, run_levels
 from parity.check.metrics import different_bits, largest
 from parity.check.session import Session
 from parity.frameworks.handle import handle_of
-from parity.frameworks.spec import SpecOptions
+from parity.frameworks.spec import ModuleUse
 from parity.golden.file import Golden, read
 from parity.golden.session import GoldenSession
 from parity.report import Divergence, Report
@@ -32,9 +31,9 @@ def check(
     module: object,
     *,
     rules: Rules | Path | str | None = None,
+    use: ModuleUse = ModuleUse(),
     levels: Iterable[str] | None = None,
     progress: Progress = lambda level, fraction: None,
-    **options: Unpack[SpecOptions],
 ) -> Report:
     """Compare a module with a golden in float64; the other framework need not be installed.
 
@@ -44,10 +43,9 @@ def check(
         golden: or its file.
         module: a torch.nn.Module or a flax.nnx.Module; it is not changed.
         rules: the weight map or its file; None for a golden of the module's own framework.
+        use: how it is called, and how it is scored and trained if the golden was so.
         levels: names of levels; all by default.
         progress: called with a level's name and the fraction of it that is done.
-        options: `call`, and `loss` and `optimizer` where the golden was recorded with them; see
-            `SpecOptions`.
 
     Returns:
         A report as of any check.
@@ -59,7 +57,7 @@ def check(
         golden = read(Path(golden))
     here = handle_of(module)
     rules = weight_rules(rules, golden, here.NAME)
-    session = GoldenSession(golden, here, module, here.spec(module, **options), rules)
+    session = GoldenSession(golden, here, module, here.spec(module, use), rules)
     wanted = set(LEVELS if levels is None else levels)
     if unknown := wanted - set(LEVELS):
         raise ValueError(

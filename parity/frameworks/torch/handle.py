@@ -7,13 +7,13 @@ import numpy as np
 import torch
 
 from parity.frameworks.leaves import Leaves
-from parity.frameworks.spec import ModelSpec
+from parity.frameworks.spec import ModelSpec, ModuleUse
 from parity.frameworks.torch.leaves import torch_leaves
 from parity.frameworks.torch.module import largest_learning_rate as learning_rate
-from parity.frameworks.torch.module import torch_spec as spec
+from parity.frameworks.torch.module import torch_spec
 from parity.frameworks.torch.runner import TorchRunner
 
-__all__ = ["MODULE", "NAME", "learning_rate", "spec"]
+__all__ = ["MODULE", "NAME", "learning_rate"]
 
 NAME, MODULE = "torch", torch.nn.Module
 
@@ -21,6 +21,11 @@ Built = TypeVar("Built")
 
 # Buffers that are weights: what a batch norm has learned of its inputs.
 _STATISTICS = "running_mean", "running_var", "num_batches_tracked"
+
+
+def spec(module: torch.nn.Module, use: ModuleUse) -> ModelSpec[torch.nn.Module, torch.Tensor]:
+    """Return the spec of a module."""
+    return torch_spec(module, use.call, use.loss, use.optimizer)
 
 
 def seeded(seed: int, build: Callable[[], Built]) -> Built:
