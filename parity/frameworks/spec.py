@@ -58,7 +58,7 @@ class ModelSpec(Generic[ModuleT, ArrayT]):
 
 
 @dataclasses.dataclass(frozen=True)
-class ModuleUse(Generic[OptimizerT]):
+class ModuleUse(Generic[ArrayT, OptimizerT]):
     """How one module is called, scored and trained, where the defaults do not fit.
 
     Attributes:
@@ -69,5 +69,8 @@ class ModuleUse(Generic[OptimizerT]):
     """
 
     call: Callable[..., object] | None = None
-    loss: Callable[..., object] | None = None
+    loss: Callable[..., ArrayT] | None = None
     optimizer: OptimizerT | None = None
+
+
+BY_DEFAULT: ModuleUse = ModuleUse()

@@ -15,7 +15,7 @@ from parity.check.levels.run import Progress, run_levels
 from parity.check.metrics import different_bits, largest
 from parity.check.session import Session
 from parity.frameworks.handle import handle_of
-from parity.frameworks.spec import ModuleUse
+from parity.frameworks.spec import BY_DEFAULT, ModuleUse
 from parity.golden.file import Golden, read
 from parity.golden.session import GoldenSession
 from parity.report import Divergence, Report
@@ -31,7 +31,7 @@ def check(
     module: object,
     *,
     rules: Rules | Path | str | None = None,
-    use: ModuleUse = ModuleUse(),
+    use: ModuleUse = BY_DEFAULT,
     levels: Iterable[str] | None = None,
     progress: Progress = lambda level, fraction: None,
 ) -> Report:

@@ -9,7 +9,7 @@ from parity.frameworks.handle import Handle, handle_of
 from parity.frameworks.leaves import Leaves, copied
 from parity.frameworks.protocols import Runner
 from parity.frameworks.purity import Purity
-from parity.frameworks.spec import Batch, ModelSpec, ModuleUse
+from parity.frameworks.spec import BY_DEFAULT, Batch, ModelSpec, ModuleUse
 from parity.golden.file import Golden, State
 from parity.pair.inputs import as_inputs
 from parity.system.devices import versions
@@ -20,7 +20,7 @@ def record(
     module: object,
     inputs: object,
     *,
-    use: ModuleUse = ModuleUse(),
+    use: ModuleUse = BY_DEFAULT,
     learning_rate: float | None = None,
     weights: str = "random",
     seed: int = 0,

@@ -10,18 +10,18 @@ from flax import nnx
 
 from parity.frameworks import default_call
 from parity.frameworks.flax.leaves import flax_leaves
-from parity.frameworks.flax.module import flax_spec
+from parity.frameworks.flax.module import FlaxUse, flax_spec
 from parity.frameworks.flax.runner import FlaxRunner
 from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import Leaves
-from parity.frameworks.spec import ModelSpec, ModuleUse
+from parity.frameworks.spec import ModelSpec
 
 NAME, MODULE = "flax", nnx.Module
 
 Built = TypeVar("Built")
 
 
-def spec(module: nnx.Module, use: ModuleUse) -> ModelSpec[nnx.Module, jax.Array]:
+def spec(module: nnx.Module, use: FlaxUse) -> ModelSpec[nnx.Module, jax.Array]:
     """Return the spec of a module."""
     return flax_spec(module, use.call, use.loss, use.optimizer)
 

@@ -15,9 +15,10 @@ from parity.frameworks.capture import leaves_of
 from parity.frameworks.flax.leaves import cast_flax, flax_leaves, state_leaves
 from parity.frameworks.leaves import Leaves, cast_array
 from parity.frameworks.protocols import Moments
-from parity.frameworks.spec import ModelSpec
+from parity.frameworks.spec import ModelSpec, ModuleUse
 
 Loss = Callable[..., jax.Array]
+FlaxUse = ModuleUse[jax.Array, optax.GradientTransformation]
 # (graphdef, parameters, rest, optimizer state, *inputs) to the loss and the last three after a step
 Program = Callable[..., tuple[jax.Array, nnx.State, nnx.State, optax.OptState]]
 

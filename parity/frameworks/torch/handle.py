@@ -7,10 +7,10 @@ import numpy as np
 import torch
 
 from parity.frameworks.leaves import Leaves
-from parity.frameworks.spec import ModelSpec, ModuleUse
+from parity.frameworks.spec import ModelSpec
 from parity.frameworks.torch.leaves import torch_leaves
+from parity.frameworks.torch.module import TorchUse, torch_spec
 from parity.frameworks.torch.module import largest_learning_rate as learning_rate
-from parity.frameworks.torch.module import torch_spec
 from parity.frameworks.torch.runner import TorchRunner
 
 __all__ = ["MODULE", "NAME", "learning_rate"]
@@ -23,7 +23,7 @@ Built = TypeVar("Built")
 _STATISTICS = "running_mean", "running_var", "num_batches_tracked"
 
 
-def spec(module: torch.nn.Module, use: ModuleUse) -> ModelSpec[torch.nn.Module, torch.Tensor]:
+def spec(module: torch.nn.Module, use: TorchUse) -> ModelSpec[torch.nn.Module, torch.Tensor]:
     """Return the spec of a module."""
     return torch_spec(module, use.call, use.loss, use.optimizer)
 
