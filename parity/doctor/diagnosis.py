@@ -13,7 +13,7 @@ from rich.text import Text
 
 from parity.doctor.detectors import DETECTORS
 from parity.doctor.finding import Detector, Finding
-from parity.doctor.patient import Patient
+from parity.doctor.model import LanguageModel
 from parity.report.html import render
 from parity.report.json import to_json
 from parity.report.record import Verdict
@@ -133,7 +133,7 @@ def _advice(answer: Answer) -> list[RenderableType]:
 
 
 def examine(
-    patient: Patient,
+    model: LanguageModel,
     *,
     detectors: Sequence[Detector] = DETECTORS,
     stop_early: bool = True,
@@ -142,7 +142,7 @@ def examine(
     """Puts the questions to a language model, one after the other.
 
     Args:
-        patient: the model.
+        model: under examination.
         detectors: the questions, in order.
         stop_early: leaves out what an earlier failure has made meaningless.
         progress: told the name of the question and the fraction done.
@@ -151,20 +151,20 @@ def examine(
     failed: list[str] = []
     for number, detector in enumerate(detectors):
         progress(detector.name, number / len(detectors))
-        guilty = [name for name in detector.after if name in failed] if stop_early else []
+        blockers = [name for name in detector.after if name in failed] if stop_early else []
         if stop_early and failed[:1] == ["initial-loss"] and not _finite_start(answers[0]):
-            guilty = ["initial-loss"]
+            blockers = ["initial-loss"]
         start = time.perf_counter()
-        if guilty:
-            finding = Finding(Verdict.BLOCKED, f"Means nothing while {guilty[0]} fails.")
+        if blockers:
+            finding = Finding(Verdict.BLOCKED, f"Means nothing while {blockers[0]} fails.")
         else:
             with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
-                torch.manual_seed(patient.seed)
-                finding = detector(patient)
+                torch.manual_seed(model.seed)
+                finding = detector(model)
         if finding.verdict is Verdict.FAIL:
             failed.append(detector.name)
         answers.append(Answer(detector, finding, time.perf_counter() - start))
-    return Diagnosis(patient.name, patient.framework, patient.num_params, tuple(answers))
+    return Diagnosis(model.name, model.framework, model.num_params, tuple(answers))
 
 
 def _finite_start(first: Answer) -> bool:

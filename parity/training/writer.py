@@ -117,7 +117,9 @@ class Writer:
         sequence = np.concatenate([prompt, rows["flax"][:place]])[None, :]
         error = max_abs(*(twin.logits(sequence)[0, -1] for twin in self._twins.values()))
         margin = float(max(margins["flax"][place], margins["torch"][place]))
-        verdict = ties.verdict_of_flip(margin, error, bounds.LOGITS[self._dtype], temperature)
+        verdict = ties.verdict_of_flip(
+            margin, error, bounds.LOGITS.get(self._dtype, bounds.FLOAT32), temperature
+        )
         return verdict, (
             f"the texts diverge at token {place + 1}, margin {margin:.1e}, logits {error:.1e} apart"
         )
