@@ -219,7 +219,7 @@ class FlaxTwin(_Twin, FlaxModel):
         with self.scope():
             for length in lengths:
                 self.package.generate(self.module, jnp.zeros((1, length), jnp.int32), 2)
-                counts.append(self.package.decoder._program()._cache_size())
+                counts.append(self.package.decoding.decoder._program()._cache_size())
         # What the first length needs, a program that reads and one that continues, counts as one.
         return 1 + counts[-1] - counts[0]
 

@@ -17,8 +17,9 @@ from rich.padding import Padding
 from rich.text import Text
 
 import flax_gpt
-from parity.doctor import Patient, examine, twin_patient
+from parity.doctor import LanguageModel, examine, twin_model
 from parity.doctor.detectors.forward import cross_entropies
+from parity.doctor.model import CanDecode, CanGenerate
 from parity.faults.edit import mutated, twin
 from parity.faults.gallery import Bug
 from parity.frameworks.flax.scope import Scoped, jax_scope
@@ -159,7 +160,7 @@ def _show(
         num_heads=4, mlp_dim=192,
     )  # fmt: skip
     learned, held = corpus.split()
-    patient = twin_patient(framework, package, config, seed=seed)
+    model = twin_model(framework, package, config, seed=seed)
     trainer = _trainer(framework, package, config, steps, seed)
     probe = held.windows(32, _WIDTH, seed)
     losses: list[float] = []
@@ -169,17 +170,17 @@ def _show(
     try:
         for step in range(steps):
             if step % max(steps // 20, 1) == 0:
-                held_out.append((step, _held_out(patient, trainer, probe)))
+                held_out.append((step, _held_out(model, trainer, probe)))
             losses.append(trainer.step(learned.windows(_ROWS, _WIDTH, seed, step)))
             if time.monotonic() - last_told > 0.2:
                 last_told = time.monotonic()
                 progress(name, 0.8 * step / steps)
-        held_out.append((steps, _held_out(patient, trainer, probe)))
+        held_out.append((steps, _held_out(model, trainer, probe)))
     except Exception as raised:
         error = f"raised {type(raised).__name__} at step {len(losses) + 1}"
     progress(name, 0.8)
-    trained = patient.with_weights(trainer.parameters())
-    found = examine(twin_patient(framework, package, healthy=twin(framework)), stop_early=False)
+    trained = model.with_weights(trainer.parameters())
+    found = examine(twin_model(framework, package, healthy=twin(framework)), stop_early=False)
     return Exhibit(
         name,
         tuple(losses or [float("nan")]),
@@ -208,21 +209,20 @@ def _trainer(framework: str, package: ModuleType, config, steps: int, seed: int)
         return Scoped(FlaxTrainer(package, model, constants), scope)
 
 
-def _held_out(patient: Patient, trainer, probe_BT: np.ndarray) -> float:
+def _held_out(model: LanguageModel, trainer, probe_BT: np.ndarray) -> float:
     """Cross entropy of the next token, by a loss that no bug is in."""
-    logits_BTV = patient.with_weights(trainer.parameters()).logits(probe_BT, None)
+    logits_BTV = model.with_weights(trainer.parameters()).logits(probe_BT, None)
     return float(np.mean(cross_entropies(logits_BTV[:, :-1], probe_BT[:, 1:])))
 
 
-def _drift(patient: Patient, ids: np.ndarray) -> tuple[float, ...]:
+def _drift(model: CanDecode, ids: np.ndarray) -> tuple[float, ...]:
     """How far each position's logits are from those without a cache, read one by one."""
     try:
-        whole, decoder = patient.logits(ids, None), patient.decoder
-        state = decoder.empty(1, 2 * ids.shape[1])
-        found, state = decoder.read(state, ids[:, : len(_PROMPT)], None)
+        whole, cache = model.logits(ids), model.empty_cache(1, 2 * ids.shape[1])
+        found, cache = model.read(ids[:, : len(_PROMPT)], cache)
         pieces = [found]
         for at in range(len(_PROMPT), ids.shape[1]):
-            found, state = decoder.read(state, ids[:, at : at + 1], None)
+            found, cache = model.read(ids[:, at : at + 1], cache)
             pieces.append(found)
         cached = np.concatenate(pieces, axis=1)
     except Exception:
@@ -231,12 +231,12 @@ def _drift(patient: Patient, ids: np.ndarray) -> tuple[float, ...]:
     return tuple(float(x) / scale for x in np.abs(cached - whole).max(axis=(0, 2)))
 
 
-def _text(patient: Patient, corpus: Corpus, seed: int) -> str:
+def _text(model: CanGenerate, corpus: Corpus, seed: int) -> str:
     """What the model writes, at a temperature that shows what it knows."""
     prompt = _PROMPT if set(_PROMPT) <= set(corpus.vocabulary) else corpus.vocabulary[-4:]
     ids = encode(corpus.vocabulary, prompt)[None]
     try:
-        written = patient.generate(ids, 90, temperature=0.7, seed=seed)[0]
+        written = model.generate(ids, 90, temperature=0.7, seed=seed)[0]
     except Exception as raised:
         return f"({type(raised).__name__} while writing)"
     return prompt + decode(corpus.vocabulary, written[written >= 0])

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from parity.doctor import DETECTORS, examine, twin_patient
+from parity.doctor import DETECTORS, examine, twin_model
 from parity.faults.edit import FRAMEWORKS, mutated, twin
 from parity.faults.gallery import GALLERY, Bug
 from parity.report.figures import save
@@ -210,8 +210,8 @@ def _planted_row(framework: str, bug: Bug) -> Row:
 
 
 def _row(framework: str, package, bug: str | None, seed: int) -> Row:
-    patient = twin_patient(framework, package, seed=seed, healthy=twin(framework))
-    found = examine(patient, stop_early=False)
+    model = twin_model(framework, package, seed=seed, healthy=twin(framework))
+    found = examine(model, stop_early=False)
     asked = Verdict.PASS, Verdict.FAIL
     return Row(
         framework,
