@@ -59,6 +59,8 @@ ZERO_GRADIENT, ZERO_GRADIENT_IMPURE = 1e-12, 1e-5
 # Gap of two losses. Correct ports were measured at 5e-15 over 1,000 steps in float64 and at 7e-6 in
 # float32, without growth.
 LOSS = {"float64": FLOAT64, "float32": 2e-5}
+# The same in bfloat16, which rounds by 2**-9 of a number: of a loss as large as ln 50257.
+LOSS_BFLOAT16 = 2e-2
 # Updates and moments, relative L2 per leaf in float64, take the bound of the outputs. An update is
 # a difference of parameters about a thousand times its size, so its rounding is a thousand units of
 # the last place, 2e-13. GPT-2 was measured at 4.5e-12, and at 3e-12 for the loss of step 4, which
@@ -82,9 +84,10 @@ LOSS_ROUNDING = 2.0**-23
 # ---- tokens ------------------------------------------------------------------------------------
 
 # Logit errors up to which a flipped token can be an accident: a fault must not widen its own
-# excuse. Of the largest logit in the bench.
-LOGITS = {"float64": FLOAT64_LARGE, "float32": FLOAT32, "bfloat16": FLOAT16, "float16": FLOAT16}
-# Error of the noise of a draw, two logarithms in float32 that reach 17: two units in the last place.
+# excuse. 16-bit logits take FLOAT16, of the largest logit.
+LOGITS = {"float64": FLOAT64_LARGE, "float32": FLOAT32}
+# Error of the noise of a draw, two logarithms in float32 that reach 17: two units of the last
+# place.
 DRAW = 4e-6
 
 # ---- where and why -----------------------------------------------------------------------------

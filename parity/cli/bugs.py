@@ -141,7 +141,7 @@ def run(
         classic = ("no-shift", "position-std-one", "mask-missing", "residual-from-norm")
         with errors.status("loading jax and torch"):
             from parity.faults import find
-            from parity.faults.compare_training import draw, exhibit
+            from parity.faults.compare_training import compare_training, draw
             from parity.pair.text import Corpus
             from parity.system.progress import interruptible, shown
 
@@ -151,7 +151,9 @@ def run(
             raise ValueError(f"--framework {framework}: {cannot[0].id}: {cannot[0].absent}")
         names = ["healthy", *(bug.id for bug in chosen)]
         with shown(errors, names) as show, interruptible(show) as progress:
-            found = exhibit(corpus, chosen, framework, steps=steps, seed=seed, progress=progress)
+            found = compare_training(
+                corpus, chosen, framework, steps=steps, seed=seed, progress=progress
+            )
         Console().print(found)
         if plot:
             draw(found, Path(out))
@@ -193,9 +195,9 @@ def matrix(
             from parity.system.files import write_atomically
             from parity.system.progress import interruptible, shown
 
-        planted = list(find(ids or ()))
+        chosen_bugs = list(find(ids or ()))
         with shown(errors, chosen) as show, interruptible(show) as progress:
-            found = measure(planted, chosen, range(healthy), progress)
+            found = measure(chosen_bugs, chosen, range(healthy), progress)
         Console(stderr=json == "-").print(found)
         if json == "-":
             typer.echo(found.to_json(), nl=False)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,8 +17,11 @@ from parity.cli.options import (
     in_one_line,
     write_output,
 )
-from parity.cli.record import check_golden
+from parity.cli.record import only_one
 from parity.system.memory import return_freed_memory_at_once
+
+if TYPE_CHECKING:
+    from parity.report import Report
 
 # The names of parity.check.check.LEVELS; a test holds them equal.
 LEVELS = "weights", "logits", "gradients", "optimizer", "trajectory", "cache", "tokens"
@@ -154,7 +157,7 @@ def check(
         if golden is not None:
             others = {"--data": data, "--checkpoint": checkpoint, "--inputs": inputs,
                       "--save-rules": save_rules}  # fmt: skip
-            report = check_golden(errors, golden, torch, flax, rules, levels, others)
+            report = _check_golden(errors, golden, torch, flax, rules, levels, others)
         else:
             make = _pair(errors, own, rules, save_rules, checkpoint, preset, task, data, dropout,
                          tokens, seed)  # fmt: skip
@@ -277,3 +280,43 @@ def _run(errors: Console, make: Callable, device: str, *, levels: list[str], **o
 
     with shown(errors, levels) as show, interruptible(show) as progress:
         return pair, run(pair, levels=levels, devices=devices, progress=progress, **options)
+
+
+def _check_golden(
+    errors: Console,
+    golden: Path,
+    torch: str | None,
+    flax: str | None,
+    rules: str,
+    levels: list[str],
+    others: dict[str, object],
+) -> "Report":
+    """Check a module against a golden, with a live progress line on the error stream.
+
+    Args:
+        errors: the error stream.
+        golden: the file.
+        torch: target of a PyTorch module.
+        flax: target of a Flax module.
+        rules: a rules file, or auto where none is given.
+        levels: to run.
+        others: options that must not be given beside it.
+
+    Raises:
+        ValueError: for a golden, a module or rules that cannot be used.
+    """
+    if given := [option for option, value in others.items() if value is not None]:
+        raise ValueError(
+            f"--golden {golden} with {', '.join(given)}: a golden has inputs and weights of its "
+            "own. Leave the others out."
+        )
+    name, target = only_one("check --golden", torch, flax)
+    from parity.golden import check, read, weight_rules
+    from parity.golden.target import build_module
+    from parity.system.progress import interruptible, shown
+
+    recorded = read(golden)
+    found = weight_rules(None if rules == "auto" else Path(rules), recorded, name)
+    module = build_module(name, target, recorded.seed)
+    with shown(errors, levels) as show, interruptible(show) as progress:
+        return check(recorded, module, rules=found, levels=levels, progress=progress)

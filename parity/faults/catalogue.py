@@ -24,6 +24,9 @@ def read_catalogue(path: Path, kind: type[Entry]) -> tuple[Entry, ...]:
         path: a TOML file.
         kind: a dataclass.
 
+    Returns:
+        An object per entry, in the order of the file.
+
     Raises:
         ValueError: a key is unknown or missing; names the file and the entry.
     """

@@ -61,6 +61,9 @@ class Mutation:
 def mutated_text(file: str, text: str, edits: Sequence[Edit]) -> str:
     """Apply the edits that are meant for one file, in order.
 
+    Returns:
+        The text with the edits.
+
     Raises:
         ValueError: an edit's old text is not in the file exactly once.
     """
@@ -83,6 +86,9 @@ def mutated(package: str, edits: Sequence[Edit]) -> Iterator[ModuleType]:
     Args:
         package: the name, such as flax_gpt.
         edits: what the copy changes. Modules that they do not affect are those of the package.
+
+    Yields:
+        The copy. It can be imported by its own name until the context ends.
 
     Raises:
         ValueError: an edit names no file of the package, or its old text is not there exactly once.

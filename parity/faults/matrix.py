@@ -1,9 +1,10 @@
-"""Every bug put to every detector, with healthy models among them, and the table of what fired."""
+"""Ask every detector about every bug and about healthy models, and tabulate which fired."""
 
 import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -21,15 +22,15 @@ NAMES = tuple(detector.name for detector in DETECTORS)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What the detectors said of one model.
+    """The answers of the detectors about one model.
 
     Attributes:
         framework: flax or torch.
         bug: its id; None for a healthy model.
         seed: of the weights and probes.
-        fired: detectors that saw something wrong.
-        asked: detectors that could put their question.
-        sentences: what each of those that fired said.
+        fired: detectors that found a fault.
+        asked: detectors that could answer.
+        sentences: the findings of those that fired.
     """
 
     framework: str
@@ -42,73 +43,71 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """All rows."""
+    """The answers about all models."""
 
     rows: tuple[Row, ...]
 
     @property
     def frameworks(self) -> tuple[str, ...]:
-        """Those that were tried, in the order of the rows."""
+        """The frameworks of the rows, in their order."""
         return tuple(dict.fromkeys(row.framework for row in self.rows))
 
     @property
-    def planted(self) -> tuple[Row, ...]:
+    def broken(self) -> tuple[Row, ...]:
         """Models with a bug."""
         return tuple(row for row in self.rows if row.bug)
 
     @property
     def false_alarms(self) -> tuple[Row, ...]:
-        """Healthy models of which a detector said that something is wrong."""
+        """Healthy models in which a detector found a fault."""
         return tuple(row for row in self.rows if row.bug is None and row.fired)
 
     @property
     def missed(self) -> tuple[Row, ...]:
-        """Bugs that nothing fired at."""
-        return tuple(row for row in self.planted if not row.fired)
+        """Bugs that no detector found."""
+        return tuple(row for row in self.broken if not row.fired)
 
     @property
     def needing_a_reference(self) -> tuple[Row, ...]:
         """Bugs that only the comparison with a healthy twin shows."""
-        return tuple(row for row in self.planted if row.fired == ("parity",))
+        return tuple(row for row in self.broken if row.fired == ("parity",))
 
     @property
     def exit_code(self) -> int:
-        """0 when every bug was seen and no healthy model accused, else 1."""
+        """0 if every bug was found and there was no false alarm, else 1."""
         return 1 if self.missed or self.false_alarms else 0
 
     @property
     def summary(self) -> str:
-        """The outcome in a sentence or two."""
+        """The counts in a sentence."""
         healthy = sum(row.bug is None for row in self.rows)
-        seen = len(self.planted) - len(self.missed)
+        seen = len(self.broken) - len(self.missed)
         alone = seen - len(self.needing_a_reference)
-        bugs = len({row.bug for row in self.planted})
+        bugs = len({row.bug for row in self.broken})
         return (
-            f"{bugs} bugs, {len(self.planted)} times planted, {seen} times seen, {alone} of them "
+            f"{bugs} bugs, {len(self.broken)} times planted, {seen} times seen, {alone} of them "
             f"without a reference; {len(self.false_alarms)} false alarms in {healthy} healthy "
             "models."
         )
 
     def fired(self, bug: str) -> dict[str, tuple[str, ...]]:
-        """By framework, the detectors that fired at a bug."""
-        return {row.framework: row.fired for row in self.planted if row.bug == bug}
+        """Return the detectors that fired at a bug, by framework."""
+        return {row.framework: row.fired for row in self.broken if row.bug == bug}
 
     def to_json(self) -> str:
-        """Every row, for machines."""
+        """Return all rows as JSON."""
         rows = [dataclasses.asdict(row) for row in self.rows]
         return json.dumps({"schema": 1, "summary": self.summary, "rows": rows}, indent=1) + "\n"
 
     def to_markdown(self) -> str:
-        """A table per category: a bug per line, a column per detector that fired at any of them."""
+        """Return a table per chapter: a row per bug, a column per detector that fired there."""
         lines = [f"{self.summary}", ""]
         lines += ["● both frameworks, F flax only, T torch only.", ""]
         for category, bugs in GALLERY.items():
             found = {bug.id: self.fired(bug.id) for bug in bugs}
             found = {bug: fired for bug, fired in found.items() if fired}
-            columns = [
-                name for name in NAMES
-                if any(name in x for fired in found.values() for x in fired.values())
-            ]  # fmt: skip
+            seen = {name for fired in found.values() for names in fired.values() for name in names}
+            columns = [name for name in NAMES if name in seen]
             if not found:
                 continue
             lines += [f"### {category}", "", "| bug | " + " | ".join(columns) + " |"]
@@ -142,13 +141,16 @@ def measure(
     healthy_seeds: Sequence[int] = range(20),
     progress: Callable[[str, float], None] = lambda name, fraction: None,
 ) -> Matrix:
-    """Plants each bug in each twin, puts every question, and puts them to healthy models too.
+    """Plant each bug in each twin, and ask every detector about each and about healthy models.
 
     Args:
         bugs: to plant.
         frameworks: to plant them in.
         healthy_seeds: of the healthy models.
-        progress: told the framework and the fraction done.
+        progress: called with the framework and the fraction done.
+
+    Returns:
+        A row per model.
     """
     rows: list[Row] = []
     for framework in frameworks:
@@ -156,7 +158,8 @@ def measure(
         total = len(here) + len(healthy_seeds)
         for number, bug in enumerate(here):
             progress(framework, number / total)
-            rows.append(_planted_row(framework, bug))
+            with mutated(f"{framework}_gpt", bug.edits(framework)) as package:
+                rows.append(_row(framework, package, bug.id, 0))
         for number, seed in enumerate(healthy_seeds, len(here)):
             progress(framework, number / total)
             rows.append(_row(framework, twin(framework), None, seed))
@@ -164,24 +167,28 @@ def measure(
 
 
 def draw(matrix: Matrix, path: Path) -> None:
-    """The matrix as a picture: bugs down, detectors across, a colour for each framework.
+    """Draw the matrix: bugs down, detectors across, a colour for each framework.
 
     Raises:
-        OSError: when the file cannot be written.
+        OSError: the file cannot be written.
     """
     from matplotlib.figure import Figure
 
-    bugs = [(category, bug.id) for category, bugs in GALLERY.items() for bug in bugs
-            if matrix.fired(bug.id)]  # fmt: skip
+    bugs = [
+        (category, bug.id)
+        for category, bugs in GALLERY.items()
+        for bug in bugs
+        if matrix.fired(bug.id)
+    ]
     figure = Figure(figsize=(0.32 * len(NAMES) + 3.4, 0.19 * len(bugs) + 2.2), layout="constrained")
     axis = figure.add_subplot()
     colours = {"both": "#222222", "flax": "#1b6ca8", "torch": "#d1495b"}
     for y, (_, bug) in enumerate(bugs):
         fired = matrix.fired(bug)
         for x, name in enumerate(NAMES):
-            who = [framework for framework, names in fired.items() if name in names]
-            if who:
-                kind = "both" if len(who) == len(fired) else who[0]
+            where = [framework for framework, names in fired.items() if name in names]
+            if where:
+                kind = "both" if len(where) == len(fired) else where[0]
                 axis.plot(x, y, "s", color=colours[kind], markersize=6)
     edges = [y for y in range(1, len(bugs)) if bugs[y][0] != bugs[y - 1][0]]
     for y in edges:
@@ -195,21 +202,14 @@ def draw(matrix: Matrix, path: Path) -> None:
     for side in axis.spines.values():
         side.set_visible(False)
     axis.tick_params(length=0)
-    handles = [
-        axis.plot([], [], "s", color=colour, markersize=6,
-                  label={"both": "every framework that has it"}.get(kind, f"{kind} alone"))[0]
-        for kind, colour in colours.items()
-    ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncol=3, frameon=False, fontsize=8)
+    for kind, colour in colours.items():
+        label = "every framework that has it" if kind == "both" else f"{kind} alone"
+        axis.plot([], [], "s", color=colour, markersize=6, label=label)
+    figure.legend(loc="outside lower center", ncol=3, frameon=False, fontsize=8)
     save(figure, path)
 
 
-def _planted_row(framework: str, bug: Bug) -> Row:
-    with mutated(f"{framework}_gpt", bug.edits(framework)) as package:
-        return _row(framework, package, bug.id, 0)
-
-
-def _row(framework: str, package, bug: str | None, seed: int) -> Row:
+def _row(framework: str, package: ModuleType, bug: str | None, seed: int) -> Row:
     model = twin_model(framework, package, seed=seed, healthy=twin(framework))
     found = examine(model, stop_early=False)
     asked = Verdict.PASS, Verdict.FAIL
@@ -219,9 +219,12 @@ def _row(framework: str, package, bug: str | None, seed: int) -> Row:
         seed,
         found.fired,
         tuple(x.detector.name for x in found.answers if x.finding.verdict in asked),
-        {x.detector.name: x.finding.sentence for x in found.answers
-         if x.finding.verdict is Verdict.FAIL},
-    )  # fmt: skip
+        {
+            x.detector.name: x.finding.sentence
+            for x in found.answers
+            if x.finding.verdict is Verdict.FAIL
+        },
+    )
 
 
 def _cell(fired: tuple[str, ...] | None) -> Text:
@@ -231,7 +234,7 @@ def _cell(fired: tuple[str, ...] | None) -> Text:
 
 
 def _mark(name: str, fired: dict[str, tuple[str, ...]]) -> str:
-    who = [framework for framework, names in fired.items() if name in names]
-    if not who:
+    where = [framework for framework, names in fired.items() if name in names]
+    if not where:
         return ""
-    return "●" if len(who) == len(fired) else who[0][0].upper()
+    return "●" if len(where) == len(fired) else where[0][0].upper()

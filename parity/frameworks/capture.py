@@ -1,6 +1,6 @@
-"""Module inputs and outputs, captured from outside: the models know nothing of it.
+"""Inputs and outputs of modules, captured from outside: the models need no change for it.
 
-A trace is passed on as soon as its module is done, so that nothing has to be kept. `lockstep` runs
+A trace is passed on as soon as its module is done, so that none has to be kept. `lockstep` runs
 several captures side by side, each as far as the reader asks.
 """
 
@@ -9,9 +9,11 @@ import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+ArrayT = TypeVar("ArrayT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +21,9 @@ class Trace:
     """One call of one module.
 
     Attributes:
-        path: the module's place in the model, "" for the model itself.
-        inputs: its array arguments.
-        output: its output, or the first array of it.
+        path: of the module, "" for the model itself.
+        inputs: the array arguments.
+        output: the output, or the first array in it.
     """
 
     path: str
@@ -31,12 +33,13 @@ class Trace:
 
 @dataclasses.dataclass(frozen=True)
 class Backward:
-    """What one call of one module passed back: gradients of a loss.
+    """Gradients of a loss at one call of one module.
 
     Attributes:
-        path: the module's place in the model, "" for the model itself.
-        inputs: by its arguments that are floats, through this call alone.
-        output: by its output or the first float of it, through all that reads it; None without one.
+        path: of the module, "" for the model itself.
+        inputs: gradients by its float arguments, through this call alone.
+        output: gradient by its output, or the first float in it, through all readers; None if there
+            is no float.
     """
 
     path: str
@@ -49,13 +52,13 @@ OnTrace = Callable[[Trace], None]
 
 @contextlib.contextmanager
 def lockstep(*captures: Callable[[OnTrace], None]) -> Iterator[list[Iterator[Trace]]]:
-    """The traces of captures that run side by side, each in a thread of its own.
+    """Yield an iterator of traces for each of several captures, which run in threads.
 
-    A capture waits until its next trace is asked for, so that no more than one of each is there;
-    what is left when the block ends is given up.
+    A capture waits until its next trace is asked for, so that at most one trace of each exists.
+    Leaving the block ends all captures.
 
     Args:
-        captures: each runs one capture into the on_trace that it is given.
+        captures: each runs one capture with the `on_trace` that it is given.
     """
     streams = [_Stream(capture) for capture in captures]
     try:
@@ -66,7 +69,7 @@ def lockstep(*captures: Callable[[OnTrace], None]) -> Iterator[list[Iterator[Tra
 
 
 class _Stream:
-    """A capture that goes on when its next trace is asked for."""
+    """A capture that continues when its next trace is asked for."""
 
     def __init__(self, capture: Callable[[OnTrace], None]):
         self._asked: queue.Queue[bool] = queue.Queue()
@@ -89,7 +92,7 @@ class _Stream:
             yield trace
 
     def close(self) -> None:
-        """Ends the capture, wherever it is, and waits until what it changed is put back."""
+        """End the capture, and wait until it has restored the model."""
         if self._started:
             self._asked.put(False)
             self._thread.join()
@@ -111,16 +114,16 @@ class _Stream:
 
 
 class _Enough(BaseException):
-    """Ends a capture of which no more is wanted; no model that catches errors swallows it."""
+    """Ends a capture; a BaseException, so that a model that catches errors lets it through."""
 
 
 def emit(
     on_trace: OnTrace,
     path: str,
-    inputs: tuple,
-    output: Any,
-    array_type: type,
-    convert: Callable[[Any], np.ndarray],
+    inputs: object,
+    output: object,
+    array_type: type[ArrayT],
+    convert: Callable[[ArrayT], np.ndarray],
 ) -> None:
     """Pass a module call to `on_trace` as a `Trace`, if its output contains an array."""
     arrays = [x for x in leaves_of(inputs) if isinstance(x, array_type)]
@@ -129,8 +132,8 @@ def emit(
         on_trace(Trace(path, tuple(map(convert, arrays)), convert(outputs[0])))
 
 
-def leaves_of(value: Any) -> Iterator[Any]:
-    """What a call takes or gives, opened up to its arrays; keywords come sorted by name."""
+def leaves_of(value: object) -> Iterator[object]:
+    """Yield what nested tuples, lists and mappings hold; keys are taken in order."""
     if isinstance(value, tuple | list):
         children = value
     elif isinstance(value, Mapping):
@@ -140,3 +143,12 @@ def leaves_of(value: Any) -> Iterator[Any]:
         return
     for child in children:
         yield from leaves_of(child)
+
+
+def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Apply `change` to what nested tuples, lists and dicts hold; other containers stay."""
+    if type(value) in (tuple, list):
+        return type(value)(map_leaves(x, change) for x in value)
+    if type(value) is dict:
+        return {key: map_leaves(x, change) for key, x in value.items()}
+    return change(value)

@@ -115,6 +115,9 @@ class LiveRunner(Runner, Protocol[Module_co]):
     def module(self) -> Module_co:
         """The model itself."""
 
+    def leaves(self) -> Leaves:
+        """Return the model's weights in its dtype."""
+
     def at(self, leaves: Mapping[str, np.ndarray]) -> Self:
         """Return the same model with other weights; what is compiled stays so."""
 

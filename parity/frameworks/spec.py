@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
 
 import numpy as np
 
@@ -20,15 +20,15 @@ class Batch:
     """Inputs of one call.
 
     Attributes:
-        inputs: arrays, passed on in this order.
-        real: True for output rows that count, over the leading axes; None for all.
+        inputs: arrays, in the order of the arguments.
+        real: True where an element of the output counts, over the leading axes; None for all.
     """
 
     inputs: tuple[np.ndarray, ...]
     real: np.ndarray | None = None
 
     def select(self, outputs: np.ndarray) -> np.ndarray:
-        """Return the rows of an output that count; all of it if it lacks those axes."""
+        """Return what counts of an output; all of it if it lacks the axes of `real`."""
         if self.real is None or outputs.shape[: self.real.ndim] != self.real.shape:
             return outputs
         return outputs[self.real]
@@ -54,3 +54,18 @@ class ModelSpec(Generic[ModuleT, ArrayT]):
     loss: Callable[..., ArrayT]
     trainer: Callable[[ModuleT, int], Trainer] | None = None
     decoder: Callable[[ModuleT], Decoder] | None = None
+
+
+class SpecOptions(TypedDict, total=False):
+    """How a module is called, scored and trained, where a user says so.
+
+    Attributes:
+        call: (module, *inputs) to outputs; `module(*inputs)` by default.
+        loss: (module, *inputs) to a scalar; the outputs times fixed random numbers by default.
+        optimizer: for torch a function of the parameters, for Flax an optax transformation; AdamW
+            by default.
+    """
+
+    call: Callable[..., object] | None
+    loss: Callable[..., Any] | None
+    optimizer: Any

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from parity.check.levels.trajectory import FLOAT32, FLOAT64
+from parity.check.bounds import LOSS
 from parity.report.figures import plain, save
 
 # A gap of zero has no place on a log axis; it is drawn at the rounding of a loss near 1.
@@ -38,7 +38,7 @@ def draw_training(path: Path, metrics: Sequence[Mapping[str, Any]], title: str) 
     if rows == 2:
         gap = np.abs(curves["flax"] - curves["torch"])
         axes[1].plot(steps, np.maximum(gap, _FLOOR), ".", color="#444444", markersize=3)
-        for name, bound in (("float32", FLOAT32), ("float64", FLOAT64)):
+        for name, bound in reversed(LOSS.items()):
             axes[1].axhline(bound, color="#888888", linewidth=0.9, linestyle=":")
             axes[1].annotate(
                 f"bound in {name}", (1.0, bound), xycoords=("axes fraction", "data"), ha="right",

@@ -10,7 +10,8 @@ import numpy as np
 
 import flax_gpt
 import torch_gpt
-from parity.check.levels.trajectory import FLOAT32, FLOAT64, rounding_or_bug
+from parity.check.bounds import LOSS
+from parity.check.levels.trajectory import rounding_or_bug
 from parity.frameworks.flax.leaves import flax_leaves, load_flax
 from parity.frameworks.flax.scope import Scoped, jax_scope
 from parity.frameworks.leaves import cast, neighbours
@@ -215,7 +216,7 @@ def parted(run: Run, corpus: Corpus, trainers: Trainers) -> tuple[bool, str]:
     gap, narrow = metrics[-1]["gap"], config.training["compute_dtype"]
     if narrow:
         return False, f"{gap:.1e}; not judged in {narrow}, see parity precision"
-    bound = FLOAT64 if config.model["dtype"] == "float64" else FLOAT32
+    bound = LOSS["float64" if config.model["dtype"] == "float64" else "float32"]
     if gap <= bound:
         return False, f"{gap:.1e}, bound {bound:.0e}"
     first = next(row["step"] for row in metrics if not row["gap"] <= bound)

@@ -6,17 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from parity.check.levels.trajectory import FLOAT64
+from parity.check.bounds import LOSS, LOSS_ROUNDING, RATIO
 from parity.pair.text import Corpus
 from parity.system.devices import Devices, fingerprint, pinned_precision
 from parity.training.loop import Trainers, batch
 from parity.training.run import RunConfig
-
-DTYPES = "float64", "float32", "bfloat16", "float16"
-# As for logits: each framework rounds in its own order, and neither is more right.
-RATIO = 4.0
-# The loss is float32 in every narrow type: of distances below its rounding no ratio can be taken.
-_ROUNDING = 2.0**-23
+from parity.twins.names import DTYPES
 
 
 def precision_report(
@@ -57,7 +52,7 @@ def precision_report(
                 progress(dtype, (step + 1) / num_steps)
     truth = curves["float64"]["flax"]
     gap = float(np.max(np.abs(np.array(truth) - np.array(curves["float64"]["torch"]))))
-    ratios, verdicts = {}, {"float64": "PASS" if gap <= FLOAT64 else "FAIL"}
+    ratios, verdicts = {}, {"float64": "PASS" if gap <= LOSS["float64"] else "FAIL"}
     for dtype in dtypes[1:]:
         flax, torch = (_running_error(curves[dtype][name], truth) for name in ("flax", "torch"))
         ratios[dtype] = (flax / torch).tolist()
@@ -104,4 +99,4 @@ def _running_error(curve: list[float], truth: list[float]) -> np.ndarray:
     """Root mean square distance up to each step, at least the rounding of the loss itself."""
     squares = (np.array(curve) - np.array(truth)) ** 2
     error = np.sqrt(np.cumsum(squares) / (1 + np.arange(len(squares))))
-    return np.maximum(error, _ROUNDING * np.abs(np.array(truth)))
+    return np.maximum(error, LOSS_ROUNDING * np.abs(np.array(truth)))

@@ -9,8 +9,9 @@ import torch
 
 import flax_gpt
 import torch_gpt
-from parity.check.levels.tokens import ERROR, reach
+from parity.check import bounds
 from parity.check.metrics import max_abs
+from parity.check.ties import verdict_of_flip
 from parity.frameworks.flax.leaves import load_flax
 from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.torch.leaves import load_torch, to_numpy
@@ -128,8 +129,6 @@ class Writer:
             torch_logits, _ = self._models["torch"](tensor)
         error = max_abs(np.asarray(flax_logits)[0, -1], to_numpy(torch_logits)[0, -1])
         margin = float(max(margins["flax"][place], margins["torch"][place]))
-        drawn = sampling.temperature > 0.0
-        thin = reach(error, sampling.temperature) if drawn else 2 * error
-        tie = error <= ERROR.get(self._dtype, ERROR["float32"]) and margin <= thin
+        bound = bounds.LOGITS.get(self._dtype, bounds.FLOAT32)
         note = f"the texts part at token {place + 1}, margin {margin:.1e}, logits {error:.1e} apart"
-        return (Verdict.TIE if tie else Verdict.FAIL), note
+        return verdict_of_flip(margin, error, bound, sampling.temperature), note

@@ -6,8 +6,6 @@ __all__ = ["DTYPES", "HORIZON", "LEVELS", "OPTIMIZER_STEPS"]
 
 # In the order in which they run.
 LEVELS = "weights", "logits", "gradients", "optimizer", "trajectory", "cache", "tokens"
-# Steps that the level `optimizer` compares. One step cannot see a wrong beta, because with bias
-# correction Adam's first step does not depend on them.
-OPTIMIZER_STEPS = 4
-# Steps that its schedule spans: warm-up, the peak, and the beginning of the decay.
-HORIZON = 5
+# Steps that the level `optimizer` compares, and the steps that its schedule spans: warm-up, the
+# peak, and the beginning of the decay.
+OPTIMIZER_STEPS, HORIZON = 4, 5

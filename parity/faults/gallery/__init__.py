@@ -53,6 +53,9 @@ BUGS = tuple(bug for bugs in GALLERY.values() for bug in bugs)
 def find(ids: Sequence[str]) -> Iterator[Bug]:
     """Find bugs by id, in the order of the gallery; all of them for none.
 
+    Yields:
+        The bugs.
+
     Raises:
         ValueError: no bug has one of the ids.
     """

@@ -1,9 +1,8 @@
 """The faults of the self-test, as data, and what the check should report of each."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 from parity.faults.catalogue import read_catalogue
 from parity.faults.edit import Edit
@@ -18,6 +17,16 @@ _KINDS = {
     "cache": "cache",
     "tokens": "cache",
 }
+
+
+class Changes(TypedDict, total=False):
+    """Changes of the twins' config, for an architecture that a fault needs."""
+
+    positions: str
+    num_kv_heads: int
+    head_dim: int
+    window: int
+    dropout: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +53,7 @@ class Fault:
     where: str = ""
     step: int | Literal["later"] = 0
     cause: str | None = None
-    changes: Mapping[str, str | float] = dataclasses.field(default_factory=dict)
+    changes: Changes = dataclasses.field(default_factory=Changes)
     task: str = "next-token"
     float32: bool = False
 

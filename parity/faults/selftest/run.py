@@ -1,4 +1,4 @@
-"""All trials and the controls, and the table that they make."""
+"""Run all trials and check clean pairs, and tabulate the outcomes."""
 
 import contextlib
 import dataclasses
@@ -15,8 +15,8 @@ import jax
 import torch
 
 from parity.check.check import check
-from parity.check.levels.optimizer import HORIZON
-from parity.faults.selftest.fault import Fault
+from parity.check.levels.names import HORIZON
+from parity.faults.selftest.fault import Changes, Fault
 from parity.faults.selftest.trial import (
     PAIRS,
     Outcome,
@@ -40,7 +40,7 @@ tolerance as loose as that hides it. `parity self-test --markdown docs/self_test
 # What the check must reach: all detected, none called by a wrong name, and these shares of them.
 LOCATED, EXPLAINED = 0.95, 0.80
 # Twins without a fault, by name: changes of their config, and their task.
-_CLEAN_TWINS: Mapping[str, tuple[Mapping[str, str | float], str]] = {
+_CLEAN_TWINS: Mapping[str, tuple[Changes, str]] = {
     "twins": ({}, "next-token"),
     "twins with dropout": ({"dropout": 0.1}, "next-token"),
     "rotary twins": ({"positions": "rotary", "num_kv_heads": 2, "head_dim": 6}, "next-token"),
@@ -56,7 +56,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class SelfTest:
-    """What the check made of planted faults and of models without one.
+    """The outcomes of all trials and of the checks of clean pairs.
 
     Attributes:
         outcomes: by fault.
@@ -70,7 +70,7 @@ class SelfTest:
 
     @property
     def exit_code(self) -> int:
-        """0 if the check is as good as it must be, else 1."""
+        """0 if the check reaches what it must, else 1."""
         count = len(self.outcomes)
         good = (
             all(x.detected for x in self.outcomes)
@@ -83,7 +83,7 @@ class SelfTest:
 
     @property
     def summary(self) -> str:
-        """The numbers in a sentence."""
+        """The counts in a sentence."""
         count = len(self.outcomes)
         parts = [
             f"{sum(getattr(x, name) for x in self.outcomes)} of {count} {name}"
@@ -96,7 +96,7 @@ class SelfTest:
         return ", ".join(parts) + "."
 
     def to_markdown(self) -> str:
-        """The table for the docs."""
+        """Return the table for the docs."""
         kinds = Counter(x.fault.kind for x in self.outcomes)
         lines = [
             _HEAD,
@@ -121,7 +121,7 @@ class SelfTest:
         return "\n".join(lines) + "\n"
 
     def to_json(self) -> str:
-        """The same for machines."""
+        """Return the outcomes as JSON."""
         document = {
             "schema": 1,
             "detected": sum(x.detected for x in self.outcomes),
@@ -154,34 +154,38 @@ def self_test(
     jobs: int = 1,
     progress: Progress = lambda title, done, total: None,
 ) -> SelfTest:
-    """Plants every fault, and checks clean pairs.
+    """Plant every fault, and check clean pairs.
 
     Args:
         faults: to plant.
         seeds: of clean pairs, shared out among `CLEAN`.
         jobs: processes that share the work out.
-        progress: told what has been tried, how many are done and how many there are.
+        progress: called with what was tried last, how many are done and how many there are.
+
+    Returns:
+        The outcomes, in the order of the faults.
     """
     pairs = [(CLEAN[seed % len(CLEAN)], seed) for seed in range(seeds)]
     titles = [fault.title for fault in faults] + [f"clean {x}, seed {seed}" for x, seed in pairs]
     done = itertools.count(1)
     progress("starting", 0, len(titles))
     with _workers(jobs) as workers:
-        work = [workers.submit(_trial, fault) for fault in faults]
-        work += [workers.submit(_clean, *pair) for pair in pairs]
-        for future, title in zip(work, titles, strict=True):
+        trials = [workers.submit(_trial, fault) for fault in faults]
+        checks = [workers.submit(_clean, *pair) for pair in pairs]
+        for future, title in zip([*trials, *checks], titles, strict=True):
             future.add_done_callback(
                 lambda _, title=title: progress(title, next(done), len(titles))
             )
-        found = [future.result() for future in work]
-    reports = zip(titles[len(faults) :], found[len(faults) :], strict=True)
-    alarms = {title: report for title, report in reports if report.verdict is not Verdict.PASS}
-    return SelfTest(tuple(found[: len(faults)]), alarms, seeds)
+        outcomes = tuple(future.result() for future in trials)
+        reports = [future.result() for future in checks]
+    named = zip(titles[len(faults) :], reports, strict=True)
+    alarms = {title: report for title, report in named if report.verdict is not Verdict.PASS}
+    return SelfTest(outcomes, alarms, seeds)
 
 
 @contextlib.contextmanager
 def _workers(jobs: int) -> Iterator[Executor]:
-    """Processes that find what another has compiled: half of a fault's pair is as all others'."""
+    """Start processes that share compiled programs: half of each pair is the same in all trials."""
     with tempfile.TemporaryDirectory(prefix="parity-") as programs:
         workers = ProcessPoolExecutor(
             jobs,
@@ -202,8 +206,8 @@ def _workers(jobs: int) -> Iterator[Executor]:
 
 
 def _prepare(programs: str) -> None:
-    """In a worker, once."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one who waits for it ends it
+    """Set up a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     torch.set_num_threads(1)
     jax.config.update("jax_compilation_cache_dir", programs)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -219,12 +223,15 @@ def _clean(subject: str, seed: int) -> Report:
 
 
 def clean(subject: str, seed: int, corpus: Corpus) -> Report:
-    """The check of a pair without a fault, all levels, float64 and float32.
+    """Check a pair without a fault: all levels, float64 and float32.
 
     Args:
         subject: one of `CLEAN`.
         seed: of weights and inputs.
         corpus: the text of the twins' probes.
+
+    Returns:
+        The report of the check.
     """
     if subject in _CLEAN_TWINS:
         changes, task = _CLEAN_TWINS[subject]
@@ -235,7 +242,7 @@ def clean(subject: str, seed: int, corpus: Corpus) -> Report:
 
 
 def _tolerance(outcome: Outcome) -> str:
-    """The smallest bound under which the fault would have passed its level."""
+    """Return the smallest bound under which the fault would have passed its level."""
     bad = [
         record
         for level in outcome.report.levels
@@ -245,5 +252,5 @@ def _tolerance(outcome: Outcome) -> str:
     if not bad:
         return ""
     metric, dtype = bad[0].metric, bad[0].dtype
-    values = [x.value for x in bad if (x.metric, x.dtype) == (metric, dtype)]
+    values = [x.value or 0.0 for x in bad if (x.metric, x.dtype) == (metric, dtype)]
     return f"{max(values):.1e} ({metric.replace('_', ' ')})"

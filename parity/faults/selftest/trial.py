@@ -5,17 +5,17 @@ import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import flax_gpt
 import torch_gpt
 from parity.check.check import check
-from parity.check.levels.optimizer import HORIZON
+from parity.check.levels.names import HORIZON
 from parity.check.modules import pair_of
 from parity.faults.edit import Edit, mutated, mutated_text
-from parity.faults.selftest.fault import RULES, Fault
+from parity.faults.selftest.fault import RULES, Changes, Fault
 from parity.pair.pair import Pair
 from parity.pair.text import Corpus
 from parity.report import Report
@@ -72,13 +72,16 @@ def trial(fault: Fault, corpus: Corpus) -> Outcome:
     Args:
         fault: to plant.
         corpus: the text of the twins' probes.
+
+    Returns:
+        The fault and the report of the check.
     """
     dtypes = ("float64", "float32") if fault.float32 else ("float64",)
     # As many steps as the optimizer level spans, so that both train with one compiled program.
     steps = HORIZON + (fault.level == "trajectory")
     with contextlib.ExitStack() as copies:
         if fault.subject in TWINS:
-            packages = {"flax_gpt": flax_gpt, "torch_gpt": torch_gpt}
+            packages: dict[str, ModuleType] = {"flax_gpt": flax_gpt, "torch_gpt": torch_gpt}
             packages[fault.subject] = copies.enter_context(mutated(fault.subject, fault.edits))
             pair = small_twins(
                 corpus,
@@ -96,7 +99,7 @@ def trial(fault: Fault, corpus: Corpus) -> Outcome:
 
 def small_twins(
     corpus: Corpus,
-    changes: Mapping[str, str | float] | None = None,
+    changes: Changes | None = None,
     *,
     task: str = "next-token",
     seed: int = 0,
@@ -112,6 +115,9 @@ def small_twins(
         seed: of the probes.
         flax_package: the Flax twin, or a mutated copy of it.
         torch_package: the PyTorch twin, or a mutated copy of it.
+
+    Returns:
+        The two twins as a pair.
     """
     sizes = dict(context_length=48, embed_dim=20, num_layers=2, num_heads=4, mlp_dim=28)
     config = flax_gpt.GPTConfig(vocab_size=len(corpus.vocabulary), **sizes)

@@ -17,7 +17,7 @@ from parity import golden
 from parity.check.check import LEVELS
 from parity.check.levels.optimizer import STEPS
 from parity.cli import record as command
-from parity.golden.check import RUNGS
+from parity.golden.check import LEVELS as GOLDEN_LEVELS
 from parity.weights.layouts import Layout
 from parity.weights.rules import Rule, Rules
 
@@ -416,4 +416,4 @@ def test_options_that_clash_end_in_a_line(arguments, message, tmp_path, monkeypa
 
 
 def test_names_and_numbers_that_the_command_repeats_are_those_of_the_package():
-    assert list(RUNGS) == list(LEVELS) and command.STEPS == STEPS
+    assert list(GOLDEN_LEVELS) == list(LEVELS) and command.STEPS == STEPS

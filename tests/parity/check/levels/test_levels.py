@@ -22,7 +22,7 @@ from parity.pair.text import Corpus
 from parity.report.record import Verdict
 from parity.system.devices import choose_devices
 from parity.system.memory import on_disk
-from parity.twins.flax import FlaxTrainer
+from parity.twins.flax import FlaxTwin
 from parity.twins.pair import preset_config, twins
 
 
@@ -196,7 +196,7 @@ def test_a_large_model_whose_update_is_wrong_is_found_in_the_same_place(
 def test_a_large_model_is_trained_where_it_lies(all_are_large):
     config = flax_gpt.GPTConfig.preset("tiny")
     model = flax_gpt.GPT(config, flax_gpt.random.key(0))
-    trainer = FlaxTrainer(flax_gpt, model, dict(learning_rate=1e-3))
+    trainer = FlaxTwin(model).trainer(dict(learning_rate=1e-3))
     state = jax.tree.leaves(nnx.state(trainer.model))
     trainer.step(np.ones((2, 8), np.int32))
     assert all(leaf.is_deleted() for leaf in state)
