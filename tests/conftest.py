@@ -10,6 +10,7 @@ import dataclasses
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -61,6 +62,12 @@ hypothesis.settings.load_profile("here")
 SIZES = dict(
     vocab_size=61, context_length=29, embed_dim=15, num_layers=2, num_heads=3, mlp_dim=23
 )  # fmt: skip
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return two workers, or none for a single file, which one worker would run whole."""
+    paths = {config.invocation_params.dir / arg.partition("::")[0] for arg in config.args}
+    return 0 if len(paths) == 1 and all(map(Path.is_file, paths)) else 2
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,11 +8,12 @@ import numpy as np
 
 from parity.bench.contenders import Cell
 from parity.bench.decode_times import Agreement, Tie
+from parity.check import bounds
+from parity.check.ties import verdict_of_flip
+from parity.report.record import Verdict
 
-# Largest difference between the twins' logits, over the largest logit. Float32 as everywhere in
-# the check. A bfloat16 number rounds by up to 2**-9 of itself, and four such roundings per block in
-# either twin add up like a random walk: 2**-9 * sqrt(2 * 4 * 48) = 4e-2 in the deepest preset.
-LOGITS = {"float32": 1e-4, "bfloat16": 4e-2}
+# Largest difference between the twins' logits, over the largest logit.
+LOGITS = {"float32": bounds.FLOAT32, "bfloat16": bounds.FLOAT16}
 
 
 class Stepper(Protocol):
@@ -57,8 +58,7 @@ class Reference:
             number = int(different[0])
             logits_V = self.logits[number][row]
             gap = float(logits_V[ours[number]] - logits_V[theirs[number]])
-            # Each of the two logits may be off by the noise.
-            if not gap <= 2 * self.noise:
+            if verdict_of_flip(gap, self.noise) is Verdict.FAIL:
                 raise ValueError(
                     f"bench: token {number} of row {row} in {self.words}: flax step "
                     f"{ours[number]}, {name} {theirs[number]}, whose logit is {gap:.1e} lower, "

@@ -20,7 +20,7 @@ import torch_gpt
 from parity.bench.machine import Matmul, best_matmul, load_average
 from parity.bench.steps import FlaxStep, TorchStep, Unavailable
 from parity.bench.times import Contest, Timing, TrainingBench
-from parity.check.levels.trajectory import FLOAT32
+from parity.check import bounds
 from parity.frameworks.flax.scope import jax_scope
 from parity.pair.text import Corpus
 from parity.system.devices import Devices, fingerprint, pinned_precision
@@ -28,9 +28,8 @@ from parity.twins.pair import preset_config
 from parity.weights.tables import TWINS
 from parity.weights.transplant import transplant
 
-# Largest gap between the losses of two contenders. A bfloat16 number rounds by 2**-9 of itself,
-# which is 2e-2 for a loss as large as ln 50257.
-DTYPES = {"float32": FLOAT32, "bfloat16": 2e-2}
+# Largest gap between the losses of two contenders.
+DTYPES = {"float32": bounds.LOSS["float32"], "bfloat16": bounds.LOSS_BFLOAT16}
 # The first loss judges the forward pass, the second the gradient and the update too.
 _AGREEING_STEPS = 2
 _NUM_BATCHES = 8

@@ -1,71 +1,66 @@
-"""Where two models part: the first module, by what went in and what came out."""
+"""Where two models diverge: the first module whose output differs although its inputs agree."""
 
 import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from parity.check.metrics import error_ratio, max_abs
-from parity.check.session import Subject
-from parity.frameworks.capture import Backward, Trace, in_step
+from parity.check import bounds
+from parity.check.metrics import error_ratio, max_abs, scale_of, size_of
+from parity.frameworks.capture import Backward, Trace, lockstep
 from parity.frameworks.spec import Batch
 from parity.report import Divergence
 
-# Of the largest number in an array; the noise is near 1e-15 and the smallest bug near 1e-5.
-_FLOAT64 = 1e-12
-# Of the largest number in a gradient; rounding through all layers is near 1e-14.
-_GRADIENT = 1e-9
-# As for logits: the larger float32 error over the smaller.
-_RATIO = 4.0
+if TYPE_CHECKING:  # it imports both frameworks, and a golden is checked where one is missing
+    from parity.check.pair_session import PairSession
 
 Call = TypeVar("Call", Trace, Backward)
 Gap = Callable[[np.ndarray, np.ndarray], float | None]
 
 
-def locate_forward(subject: Subject, batch: Batch) -> Divergence | None:
-    """The first module whose output parts in float64."""
-    with _both(subject, batch) as (flax, torch):
-        return first_divergence(
-            flax, torch, float64_gap, model_name(subject), "forward", subject.modules.values()
-        )
+def locate_forward(session: "PairSession", batch: Batch) -> Divergence | None:
+    """Return the first module whose output diverges in float64."""
+    with _both(session, batch) as (flax, torch):
+        root, paths = session.model_name, session.modules.values()
+        return first_divergence(flax, torch, float64_gap, root, "forward", paths)
 
 
-def locate_backward(subject: Subject, leaves: Mapping[str, float]) -> Divergence | None:
-    """The first module, from the loss on, that passes back another gradient in float64.
+def locate_backward(session: "PairSession", leaves: Mapping[str, float]) -> Divergence | None:
+    """Return the first module, from the loss on, that passes back another gradient in float64.
 
-    A module that gets the same gradient by its output as its counterpart and passes another one on,
-    or has another one by a leaf of its own, is guilty. Where the gradient that reaches a module has
-    parted and all behind it agrees, its caller is.
+    A module diverges that gets the same gradient by its output as its counterpart and passes
+    another one on, or has another one by a leaf of its own. Where the gradient that reaches a
+    module already differs and all modules after it agree, its caller diverges.
 
     Args:
-        subject: the pair.
-        leaves: flax's names of those whose gradients part, and how far.
+        session: the pair.
+        leaves: by flax's names, the gaps of the gradients that differ.
     """
-    probe = subject.gradient_probe
-    flax, torch = (run.backward(probe) for run in subject.runs("float64"))
-    flax = translated(flax, subject.modules)
-    largest = max((_size(x) for call in torch for x in _passed(call)), default=0.0)
-    gap = functools.partial(_gradient_gap, floor=_FLOAT64 * largest)
+    flax, torch = (run.backward(session.gradient_probe) for run in session.runs("float64"))
+    flax = list(translated(flax, session.modules))
+    largest = max((size_of(x) for call in torch for x in _passed(call)), default=0.0)
+    gap = functools.partial(_gradient_gap, floor=bounds.ZERO_GRADIENT * largest)
     pairs = [(call, twin) for call, twin in matched(torch, flax) if twin is not None]
-    # How far apart the gradients are that reach each call, and by path those of the last.
+    # The gap between the gradients that reach each call, and by path that of its last call.
     gaps = [
         None if call.output is None or twin.output is None else gap(call.output, twin.output)
         for call, twin in pairs
     ]
     reached = {call.path: x for (call, _), x in reversed(list(zip(pairs, gaps, strict=True)))}
-    owners = {subject.modules.get(x.rpartition(".")[0]): x for x in reversed(leaves)}
-    for (call, twin), parted in zip(pairs, gaps, strict=True):
-        if parted is not None:
-            # What a module gives may be what its caller gives, as it is.
+    owners = {session.modules.get(x.rpartition(".")[0]): x for x in reversed(leaves)}
+    root = session.model_name
+    for (call, twin), reaching in zip(pairs, gaps, strict=True):
+        if reaching is not None:
+            # A module may return what its caller returns, unchanged.
             where = _caller(call.path, reached)
             while where and reached.get(where) is not None:
                 where = _caller(where, reached)
-            where = "loss" if reached.get(where) is not None else where or model_name(subject)
-            detail = f"The gradient that reaches {call.path or 'the model'} parts in its code."
-            return Divergence(where, "backward", 0, parted, detail=detail)
+            where = "loss" if reached.get(where) is not None else where or root
+            detail = f"The gradient that reaches {call.path or 'the model'} diverges in its code."
+            return Divergence(where, "backward", 0, reaching, detail=detail)
         if (found := _inputs_gap(call, twin, gap)) is not None:
             detail = "Given the same gradient of its output it passes another one on."
         elif leaf := owners.get(call.path):
@@ -74,14 +69,14 @@ def locate_backward(subject: Subject, leaves: Mapping[str, float]) -> Divergence
         else:
             continue
         detail += " All between it and the loss agrees."
-        return Divergence(call.path or model_name(subject), "backward", 0, found, detail=detail)
+        return Divergence(call.path or root, "backward", 0, found, detail=detail)
     return None
 
 
 def _inputs_gap(a: Backward, b: Backward, gap: Gap) -> float | None:
-    """How far apart what two calls pass back by their arguments is.
+    """Return the largest gap between the gradients that two calls pass back by their arguments.
 
-    Where they take another number of arguments it is the sum that is compared: torch's attention is
+    Where they take different numbers of arguments their sums are compared: torch's attention is
     given its input three times and flax's once.
     """
     sides = [list(call.inputs) for call in (a, b)]
@@ -98,45 +93,40 @@ def _passed(call: Backward) -> tuple[np.ndarray, ...]:
 
 
 def _gradient_gap(a: np.ndarray, b: np.ndarray, floor: float) -> float | None:
-    """The largest difference where it is more than rounding, in the largest number; else None.
+    """Return the largest difference relative to the largest number; None if it is rounding.
 
     Args:
         a: a gradient.
-        b: the other's.
+        b: the other framework's.
         floor: size below which a gradient is rounding of larger ones.
     """
-    size = max(_size(a), _size(b), floor)
+    size = max(size_of(a), size_of(b), floor)
     gap = max_abs(a, aligned(b, a)) / size if size else 0.0
-    return None if gap <= _GRADIENT else gap
+    return None if gap <= bounds.MODULE_GRADIENT else gap
 
 
-def _size(array: np.ndarray) -> float:
-    return float(np.max(np.abs(array), initial=0.0))
+def locate_rounding(session: "PairSession", batch: Batch) -> Divergence | None:
+    """Return the first module that loses more in float32 than its twin does, against float64.
 
-
-def locate_rounding(subject: Subject, batch: Batch) -> Divergence | None:
-    """The first module that loses more in float32 than its twin does, against float64.
-
-    Gaps are ratios of errors here, since two healthy float32 runs differ everywhere.
+    Gaps are ratios of errors here, because two correct float32 runs differ everywhere.
     """
-    _, truth = subject.runs("float64")
-    flax, torch = subject.runs("float32")
-    captures = [lambda sink, run=run: run.traces(batch, sink) for run in (flax, torch, truth)]
-    with in_step(*captures) as (ours, theirs, exact):
-        for trace, *others in matched(translated(ours, subject.modules), theirs, exact):
-            if None in others:
+    _, truth = session.runs("float64")
+    flax, torch = session.runs("float32")
+    captures = [functools.partial(run.traces, batch) for run in (flax, torch, truth)]
+    with lockstep(*captures) as (ours, theirs, exact):
+        for trace, twin, right in matched(translated(ours, session.modules), theirs, exact):
+            if twin is None or right is None:
                 continue
-            twin, right = others
             ratio = _ratio(trace.output, twin.output, right.output)
-            if ratio <= _RATIO:
+            if ratio <= bounds.RATIO:
                 continue
             where = trace.path
             inputs = zip(trace.inputs, twin.inputs, right.inputs, strict=False)
-            if where and any(_ratio(*three) > _RATIO for three in inputs if _are_floats(three)):
-                where = _caller(where, subject.modules.values())
-            agrees = "" if subject.impurities else "; float64 agrees"
+            if where and any(_ratio(*x) > bounds.RATIO for x in inputs if _are_floats(x)):
+                where = _caller(where, session.modules.values())
+            agrees = "" if session.impurities else "; float64 agrees"
             detail = f"Value is the larger float32 error over the smaller{agrees}."
-            return Divergence(where or model_name(subject), "forward", 0, ratio, detail=detail)
+            return Divergence(where or session.model_name, "forward", 0, ratio, detail=detail)
     return None
 
 
@@ -149,19 +139,19 @@ def _are_floats(arrays: Iterable[np.ndarray]) -> bool:
 
 
 def _caller(path: str, paths: Collection[str]) -> str:
-    """The module around another that is called."""
+    """Return the path of the called module around another; "" for the model itself."""
     parent = path.rpartition(".")[0]
     while parent and parent not in paths:
         parent = parent.rpartition(".")[0]
     return parent
 
 
-def gaps_by_module(subject: Subject, batch: Batch) -> list[tuple[str, float]]:
-    """The path of each module and the largest difference of its outputs, in order of completion."""
-    with _both(subject, batch) as sides:
+def gaps_by_module(session: "PairSession", batch: Batch) -> list[tuple[str, float]]:
+    """Return path and largest difference of the outputs of each module, in order of completion."""
+    with _both(session, batch) as sides:
         return [
             (
-                trace.path or model_name(subject),
+                trace.path or session.model_name,
                 max_abs(trace.output, aligned(twin.output, trace.output)),
             )
             for trace, twin in matched(*sides)
@@ -177,27 +167,25 @@ def first_divergence(
     phase: str,
     paths: Collection[str],
 ) -> Divergence | None:
-    """The first module, by order of completion, that is guilty and not a victim.
+    """Return the first module to complete whose output differs although its inputs agree.
 
-    A module whose output parts although its input does not is guilty. One whose input has parted,
-    while everything that finished before it agrees, was fed by wrong code outside of modules, in
-    the body of its parent.
+    A module whose inputs differ while all that completed before it agrees was fed by wrong code
+    outside of modules, in the body of its caller; then its caller is returned.
 
     Args:
-        a: one model's traces.
-        b: the other's, under the same paths.
-        gap: how far two arrays are apart; None if they are not.
-        root: what to call the model itself.
+        a: traces of one model.
+        b: traces of the other, under the same paths.
+        gap: difference between two arrays; None if it is rounding.
+        root: name of the model itself.
         phase: of the divergence.
         paths: of the modules that are called.
     """
     for trace, twin in matched(a, b):
         if twin is None or (found := gap(trace.output, twin.output)) is None:
             continue
-        if trace.path and _inputs_part(trace.inputs, twin.inputs, gap):
-            parent = _caller(trace.path, paths)
-            detail = f"Its own code parts before {trace.path} is called; all before that agrees."
-            return Divergence(parent or root, phase, 0, found, detail=detail)
+        if trace.path and _inputs_differ(trace.inputs, twin.inputs, gap):
+            detail = f"Its own code diverges before {trace.path} is called; all before that agrees."
+            return Divergence(_caller(trace.path, paths) or root, phase, 0, found, detail=detail)
         detail = "Given the same input its output differs; all before it agrees."
         return Divergence(trace.path or root, phase, 0, found, detail=detail)
     return None
@@ -206,9 +194,9 @@ def first_divergence(
 def matched(
     a: Iterable[Call], *others: Iterable[Call]
 ) -> Iterator[tuple[Call, *tuple[Call | None, ...]]]:
-    """Each trace of `a` with those of the same call of the same module, None where there is none.
+    """Yield each trace of `a` with those of the same call of the same module; None where missing.
 
-    The others are read no further than they must be, and what comes early is kept until its turn.
+    The others are read no further than necessary; traces that come early are kept.
     """
     streams = [_numbered(other) for other in others]
     early: list[dict[tuple[str, int], Call]] = [{} for _ in others]
@@ -222,25 +210,23 @@ def matched(
 
 
 def translated(traces: Iterable[Call], modules: Mapping[str, str]) -> Iterator[Call]:
-    """Flax traces under torch's paths, without those of modules that torch does not have."""
+    """Yield Flax traces under torch's paths, without those of modules that torch does not have."""
     for trace in traces:
         if trace.path in modules:
             yield dataclasses.replace(trace, path=modules[trace.path])
 
 
 def float64_gap(a: np.ndarray, b: np.ndarray) -> float | None:
-    """The largest difference where it is more than rounding, else None."""
+    """Return the largest difference between two float64 outputs; None if it is rounding."""
     gap = max_abs(a, aligned(b, a))
-    sizes = np.abs(a[np.isfinite(a)])
-    scale = max(1.0, float(np.max(sizes, initial=0.0)))
-    return None if gap <= _FLOAT64 * scale else gap
+    return None if gap <= bounds.MODULE_OUTPUT * scale_of(a) else gap
 
 
 def aligned(array: np.ndarray, like: np.ndarray) -> np.ndarray:
-    """An activation in the order of axes of another framework's, whichever fits it best.
+    """Return an activation with its axes in the order of another framework's, by the best fit.
 
-    Torch has channels behind the batch and flax has them last; some have time before the batch;
-    heads may share an axis with what they are wide.
+    Torch has channels after the batch and flax has them last; some have time before the batch;
+    heads may share an axis with their width.
     """
     arrangements = [array]
     if array.ndim >= 3:
@@ -258,24 +244,21 @@ def aligned(array: np.ndarray, like: np.ndarray) -> np.ndarray:
     return fitting[int(np.nanargmin(gaps))] if not np.all(np.isnan(gaps)) else fitting[0]
 
 
-def model_name(subject: Subject) -> str:
-    """What to call the model itself, whose path is empty."""
-    return type(subject.runs("float64")[1].module).__name__
-
-
 @contextlib.contextmanager
-def _both(subject: Subject, batch: Batch) -> Iterator[tuple[Iterator[Trace], Iterator[Trace]]]:
-    """The traces of a forward pass in float64 of both sides, flax's under torch's paths."""
-    captures = [lambda sink, run=run: run.traces(batch, sink) for run in subject.runs("float64")]
-    with in_step(*captures) as (flax, torch):
-        yield translated(flax, subject.modules), torch
+def _both(
+    session: "PairSession", batch: Batch
+) -> Iterator[tuple[Iterator[Trace], Iterator[Trace]]]:
+    """Capture a float64 forward pass of both models, flax's under torch's paths."""
+    captures = [functools.partial(run.traces, batch) for run in session.runs("float64")]
+    with lockstep(*captures) as (flax, torch):
+        yield translated(flax, session.modules), torch
 
 
-def _inputs_part(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...], gap: Gap) -> bool:
-    """Whether what two modules were given differs.
+def _inputs_differ(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...], gap: Gap) -> bool:
+    """Whether the inputs of two modules differ.
 
-    Where they take another number of arguments, each float of the fewer must be among the others:
-    torch's attention is given its input three times and flax's once.
+    Where they take different numbers of arguments, each float of the fewer must be among the
+    others: torch's attention is given its input three times and flax's once.
     """
     if len(a) == len(b):
         return any(gap(x, y) is not None for x, y in zip(a, b, strict=True))
@@ -285,7 +268,7 @@ def _inputs_part(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...], gap: Gap)
 
 
 def _numbered(traces: Iterable[Call]) -> Iterator[tuple[tuple[str, int], Call]]:
-    """Each trace behind its path and how many calls of the same module came before it."""
+    """Yield each trace with its path and how many calls of the same module came before it."""
     seen: dict[str, int] = {}
     for trace in traces:
         seen[trace.path] = seen.get(trace.path, -1) + 1

@@ -1,4 +1,4 @@
-"""Measure how far two arrays are apart; NaN and unlike shapes are never small."""
+"""Measures of how far two arrays are apart; NaN and different shapes are never small."""
 
 import math
 from collections.abc import Mapping
@@ -9,20 +9,30 @@ from parity.frameworks.leaves import Leaves
 
 
 def largest(values: Mapping[str, float]) -> str:
-    """The key of the largest value; NaN, which has no order, counts as larger than all."""
+    """Return the key of the largest value; NaN counts as larger than all."""
     return max(values, key=lambda key: math.inf if math.isnan(values[key]) else values[key])
 
 
 def ratio(a: float, b: float, floor: float) -> float:
-    """The larger error over the smaller, neither below `floor`; NaN if either is."""
+    """Return the larger error over the smaller, neither below `floor`; NaN if either is."""
     if math.isnan(a) or math.isnan(b):
         return math.nan
     a, b = max(a, floor), max(b, floor)
     return max(a, b) / min(a, b) if min(a, b) else math.nan
 
 
+def size_of(array: np.ndarray) -> float:
+    """Return the largest absolute value; 0 for an empty array."""
+    return float(np.max(np.abs(array), initial=0.0))
+
+
+def scale_of(array: np.ndarray) -> float:
+    """Return the largest finite absolute value, at least 1: rounding grows with the numbers."""
+    return max(1.0, size_of(_wide(array[np.isfinite(array)])))
+
+
 def max_abs(a: np.ndarray, b: np.ndarray) -> float:
-    """The largest absolute difference; NaN if there is one, infinite for unlike shapes."""
+    """Return the largest absolute difference; NaN if there is one, infinity for unlike shapes."""
     if a.shape != b.shape:
         return math.inf
     if a.size == 0:
@@ -32,16 +42,12 @@ def max_abs(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def relative_max_abs(a: np.ndarray, b: np.ndarray, truth: np.ndarray) -> float:
-    """The largest absolute difference, in units of the largest number in `truth` if that is over 1.
-
-    Rounding grows with the numbers that are rounded.
-    """
-    sizes = np.abs(_wide(truth[np.isfinite(truth)]))
-    return max_abs(a, b) / max(1.0, float(np.max(sizes, initial=0.0)))
+    """Return the largest absolute difference in units of the largest number in `truth`, if > 1."""
+    return max_abs(a, b) / scale_of(truth)
 
 
 def rms_error(a: np.ndarray, b: np.ndarray) -> float:
-    """The root of the mean squared difference."""
+    """Return the root of the mean squared difference; infinity for unlike shapes."""
     if a.shape != b.shape:
         return math.inf
     with np.errstate(invalid="ignore"):
@@ -49,7 +55,7 @@ def rms_error(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def relative_l2(a: np.ndarray, b: np.ndarray) -> float:
-    """|a - b| / max(|a|, |b|) in the Euclidean norm; 0 when both are zero."""
+    """Return |a - b| / max(|a|, |b|) in the Euclidean norm; 0 when both are zero."""
     if a.shape != b.shape:
         return math.inf
     with np.errstate(invalid="ignore"):
@@ -59,7 +65,7 @@ def relative_l2(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def different_bits(a: np.ndarray, b: np.ndarray) -> int:
-    """Elements whose bytes differ, so that NaN equals itself and 0 is not -0."""
+    """Count the elements whose bytes differ, so that NaN equals itself and 0 is not -0."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return max(a.size, b.size, 1)
     words = f"u{a.dtype.itemsize}"
@@ -68,10 +74,10 @@ def different_bits(a: np.ndarray, b: np.ndarray) -> int:
 
 
 def error_ratio(a: np.ndarray, b: np.ndarray, truth: np.ndarray) -> float:
-    """The larger of two RMS errors over the smaller, both against `truth`: 1 is a fair draw.
+    """Return the larger of two RMS errors against `truth` over the smaller; 1 is a fair draw.
 
-    Errors below the rounding of `truth` to the narrower dtype count as that rounding, for a ratio
-    of two numbers that are both exact says nothing.
+    Errors below the rounding of `truth` to the narrower dtype count as that rounding, because a
+    ratio of two numbers that are both exact says nothing.
     """
     floor = float(np.finfo(a.dtype).eps) * float(np.sqrt(np.mean(_wide(truth) ** 2)))
     return ratio(rms_error(a, truth), rms_error(b, truth), floor)
@@ -82,10 +88,10 @@ def _wide(array: np.ndarray) -> np.ndarray:
 
 
 def along_ones(array: np.ndarray, axis: int) -> np.ndarray:
-    """The part of an array along the unit vector of ones of an axis."""
+    """Return the component of an array along the unit vector of ones of an axis."""
     return array.sum(axis=axis) / np.sqrt(array.shape[axis])
 
 
 def gradient_norm(gradients: Leaves) -> float:
-    """The Euclidean norm of a whole gradient."""
+    """Return the Euclidean norm of a whole gradient."""
     return float(np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in gradients.values())))

@@ -1,22 +1,22 @@
-"""Two modules, what to call them with and a weight map: a pair, and its check."""
+"""Check your own two modules: a PyTorch module, a Flax NNX module and what to call both with."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, Unpack
 
-import numpy as np
-import optax
 import torch
 from flax import nnx
 
-from parity.check.check import LEVELS, Progress, check
-from parity.check.metrics import max_abs
-from parity.check.pair_session import PairSubject
+from parity.check.check import check
+from parity.check.levels.names import DTYPES, LEVELS
+from parity.check.metrics import max_abs, size_of
+from parity.check.pair_session import PairSession
 from parity.frameworks.flax.leaves import flax_leaves
-from parity.frameworks.flax.module import flax_side
+from parity.frameworks.flax.module import FlaxUse, flax_spec
+from parity.frameworks.spec import BY_DEFAULT
 from parity.frameworks.torch.leaves import torch_leaves
-from parity.frameworks.torch.module import torch_side
+from parity.frameworks.torch.module import TorchUse, largest_learning_rate, torch_spec
 from parity.pair.inputs import as_inputs
 from parity.pair.pair import Pair
 from parity.report import Report
@@ -26,43 +26,48 @@ from parity.weights.infer import infer_rules
 from parity.weights.rules import Rules
 from parity.weights.weight_map import resolve
 
-Call = Callable[..., Any]
+
+class PairOptions(TypedDict, total=False):
+    """The options of `pair_of`, which documents them."""
+
+    rules: Rules | Path | str
+    torch: TorchUse
+    flax: FlaxUse
+    weights: str
+    seed: int
 
 
 def check_pair(
     torch_module: torch.nn.Module,
     flax_module: nnx.Module,
-    inputs: Any,
+    inputs: object,
     *,
-    levels: Iterable[str] = tuple(LEVELS),
-    dtypes: tuple[str, ...] = ("float64", "float32"),
+    levels: Iterable[str] = LEVELS,
+    dtypes: tuple[str, ...] = DTYPES,
     device: str = "cpu",
-    seed: int = 0,
     steps: int = 20,
-    progress: Progress = lambda level, fraction: None,
-    **options: Any,
+    **options: Unpack[PairOptions],
 ) -> Report:
-    """Compares two modules level by level: weights, outputs, gradients, updates, losses.
+    """Compare two modules level by level: weights, outputs, gradients, updates, losses.
 
         report = check_pair(net, port, np.ones((2, 3, 8), np.float32))
         print(report)
         report.raise_if_diverged()
 
     Neither module is changed: copies are made in float64, which decides, and in float32. Both get
-    the same random weights, for initial ones hide forgotten biases and norms.
+    the same random weights, because initial ones hide forgotten biases and norms.
 
     Args:
         torch_module: the PyTorch module.
         flax_module: the Flax NNX module.
         inputs: what to call both with: an array, a tuple of arrays, several such by name, or a
-            function of a NumPy random generator that gives one of these, called for every batch.
+            function of a NumPy random generator that returns one of these, called for every batch.
         levels: names of levels; all by default.
         dtypes: float64, or float64 and float32.
         device: auto, cpu or cuda.
-        seed: of the weights and of the inputs' generator.
         steps: of the trajectory.
-        progress: called with a level's name and how far it is, from 0 to 1.
-        options: of `pair_of`.
+        options: rules, torch, flax, weights and seed, as of `pair_of`. The seed is also that of
+            the random weights.
 
     Returns:
         A report: prints as a table, has `.ok`, `.to_json()` and `.raise_if_diverged()`.
@@ -70,101 +75,87 @@ def check_pair(
     Raises:
         ValueError: for modules, inputs or rules that cannot be used.
     """
-    pair = pair_of(torch_module, flax_module, inputs, seed=seed, **options)
-    return check(
-        pair,
-        levels=levels,
-        dtypes=dtypes,
-        devices=choose_devices(device),
-        seed=seed,
-        steps=steps,
-        progress=progress,
-    )
+    pair = pair_of(torch_module, flax_module, inputs, **options)
+    devices, seed = choose_devices(device), options.get("seed", 0)
+    return check(pair, levels=levels, dtypes=dtypes, devices=devices, seed=seed, steps=steps)
 
 
 def pair_of(
     torch_module: torch.nn.Module,
     flax_module: nnx.Module,
-    inputs: Any,
+    inputs: object,
     *,
     rules: Rules | Path | str = "auto",
-    torch_call: Call | None = None,
-    flax_call: Call | None = None,
-    torch_loss: Call | None = None,
-    flax_loss: Call | None = None,
-    torch_optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
-    flax_optimizer: optax.GradientTransformation | None = None,
+    torch: TorchUse = BY_DEFAULT,
+    flax: FlaxUse = BY_DEFAULT,
     weights: str = "random",
     seed: int = 0,
 ) -> Pair:
-    """Two modules as a pair.
+    """Make a pair of two modules.
+
+        pair_of(net, port, x, torch=ModuleUse(loss=net_loss), flax=ModuleUse(loss=port_loss))
 
     Args:
         torch_module: the PyTorch module.
         flax_module: the Flax NNX module.
         inputs: see `check_pair`.
         rules: the weight map, a rules file, or "auto" to infer it.
-        torch_call: (module, *inputs) to outputs; `module(*inputs)` when None.
-        flax_call: the same of the other module; here axes are brought into its order.
-        torch_loss: (module, *inputs) to a scalar; a fixed random projection of the outputs when
-            None. Both losses are given or neither.
-        flax_loss: the same of the other module.
-        torch_optimizer: parameters to an optimizer; AdamW when None. Both or neither.
-        flax_optimizer: an optax transformation.
-        weights: random, or torch for those that the PyTorch module has.
+        torch: how the PyTorch module is called, scored and trained.
+        flax: the same of the Flax module; its call may bring axes into torch's order. A loss or an
+            optimizer is given for both modules or for neither.
+        weights: "random", or "torch" for those that the PyTorch module has.
         seed: of the inputs' generator.
 
     Raises:
         ValueError: for modules, inputs or rules that cannot be used.
     """
-    if not isinstance(torch_module, torch.nn.Module) or not isinstance(flax_module, nnx.Module):
-        kinds = " and ".join(type(module).__name__ for module in (torch_module, flax_module))
-        raise ValueError(
-            f"check_pair: {kinds}. A pair is a torch.nn.Module and a flax.nnx.Module, in this "
-            "order. Give these."
-        )
-    for name, both in (
-        ("loss", (torch_loss, flax_loss)),
-        ("optimizer", (torch_optimizer, flax_optimizer)),
-    ):
-        if (both[0] is None) != (both[1] is None):
+    _require_modules(torch_module, flax_module)
+    for name in ("loss", "optimizer"):
+        if (getattr(torch, name) is None) != (getattr(flax, name) is None):
             raise ValueError(
-                f"check_pair: {name} of one side alone. Two are compared. Give "
-                f"torch_{name} and flax_{name}, or neither."
+                f"check_pair: {name} of one side alone. Two are compared. Give one in `torch` and "
+                "one in `flax`, or neither."
             )
     if weights not in ("random", "torch"):
         raise ValueError(f"check_pair: weights {weights!r}: there are random and torch.")
     calls = as_inputs(inputs, seed)
-    flax = flax_side(flax_module, flax_call, flax_loss, flax_optimizer)
-    port = torch_side(torch_module, torch_call, torch_loss, torch_optimizer)
+    port = flax_spec(flax_module, flax.call, flax.loss, flax.optimizer)
+    original = torch_spec(torch_module, torch.call, torch.loss, torch.optimizer)
 
     def made(rules: Rules) -> Pair:
-        return Pair(flax, port, rules, calls.probes, calls.training_batch, pure=False)
+        return Pair(port, original, rules, calls.probes, calls.training_batch, pure=False)
 
     if rules == "auto":
         rules = infer_rules(torch_module, flax_module, lambda found: _output_gap(made(found)))
     elif not isinstance(rules, Rules):
         rules = Rules.load(Path(rules))
     pair = dataclasses.replace(
-        made(rules), learning_rate=port.trainer(port.build("float32"), 1).learning_rate
+        made(rules), learning_rate=largest_learning_rate(torch_module, torch.optimizer)
     )
     if weights == "torch":
-        ours = torch_leaves(port.build("float32"))
-        theirs = PairSubject(pair, choose_devices("cpu")).build_flax()
-        pair = dataclasses.replace(
-            pair, leaves=resolve(rules, ours, flax_leaves(theirs)).to_flax(ours)
-        )
+        ours = torch_leaves(original.build("float32"))
+        theirs = flax_leaves(PairSession(pair).build_flax())
+        pair = dataclasses.replace(pair, leaves=resolve(rules, ours, theirs).to_flax(ours))
     return pair
 
 
+def _require_modules(torch_module: object, flax_module: object) -> None:
+    if not isinstance(torch_module, torch.nn.Module) or not isinstance(flax_module, nnx.Module):
+        kinds = " and ".join(type(module).__name__ for module in (torch_module, flax_module))
+        raise ValueError(
+            f"check_pair: {kinds}. A pair is a torch.nn.Module and a flax.nnx.Module, in this "
+            "order. Give these."
+        )
+
+
 def _output_gap(pair: Pair) -> float:
-    """How far the outputs are apart in float64 with these rules, of the largest."""
-    subject = PairSubject(pair, choose_devices("cpu"), dtypes=("float64",))
+    """Return the gap of the float64 outputs with these rules, relative to the largest output."""
+    session = PairSession(pair, dtypes=("float64",))
     try:
-        flax, torch = (run.outputs(subject.gradient_probe) for run in subject.runs("float64"))
+        flax, torch = (run.outputs(session.gradient_probe) for run in session.runs("float64"))
     except Exception as error:
         raise ValueError(
             f"rules auto: a model raised {type(error).__name__}: {in_a_line(error)}. Names leave a "
             "choice that only running the models can make. Mend the inputs or write a rules file."
         ) from error
-    return max_abs(flax, torch) / max(float(np.max(np.abs(torch), initial=0.0)), 1e-300)
+    return max_abs(flax, torch) / max(size_of(torch), 1e-300)

@@ -1,37 +1,46 @@
-"""A pair that runs under test: its randomized weights and its runs in each dtype."""
+"""The session of a live pair: its random weights, and runners of both models."""
 
 import functools
-from typing import Any
 
 from flax import nnx
 
-from parity.check.session import Subject
+from parity.check.session import Session
 from parity.frameworks.flax.leaves import flax_leaves
-from parity.frameworks.flax.runner import FlaxRun
+from parity.frameworks.flax.runner import FlaxRunner
 from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import Leaves, cast, neighbours
 from parity.frameworks.torch.leaves import torch_leaves
-from parity.frameworks.torch.runner import TorchRun
+from parity.frameworks.torch.runner import TorchRunner
 from parity.pair.pair import Pair
-from parity.system.devices import Devices
+from parity.system.devices import Devices, choose_devices
 from parity.system.memory import is_large, on_disk
 from parity.weights.modules import module_map
 from parity.weights.randomize import randomized
 from parity.weights.weight_map import WeightMap, resolve
 
 
-class PairSubject(Subject):
+class PairSession(Session[FlaxRunner, TorchRunner]):
     """Both models of a pair.
 
     Args:
         pair: the models and inputs.
-        devices: where they run.
-        options: of `Subject`.
+        devices: where they run; the CPU when None.
+        dtypes: of the runners, float64 first.
+        seed: of the weights, and of how sequences are cut into chunks.
+        steps: of the trajectory.
     """
 
-    def __init__(self, pair: Pair, devices: Devices, **options: Any):
-        super().__init__(pair, **options)
-        self.devices = devices
+    def __init__(
+        self,
+        pair: Pair,
+        devices: Devices | None = None,
+        *,
+        dtypes: tuple[str, ...] = ("float64", "float32"),
+        seed: int = 0,
+        steps: int = 100,
+    ):
+        super().__init__(pair, dtypes=dtypes, seed=seed, steps=steps)
+        self.devices = devices or choose_devices("cpu")
 
     @functools.cached_property
     def flax_leaves(self) -> Leaves:
@@ -40,7 +49,7 @@ class PairSubject(Subject):
             leaves = cast(self.pair.leaves, "float32")
         else:
             leaves = randomized(flax_leaves(self.build_flax()), self.seed)
-        # Read whenever a model is loaded, and not between.
+        # They are read whenever a model is loaded, and not in between.
         return on_disk(leaves) if is_large(leaves.values()) else leaves
 
     @functools.cached_property
@@ -56,7 +65,7 @@ class PairSubject(Subject):
 
     @functools.cached_property
     def modules(self) -> dict[str, str]:
-        """Torch paths of the modules of both models, by flax path."""
+        """Torch paths of the modules that both models have, by flax path."""
         flax, torch = self.runs("float64")
         return module_map(torch.module, flax.module, self.weight_map)
 
@@ -67,18 +76,23 @@ class PairSubject(Subject):
         kept = {name: unmapped[name] for name in self.weight_map.ignored}
         return self.weight_map.to_torch(self.flax_leaves) | kept
 
+    @property
+    def model_name(self) -> str:
+        """Name of the model itself, whose path is empty."""
+        return type(self.runs("float64")[1].module).__name__
+
     def build_flax(self) -> nnx.Module:
-        """A float32 model of the flax side, on its device."""
+        """Build a float32 model of the flax side on its device."""
         with jax_scope("float32", self.devices.flax):
             return self.pair.flax.build("float32")
 
-    def _make_runs(self, dtype: str) -> tuple[FlaxRun, TorchRun]:
+    def _make_runs(self, dtype: str) -> tuple[FlaxRunner, TorchRunner]:
         return (
-            FlaxRun(self.pair.flax, self.flax_leaves, dtype, self.devices.flax),
-            TorchRun(self.pair.torch, self.torch_leaves, dtype, self.devices.torch),
+            FlaxRunner(self.pair.flax, self.flax_leaves, dtype, self.devices.flax),
+            TorchRunner(self.pair.torch, self.torch_leaves, dtype, self.devices.torch),
         )
 
-    def witness(self, dtype: str) -> TorchRun:
-        """The torch side again, from neighbouring weights: what rounding alone does to it."""
+    def perturbed_run(self, dtype: str) -> TorchRunner:
+        """Return the torch side from weights one rounding away: what rounding alone does to it."""
         leaves = neighbours(cast(self.torch_leaves, dtype), self.seed)
-        return TorchRun(self.pair.torch, leaves, dtype, self.devices.torch)
+        return TorchRunner(self.pair.torch, leaves, dtype, self.devices.torch)

@@ -1,49 +1,37 @@
-"""Two models under test as the levels see them, and what the levels learn about the weights."""
+"""State shared by all levels of a check: both models, their weights and what is known of them."""
 
 import abc
-import dataclasses
 import functools
-import re
-from collections.abc import Callable, Set
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
 
 import numpy as np
 
-from parity.check.metrics import along_ones, gradient_norm
+from parity.check import bounds
+from parity.check.null_gradients import NullDirections, null_leaves
 from parity.frameworks.leaves import Leaves
+from parity.frameworks.protocols import Runner, Trainer
 from parity.frameworks.spec import Batch
 from parity.pair.pair import Pair
-from parity.report.plot_data import Evidence
-from parity.report.record import IMPURE
+from parity.report.plot_data import PlotData
+from parity.report.record import IMPURE, Record, abstain, judge
 from parity.system.memory import hand_back_freed_memory, is_large
 from parity.weights.weight_map import WeightMap
 
-# A gradient this far below the whole gradient is rounding: 1e4 units of float64's last place.
-_NULL = 1e-12
-# And of float32's, where a run is partly in that.
-_NULL_IMPURE = 1e-5
+Flax_co = TypeVar("Flax_co", bound=Runner, covariant=True)
+Torch_co = TypeVar("Torch_co", bound=Runner, covariant=True)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Seen:
-    """What is kept of gradients, which take as much memory as the models."""
-
-    names: Set[str]
-    norm: float
-    null_leaves: tuple[str, ...]
-    null_means: tuple[tuple[str, int], ...]
-
-
-class Subject(abc.ABC):
-    """What every level works on: a pair that runs, or one side of it beside what was recorded.
+class Session(abc.ABC, Generic[Flax_co, Torch_co]):
+    """Both models of a pair in each dtype, or one model beside a recording of the other.
 
     Attributes:
         pair: the models and inputs.
-        dtypes: of the runs, float64 first.
-        seed: of the weights, and of how sequences are cut into calls.
+        dtypes: of the runners, float64 first.
+        seed: of the weights, and of how sequences are cut into chunks.
         steps: of the trajectory.
-        progress: told how far the present level is, from 0 to 1.
-        evidence: what levels have seen that is worth a plot.
+        progress: called with the share of the present level that is done, from 0 to 1.
+        plot_data: filled by the levels.
     """
 
     flax_leaves: Leaves
@@ -58,45 +46,39 @@ class Subject(abc.ABC):
         steps: int = 100,
         progress: Callable[[float], None] = lambda fraction: None,
     ):
-        self.pair, self.dtypes = pair, dtypes
+        self.pair, self.dtypes, self.seed = pair, dtypes, seed
         self.steps, self.progress = steps, progress
-        self.seed = seed
-        self.evidence = Evidence()
+        self.plot_data = PlotData()
         self._runs = functools.cache(self._make_runs)
         self.gradients = functools.lru_cache(maxsize=1)(self._make_gradients)
         self._dtype: str | None = None
 
     @abc.abstractmethod
-    def _make_runs(self, dtype: str) -> tuple[Any, Any]:
-        """Both models in a dtype, as runs that answer in NumPy."""
+    def _make_runs(self, dtype: str) -> tuple[Flax_co, Torch_co]:
+        """Return a runner of each model in a dtype."""
 
-    def runs(self, dtype: str) -> tuple[Any, Any]:
-        """Both models in a dtype. Those of another dtype give their memory back."""
+    def runs(self, dtype: str) -> tuple[Flax_co, Torch_co]:
+        """Return runners of both models in a dtype; those of another dtype free their memory."""
         if dtype != self._dtype:
             self.release()
             self._dtype = dtype
         return self._runs(dtype)
 
     def release(self) -> None:
-        """Gives back the memory of what can be had again."""
+        """Free the memory of all that can be loaded or computed again."""
         self.gradients.cache_clear()
         for run in self._runs(self._dtype) if self._dtype else ():
             run.release()
         if self.is_large:
             hand_back_freed_memory()  # which takes a tenth of a second
 
-    def trainer(self, run: Any, num_steps: int) -> Any:
-        """A trainer of one of the runs, which has a model of its own; others give theirs back."""
+    def trainer(self, run: Runner, num_steps: int) -> Trainer:
+        """Return a trainer of one of the runners with its own model; all runners free theirs."""
         self.release()
         trainer = run.trainer(num_steps)
         if self.is_large:
-            hand_back_freed_memory()  # what loading leaves behind, half a gigabyte for gpt2
+            hand_back_freed_memory()  # what loading leaves, half a gigabyte for gpt2
         return trainer
-
-    def make_room(self) -> None:
-        """The same for a large model only, where memory is worth more than loading it again."""
-        if self.is_large:
-            self.release()
 
     @property
     def is_large(self) -> bool:
@@ -105,40 +87,62 @@ class Subject(abc.ABC):
 
     @property
     def num_params(self) -> int:
-        """Weights of the model, tied ones once."""
+        """Number of weights, tied ones once."""
         return sum(leaf.size for leaf in self.flax_leaves.values())
+
+    @property
+    def float64_bound(self) -> float:
+        """Bound of outputs, updates and losses in float64."""
+        return bounds.float64_bound(self.num_params)
 
     @functools.cached_property
     def impurities(self) -> dict[str, str]:
-        """By side, what is not float64 in its float64 run, for a pair that may have such."""
+        """By model, what is not float64 in its float64 run, for a pair that may have such."""
         found = {}
         for run in self.runs("float64") if not self.pair.pure else ():
-            forward, both = (
-                purity(self.gradient_probe).impure
-                for purity in (run.forward_purity, run.gradient_purity)
-            )
-            if impure := forward or both:
+            batch = self.gradient_probe
+            if impure := run.forward_purity(batch).impure or run.gradient_purity(batch).impure:
                 words = [f"{name} ({n}x)" for name, n in impure.items()]
                 more = f" and {len(words) - 3} more" if len(words) > 3 else ""
                 found[run.name] = ", ".join(words[:3]) + more
         return found
 
-    @property
-    def weaker_claim(self) -> str:
-        """What float64 cannot show where it is not pure, in words."""
-        sides = "; ".join(f"{name}: {words}" for name, words in self.impurities.items())
-        return f"{IMPURE}; in {sides}"
+    def proof_of_float64(self, part: str) -> Iterator[Record]:
+        """Yield records that prove that float64 runs compute in float64, or one that abstains.
+
+        Args:
+            part: "forward" for the forward pass, "gradient" for that and the backward pass.
+        """
+        if self.impurities:
+            models = "; ".join(f"{name}: {words}" for name, words in self.impurities.items())
+            yield abstain("float64", f"{IMPURE}; in {models}")
+            return
+        for run in self.runs("float64"):
+            if self.is_large:
+                self.release()
+            count = run.forward_purity if part == "forward" else run.gradient_purity
+            found = count(self.gradient_probe)
+            yield judge(
+                f"{run.name}, {part} in float64",
+                "float64",
+                "narrow operations",
+                sum(found.impure.values()),
+                0,
+                found.num_operations,
+                note=", ".join(f"{name} ({n}x)" for name, n in found.impure.items()) or None,
+            )
 
     def truth(self, flax: np.ndarray, torch: np.ndarray) -> np.ndarray:
-        """The output in float64 that float32 is judged by: that of a side which is pure."""
+        """Return the float64 output by which float32 is judged: that of a model which is pure."""
         return torch if self.pair.flax.name in self.impurities else flax
 
     @property
     def gradient_probe(self) -> Batch:
-        """The batch that gradients are taken on."""
+        """The batch on which gradients are taken."""
         return next(iter(self.pair.probes.values()))
 
     def _make_gradients(self, dtype: str) -> tuple[tuple[float, Leaves], tuple[float, Leaves]]:
+        """Return loss and gradient of each model, both by flax's names."""
         flax, torch = self.runs(dtype)
         loss, gradients = torch.gradients(self.gradient_probe)
         theirs = loss, self.weight_map.to_flax(gradients)
@@ -149,90 +153,29 @@ class Subject(abc.ABC):
         return flax.gradients(self.gradient_probe), theirs
 
     @property
-    def _null(self) -> float:
-        return _NULL_IMPURE if self.impurities else _NULL
+    def _zero(self) -> float:
+        return bounds.ZERO_GRADIENT_IMPURE if self.impurities else bounds.ZERO_GRADIENT
 
     @functools.cached_property
-    def _seen(self) -> "_Seen":
-        """What the gradients in float64 of both frameworks are found to be."""
+    def null(self) -> NullDirections:
+        """Where the gradient is analytically zero, from float64 and both models."""
         (_, flax), (_, torch) = self.gradients("float64")
-        scale = gradient_norm(flax)
-        null = tuple(
-            name
-            for name in flax
-            if all(np.linalg.norm(side[name]) <= self._null * scale for side in (flax, torch))
-        )
-        means = tuple(
-            (name, axis)
-            for name in flax
-            if name not in null
-            for axis, size in enumerate(flax[name].shape)
-            if size > 1
-            and all(
-                np.linalg.norm(along_ones(side[name], axis))
-                <= self._null * np.linalg.norm(side[name])
-                for side in (flax, torch)
-            )
-        )
-        return _Seen(frozenset(flax), scale, null, means)
-
-    @property
-    def gradient_norm(self) -> float:
-        """Of the whole gradient, in float64."""
-        return self._seen.norm
-
-    @property
-    def null_leaves(self) -> tuple[str, ...]:
-        """Leaves whose gradient is zero up to rounding, in float64 and in both frameworks.
-
-        A key bias shifts all scores of a query alike and softmax does not see it. What remains is
-        rounding, so relative tests of such a leaf compare noise with noise.
-        """
-        return self._seen.null_leaves
+        return NullDirections.find(flax, torch, self._zero)
 
     @functools.cached_property
     def null_in_training(self) -> tuple[str, ...]:
-        """The same, and what only training makes so: a bias before a batch norm is subtracted.
+        """Null leaves, and those that training makes so: a bias before a batch norm is subtracted.
 
         The statistics of such a norm follow that bias wherever rounding takes it.
         """
-        if self._seen.names == self.flax_leaves.keys():  # no statistics that training moves
-            return self.null_leaves
+        if self.null.trained == self.flax_leaves.keys():  # no statistics that training moves
+            return self.null.leaves
         moments = []
         for run, convert in zip(self.runs("float64"), (dict, self.weight_map.to_flax), strict=True):
             trainer = run.trainer(self.steps)
             trainer.step(*self.pair.training_batch(0).inputs)
             moments.append(convert(trainer.moments()[0]))
-        found = [
-            name
-            for name in moments[0]
-            if all(
-                np.linalg.norm(side[name]) <= self._null * gradient_norm(side) for side in moments
-            )
-        ]
-        if set(found) > set(self.null_leaves):
-            found += [name for name in self.flax_leaves if name not in self._seen.names]
-        return tuple(dict.fromkeys((*self.null_leaves, *found)))
-
-    @property
-    def null_means(self) -> tuple[tuple[str, int], ...]:
-        """Leaves, and one axis each, over which the mean of the gradient is zero up to rounding.
-
-        What is added to all channels of the residual stream alike is taken out again by the norms
-        that read it; what is added to the scores of all classes alike, by the softmax of the loss.
-        """
-        return self._seen.null_means
-
-    @property
-    def null_names(self) -> str:
-        """All of these in words; layers of one kind are named once."""
-        groups: dict[str, list[str]] = {}
-        for name in self.null_leaves:
-            groups.setdefault("", []).append(name)
-        for name, axis in self.null_means:
-            groups.setdefault(f"the mean over axis {axis} of ", []).append(name)
-        parts = []
-        for words, names in groups.items():
-            kinds = dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names)
-            parts.append(words + ", ".join(kinds))
-        return "; ".join(parts)
+        found = null_leaves(moments, self._zero)
+        if set(found) > set(self.null.leaves):
+            found += tuple(name for name in self.flax_leaves if name not in self.null.trained)
+        return tuple(dict.fromkeys((*self.null.leaves, *found)))

@@ -11,16 +11,13 @@ import torch
 import flax_gpt
 import torch_gpt
 from flax_gpt import Sampling
-from parity.check.levels.tokens import ERROR, reach
+from parity.check import bounds
+from parity.check.ties import verdict_of_flip
 from parity.checkpoints.folder import Weights
 from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.torch.leaves import to_numpy
 from parity.report.record import Verdict
 from parity.system.devices import Devices, pinned_precision
-
-# Of the largest logit, how far 16 bits may be off: a bfloat16 number rounds by up to 2**-9 of
-# itself, and four such roundings per block in either twin add up like a random walk over 48 blocks.
-_HALF = 4e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +102,8 @@ def _choose(
     gap = float(np.max(np.abs(logits[0] - logits[1])))
     if tokens[0] == tokens[1]:
         return Choice(tokens[0], margins[0], None, gap)
-    bound = ERROR.get(dtype, _HALF * float(np.max(np.abs(logits[0]))))
-    thin = reach(gap, temperature) if temperature > 0.0 else 2 * gap
-    verdict = Verdict.TIE if gap <= bound and max(margins) <= thin else Verdict.FAIL
+    bound = bounds.LOGITS.get(dtype, bounds.FLOAT16 * float(np.max(np.abs(logits[0]))))
+    verdict = verdict_of_flip(max(margins), gap, bound, temperature)
     return Choice(tokens[0], margins[0], tokens[1], gap, verdict)
 
 
@@ -135,7 +131,7 @@ class _Flax:
             return self.read([*self._ids, token], False)
         with self._scope():
             tokens_1 = jnp.asarray([token], jnp.int32)
-            logits_1V, self._cache = self._decoder.step(tokens_1, self._cache)
+            logits_1V, self._cache = self._decoder.advance(tokens_1, self._cache)
         return logits_1V
 
     def scores(self, logits_1V: jax.Array, step: int) -> np.ndarray:
@@ -169,7 +165,7 @@ class _Torch:
         if not self._use_cache:
             return self.read([*self._ids, token], False)
         tokens_1 = torch.tensor([token], device=self._device)
-        logits_1V, self._cache = self._decoder.step(tokens_1, self._cache)
+        logits_1V, self._cache = self._decoder.advance(tokens_1, self._cache)
         return logits_1V
 
     @torch.no_grad()

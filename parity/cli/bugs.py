@@ -39,7 +39,7 @@ def list_bugs(
     """
     errors = Console(stderr=True)
     with in_one_line(errors):
-        from parity.bugs import GALLERY
+        from parity.faults import GALLERY
 
         if category is not None and category not in GALLERY:
             raise ValueError(f"--category {category}: there are {', '.join(GALLERY)}.")
@@ -82,8 +82,8 @@ def show(
     with in_one_line(errors):
         chosen = frameworks(framework)
         with errors.status("loading"):
-            from parity.bugs import GALLERY, find
             from parity.doctor import DETECTORS
+            from parity.faults import GALLERY, find
 
         asks = {detector.name: detector.asks for detector in DETECTORS}
         for bug in find(ids):
@@ -140,8 +140,8 @@ def run(
             check_outputs({"--out": out})
         classic = ("no-shift", "position-std-one", "mask-missing", "residual-from-norm")
         with errors.status("loading jax and torch"):
-            from parity.bugs import find
-            from parity.bugs.exhibit import draw, exhibit
+            from parity.faults import find
+            from parity.faults.compare_training import compare_training, draw
             from parity.pair.text import Corpus
             from parity.system.progress import interruptible, shown
 
@@ -151,7 +151,9 @@ def run(
             raise ValueError(f"--framework {framework}: {cannot[0].id}: {cannot[0].absent}")
         names = ["healthy", *(bug.id for bug in chosen)]
         with shown(errors, names) as show, interruptible(show) as progress:
-            found = exhibit(corpus, chosen, framework, steps=steps, seed=seed, progress=progress)
+            found = compare_training(
+                corpus, chosen, framework, steps=steps, seed=seed, progress=progress
+            )
         Console().print(found)
         if plot:
             draw(found, Path(out))
@@ -188,14 +190,14 @@ def matrix(
         check_outputs({"--json": json, "--markdown": markdown, "--png": png})
         chosen = frameworks(framework)
         with errors.status("loading jax and torch"):
-            from parity.bugs import find
-            from parity.bugs.matrix import draw, measure
+            from parity.faults import find
+            from parity.faults.matrix import draw, measure
             from parity.system.files import write_atomically
             from parity.system.progress import interruptible, shown
 
-        planted = list(find(ids or ()))
+        chosen_bugs = list(find(ids or ()))
         with shown(errors, chosen) as show, interruptible(show) as progress:
-            found = measure(planted, chosen, range(healthy), progress)
+            found = measure(chosen_bugs, chosen, range(healthy), progress)
         Console(stderr=json == "-").print(found)
         if json == "-":
             typer.echo(found.to_json(), nl=False)

@@ -27,7 +27,7 @@ def self_test(
         str | None, typer.Option(help="Write the table to this file; - for standard output.")
     ] = None,
 ) -> None:
-    """Plant faults in the twins and in five ports, and see what the check makes of each.
+    """Plant faults in the twins and in five ports, and see how the check judges each.
 
     Every fault must be detected, 95 % of them located at the module and step where they were
     planted, 80 % called by their cause and none by another; and clean pairs must raise no alarm. It
@@ -50,8 +50,8 @@ def self_test(
                 "'bench'."
             )
         with errors.status("loading jax and torch"):
-            from parity.selftest import FAULTS
-            from parity.selftest import self_test as run
+            from parity.faults.selftest import FAULTS
+            from parity.faults.selftest import self_test as run
 
         words = (only or "").lower()
         faults = [x for x in FAULTS if words in f"{x.title} {x.kind} {x.subject}".lower()]

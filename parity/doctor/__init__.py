@@ -3,26 +3,25 @@
 from parity.doctor.detectors import DETECTORS
 from parity.doctor.diagnosis import Answer, Diagnosis, examine
 from parity.doctor.finding import Detector, Finding
-from parity.doctor.flax_patient import flax_patient
-from parity.doctor.loading import as_patient, load_patient
-from parity.doctor.patient import AdamW, Decoder, Patient, Score
-from parity.doctor.torch_patient import torch_patient
-from parity.doctor.twin_patients import twin_patient
+from parity.doctor.flax import FlaxModel
+from parity.doctor.loading import as_model, load_model
+from parity.doctor.model import AdamW, LanguageModel, Score
+from parity.doctor.torch import TorchModel
+from parity.doctor.twins import twin_model
 
 __all__ = [
     "DETECTORS",
     "AdamW",
     "Answer",
-    "Decoder",
     "Detector",
     "Diagnosis",
     "Finding",
-    "Patient",
+    "FlaxModel",
+    "LanguageModel",
     "Score",
-    "as_patient",
+    "TorchModel",
+    "as_model",
     "examine",
-    "flax_patient",
-    "load_patient",
-    "torch_patient",
-    "twin_patient",
+    "load_model",
+    "twin_model",
 ]

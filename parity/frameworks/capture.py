@@ -1,6 +1,6 @@
-"""Module inputs and outputs, captured from outside: the models know nothing of it.
+"""Inputs and outputs of modules, captured from outside: the models need no change for it.
 
-A trace goes to a sink as soon as its module is done, so that nothing has to be kept. `in_step` runs
+A trace is passed on as soon as its module is done, so that none has to be kept. `lockstep` runs
 several captures side by side, each as far as the reader asks.
 """
 
@@ -9,9 +9,12 @@ import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TypeVar, cast
 
 import numpy as np
+
+ArrayT = TypeVar("ArrayT")
+ValueT = TypeVar("ValueT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +22,9 @@ class Trace:
     """One call of one module.
 
     Attributes:
-        path: the module's place in the model, "" for the model itself.
-        inputs: its array arguments.
-        output: its output, or the first array of it.
+        path: of the module, "" for the model itself.
+        inputs: the array arguments.
+        output: the output, or the first array in it.
     """
 
     path: str
@@ -31,12 +34,13 @@ class Trace:
 
 @dataclasses.dataclass(frozen=True)
 class Backward:
-    """What one call of one module passed back: gradients of a loss.
+    """Gradients of a loss at one call of one module.
 
     Attributes:
-        path: the module's place in the model, "" for the model itself.
-        inputs: by its arguments that are floats, through this call alone.
-        output: by its output or the first float of it, through all that reads it; None without one.
+        path: of the module, "" for the model itself.
+        inputs: gradients by its float arguments, through this call alone.
+        output: gradient by its output, or the first float in it, through all readers; None if there
+            is no float.
     """
 
     path: str
@@ -44,18 +48,18 @@ class Backward:
     output: np.ndarray | None
 
 
-Sink = Callable[[Trace], None]
+OnTrace = Callable[[Trace], None]
 
 
 @contextlib.contextmanager
-def in_step(*captures: Callable[[Sink], None]) -> Iterator[list[Iterator[Trace]]]:
-    """The traces of captures that run side by side, each in a thread of its own.
+def lockstep(*captures: Callable[[OnTrace], None]) -> Iterator[list[Iterator[Trace]]]:
+    """Yield an iterator of traces for each of several captures, which run in threads.
 
-    A capture waits until its next trace is asked for, so that no more than one of each is there;
-    what is left when the block ends is given up.
+    A capture waits until its next trace is asked for, so that at most one trace of each exists.
+    Leaving the block ends all captures.
 
     Args:
-        captures: each runs one capture into the sink that it is given.
+        captures: each runs one capture with the `on_trace` that it is given.
     """
     streams = [_Stream(capture) for capture in captures]
     try:
@@ -66,9 +70,9 @@ def in_step(*captures: Callable[[Sink], None]) -> Iterator[list[Iterator[Trace]]
 
 
 class _Stream:
-    """A capture that goes on when its next trace is asked for."""
+    """A capture that continues when its next trace is asked for."""
 
-    def __init__(self, capture: Callable[[Sink], None]):
+    def __init__(self, capture: Callable[[OnTrace], None]):
         self._asked: queue.Queue[bool] = queue.Queue()
         self._given: queue.Queue[Trace | None] = queue.Queue()
         self._error: BaseException | None = None
@@ -89,12 +93,12 @@ class _Stream:
             yield trace
 
     def close(self) -> None:
-        """Ends the capture, wherever it is, and waits until what it changed is put back."""
+        """End the capture, and wait until it has restored the model."""
         if self._started:
             self._asked.put(False)
             self._thread.join()
 
-    def _run(self, capture: Callable[[Sink], None]) -> None:
+    def _run(self, capture: Callable[[OnTrace], None]) -> None:
         try:
             capture(self._give)
         except _Enough:
@@ -111,26 +115,26 @@ class _Stream:
 
 
 class _Enough(BaseException):
-    """Ends a capture of which no more is wanted; no model that catches errors swallows it."""
+    """Ends a capture; a BaseException, so that a model that catches errors lets it through."""
 
 
-def tell(
-    sink: Sink,
+def emit(
+    on_trace: OnTrace,
     path: str,
-    inputs: tuple,
-    output: Any,
-    array_type: type,
-    convert: Callable[[Any], np.ndarray],
+    inputs: object,
+    output: object,
+    array_type: type[ArrayT],
+    convert: Callable[[ArrayT], np.ndarray],
 ) -> None:
-    """Tells a call to a sink, if it gave an array."""
+    """Pass a module call to `on_trace` as a `Trace`, if its output contains an array."""
     arrays = [x for x in leaves_of(inputs) if isinstance(x, array_type)]
     outputs = [x for x in leaves_of(output) if isinstance(x, array_type)]
     if outputs:
-        sink(Trace(path, tuple(map(convert, arrays)), convert(outputs[0])))
+        on_trace(Trace(path, tuple(map(convert, arrays)), convert(outputs[0])))
 
 
-def leaves_of(value: Any) -> Iterator[Any]:
-    """What a call takes or gives, opened up to its arrays; keywords come sorted by name."""
+def leaves_of(value: object) -> Iterator[object]:
+    """Yield what nested tuples, lists and mappings hold; keys are taken in order."""
     if isinstance(value, tuple | list):
         children = value
     elif isinstance(value, Mapping):
@@ -140,3 +144,15 @@ def leaves_of(value: Any) -> Iterator[Any]:
         return
     for child in children:
         yield from leaves_of(child)
+
+
+def map_leaves(value: ValueT, change: Callable[[object], object]) -> ValueT:
+    """Apply `change` to what nested tuples, lists and dicts hold; other containers stay."""
+    mapped: object
+    if isinstance(value, tuple | list) and type(value) in (tuple, list):
+        mapped = type(value)(map_leaves(x, change) for x in value)
+    elif isinstance(value, dict) and type(value) is dict:
+        mapped = {key: map_leaves(x, change) for key, x in value.items()}
+    else:
+        mapped = change(value)
+    return cast(ValueT, mapped)

@@ -1,22 +1,30 @@
-"""What a side does when the user does not say how its module is called or scored."""
+"""Defaults for calling a module, reducing its output to a scalar loss and training it."""
 
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+# AdamW's. Stated, because the frameworks' own defaults differ (weight decay: torch 1e-2, optax
+# 1e-4).
+LEARNING_RATE, BETA1, BETA2, EPSILON, WEIGHT_DECAY = 1e-3, 0.9, 0.95, 1e-8, 0.1
 
-def projection(size: int) -> np.ndarray:
-    """Fixed random numbers that make a scalar of an output, about as large as one of its parts."""
-    return np.random.default_rng(0).normal(size=size) / np.sqrt(size)
 
-
-def plain_call(module: Any, *inputs: Any) -> Any:
-    """How a module is called when the user does not say."""
+def plain_call(module: Callable[..., object], *inputs: object) -> object:
+    """Return `module(*inputs)`."""
     return module(*inputs)
 
 
-def require_output(framework: str, arrays: list[Any]) -> None:
-    """Refuses a call without outputs.
+def projection(size: int) -> np.ndarray:
+    """Return `size` fixed random weights whose dot product with an output is a scalar loss.
+
+    The loss is about as large as one element of the output, and every element has a gradient of
+    its own.
+    """
+    return np.random.default_rng(0).normal(size=size) / np.sqrt(size)
+
+
+def require_output(framework: str, arrays: Sequence[object]) -> None:
+    """Refuse a call without outputs.
 
     Raises:
         ValueError: when there is no array.

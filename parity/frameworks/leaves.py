@@ -1,6 +1,6 @@
 """The weights of a module as named NumPy arrays, of whichever framework."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -8,17 +8,17 @@ Leaves = dict[str, np.ndarray]
 
 
 def copied(leaves: Mapping[str, np.ndarray]) -> Leaves:
-    """The same numbers in memory of their own."""
+    """Copy every leaf."""
     return {name: np.array(array) for name, array in leaves.items()}
 
 
 def cast(leaves: Mapping[str, np.ndarray], dtype: str) -> Leaves:
-    """The same numbers with every float in the given dtype."""
+    """Return the leaves with every float in the given dtype."""
     return {name: cast_array(array, dtype) for name, array in leaves.items()}
 
 
 class CastLater(Mapping[str, np.ndarray]):
-    """As `cast`, but leaf by leaf as they are read, so that they need not all be there at once."""
+    """`cast` that converts a leaf when it is read, so that they need not all exist at once."""
 
     def __init__(self, leaves: Mapping[str, np.ndarray], dtype: str):
         self._leaves, self._dtype = leaves, dtype
@@ -37,12 +37,12 @@ class CastLater(Mapping[str, np.ndarray]):
 
 
 def cast_array(array: np.ndarray, dtype: str) -> np.ndarray:
-    """The same numbers in the given dtype, if they are floats."""
+    """Return the array in the given dtype if it holds floats, else as it is."""
     return array.astype(dtype) if np.issubdtype(array.dtype, np.floating) else array
 
 
 def neighbours(leaves: Mapping[str, np.ndarray], seed: int) -> Leaves:
-    """Every float moved to the next one above or below it, by chance."""
+    """Move every float to the next one above or below, at random."""
     rng = np.random.default_rng(seed)
     return {
         name: np.nextafter(leaf, rng.choice([-np.inf, np.inf], leaf.shape).astype(leaf.dtype))
@@ -52,13 +52,13 @@ def neighbours(leaves: Mapping[str, np.ndarray], seed: int) -> Leaves:
     }
 
 
-def dotted(path: tuple) -> str:
-    """A path in a Flax module as a name, spelt as torch spells names."""
+def dotted(path: Iterable[object]) -> str:
+    """Spell a path in a Flax module as torch spells names."""
     return ".".join(map(str, path))
 
 
 def different_leaves(present: Leaves, given: Mapping[str, np.ndarray]) -> list[str]:
-    """What keeps `given` from standing in for `present`: names, shapes and dtypes, in words."""
+    """List the names, shapes and dtypes in which `given` differs from `present`."""
     problems = [f"{name} is missing" for name in present if name not in given]
     problems += [f"{name} is unknown" for name in given if name not in present]
     for name, array in present.items():
@@ -70,11 +70,13 @@ def different_leaves(present: Leaves, given: Mapping[str, np.ndarray]) -> list[s
     return problems
 
 
-def require_same(side: str, present: Leaves, given: Mapping[str, np.ndarray]) -> None:
-    """Refuses leaves that are not exactly the module's.
+def require_same(framework: str, present: Leaves, given: Mapping[str, np.ndarray]) -> None:
+    """Refuse leaves that are not exactly the module's.
 
     Raises:
         ValueError: with every difference of names, shapes and dtypes.
     """
     if problems := different_leaves(present, given):
-        raise ValueError(f"load_{side}: {'; '.join(problems)}. Give exactly the module's leaves.")
+        raise ValueError(
+            f"load_{framework}: {'; '.join(problems)}. Give exactly the module's leaves."
+        )

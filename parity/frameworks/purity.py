@@ -1,7 +1,7 @@
-"""The float64 oracle: copies of foreign modules, and the proof that a run really is float64.
+"""Proof that a float64 run computes in float64 alone.
 
-In float64 two correct programs agree to 1e-15 and the smallest bug shows at 1e-5, so nobody has to
-argue about a tolerance. One operation that falls back to float32 spoils that, silently.
+In float64 two correct programs agree to 1e-15 and the smallest bug shows at 1e-5, so that no
+tolerance is disputed. One operation that falls back to float32 spoils that without a sign.
 """
 
 import dataclasses
@@ -9,12 +9,12 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Purity:
-    """What a run was made of.
+    """The operations of a run.
 
     Attributes:
-        num_operations: operations looked at.
-        impure: operations that took or gave a float narrower than 64 bits, or hide what they do,
-            with their counts.
+        num_operations: operations examined.
+        impure: operations with an input or output float narrower than 64 bits, and those that
+            cannot be examined, with their counts.
     """
 
     num_operations: int

@@ -1,10 +1,19 @@
 """How to build, call and score one model, and the inputs of one call."""
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from parity.frameworks.protocols import Decoder, Trainer
+
+ModuleT = TypeVar("ModuleT")
+ArrayT = TypeVar("ArrayT")
+OptimizerT = TypeVar("OptimizerT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,41 +21,56 @@ class Batch:
     """Inputs of one call.
 
     Attributes:
-        inputs: arrays, passed on in this order.
-        real: True for output rows that count, over the leading axes; None for all.
+        inputs: arrays, in the order of the arguments.
+        real: True where an element of the output counts, over the leading axes; None for all.
     """
 
     inputs: tuple[np.ndarray, ...]
     real: np.ndarray | None = None
 
     def select(self, outputs: np.ndarray) -> np.ndarray:
-        """The part of an output that counts; all of it if it does not have the axes it should."""
+        """Return what counts of an output; all of it if it lacks the axes of `real`."""
         if self.real is None or outputs.shape[: self.real.ndim] != self.real.shape:
             return outputs
         return outputs[self.real]
 
 
 @dataclasses.dataclass(frozen=True)
-class Side:
-    """One framework's half of a pair, as functions of its module.
+class ModelSpec(Generic[ModuleT, ArrayT]):
+    """How to build, call, train and decode one framework's model.
 
     Attributes:
-        name: what the report calls this side.
-        build: a module of the given dtype name, on the host; its weights will be overwritten.
-        forward: (module, *inputs) to the output compared.
+        name: of the model in the report.
+        build: a dtype's name to a module of it on the host, whose weights will be overwritten.
+        forward: (module, *inputs) to the output that is compared.
         loss: (module, *inputs) to a scalar.
-        trainer: a module and the number of steps that its schedule spans to a trainer:
-            `step(*inputs)` to the loss before the update, `parameters()` and `moments()` to the
-            module's leaves and the optimizer's (first, second, count), the moments to be read
-            before the next step; None for a model that is not to be trained.
-        decoder: a module to a decoder: `chunks(calls, capacity)` to logits by call, `generate` to
-            greedy tokens, and for a pair with `sampling` `sample` to tokens and margins; None for
-            a model without a cache.
+        trainer: (module, steps that the schedule spans) to a trainer; None for a model that is not
+            trained.
+        decoder: a module to its decoder; None for a model without a cache.
     """
 
     name: str
-    build: Callable[[str], Any]
-    forward: Callable[..., Any]
-    loss: Callable[..., Any]
-    trainer: Callable[[Any, int], Any] | None = None
-    decoder: Callable[[Any], Any] | None = None
+    build: Callable[[str], ModuleT]
+    forward: Callable[..., ArrayT]
+    loss: Callable[..., ArrayT]
+    trainer: Callable[[ModuleT, int], Trainer] | None = None
+    decoder: Callable[[ModuleT], Decoder] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModuleUse(Generic[ArrayT, OptimizerT]):
+    """How one module is called, scored and trained, where the defaults do not fit.
+
+    Attributes:
+        call: (module, *inputs) to outputs; `module(*inputs)` when None.
+        loss: (module, *inputs) to a scalar; a fixed random projection of the outputs when None.
+        optimizer: for torch a function of parameters to an optimizer, for Flax an optax
+            transformation; AdamW with the same constants when None.
+    """
+
+    call: Callable[..., object] | None = None
+    loss: Callable[..., ArrayT] | None = None
+    optimizer: OptimizerT | None = None
+
+
+BY_DEFAULT: ModuleUse = ModuleUse()

@@ -1,10 +1,11 @@
 """Goldens: what one framework computed, in a file that the other is checked against alone.
 
-file.py       the format: one safetensors file
-record.py     runs a module and keeps what it computed
-recorded.py   answers the levels from a file, as a run answers them from a model
-check.py      climbs the levels with one module that runs and one that was recorded
-in_flax.py    what both need of Flax; in_torch.py the same of PyTorch
+file.py      Golden: its contents, written to and read from one safetensors file
+record.py    run a module and keep what it computes
+recorded.py  RecordedRunner: answers the levels from a golden
+session.py   GoldenSession: a module that runs beside a golden
+check.py     run the levels on such a session
+target.py    the module that a command line names
 
 Only the framework of the module that runs is ever imported.
 """

@@ -1,51 +1,42 @@
-"""Climbs the levels with one module that runs and one that was recorded.
+"""Run the levels with one module that runs and one that was recorded.
 
-The comparisons and their bounds are those of a check of two running models. Only a single matrix
-cannot be run on both sides, so that one that lies the wrong way round shows in the outputs.
+Comparisons and bounds are those of a check of two running models. Only a square matrix cannot be
+run on both sides, so that one in the wrong orientation shows in the outputs.
 """
 
 import functools
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
-from typing import Any
-
-import numpy as np
 
 from parity.check.levels import gradients, logits, optimizer, trajectory
 from parity.check.levels.completeness import every_leaf_once
-from parity.check.levels.run import Progress, climb
+from parity.check.levels.names import LEVELS
+from parity.check.levels.run import Progress, run_levels
 from parity.check.metrics import different_bits, largest
-from parity.check.session import Subject
-from parity.frameworks.leaves import Leaves, different_leaves
-from parity.frameworks.spec import Side
+from parity.check.session import Session
+from parity.frameworks.handle import handle_of
+from parity.frameworks.spec import BY_DEFAULT, ModuleUse
 from parity.golden.file import Golden, read
-from parity.golden.frameworks import NAMES, framework, framework_of
-from parity.golden.recorded import RecordedRun, name_of
-from parity.pair.pair import Pair
+from parity.golden.session import GoldenSession
 from parity.report import Divergence, Report
 from parity.report.record import Record, Verdict, abstain, judge
-from parity.weights.layouts import Link
+from parity.system.devices import num_threads, versions
 from parity.weights.rules import Rules
-from parity.weights.weight_map import WeightMap, resolve
 
-Call = Callable[..., Any]
 _PHASES = {"weights": "weights", "logits": "forward", "gradients": "backward"}
 
 
 def check(
     golden: Golden | Path | str,
-    module: Any,
+    module: object,
     *,
     rules: Rules | Path | str | None = None,
-    call: Call | None = None,
-    loss: Call | None = None,
-    optimizer: Any = None,
+    use: ModuleUse = BY_DEFAULT,
     levels: Iterable[str] | None = None,
     progress: Progress = lambda level, fraction: None,
 ) -> Report:
-    """Compares a module with a golden in float64, where the other framework need not exist.
+    """Compare a module with a golden in float64; the other framework need not be installed.
 
         report = check("net.safetensors", port, rules="rules.toml")
 
@@ -53,11 +44,9 @@ def check(
         golden: or its file.
         module: a torch.nn.Module or a flax.nnx.Module; it is not changed.
         rules: the weight map or its file; None for a golden of the module's own framework.
-        call: (module, *inputs) to outputs; `module(*inputs)` when None.
-        loss: (module, *inputs) to a scalar, if the golden was recorded with one.
-        optimizer: of the module's framework, if the golden was recorded with one.
+        use: how it is called, and how it is scored and trained if the golden was so.
         levels: names of levels; all by default.
-        progress: called with a level's name and how far it is, from 0 to 1.
+        progress: called with a level's name and the fraction of it that is done.
 
     Returns:
         A report as of any check.
@@ -67,221 +56,111 @@ def check(
     """
     if not isinstance(golden, Golden):
         golden = read(Path(golden))
-    name = framework_of(module)
-    here = framework(name)
-    rules = weight_rules(rules, golden, name)
-    side = here.side_of(module, call, loss, optimizer)
-    subject = GoldenSubject(golden, here, module, side, rules)
-    wanted = set(RUNGS if levels is None else levels)
-    if unknown := wanted - set(RUNGS):
+    here = handle_of(module)
+    rules = weight_rules(rules, golden, here.NAME)
+    session = GoldenSession(golden, here, module, here.spec(module, use), rules)
+    wanted = set(LEVELS if levels is None else levels)
+    if unknown := wanted - set(LEVELS):
         raise ValueError(
-            f"check: no level {', '.join(sorted(unknown))}. There are {', '.join(RUNGS)}."
+            f"check: no level {', '.join(sorted(unknown))}. There are {', '.join(LEVELS)}."
         )
-    rungs = {
+    chosen = {
         level: (records, functools.partial(_locate, level))
-        for level, records in RUNGS.items()
+        for level, records in zip(LEVELS, _RECORDS, strict=True)
         if level in wanted
     }
-    finished, divergence = climb(rungs, subject, progress)
-    return Report(_environment(golden, name), subject.about(), finished, divergence)
+    finished, divergence = run_levels(chosen, session, progress)
+    return Report(_environment(golden, here.NAME), session.about(), finished, divergence)
 
 
-class GoldenSubject(Subject):
-    """A module that runs beside one that was recorded.
-
-    For the levels one is the flax side and the other the torch side. Where both are of one
-    framework the module that runs is the first of these, and every leaf is its own counterpart.
-
-    Args:
-        golden: of one side.
-        here: the framework of the other.
-        module: of the other.
-        side: made of it.
-        rules: the weight map; None where both are of one framework.
-    """
-
-    def __init__(
-        self, golden: Golden, here: ModuleType, module: Any, side: Side, rules: Rules | None
-    ):
-        def recorded(*args: Any) -> None:
-            raise ValueError("a golden is not run")
-
-        replay = Side(name_of(golden), recorded, recorded, recorded, trainer=recorded)
-        self._runs_first = rules is None or golden.framework == "torch"
-        flax, torch = (side, replay) if self._runs_first else (replay, side)
-        pair = Pair(
-            flax=flax,
-            torch=torch,
-            rules=rules or Rules(()),
-            probes=golden.probes,
-            training_batch=lambda step: golden.batches[step],
-            learning_rate=golden.learning_rate,
-            pure=False,
-        )
-        super().__init__(pair, dtypes=("float64",), seed=golden.seed, steps=len(golden.batches))
-        self.golden, self._here, self._side = golden, here, side
-        self._is_alike = rules is None
-        self._own = here.leaves_of_side(side, "float64")
-        self._fixed = here.fixed(module)
-        if self._is_alike and (problems := different_leaves(golden.weights, self._own)):
-            raise ValueError(
-                f"golden of {golden.model}: {'; '.join(problems[:5])}. The module is not the one "
-                "that was recorded. Mend it or record it again."
-            )
-
-    @functools.cached_property
-    def weight_map(self) -> WeightMap:
-        """The rules resolved for the module and the golden.
-
-        Raises:
-            TransplantError: when they do not fit.
-        """
-        if self._is_alike:
-            links = tuple(Link((name,), (name,)) for name in self._own)
-            shapes = {name: leaf.shape for name, leaf in self._own.items()}
-            return WeightMap(links, (), (), shapes, shapes)
-        ours = self.golden.weights, self._own
-        torch, flax = ours if self._runs_first else ours[::-1]
-        return resolve(self.pair.rules, torch, flax)
-
-    @functools.cached_property
-    def flax_leaves(self) -> Leaves:
-        """The recorded weights, as the flax side has them."""
-        if self._is_alike or not self._runs_first:
-            return self.golden.weights
-        return self.weight_map.to_flax(self.golden.weights)
-
-    @functools.cached_property
-    def run(self) -> Any:
-        """The module, with the recorded weights."""
-        if self._is_alike:
-            weights = dict(self.golden.weights)
-        elif self._runs_first:
-            weights = self.flax_leaves
-        else:
-            weights = self._own | self.weight_map.to_torch(self.golden.weights)
-        # A table that the code computes is the code's to answer for.
-        return self._here.run_of(self._side, weights | {x: self._own[x] for x in self._fixed})
-
-    def restored(self) -> Leaves:
-        """The module's weights, brought back to the names and layouts of the golden."""
-        found = self._here.leaves_of_run(self.run)
-        if self._is_alike:
-            return {name: leaf for name, leaf in found.items() if name not in self._fixed}
-        move = self.weight_map.to_torch if self._runs_first else self.weight_map.to_flax
-        return move(found)
-
-    def about(self) -> dict[str, Any]:
-        """What the report says of both."""
-        other = NAMES[1 - NAMES.index(self._here.NAME)]
-        weights = self.golden.weights if self.golden.framework == "flax" else self._own
-        return {
-            self._here.NAME: self._side.name,
-            other: name_of(self.golden),
-            "num_params": sum(leaf.size for leaf in weights.values()),
-            "config": {
-                "golden": self.golden.model,
-                "recorded with": ", ".join(f"{x} {y}" for x, y in self.golden.versions.items()),
-                "seed": self.golden.seed,
-                "steps": self.steps,
-            },
-        }
-
-    def _make_runs(self, dtype: str) -> tuple[Any, Any]:
-        replay = RecordedRun(self.golden)
-        return (self.run, replay) if self._runs_first else (replay, self.run)
-
-
-def _weights(subject: GoldenSubject) -> Iterator[Record]:
-    """The map is complete, and the recorded weights keep their bits in the module and back."""
-    first = every_leaf_once(subject, "float64")
+def _weights(session: GoldenSession) -> Iterator[Record]:
+    """Record whether the map is complete, and the weights keep their bits there and back."""
+    first = every_leaf_once(session, "float64")
     yield first
     if first.verdict is not Verdict.PASS:
         return
-    recorded, back = subject.golden.weights, subject.restored()
+    recorded, back = session.golden.weights, session.restored()
     bits = sum(different_bits(recorded[name], leaf) for name, leaf in back.items())
     size = sum(leaf.size for leaf in back.values())
     yield judge("golden to module to golden", "float64", "different bits", bits, 0, size)
 
 
 def _in_float64(
-    records: Callable[[Subject], Iterable[Record]],
-) -> Callable[[Subject], Iterator[Record]]:
-    """The records of a level, which a model cannot have that leaves float64 on the way."""
+    records: Callable[[Session], Iterable[Record]],
+) -> Callable[[Session], Iterator[Record]]:
+    """Return a level that refuses a model that leaves float64 on the way."""
 
-    def compare(subject: Subject) -> Iterator[Record]:
-        if subject.impurities:
-            words = "; ".join(f"{name}: {found}" for name, found in subject.impurities.items())
+    def compare(session: Session) -> Iterator[Record]:
+        if session.impurities:
+            found = "; ".join(f"{name}: {listed}" for name, listed in session.impurities.items())
             raise ValueError(
-                f"not float64 throughout; in {words}. A golden is judged in float64 alone. Check "
+                f"not float64 throughout; in {found}. A golden is judged in float64 alone. Check "
                 "both models as they run, where float32 decides."
             )
-        yield from records(subject)
+        yield from records(session)
 
     return compare
 
 
-def _untold(level: str) -> Callable[[Subject], Iterator[Record]]:
-    return lambda subject: iter([abstain(level, "a golden is of outputs and training alone")])
+def _not_recorded(level: str) -> Callable[[Session], Iterator[Record]]:
+    return lambda session: iter([abstain(level, "a golden is of outputs and training alone")])
 
 
-# The names of parity.check.check.LEVELS, which imports both frameworks; a test holds them equal.
-RUNGS: dict[str, Callable[[GoldenSubject], Iterable[Record]]] = {
-    "weights": _weights,
-    "logits": _in_float64(logits.records),
-    "gradients": _in_float64(gradients.records),
-    "optimizer": _in_float64(optimizer.records),
-    "trajectory": _in_float64(trajectory.records),
-    "cache": _untold("cache"),
-    "tokens": _untold("tokens"),
-}
+_RECORDS: tuple[Callable[[GoldenSession], Iterable[Record]], ...] = (
+    _weights,
+    *(_in_float64(x.records) for x in (logits, gradients, optimizer, trajectory)),
+    _not_recorded("cache"),
+    _not_recorded("tokens"),
+)
 
 
-def _locate(level: str, subject: GoldenSubject, records: list[Record]) -> Divergence:
-    """What parts first; a golden holds no outputs of modules, so no module is named."""
-    bad = next(record for record in records if record.verdict is Verdict.FAIL)
+def _locate(level: str, session: GoldenSession, records: list[Record]) -> Divergence:
+    """Return what diverges first; no module's name, for a golden holds no outputs of modules."""
+    failed = [record for record in records if record.verdict is Verdict.FAIL]
+    bad = failed[0]
+    assert bad.value is not None, "what fails has a value"
     where, detail = bad.where or bad.name, bad.note or ""
     if level == "logits":
-        where = subject.run.name
+        where = session.runner.name
         detail = f"On {bad.name}. A check of both models as they run names the module."
     elif level == "gradients":
-        failed = {x.name: x.value for x in records if x.verdict is Verdict.FAIL}
-        where = "loss" if "loss" in failed else bad.where or largest(failed)
+        gaps = {x.name: x.value for x in failed if x.value is not None}
+        where = "loss" if "loss" in gaps else bad.where or largest(gaps)
         detail = f"In {len(failed)} of {len(records)} records the gradients differ, most there."
     elif level in ("optimizer", "trajectory"):
         detail = f"Seen in {bad.name}; all steps before agree."
     return Divergence(where, _PHASES.get(level, "optimizer"), bad.step, bad.value, detail=detail)
 
 
-def weight_rules(rules: Rules | Path | str | None, golden: Golden, name: str) -> Rules | None:
-    """The weight map that a golden and a module of the named framework need.
+def weight_rules(rules: Rules | Path | str | None, golden: Golden, framework: str) -> Rules | None:
+    """Return the weight map that a golden and a module of the named framework need.
 
     Raises:
-        ValueError: for a file that is none, and where one is needed or is not.
+        ValueError: for an invalid file, for rules that are needed and missing, or given and not
+            needed.
     """
     if str(rules) == "auto":
         raise ValueError(
             "rules auto: a golden is one side alone. The map is inferred from two modules. Give a "
             "rules file."
         )
-    if (name != golden.framework) == (rules is not None):
+    if (framework != golden.framework) == (rules is not None):
         return rules if rules is None or isinstance(rules, Rules) else Rules.load(Path(rules))
     if rules is None:
         raise ValueError(
-            f"golden of {golden.framework} against a {name} module: no rules. They are inferred "
-            "from two modules, and here is one. Give a rules file, which `parity check "
+            f"golden of {golden.framework} against a {framework} module: no rules. They are "
+            "inferred from two modules, and here is one. Give a rules file, which `parity check "
             "--save-rules` writes."
         )
     raise ValueError(
-        f"golden of {golden.framework} against a {name} module: rules given. Its leaves are the "
-        "golden's own. Leave the rules out."
+        f"golden of {golden.framework} against a {framework} module: rules given. Its leaves are "
+        "the golden's own. Leave the rules out."
     )
 
 
-def _environment(golden: Golden, name: str) -> dict[str, str | int]:
-    """What can change a digit: here, and of the other framework where it was recorded."""
-    here = framework(name)
+def _environment(golden: Golden, framework: str) -> dict[str, str | int]:
+    """Return what can change a digit: here, and where the golden was recorded."""
     there = {x: f"{version} (recorded)" for x, version in golden.versions.items()}
-    about = {"python": platform.python_version(), "numpy": np.__version__}
-    place = {"devices": f"{name} on cpu", "precision": "highest", "threads": here.threads()}
-    return there | about | here.versions() | place
+    place = {"devices": f"{framework} on cpu", "precision": "highest"}
+    here = {"python": platform.python_version()} | versions(framework) | place
+    return there | here | {"threads": num_threads(framework)}

@@ -1,35 +1,32 @@
-"""Runs one module and keeps what it computed."""
+"""Run one module and keep what it computes."""
 
-from collections.abc import Callable
-from types import ModuleType
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 
-from parity.check.levels.optimizer import HORIZON, STEPS
+from parity.check.levels.names import HORIZON, OPTIMIZER_STEPS
+from parity.frameworks.handle import Handle, handle_of
 from parity.frameworks.leaves import Leaves, copied
-from parity.frameworks.spec import Side
+from parity.frameworks.protocols import Runner
+from parity.frameworks.purity import Purity
+from parity.frameworks.spec import BY_DEFAULT, Batch, ModelSpec, ModuleUse
 from parity.golden.file import Golden, State
-from parity.golden.frameworks import framework, framework_of
 from parity.pair.inputs import as_inputs
+from parity.system.devices import versions
 from parity.weights.randomize import randomized
-
-Call = Callable[..., Any]
 
 
 def record(
-    module: Any,
-    inputs: Any,
+    module: object,
+    inputs: object,
     *,
-    call: Call | None = None,
-    loss: Call | None = None,
-    optimizer: Any = None,
+    use: ModuleUse = BY_DEFAULT,
     learning_rate: float | None = None,
     weights: str = "random",
     seed: int = 0,
-    steps: int = STEPS,
+    steps: int = OPTIMIZER_STEPS,
 ) -> Golden:
-    """What a module computes in float64: outputs, gradients and a few steps of its optimizer.
+    """Return what a module computes in float64: outputs, gradients, some steps of its optimizer.
 
         record(net, np.ones((2, 3, 8))).write(Path("net.safetensors"))
 
@@ -39,11 +36,9 @@ def record(
         module: a torch.nn.Module or a flax.nnx.Module.
         inputs: what to call it with: an array, a tuple of arrays, several such by name, or a
             function of a NumPy random generator that gives one of these, called for every batch.
-        call: (module, *inputs) to outputs; `module(*inputs)` when None.
-        loss: (module, *inputs) to a scalar; a fixed random projection of the outputs when None.
-        optimizer: of the module's framework, as `check_pair` takes it; AdamW when None.
-        learning_rate: the largest of an optimizer of optax, which does not tell it; the unit in
-            which single updates are judged.
+        use: how it is called, scored and trained.
+        learning_rate: the largest of the optimizer, in units of which single updates are judged;
+            needed for an optimizer of optax, which does not reveal it.
         weights: random, as in a check, for initial ones hide forgotten biases and norms; or own
             for those that the module has.
         seed: of the weights and of the inputs' generator.
@@ -54,58 +49,72 @@ def record(
     """
     if weights not in ("random", "own"):
         raise ValueError(f"record: weights {weights!r}: there are random and own.")
-    if steps < STEPS:
+    if steps < OPTIMIZER_STEPS:
         raise ValueError(
-            f"record: {steps} steps < {STEPS}. Fewer cannot see every fault of an optimizer. Ask "
-            f"for {STEPS} or more."
+            f"record: {steps} steps < {OPTIMIZER_STEPS}. Fewer cannot see every fault of an "
+            f"optimizer. Ask for {OPTIMIZER_STEPS} or more."
         )
     calls = as_inputs(inputs, seed)
-    name = framework_of(module)
-    here = framework(name)
-    side = here.side_of(module, call, loss, optimizer)
-    run = here.run_of(side, _weights(here, module, side, weights, seed))
-    under_test = here.leaves_of_run(run)
-    first = next(iter(calls.probes.values()))
-    value, gradients = run.gradients(first)
+    here = handle_of(module)
+    spec = here.spec(module, use)
+    runner = here.runner(spec, _weights(here, module, spec, weights, seed))
+    under_test, probe = runner.leaves(), next(iter(calls.probes.values()))
+    loss, gradients = runner.gradients(probe)
     batches = tuple(calls.training_batch(step) for step in range(steps))
-    purity = {"forward": run.forward_purity(first), "gradient": run.gradient_purity(first)}
-    if narrow := purity["forward"].impure or purity["gradient"].impure:
-        words = ", ".join(f"{name} ({n}x)" for name, n in narrow.items())
-        raise ValueError(
-            f"record: {side.name} is not float64 throughout: {words}. A golden is judged in "
-            "float64 alone. Mend the model or check both as they run, where float32 decides."
-        )
-    # Two trainers, as in the levels: the schedule may span another number of steps.
-    trainer, states = run.trainer(HORIZON), []
-    for batch in batches[:STEPS]:
-        trainer.step(*batch.inputs)
-        first, second, count = trainer.moments()
-        states.append(State(trainer.parameters(), copied(first), copied(second), count))
-    trainer = run.trainer(steps)
+    purity = _required_purity(runner, probe)
+    # A trainer of its own, as in the levels: its schedule may span another number of steps.
+    states = _states(runner, batches[:OPTIMIZER_STEPS])
+    trainer = runner.trainer(steps)
     losses = np.array([trainer.step(*batch.inputs) for batch in batches])
     return Golden(
-        framework=name,
-        model=side.name,
-        versions={"numpy": np.__version__} | here.versions(),
+        framework=here.NAME,
+        model=spec.name,
+        versions=versions(here.NAME),
         seed=seed,
-        learning_rate=learning_rate or here.learning_rate(trainer, optimizer),
+        learning_rate=learning_rate or here.learning_rate(module, use.optimizer),
         weights=under_test,
         probes=calls.probes,
-        outputs={name: run.outputs(batch) for name, batch in calls.probes.items()},
-        loss=value,
+        outputs={name: runner.outputs(batch) for name, batch in calls.probes.items()},
+        loss=loss,
         gradients=gradients,
         batches=batches,
         losses=losses,
-        states=tuple(states),
+        states=states,
         final=trainer.parameters(),
         purity=purity,
     )
 
 
-def _weights(here: ModuleType, module: Any, side: Side, weights: str, seed: int) -> Leaves:
-    """What is to be loaded: random numbers in all that training moves, or the module's own."""
+def _weights(here: Handle, module: object, spec: ModelSpec, weights: str, seed: int) -> Leaves:
+    """Return the weights to load: random ones in all that training moves, or the module's own."""
     if weights == "own":
-        return here.leaves_of_side(side, "float64")
-    leaves, kept = here.leaves_of_side(side, "float32"), here.fixed(module)
+        return here.initial_leaves(spec, "float64")
+    leaves, kept = here.initial_leaves(spec, "float32"), here.code_leaves(module)
     drawn = randomized({name: x for name, x in leaves.items() if name not in kept}, seed)
     return leaves | drawn
+
+
+def _required_purity(runner: Runner, probe: Batch) -> Mapping[str, Purity]:
+    """Return the purity of the forward and of the backward pass.
+
+    Raises:
+        ValueError: when one of them leaves float64.
+    """
+    purity = {"forward": runner.forward_purity(probe), "gradient": runner.gradient_purity(probe)}
+    if narrow := purity["forward"].impure or purity["gradient"].impure:
+        listed = ", ".join(f"{name} ({n}x)" for name, n in narrow.items())
+        raise ValueError(
+            f"record: {runner.name} is not float64 throughout: {listed}. A golden is judged in "
+            "float64 alone. Mend the model or check both as they run, where float32 decides."
+        )
+    return purity
+
+
+def _states(runner: Runner, batches: tuple[Batch, ...]) -> tuple[State, ...]:
+    """Return parameters and moments after each step on one of the batches."""
+    trainer, states = runner.trainer(HORIZON), []
+    for batch in batches:
+        trainer.step(*batch.inputs)
+        first, second, count = trainer.moments()
+        states.append(State(trainer.parameters(), copied(first), copied(second), count))
+    return tuple(states)

@@ -1,4 +1,4 @@
-"""The outcome of a check as a value: a table, JSON, a page, and the exit code."""
+"""The outcome of a check as a value, and its table, JSON, page and exit code."""
 
 from parity.report.level import Divergence, Level
 from parity.report.report import ParityError, Report

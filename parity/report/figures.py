@@ -1,4 +1,4 @@
-"""How every picture here looks, and how it gets to its file."""
+"""Style of every matplotlib figure of the project, and writing it to a file."""
 
 import io
 from collections.abc import Iterable
@@ -11,7 +11,7 @@ from parity.system.files import write_atomically
 
 
 def plain(axes: Iterable[Axes]) -> None:
-    """Takes away what holds no data, but for a faint grid."""
+    """Remove all that holds no data, except for a faint grid."""
     for axis in axes:
         axis.grid(alpha=0.25, linewidth=0.6)
         for side in ("top", "right"):
@@ -19,10 +19,10 @@ def plain(axes: Iterable[Axes]) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG, whole or not at all.
+    """Write a PNG, whole or not at all.
 
     Raises:
-        OSError: when the folder or the disk does not take it.
+        OSError: when the folder or the disk refuses it.
     """
     picture = io.BytesIO()
     figure.savefig(picture, dpi=140, format="png")

@@ -1,4 +1,4 @@
-"""A rung of the check, and the place where two models part."""
+"""A level of the check, and the place where two models first diverge."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from parity.report.record import Record, Verdict, worst
 
 @dataclasses.dataclass(frozen=True)
 class Level:
-    """One rung of the check and everything it compared."""
+    """One level of the check and everything it compared."""
 
     name: str
     seconds: float
@@ -16,12 +16,12 @@ class Level:
 
     @property
     def verdict(self) -> Verdict:
-        """The worst of its records."""
+        """The worst verdict of its records."""
         return Verdict.BLOCKED if self.blocked else worst(r.verdict for r in self.records)
 
     @property
     def count(self) -> int:
-        """Elements compared."""
+        """Number of elements compared."""
         return sum(record.count for record in self.records)
 
     @property
@@ -31,12 +31,15 @@ class Level:
 
     @property
     def excluded(self) -> tuple[str, ...]:
-        """What passing records left out or add in words, each once."""
+        """Notes of passing records, such as what was left out, each once."""
         passed = (record for record in self.records if record.verdict is Verdict.PASS)
         return tuple(dict.fromkeys(record.note for record in passed if record.note))
 
     def headline(self, dtype: str) -> Record | None:
-        """The record to show: the first that did not pass, or the closest to the first's bound."""
+        """Return the record to show: the first that did not pass, or the closest to its bound.
+
+        None when nothing was compared in this dtype.
+        """
         records = [record for record in self.records if record.dtype == dtype]
         if not records:
             return None
@@ -47,15 +50,15 @@ class Level:
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """Where two models part.
+    """Where two models first diverge.
 
     Attributes:
-        where: path of the guilty module or leaf, or the name of the model itself.
+        where: path of the divergent module or leaf, or the name of the model itself.
         phase: weights, forward, backward, optimizer or decode.
         step: of training or decoding; 0 where there is none.
         value: the gap there.
-        cause: why, where it is known.
-        detail: what was seen around it, in words.
+        cause: why, where it was found.
+        detail: a sentence on what was seen around it.
     """
 
     where: str

@@ -1,13 +1,12 @@
-"""A report as one HTML page, with plots of what the check has seen."""
+"""A report as one HTML page with plots."""
 
-import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import TypedDict
 
 from parity.report import plots
 from parity.report.html import render
 from parity.report.plot_data import Generation
-from parity.report.record import Record, Verdict
+from parity.report.record import Verdict
 from parity.report.report import Report
 from parity.report.table import dtypes_of, number
 
@@ -21,24 +20,21 @@ _OUTCOMES = {
 
 
 def page(report: Report) -> str:
-    """One page without anything from elsewhere."""
-    seen = report.evidence
-    parted = report.divergence
-    failures = list(_failures(report))
-    count = sum(level.count for level in report.levels)
-    drawn: dict[str, Any] = {"modules": None, "losses": [], "generations": []}
+    """Return a report as one HTML file that loads nothing, with plots if it has plot data."""
+    seen, divergence = report.plot_data, report.divergence
+    failures = [(level.name, record) for level in report.levels for record in level.unpassed]
+    modules, losses, generations = None, [], []
     if seen is not None:
-        drawn["losses"] = [
-            (curve.dtype, plots.losses(curve)) for curve in seen.losses if curve.flax
-        ]
-        drawn["generations"] = [
+        losses = [(curve.dtype, plots.losses(curve)) for curve in seen.losses if curve.flax]
+        generations = [
             (shown, plots.margins(shown), list(_rows(shown)))
             for shown in seen.generations
             if any(shown.margins)
         ]
         if seen.modules is not None and seen.modules.gaps:
-            guilty = parted.where if parted and parted.phase == "forward" else None
-            drawn["modules"] = plots.modules(seen.modules, guilty)
+            forward = divergence is not None and divergence.phase == "forward"
+            modules = plots.modules(seen.modules, divergence.where if forward else None)
+    count = sum(level.count for level in report.levels)
     return render(
         "parity.report",
         "report.html.jinja",
@@ -49,26 +45,27 @@ def page(report: Report) -> str:
         hidden=len(failures) - SHOWN,
         seen=seen,
         number=number,
-        **drawn,
+        modules=modules,
+        losses=losses,
+        generations=generations,
     )
 
 
-def _failures(report: Report) -> Iterator[tuple[str, Record]]:
-    """What did not pass, with the names of the levels."""
-    for level in report.levels:
-        yield from zip(itertools.repeat(level.name), level.unpassed, strict=False)
+class _Row(TypedDict):
+    tokens: list[int]
+    smallest: float
+    at: int
+    flips: str
 
 
-def _rows(shown: Generation) -> Iterator[dict[str, Any]]:
-    """Of each row of tokens the smallest margin, where it is, and what flipped there."""
+def _rows(shown: Generation) -> Iterator[_Row]:
+    """Yield of each row its tokens, its smallest margin, where that is, and what flipped."""
     for row, (tokens, margins) in enumerate(zip(shown.tokens, shown.margins, strict=True)):
         smallest = plots.smallest(margins)
-        flips = [
+        flips = "; ".join(
             f"{flip.name}, {flip.dtype}: token {flip.index + 1}"
             for flip in shown.flips
             if flip.row == row
-        ]
-        yield {
-            "tokens": tokens, "smallest": smallest, "at": margins.index(smallest) + 1,
-            "flips": "; ".join(flips),
-        }  # fmt: skip
+        )
+        at = margins.index(smallest) + 1
+        yield _Row(tokens=tokens, smallest=smallest, at=at, flips=flips)

@@ -1,17 +1,17 @@
-"""What a check has seen beyond its verdicts: the numbers behind the plots of its page."""
+"""Numbers that the plots of a report's page show."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class ModuleGaps:
-    """How far the outputs of each module are apart in float64.
+    """Differences between the two outputs of each module in float64.
 
     Attributes:
         probe: name of the input.
         gaps: path and largest difference, in the order in which modules finish.
         bound: the largest gap of the model's own output that passes.
-        note: why there are none.
+        note: why there are no gaps.
     """
 
     probe: str
@@ -22,7 +22,7 @@ class ModuleGaps:
 
 @dataclasses.dataclass(frozen=True)
 class LossCurves:
-    """The losses of both sides by step, and the largest gap that passes."""
+    """Losses of both models by step, and the largest gap that passes."""
 
     dtype: str
     flax: tuple[float, ...]
@@ -32,7 +32,7 @@ class LossCurves:
 
 @dataclasses.dataclass(frozen=True)
 class Flip:
-    """The first token of a row, both counted from 0, that differs from the reference's."""
+    """The first token of a row that differs from the reference; both count from 0."""
 
     name: str
     dtype: str
@@ -42,14 +42,14 @@ class Flip:
 
 @dataclasses.dataclass
 class Generation:
-    """Tokens behind each prompt, as the first decoder in float64 chose them.
+    """Tokens after each prompt, as the first decoder in float64 chose them.
 
     Attributes:
         kind: greedy or drawn.
         tokens: ids by row.
         margins: by row, how far the first choice is above the second, in logits.
         reach: by dtype, the margin below which rounding can flip a choice.
-        flips: where other decoders first chose otherwise.
+        flips: where other decoders first chose differently.
     """
 
     kind: str
@@ -60,8 +60,8 @@ class Generation:
 
 
 @dataclasses.dataclass
-class Evidence:
-    """Filled by the levels as they are climbed; what they do not reach stays empty."""
+class PlotData:
+    """Data for all plots, filled by the levels as they run; blocked levels leave theirs empty."""
 
     modules: ModuleGaps | None = None
     losses: list[LossCurves] = dataclasses.field(default_factory=list)

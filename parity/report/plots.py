@@ -1,9 +1,10 @@
-"""What a check has seen, as drawings: gaps along the depth, losses, margins."""
+"""Plots of a check as SVG: gaps of the modules, losses, margins of tokens."""
 
 import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Self
 
 from markupsafe import Markup
 
@@ -16,75 +17,77 @@ _CHARACTER = 6.2  # width of a letter, in units of a drawing
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """A drawing, and what there is to see in it, in words."""
+    """A drawing, and a sentence on what it shows."""
 
     words: str
     drawing: Markup
 
     @classmethod
-    def of(cls, title: str, words: str, width: int, height: int, *parts: str, css: str = ""):
-        """Draws the parts; the words are the drawing's description, too."""
-        return cls(words, drawing(title, words, width, height, *parts, css=css))
+    def of(
+        cls, title: str, words: str, size: tuple[int, int], *elements: str, css: str = ""
+    ) -> Self:
+        """Draw elements; the words are the drawing's description as well."""
+        return cls(words, drawing(title, words, size, *elements, css=css))
 
 
-def modules(seen: ModuleGaps, guilty: str | None) -> Plot:
-    """The gap of every module in the order of execution, the guilty one named.
+def modules(seen: ModuleGaps, divergent: str | None) -> Plot:
+    """Draw the gap of every module in the order of execution.
 
     Args:
         seen: the gaps.
-        guilty: path of the module to mark.
+        divergent: path of the module to mark as the first that diverges, if any.
     """
     paths, gaps = zip(*seen.gaps, strict=True)
     x = Scale(-0.5, len(gaps) - 0.5, ())
     panel = Panel(x, log_scale([*gaps, seen.bound]), 62, 34, 786, 246)
-    parts = [*_groups(panel, paths), panel.axes(y_name="largest difference")]
-    parts.append(panel.rule(seen.bound, f"bound of the outputs, {number(seen.bound)}"))
+    elements = [*_groups(panel, paths), panel.axes(y_name="largest difference")]
+    elements.append(panel.rule(seen.bound, f"bound of the outputs, {number(seen.bound)}"))
     for place, (path, gap) in enumerate(seen.gaps):
         across, down = panel.at(place, gap)
         css = "dot" if gap <= seen.bound else "dot off"
         words = tag("title", f"{path}: {number(gap)}")
-        parts.append(tag("circle", words, cx=across, cy=down, r=4, class_=css))
-    if guilty in paths:
-        place = paths.index(guilty)
+        elements.append(tag("circle", words, cx=across, cy=down, r=4, class_=css))
+    if divergent in paths:
+        place = paths.index(divergent)
         across, down = panel.at(place, gaps[place])
         side = "end " if place > len(paths) / 2 else ""
         y = down - 15 if down > panel.top + 30 else down + 24
-        parts.append(tag("circle", cx=across, cy=down, r=8, class_="ring"))
-        parts.append(tag("text", guilty, x=across, y=y, class_=f"{side}named"))
+        elements.append(tag("circle", cx=across, cy=down, r=8, class_="ring"))
+        elements.append(tag("text", divergent, x=across, y=y, class_=f"{side}named"))
     worst = largest(gaps)
     words = f"The largest is {number(worst)}, at {paths[gaps.index(worst)]}."
-    words += f" First to part: {guilty}." if guilty in paths else ""
-    return Plot.of("Gap of every module", words, 860, 320, *parts, css="full")
+    words += f" First to diverge: {divergent}." if divergent in paths else ""
+    return Plot.of("Gap of every module", words, (860, 320), *elements, css="full")
 
 
 def _groups(panel: Panel, paths: Sequence[str]) -> list[Markup]:
-    """A stripe behind the modules of each numbered block, and its name below."""
-    parts, start = [], 0
+    """Return a stripe for the modules of every second numbered block, and the blocks' names."""
+    elements, start = [], 0
     unit, bottom = panel.width / len(paths), panel.top + panel.height
     free = panel.left  # where the next name may begin
-    for turn, (name, members) in enumerate(itertools.groupby(paths, _block)):
+    for number_of_block, (name, members) in enumerate(itertools.groupby(paths, _block)):
         count = len(list(members))
         left, width = panel.left + unit * start, unit * count
-        if name and turn % 2:
-            parts.append(tag("rect", x=left, y=panel.top, width=width, height=panel.height,
-                             class_="stripe"))  # fmt: skip
+        if name and number_of_block % 2:
+            box = {"x": left, "y": panel.top, "width": width, "height": panel.height}
+            elements.append(tag("rect", **box, class_="stripe"))
         middle, half = left + width / 2, len(name) * _CHARACTER / 2
         if name and middle - half >= free:
-            parts.append(tag("text", name, x=middle, y=bottom + 17, class_="middle tick"))
+            elements.append(tag("text", name, x=middle, y=bottom + 17, class_="middle tick"))
             free = middle + half + _CHARACTER
         start += count
-    return parts
+    return elements
 
 
 def _block(path: str) -> str:
-    """The part of a path up to its first number, "" without one."""
+    """Return a path up to its first number; "" without one."""
     names = path.split(".")
     numbered = [place for place, name in enumerate(names) if name.isdigit()]
     return ".".join(names[: numbered[0] + 1]) if numbered else ""
 
 
 def losses(seen: LossCurves) -> Plot:
-    """Both loss curves, and below them their gap."""
+    """Draw both loss curves, and below them their gap."""
     steps = range(1, len(seen.flax) + 1)
     gaps = [abs(a - b) for a, b in zip(seen.flax, seen.torch, strict=True)]
     x = linear_scale([0, len(steps)])
@@ -92,44 +95,45 @@ def losses(seen: LossCurves) -> Plot:
     below = Panel(x, log_scale([*gaps, seen.bound]), 62, 224, 360, 126)
     words = f"The largest gap is {number(largest(gaps))}, {number(seen.bound)} is allowed."
     return Plot.of(
-        f"Losses in {seen.dtype}", words, 440, 390,
+        f"Losses in {seen.dtype}",
+        words,
+        (440, 390),
         above.axes(y_name="loss", x_ticks=False),
         above.line(steps, seen.flax, "flax"),
         above.line(steps, seen.torch, "torch"),
         below.axes(x_name="step", y_name="gap between the two"),
         below.rule(seen.bound, f"bound {number(seen.bound)}"),
         below.dots(steps, gaps, "dots"),
-    )  # fmt: skip
+    )
 
 
 def margins(seen: Generation) -> Plot:
-    """The margin of every choice by position, what rounding reaches, and where choices flipped."""
+    """Draw the margin of every token, the margins that rounding can overturn, and the flips."""
     rows = [(range(1, len(row) + 1), row) for row in seen.margins]
     every = [margin for row in seen.margins for margin in row]
     # One decade more holds the words below the lowest line.
     limits = [*seen.reach.values(), min(seen.reach.values()) / 10]
     x = linear_scale([0, max(len(row) for row in seen.margins)])
     panel = Panel(x, log_scale([*every, *limits]), 62, 34, 360, 286)
-    parts = [panel.axes(x_name="token", y_name="margin, in logits")]
-    parts += [
-        panel.rule(reach, f"{dtype} rounding reaches {number(reach)}", "limit", below=turn == 0)
-        for turn, (dtype, reach) in enumerate(seen.reach.items())
-    ]
-    parts += [panel.dots(*row, "dots light") for row in rows]
+    elements = [panel.axes(x_name="token", y_name="margin, in logits")]
+    for place, (dtype, reach) in enumerate(seen.reach.items()):
+        words = f"{dtype} rounding reaches {number(reach)}"
+        elements.append(panel.rule(reach, words, "limit", below=place == 0))
+    elements += [panel.dots(*row, "dots light") for row in rows]
     for flip in seen.flips:
         across, down = panel.at(flip.index + 1, seen.margins[flip.row][flip.index])
         words = f"{flip.name}, {flip.dtype}: row {flip.row} flips at token {flip.index + 1}"
-        parts.append(tag("circle", tag("title", words), cx=across, cy=down, r=7, class_="ring"))
+        elements.append(tag("circle", tag("title", words), cx=across, cy=down, r=7, class_="ring"))
     words = f"The smallest margin is {number(smallest(every))}."
     words += f" Rows that flipped in other runs: {len(seen.flips)}." if seen.flips else ""
-    return Plot.of(f"Margins of {seen.kind} tokens", words, 440, 360, *parts)
+    return Plot.of(f"Margins of {seen.kind} tokens", words, (440, 360), *elements)
 
 
 def largest(values: Sequence[float]) -> float:
-    """The largest, where NaN is larger than all."""
+    """Return the largest value; NaN is larger than all."""
     return max(values, key=lambda value: math.inf if math.isnan(value) else value)
 
 
 def smallest(values: Sequence[float]) -> float:
-    """The smallest, where NaN is smaller than all."""
+    """Return the smallest value; NaN is smaller than all."""
     return min(values, key=lambda value: -math.inf if math.isnan(value) else value)

@@ -1,19 +1,23 @@
-"""Comparisons as values: metrics, records and verdicts. No asserts, and no allclose."""
+"""One comparison as a value, and its verdict. No asserts, and no allclose."""
 
 import dataclasses
 import enum
 from collections.abc import Iterable
+from typing import Self
+
+# Of a check: the one that decides, and the one that is judged by it.
+DTYPES = "float64", "float32"
 
 
 class Verdict(enum.StrEnum):
     """The outcome of a record, a level or a report, from best to worst."""
 
     PASS = "PASS"
-    TIE = "TIE"  # a greedy token flipped where the float64 margin is below the measured error
+    TIE = "TIE"  # a token flipped where the float64 margin is below the measured error
     ABSTAIN = "ABSTAIN"  # could not be compared; the note says why
     BLOCKED = "BLOCKED"  # an earlier level failed
     ERROR = "ERROR"  # the comparison itself went wrong, or compared nothing
-    FAIL = "FAIL"  # worse than ERROR: what was found to differ differs, whatever else happened
+    FAIL = "FAIL"  # worse than ERROR: a difference that was found stays one, whatever else happened
 
 
 # Why a comparison in float64 abstains.
@@ -23,7 +27,7 @@ BAD = Verdict.ERROR, Verdict.FAIL
 
 
 def worst(verdicts: Iterable[Verdict]) -> Verdict:
-    """The worst of several verdicts; ERROR when there is none, for nothing was compared."""
+    """Return the worst verdict; ERROR for none, because nothing was compared."""
     order = list(Verdict)
     return max(verdicts, key=order.index, default=Verdict.ERROR)
 
@@ -37,13 +41,13 @@ class Record:
         dtype: of the computation.
         metric: how value is measured.
         value: what was measured; None when nothing could be.
-        bound: the largest value that passes, a constant of the level.
-        noise: a measured scale to read the value against, when the level has one.
-        count: elements compared.
+        bound: the largest value that passes, a constant of `parity.check.bounds`.
+        count: number of elements compared.
         verdict: of this comparison.
+        noise: a measured scale to read the value against, when the level has one.
         note: what was excluded, or why there is no value.
-        where: the leaf or module that the value was found at; "" for the whole.
-        step: of training or decoding that it was found at; 0 where there is none.
+        where: the leaf or module at which the value was found; "" for the whole.
+        step: of training or decoding at which it was found; 0 where there is none.
     """
 
     name: str
@@ -58,6 +62,10 @@ class Record:
     where: str = ""
     step: int = 0
 
+    def at(self, where: str = "", step: int = 0) -> Self:
+        """Return the record with the leaf or module and the step at which the value was found."""
+        return dataclasses.replace(self, where=where, step=step)
+
 
 def judge(
     name: str,
@@ -69,18 +77,33 @@ def judge(
     *,
     noise: float | None = None,
     note: str | None = None,
-    where: str = "",
-    step: int = 0,
 ) -> Record:
-    """A record that passes when value <= bound. NaN fails, and nothing compared is an ERROR."""
+    """Return a record that passes when value <= bound.
+
+    NaN fails, and a count of 0 is an ERROR. For the arguments see `Record`.
+    """
     verdict = Verdict.PASS if value <= bound else Verdict.FAIL
     if count == 0:
         verdict, note = Verdict.ERROR, note or "nothing was compared"
-    return Record(
-        name, dtype, metric, float(value), bound, int(count), verdict, noise, note, where, step
-    )
+    return Record(name, dtype, metric, float(value), bound, int(count), verdict, noise, note)
 
 
 def abstain(name: str, reason: str) -> Record:
-    """A record of what could not be compared, and why."""
+    """Return a record of what could not be compared, and why."""
     return Record(name, "float64", "none", None, None, 0, Verdict.ABSTAIN, note=reason)
+
+
+def error(name: str, exception: Exception) -> Record:
+    """Return a record of an exception: its type and the first line of its message."""
+    first_line = str(exception).strip().partition("\n")[0]
+    note = f"{type(exception).__name__}: {first_line}"
+    return Record(name, "", "ran", None, None, 0, Verdict.ERROR, note=note)
+
+
+def first_failed(records: Iterable[Record]) -> Record:
+    """Return the first record that failed.
+
+    Raises:
+        StopIteration: when none did.
+    """
+    return next(record for record in records if record.verdict is Verdict.FAIL)

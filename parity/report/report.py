@@ -1,16 +1,15 @@
-"""A whole check as a value: prints as a table, goes to JSON or a page, decides the exit code."""
+"""A whole check as a value: prints as a table, converts to JSON, decides the exit code."""
 
 import dataclasses
 import io
-import json
-import math
-from typing import Any
+from collections.abc import Mapping
 
 from rich.console import Console, RenderableType
 
 from parity.report import table
+from parity.report.json import to_json
 from parity.report.level import Divergence, Level
-from parity.report.plot_data import Evidence
+from parity.report.plot_data import PlotData
 from parity.report.record import BAD, IMPURE, Verdict, worst
 
 
@@ -18,7 +17,7 @@ class ParityError(AssertionError):
     """Two models are not the same function, or it could not be found out.
 
     Attributes:
-        report: what was seen.
+        report: the report of the check.
     """
 
     def __init__(self, report: "Report"):
@@ -28,25 +27,25 @@ class ParityError(AssertionError):
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A whole check.
+    """A whole check; `parity.report.page.page` renders it as HTML.
 
     Attributes:
-        environment: where it ran.
-        subject: the names, sizes and settings of the pair.
-        levels: in the order they were climbed.
-        divergence: where the two models part, when they do.
-        evidence: the numbers behind the plots of a page, when they were asked for.
+        environment: versions, devices and settings.
+        subject: names, sizes and settings of the pair.
+        levels: in the order in which they ran.
+        divergence: where the two models first diverge, if they do.
+        plot_data: numbers for the plots of a page, if they were asked for.
     """
 
-    environment: dict[str, Any]
-    subject: dict[str, Any]
+    environment: Mapping[str, object]
+    subject: Mapping[str, object]
     levels: tuple[Level, ...]
     divergence: Divergence | None = None
-    evidence: Evidence | None = None
+    plot_data: PlotData | None = None
 
     @property
     def verdict(self) -> Verdict:
-        """PASS unless a level failed, went wrong, or compared nothing."""
+        """PASS unless a level failed, raised, or compared nothing."""
         found = worst(level.verdict for level in self.levels if not level.blocked)
         if found in BAD:
             return found
@@ -58,44 +57,43 @@ class Report:
         return self.verdict is Verdict.PASS
 
     def raise_if_diverged(self) -> None:
-        """Raises ParityError, with the report as its message, unless the check passed."""
+        """Raise unless the check passed.
+
+        Raises:
+            ParityError: with the whole report as its message.
+        """
         __tracebackhide__ = True  # pytest shows the test's line, not this one
         if not self.ok:
             raise ParityError(self)
 
     def __str__(self) -> str:
-        console = Console(width=100, file=io.StringIO(), color_system=None)
-        console.print(self)
-        return console.file.getvalue()
+        text = io.StringIO()
+        Console(width=100, file=text, color_system=None).print(self)
+        return text.getvalue()
 
     @property
     def exit_code(self) -> int:
-        """0 the same function, 1 diverged, 2 the check itself went wrong."""
+        """0 the same function, 1 they differ, 2 the check itself went wrong."""
         return {Verdict.PASS: 0, Verdict.FAIL: 1}.get(self.verdict, 2)
 
     @property
-    def _claim(self) -> str:
+    def summary(self) -> str:
+        """The outcome in a line."""
+        return f"{self.verdict}: {self.divergence or self._outcome}"
+
+    @property
+    def _outcome(self) -> str:
+        if self.verdict is Verdict.FAIL:
+            return "not the same function."
+        if self.verdict is Verdict.ERROR:
+            return "the check did not run to its end."
         notes = (record.note or "" for level in self.levels for record in level.records)
         if any(note.startswith(IMPURE) for note in notes):
             return "no difference beyond the rounding of float32. A smaller one would not be seen."
         return "the same function on everything compared."
 
-    @property
-    def summary(self) -> str:
-        """The outcome in a line."""
-        if self.divergence:
-            return f"{self.verdict}: {self.divergence}"
-        return (
-            f"{self.verdict}: "
-            + {
-                Verdict.PASS: self._claim,
-                Verdict.FAIL: "not the same function.",
-                Verdict.ERROR: "the check did not run to its end.",
-            }[self.verdict]
-        )
-
     def to_json(self) -> str:
-        """The report in schema 1; numbers that JSON cannot hold are strings."""
+        """Return the report in schema 1; numbers that JSON cannot hold are text."""
         document = {
             "schema": 1,
             "verdict": self.verdict,
@@ -111,30 +109,14 @@ class Report:
                 for level in self.levels
             ],
             "divergence": dataclasses.asdict(self.divergence) if self.divergence else None,
-            "evidence": dataclasses.asdict(self.evidence) if self.evidence else None,
+            "evidence": dataclasses.asdict(self.plot_data) if self.plot_data else None,
         }
-        return json.dumps(_finite(document), indent=1, allow_nan=False) + "\n"
+        return to_json(document)
 
     def to_markdown(self) -> str:
-        """The table of the levels for a README: each value with its bound in brackets."""
+        """Return the table of the levels for a README, each value with its bound in brackets."""
         return table.markdown(self.levels)
 
-    def to_html(self) -> str:
-        """One page without anything from elsewhere, with plots where there is evidence."""
-        from parity.report.page import page
-
-        return page(self)
-
     def __rich__(self) -> RenderableType:
-        """One row per level, in each dtype: what was measured against what is allowed."""
+        """Return a table with one row per level: what was measured against what is allowed."""
         return table.terminal(self.levels, self.verdict, self.summary)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

@@ -1,7 +1,7 @@
 """Plots as inline SVG: axes, lines and dots. Colours are CSS classes, so they follow the page.
 
-What is no number has no place on a linear axis; on a log axis it lies at the top, and zero at the
-foot.
+NaN and infinity have no place on a linear axis; on a log axis they lie at the top, and zero at the
+bottom.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ _TICKS = 6
 
 
 def tag(_name: str, *inside: str, **attributes: str | float) -> Markup:
-    """An element; text and attributes are escaped, underscores in names are dashes."""
+    """Return an element; text and attributes are escaped, underscores in names become dashes."""
     pairs = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items())
     words = (
         Markup(' {}="{}"').format(key, f"{value:.5g}" if isinstance(value, float) else value)
@@ -42,7 +42,7 @@ class Scale:
     log: bool = False
 
     def share(self, value: float) -> float:
-        """How far along the axis a value lies, from 0 to 1; NaN where it has no place."""
+        """Return the position of a value along the axis, from 0 to 1; NaN where it has none."""
         if self.log and not abs(value) < _LARGEST:
             place = self.high
         elif self.log:
@@ -53,7 +53,7 @@ class Scale:
 
 
 def linear_scale(values: Iterable[float]) -> Scale:
-    """An axis from one round number to another, around all values."""
+    """Return an axis from one round number to another, around all values."""
     finite = [value for value in values if abs(value) < _LARGEST] or [0.0, 1.0]
     low, high = min(finite), max(finite)
     if high - low <= 1e-9 * abs(low):
@@ -66,7 +66,7 @@ def linear_scale(values: Iterable[float]) -> Scale:
 
 
 def log_scale(values: Iterable[float]) -> Scale:
-    """An axis of whole decades around all values."""
+    """Return an axis of whole decades around all values."""
     values = list(values)
     decades = [math.log10(abs(value)) for value in values if 0 < abs(value) < _LARGEST]
     low, high = math.floor(min(decades, default=-16)), math.ceil(max(decades, default=-15))
@@ -94,14 +94,14 @@ class Panel:
     height: float
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point lies in the drawing."""
+        """Return the position of a point in the drawing."""
         return (
             self.left + self.width * self.x.share(x),
             self.top + self.height * (1 - self.y.share(y)),
         )
 
     def axes(self, x_name: str = "", y_name: str = "", x_ticks: bool = True) -> Markup:
-        """A grid line for each tick of y, with labels on both axes."""
+        """Draw a grid line for each tick of y, and labels on both axes."""
         bottom, right = self.top + self.height, self.left + self.width
         parts = []
         for place, label in self.y.ticks:
@@ -119,7 +119,7 @@ class Panel:
         return Markup("").join(parts)
 
     def line(self, xs: Sequence[float], ys: Sequence[float], css: str) -> Markup:
-        """A line through the points, broken where one has no place."""
+        """Draw a line through the points, broken where one has no place."""
         words, pen = [], "M"
         for x, y in zip(xs, ys, strict=True):
             across, down = self.at(x, y)
@@ -131,24 +131,30 @@ class Panel:
         return tag("path", d="".join(words), class_=f"line {css}")
 
     def dots(self, xs: Sequence[float], ys: Sequence[float], css: str) -> Markup:
-        """All points as one element; a title for each would weigh more than the rest of a page."""
+        """Draw all points as one element; a title for each would outweigh the rest of a page."""
         places = (self.at(x, y) for x, y in zip(xs, ys, strict=True))
         return tag("path", d="".join(f"M{x:.1f} {y:.1f}h0" for x, y in places), class_=css)
 
     def rule(self, y: float, label: str, css: str = "", below: bool = False) -> Markup:
-        """A dotted line across at a value of y, with words above or below its right end."""
+        """Draw a dotted line at a value of y, with a label above or below its right end."""
         down = self.at(self.x.low, y)[1]
         right, beside = self.left + self.width, down + 14 if below else down - 5
-        return Markup("").join((
-            tag("path", d=f"M{self.left:g} {down:.1f}H{right:g}", class_=f"rule {css}"),
-            tag("text", label, x=right, y=beside, class_=f"end note {css}"),
-        ))  # fmt: skip
+        line = tag("path", d=f"M{self.left:g} {down:.1f}H{right:g}", class_=f"rule {css}")
+        return line + tag("text", label, x=right, y=beside, class_=f"end note {css}")
 
 
 def drawing(
-    title: str, description: str, width: int, height: int, *parts: str, css: str = ""
+    title: str, description: str, size: tuple[int, int], *elements: str, css: str = ""
 ) -> Markup:
-    """A whole SVG element, which a screen reader reads as its title and description."""
-    box, label = f"0 0 {width} {height}", f"{title}. {description}"
+    """Return a whole SVG element; a screen reader reads its title and description.
+
+    Args:
+        title: of the drawing.
+        description: what it shows.
+        size: width and height in units of the drawing.
+        elements: inside it.
+        css: its class.
+    """
+    box, label = f"0 0 {size[0]} {size[1]}", f"{title}. {description}"
     words = tag("title", title), tag("desc", description)
-    return tag("svg", *words, *parts, viewBox=box, role="img", aria_label=label, class_=css)
+    return tag("svg", *words, *elements, viewBox=box, role="img", aria_label=label, class_=css)

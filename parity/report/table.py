@@ -1,4 +1,4 @@
-"""The levels as a table, in a terminal and in markdown."""
+"""The levels as a table, for a terminal and in markdown."""
 
 from collections.abc import Sequence
 
@@ -8,9 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from parity.report.level import Level
-from parity.report.record import Record, Verdict
-
-DTYPES = "float64", "float32"
+from parity.report.record import DTYPES, Record, Verdict
 
 _COLOURS = {
     Verdict.PASS: "green",
@@ -23,7 +21,7 @@ _COLOURS = {
 
 
 def markdown(levels: Sequence[Level]) -> str:
-    """One row per level: each value with its bound in brackets."""
+    """Return a markdown table with one row per level: each value with its bound in brackets."""
     rows = ["| level | float64 | float32 | compared | verdict |", "|---|---|---|---|---|"]
     for level in levels:
         heads = [level.headline(dtype) for dtype in DTYPES]
@@ -33,7 +31,7 @@ def markdown(levels: Sequence[Level]) -> str:
 
 
 def terminal(levels: Sequence[Level], verdict: Verdict, summary: str) -> RenderableType:
-    """One row per level, then what did not pass, what was excluded, and the outcome."""
+    """Return a table of the levels, then what did not pass, what was excluded, and the outcome."""
     dtypes = dtypes_of(levels)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("level")
@@ -54,12 +52,12 @@ def terminal(levels: Sequence[Level], verdict: Verdict, summary: str) -> Rendera
 
 
 def dtypes_of(levels: Sequence[Level]) -> list[str]:
-    """The dtypes that anything was compared in."""
+    """Return the dtypes in which anything was compared."""
     return [dtype for dtype in DTYPES if any(level.headline(dtype) for level in levels)]
 
 
 def number(value: float) -> str:
-    """A number in a few characters."""
+    """Format a number in a few characters."""
     if value == 0 or (float(value).is_integer() and abs(value) < 1e6):
         return f"{value:.0f}"
     return f"{value:.2f}" if 0.1 <= abs(value) < 100 else f"{value:.1e}".replace(".0e", "e")
@@ -84,7 +82,7 @@ def _notes(levels: Sequence[Level]) -> list[Text]:
 
 
 def _cell(record: Record | None) -> Text:
-    """A measurement, its bound, and below them how it is measured."""
+    """Format a measurement and its bound, and below them the metric."""
     if record is None or record.value is None:
         return Text("")
     sign = "<=" if record.verdict is Verdict.PASS else "> "
@@ -95,7 +93,7 @@ def _cell(record: Record | None) -> Text:
 
 
 def _measured(record: Record) -> str:
-    """A measurement in one line, its bound in brackets."""
+    """Format a measurement in one line, with its bound in brackets."""
     if record.value is None:
         return ""
     return f"{record.metric.replace('_', ' ')} {number(record.value)} ({number(record.bound)})"

@@ -1,23 +1,29 @@
-"""The harness's first client: flax_gpt and torch_gpt as a pair."""
+"""flax_gpt and torch_gpt as a pair, with probes cut from a text."""
 
 import dataclasses
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TypeVar
 
+import jax
 import numpy as np
+import torch
 
 import flax_gpt
 import torch_gpt
 from parity.frameworks.leaves import Leaves
-from parity.frameworks.spec import Batch, Side
+from parity.frameworks.spec import Batch, ModelSpec
 from parity.pair.pair import Pair
 from parity.pair.text import Corpus
-from parity.twins.flax import FlaxDecoder, FlaxTrainer
-from parity.twins.torch import TorchDecoder, TorchTrainer
+from parity.twins.flax import FlaxTwin
+from parity.twins.names import TASKS
+from parity.twins.torch import TorchTwin
+from parity.twins.twin import Constants, task_of
 from parity.weights.tables import CLASSIFIERS, TWINS
 
-TASKS = "next-token", "token-class", "sequence-class"
 CLASSES = 4
+
+ArrayT = TypeVar("ArrayT", jax.Array, torch.Tensor)
 
 _PROBE_SIZE = 1 << 26  # logits of one probe at most, half a gigabyte in float64
 _PROMPT_LENGTH = 64
@@ -25,13 +31,19 @@ _SEQUENCE_LENGTH = 96
 _TRAINING_BATCH = 8, 64
 _SAMPLING = dict(temperature=0.8, top_k=40, top_p=0.95, min_p=0.02)
 _UNSCORED = 0.1  # share of labels that are not scored
+_CHARACTER_KINDS = str.isalpha, str.isdigit, str.isspace  # and any other
 
 
-def preset_config(corpus: Corpus, preset: str, **changes) -> flax_gpt.GPTConfig:
-    """A preset's sizes; `tiny` takes its vocabulary size from the text.
+def preset_config(corpus: Corpus, preset: str, **changes: float | int | str) -> flax_gpt.GPTConfig:
+    """Return the sizes of a preset; `tiny` takes its vocabulary size from the text.
+
+    Args:
+        corpus: the text.
+        preset: name of the preset.
+        changes: fields of GPTConfig that differ from it.
 
     Raises:
-        ValueError: for an unknown preset, or a vocabulary that it cannot hold.
+        ValueError: for an unknown preset, or a text with more characters than it has ids.
     """
     if preset == "tiny":
         changes = {"vocab_size": len(corpus.vocabulary)} | changes
@@ -41,7 +53,7 @@ def preset_config(corpus: Corpus, preset: str, **changes) -> flax_gpt.GPTConfig:
 
 
 def check_vocabulary(corpus: Corpus, config: flax_gpt.GPTConfig) -> None:
-    """Refuses a text that has more characters than a model has ids.
+    """Refuse a text with more different characters than a model has ids.
 
     Raises:
         ValueError: with both numbers.
@@ -54,8 +66,8 @@ def check_vocabulary(corpus: Corpus, config: flax_gpt.GPTConfig) -> None:
         )
 
 
-def training(num_steps: int) -> dict[str, Any]:
-    """Constants of a training in which everything that can differ is switched on."""
+def training(num_steps: int) -> Constants:
+    """Return fields of TrainConfig that switch on everything that can differ."""
     warmup = max(2, num_steps // 10)
     return dict(
         learning_rate=1e-3,
@@ -79,15 +91,15 @@ def twins(
     flax_package: ModuleType = flax_gpt,
     torch_package: ModuleType = torch_gpt,
 ) -> Pair:
-    """The two GPTs as a pair, with probes cut from a text.
+    """Return the two GPTs as a pair, with probes cut from a text.
 
     Args:
         corpus: the text.
-        config: their sizes; the `tiny` preset when None. Its dropout is active in training.
+        config: of both; the `tiny` preset when None. Its dropout is active in training.
         task: one of `TASKS`. The two with classes put a classifier's head on the GPT: the kind of
             the character before each token, and how many of a passage's characters are letters.
         seed: of the passages and of dropout.
-        max_new_tokens: tokens to generate behind each prompt; the prompts leave room for them.
+        max_new_tokens: tokens to generate after each prompt; the prompts leave room for them.
         leaves: weights of the Flax twin to test; None for random ones.
         flax_package: the Flax twin, or a changed copy of it.
         torch_package: the PyTorch twin, or a changed copy of it.
@@ -99,8 +111,8 @@ def twins(
     if task not in TASKS:
         raise ValueError(f"task {task!r}: there are {', '.join(TASKS)}. Choose one of them.")
     config = config or preset_config(corpus, "tiny")
-    sizes, context = dataclasses.asdict(config), config.context_length
     check_vocabulary(corpus, config)
+    context = config.context_length
     room = context - max_new_tokens
     if room < 4:
         raise ValueError(
@@ -109,19 +121,6 @@ def twins(
         )
     decodes = task == "next-token"
     dropout_seed = seed if config.dropout else None
-
-    def side(name: str, package: ModuleType, trainer: type, decoder: type) -> Side:
-        return Side(
-            name=name,
-            build=lambda dtype: _build(package, task, sizes | {"dtype": dtype}),
-            forward=_forward if decodes else _classify,
-            loss=lambda model, *inputs: _loss(package, task, model, *inputs),
-            trainer=lambda model, num_steps: trainer(
-                package, model, training(num_steps), _task_name(task), dropout_seed
-            ),
-            decoder=(lambda model: decoder(package, model)) if decodes else None,
-        )
-
     rows, width = _TRAINING_BATCH
     width = min(width, context)
     prompts = sequences = None
@@ -132,8 +131,8 @@ def twins(
         counts = [length, length - 1, length // 3, 1]
         sequences = corpus.windows(4, length, seed, 3), np.array(counts, np.int32)
     return Pair(
-        flax=side("flax_gpt", flax_package, FlaxTrainer, FlaxDecoder),
-        torch=side("torch_gpt", torch_package, TorchTrainer, TorchDecoder),
+        flax=spec(FlaxTwin, config, task, dropout_seed, package=flax_package),
+        torch=spec(TorchTwin, config, task, dropout_seed, package=torch_package),
         rules=TWINS if decodes else CLASSIFIERS,
         probes=_probes(corpus, config, task, seed),
         training_batch=lambda step: training_batch(corpus, rows, width, task, seed, step),
@@ -142,13 +141,64 @@ def twins(
         new_tokens=max_new_tokens,
         sampling=_SAMPLING if decodes else None,
         sequences=sequences,
-        config=sizes | {"data": corpus.source, "task": task},
+        config=dataclasses.asdict(config) | {"data": corpus.source, "task": task},
         leaves=leaves,
     )
 
 
+def spec(
+    twin: type[FlaxTwin] | type[TorchTwin],
+    config: flax_gpt.GPTConfig,
+    task: str = "next-token",
+    dropout_seed: int | None = None,
+    constants: Callable[[int], Constants] = training,
+    package: ModuleType | None = None,
+) -> ModelSpec:
+    """Return how the harness builds, calls and trains a twin.
+
+    Args:
+        twin: the class of its handle.
+        config: its sizes.
+        task: one of `TASKS`.
+        dropout_seed: None for no dropout.
+        constants: a number of steps to fields of TrainConfig.
+        package: a changed copy of the twin; the twin itself when None.
+    """
+    package = package or twin.original
+    score, smoothing = task_of(package, task), constants(1)["label_smoothing"]
+
+    def build(dtype: str) -> flax_gpt.GPT | torch_gpt.GPT:
+        sizes = package.GPTConfig(**dataclasses.asdict(config) | {"dtype": dtype})
+        if task == "next-token":
+            return package.GPT(sizes)
+        head = package.TokenClassifier if task == "token-class" else package.SequenceClassifier
+        return head(sizes, CLASSES)
+
+    def forward(
+        model: Callable, tokens: ArrayT, counts: ArrayT | None = None, labels: ArrayT | None = None
+    ) -> ArrayT:
+        output = model(tokens, counts_B=counts)
+        return output[0] if task == "next-token" else output
+
+    def loss(model: Callable[..., ArrayT], *inputs: ArrayT) -> ArrayT:
+        batch = package.Batch(*inputs)
+        scores, targets = score.logits(model, batch, None), score.targets(batch)
+        return package.cross_entropy(scores, targets, smoothing).mean
+
+    return ModelSpec(
+        name=twin.name,
+        build=build,
+        forward=forward,
+        loss=loss,
+        trainer=lambda model, num_steps: twin(model, package).trainer(
+            constants(num_steps), task, dropout_seed
+        ),
+        decoder=(lambda model: twin(model, package)) if task == "next-token" else None,
+    )
+
+
 def training_batch(corpus: Corpus, rows: int, width: int, task: str, seed: int, step: int) -> Batch:
-    """Ragged rows in which some labels are not scored, fresh ones for every step."""
+    """Return new ragged rows for every step; some of their labels are not scored."""
     tokens = corpus.windows(rows, width, seed, 1, step)
     rng = np.random.default_rng((seed, 4, step))
     counts = rng.integers(max(width // 4, 2), width + 1, rows).astype(np.int32)
@@ -158,12 +208,12 @@ def training_batch(corpus: Corpus, rows: int, width: int, task: str, seed: int, 
 def labels(
     corpus: Corpus, tokens: np.ndarray, counts: np.ndarray, task: str, rng: np.random.Generator
 ) -> np.ndarray:
-    """What a task wants to be said of tokens, some of it not scored.
+    """Return the classes that a task asks for, some of them not to be scored.
 
     Of a token: itself, or the kind (letter, digit, space, other) of the character before it. Of a
     passage: in which fourth of 0 to 1 its share of letters lies.
     """
-    wanted = tokens
+    classes = tokens
     if task != "next-token":
         kinds = np.array([_kind(character) for character in corpus.vocabulary])[tokens]
     if task == "sequence-class":
@@ -171,18 +221,19 @@ def labels(
         share = np.sum(real & (kinds == 0), axis=1) / np.maximum(counts, 1)
         return np.minimum(share * CLASSES, CLASSES - 1).astype(np.int32)
     if task == "token-class":
-        wanted = np.roll(kinds, 1, axis=1)
+        classes = np.roll(kinds, 1, axis=1)
     unscored = rng.random(tokens.shape) < _UNSCORED
-    return np.where(unscored, flax_gpt.IGNORE_INDEX, wanted).astype(np.int32)
+    return np.where(unscored, flax_gpt.IGNORE_INDEX, classes).astype(np.int32)
 
 
 def _kind(character: str) -> int:
-    tests = str.isalpha, str.isdigit, str.isspace
-    return next((kind for kind, test in enumerate(tests) if test(character)), len(tests))
+    """Return the number of the first kind that a character is of."""
+    kinds = (number for number, test in enumerate(_CHARACTER_KINDS) if test(character))
+    return next(kinds, len(_CHARACTER_KINDS))
 
 
 def _probes(corpus: Corpus, config: flax_gpt.GPTConfig, task: str, seed: int) -> dict[str, Batch]:
-    """Inputs that reach bugs: the ends of the context, one token, padding, repetition."""
+    """Return inputs that reach bugs: the ends of the context, one token, padding, repetition."""
     context = config.context_length
     rows = int(np.clip(_PROBE_SIZE // (context * config.vocab_size), 1, 4))
     probes = {
@@ -198,43 +249,11 @@ def _probes(corpus: Corpus, config: flax_gpt.GPTConfig, task: str, seed: int) ->
 
 
 def _ragged(corpus: Corpus, rows: int, width: int, task: str, seed: int) -> Batch:
-    """A full row, two with padding, and one that repeats a token; the first of these."""
+    """Return the first of a full row, two with padding, and one that repeats a token."""
     tokens = corpus.windows(rows, width, seed, 0)
     if rows == 4:
         tokens[3] = tokens[3, 0]
     counts = np.array([width, width * 2 // 3, min(17, width), width], np.int32)[:rows]
-    wanted = labels(corpus, tokens, counts, task, np.random.default_rng((seed, 6)))
+    classes = labels(corpus, tokens, counts, task, np.random.default_rng((seed, 6)))
     real = np.arange(width) < counts[:, None]
-    return Batch((tokens, counts, wanted), None if task == "sequence-class" else real)
-
-
-def _build(package: ModuleType, task: str, sizes: dict[str, Any]) -> Any:
-    """The model of a task, with weights of zero."""
-    config = package.GPTConfig(**sizes)
-    if task == "next-token":
-        return package.GPT(config)
-    head = package.TokenClassifier if task == "token-class" else package.SequenceClassifier
-    return head(config, CLASSES)
-
-
-def _task_name(task: str) -> str:
-    return task.upper().replace("-", "_")
-
-
-def _forward(model: Any, tokens: Any, counts: Any = None, labels: Any = None) -> Any:
-    """Logits of either GPT."""
-    return model(tokens, counts_B=counts)[0]
-
-
-def _classify(model: Any, tokens: Any, counts: Any = None, labels: Any = None) -> Any:
-    """Scores of either classifier."""
-    return model(tokens, counts)
-
-
-def _loss(package: ModuleType, task: str, model: Any, *inputs: Any) -> Any:
-    """Mean loss of either twin, smoothed."""
-    task, batch = getattr(package, _task_name(task)), package.Batch(*inputs)
-    smoothing = training(1)["label_smoothing"]
-    return package.cross_entropy(
-        task.logits(model, batch, None), task.targets(batch), smoothing
-    ).mean
+    return Batch((tokens, counts, classes), None if task == "sequence-class" else real)

@@ -6,10 +6,10 @@ from types import ModuleType
 
 import pytest
 
-from parity.bugs import Edit, planted
+from parity.faults import Edit, mutated
+from parity.faults.selftest import small_twins
 from parity.pair.pair import Pair
 from parity.pair.text import Corpus
-from parity.selftest import small_twins
 
 
 @pytest.fixture(scope="session")
@@ -28,9 +28,4 @@ def small(corpus) -> Callable[..., Pair]:
 def plant() -> Iterator[Callable[[str, str, str, str], ModuleType]]:
     """Imports a copy of a package in which one place of one file reads differently."""
     with contextlib.ExitStack() as copies:
-
-        def planted_copy(package: str, file: str, right: str, wrong: str) -> ModuleType:
-            edits = [Edit(file, right, wrong)]
-            return copies.enter_context(planted(package.removesuffix("_gpt"), edits))
-
-        yield planted_copy
+        yield lambda package, *edit: copies.enter_context(mutated(package, [Edit(*edit)]))

@@ -1,12 +1,12 @@
-"""Why two models differ: what a fault did, read back until it has a name.
+"""Why two models differ: the change to one of them that makes it match the other, by name.
 
-forward.py      a module's output, by doing one thing in another way
+forward.py      a module's output, with one operation changed
 backward.py     a loss or a gradient, likewise
 decode.py       a decode, likewise
-operations.py   the other ways to do an operation
-weights.py      the other ways to read weights
-replay.py       a torch module again, alone
-optimizer/      an optimizer's constants, read off its steps
+operations.py   alternatives to an operation
+weights.py      alternatives to the weights
+replay.py       a torch module run again, alone
+optimizer/      an optimizer's constants, inferred from its steps
 fit.py          least squares with error bounds, for these
 """
 
@@ -16,10 +16,10 @@ from collections.abc import Callable
 from parity.report import Divergence
 
 
-def explained(found: Divergence, explain: Callable[[Divergence], Divergence]) -> Divergence:
-    """The divergence with its cause; what the search for it may raise takes nothing away."""
+def explain(found: Divergence, search: Callable[[Divergence], Divergence]) -> Divergence:
+    """Return the divergence with its cause; a search that raises only adds a sentence."""
     try:
-        return explain(found)
+        return search(found)
     except Exception as error:
         words = f"The search for a cause ended with {type(error).__name__}: {error}"
         return dataclasses.replace(found, detail=f"{found.detail} {words.splitlines()[0]}")

@@ -1,60 +1,56 @@
-"""Why a loss or a gradient parts: torch's again, with one thing done in another way."""
+"""Find the cause of a different loss or gradient by re-running torch with one operation changed."""
 
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 
-from parity.check.causes.forward import matching
-from parity.check.causes.replay import Change, Operation, Replay, named, watched
-from parity.check.locate import model_name
+from parity.check import bounds
+from parity.check.causes.forward import describe_match
+from parity.check.causes.replay import Change, Operation, Replay, name_of, named, watched
 from parity.check.metrics import relative_l2
-from parity.check.pair_session import PairSubject
+from parity.check.pair_session import PairSession
 from parity.frameworks.torch.leaves import to_numpy
 from parity.report import Divergence
 
-_PATIENCE = 20.0  # seconds to look for a cause
-# As for gradients: a wrong alternative leaves a tenth or more.
-_SAME = 1e-12
+_SECONDS = 20.0  # to look for a cause
 
 
-def explained_loss(subject: PairSubject, found: Divergence) -> Divergence:
-    """The divergence of a loss whose outputs agree, with its cause if one alternative closes it."""
-    (target, _), _ = subject.gradients("float64")
-    port = subject.runs("float64")[1]
-    loss = _Loss(port.module, subject.pair.torch.loss)
-    replay = Replay(loss, port.arrays(subject.gradient_probe), {}, {"model": port.module})
-    words = matching([(replay, np.asarray(target))], {})
-    return dataclasses.replace(found, cause=words)
+def explain_loss(session: PairSession, found: Divergence) -> Divergence:
+    """Return the divergence of a loss whose outputs agree, with its cause if a change closes it."""
+    (target, _), _ = session.gradients("float64")
+    port = session.runs("float64")[1]
+    loss = _Loss(port.module, session.pair.torch.loss)
+    replay = Replay(loss, port.arrays(session.gradient_probe), {}, {"model": port.module})
+    return dataclasses.replace(found, cause=describe_match([(replay, np.asarray(target))], {}))
 
 
-def explained_gradient(subject: PairSubject, found: Divergence) -> Divergence:
-    """The divergence of a gradient, with the operation that loses or finds one.
+def explain_gradient(session: PairSession, found: Divergence) -> Divergence:
+    """Return the divergence of a gradient with the operation that stops or adds one.
 
-    What is judged is the guilty module's own leaves: behind it all agrees, and what lies before it
-    may have further faults.
+    Only the divergent module's own leaves are judged: all modules after it agree, and those before
+    it may have further faults.
     """
-    (_, flax), _ = subject.gradients("float64")
-    port = subject.runs("float64")[1]
-    inside = "" if found.where == model_name(subject) else f"{found.where}."
-    judged = {name: x for name, x in flax.items() if name not in subject.null_leaves}
+    (_, flax), _ = session.gradients("float64")
+    port = session.runs("float64")[1]
+    inside = "" if found.where == session.model_name else f"{found.where}."
+    judged = {name: x for name, x in flax.items() if name not in session.null.leaves}
     targets = {
         name: target
-        for name, target in subject.weight_map.to_torch(judged).items()
+        for name, target in session.weight_map.to_torch(judged).items()
         if name.startswith(inside) and name in dict(port.module.named_parameters())
     }
     parameters = [port.module.get_parameter(name) for name in targets]
-    arrays = port.arrays(subject.gradient_probe)
+    arrays = port.arrays(session.gradient_probe)
 
     def gradients(change: Change) -> list[np.ndarray]:
         with watched(change), torch.enable_grad():
-            loss = subject.pair.torch.loss(port.module, *arrays)
-        made = [None] * len(parameters)
+            loss = session.pair.torch.loss(port.module, *arrays)
+        made: list[torch.Tensor | None] = [None] * len(parameters)
         if loss.requires_grad:
-            made = torch.autograd.grad(loss, parameters, allow_unused=True)
+            made = list(torch.autograd.grad(loss, parameters, allow_unused=True))
         return [
             to_numpy(torch.zeros_like(x) if g is None else g)
             for x, g in zip(parameters, made, strict=True)
@@ -62,27 +58,26 @@ def explained_gradient(subject: PairSubject, found: Divergence) -> Divergence:
 
     start = time.perf_counter()
     for place, argument, words in _uses(gradients, parameters):
-        if time.perf_counter() - start > _PATIENCE or not targets:
+        if time.perf_counter() - start > _SECONDS or not targets:
             break
-        pairs = zip(gradients(_otherwise(place, argument)), targets.values(), strict=True)
-        if all(relative_l2(made, target) <= _SAME for made, target in pairs):
+        pairs = zip(gradients(_changed(place, argument)), targets.values(), strict=True)
+        if all(relative_l2(x, target) <= bounds.EXPLAINED_GRADIENT for x, target in pairs):
             return dataclasses.replace(found, cause=f"torch matches with {words}")
     return found
 
 
 def _uses(
-    gradients: Callable[[Change], Any], parameters: list[torch.Tensor]
+    gradients: Callable[[Change], object], parameters: list[torch.Tensor]
 ) -> list[tuple[int, int | None, str]]:
-    """Operations through which a gradient goes, by place and argument, or is stopped (None).
+    """Return operations that pass a gradient, by place and argument, or stop it (None).
 
-    Those that stop one come first, then those that read a guilty weight itself.
+    Those that stop one come first, then those that read one of the parameters.
     """
     stops, reads, others = [], [], []
 
     def look(place: int, operation: Operation) -> Operation:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            name = getattr(operation, "__name__", "").strip("_")
-            if name in ("detach", "detach_"):
+        def run(*args: object, **kwargs: object) -> object:
+            if name_of(operation) in ("detach", "detach_"):
                 stops.append((place, None, named("a gradient through", operation)))
             for index, x in enumerate(args):
                 if isinstance(x, torch.Tensor) and x.requires_grad:
@@ -96,8 +91,8 @@ def _uses(
     return stops + reads + others
 
 
-def _otherwise(place: int, argument: int | None) -> Change:
-    """A gradient let through, or stopped at one argument."""
+def _changed(place: int, argument: int | None) -> Change:
+    """Let a gradient through at a place, or stop it at one argument."""
 
     def change(at: int, operation: Operation) -> Operation | None:
         if at != place:
@@ -114,9 +109,10 @@ def _otherwise(place: int, argument: int | None) -> Change:
 class _Loss(torch.nn.Module):
     """A loss as a module, so that it can be replayed as one."""
 
-    def __init__(self, model: torch.nn.Module, loss: Callable):
+    def __init__(self, model: torch.nn.Module, loss: Callable[..., torch.Tensor]):
         super().__init__()
-        self._of = lambda *arrays: loss(model, *arrays)  # no part of it, so no weights of its own
+        self._of = lambda *arrays: loss(model, *arrays)  # no submodule, so no weights of its own
 
     def forward(self, *arrays: torch.Tensor) -> torch.Tensor:
+        """Return the loss of the model on these inputs."""
         return self._of(*arrays)

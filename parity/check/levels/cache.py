@@ -1,54 +1,54 @@
-"""Reading a sequence in pieces through the cache gives the logits of reading it whole."""
+"""Level `cache`: chunked decoding through the KV cache gives the logits of one uncached pass."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from parity.check.causes import explained
-from parity.check.locate import first_divergence, float64_gap, model_name
+from parity.check import bounds
+from parity.check.causes import explain
+from parity.check.causes.decode import explain_chunks
+from parity.check.locate import first_divergence, float64_gap
 from parity.check.metrics import max_abs
-from parity.check.session import Subject
+from parity.check.pair_session import PairSession
 from parity.frameworks.capture import Trace
+from parity.frameworks.protocols import Calls
 from parity.frameworks.spec import Batch
 from parity.report import Divergence
-from parity.report.record import Record, Verdict, abstain, judge
-
-# As for logits: the cache must change nothing.
-BOUND = {"float64": 1e-12, "float32": 1e-5}
+from parity.report.record import Record, abstain, first_failed, judge
 
 # Widths of the calls that read a sequence: a prefill, then chunks over a warm cache and single
-# tokens in turn. How much of each width is real is drawn per row, so rows move at their own pace.
+# tokens alternating. How much of each width is real is drawn per row, so rows advance at their own
+# pace.
 WIDTHS = 32, (8, 1)
 
 
-def records(subject: Subject) -> Iterator[Record]:
-    """Cached against uncached inside each framework, and cached against cached across."""
-    if subject.pair.sequences is None:
+def records(session: PairSession) -> Iterator[Record]:
+    """Compare cached with uncached inside each framework, and cached with cached across."""
+    if session.pair.sequences is None:
         yield abstain("cache", "the pair declares no decoder")
         return
-    tokens, counts = subject.pair.sequences
-    calls = ragged_calls(tokens, counts, subject.seed)
+    tokens, counts = session.pair.sequences
+    calls = ragged_calls(tokens, counts, session.seed)
     real = np.arange(tokens.shape[1]) < counts[:, None]
-    for number, dtype in enumerate(subject.dtypes):
-        cached = []
-        for run in subject.runs(dtype):
+    for number, dtype in enumerate(session.dtypes):
+        cached, bound = [], bounds.CACHE[dtype]
+        for run in session.runs(dtype):
             whole = run.outputs(Batch((tokens, counts)))
             pieces = assemble(calls, run.decoder().chunks(calls, tokens.shape[1]), whole.shape)
-            gap = max_abs(pieces[real], whole[real])
-            yield judge(f"{run.name}, cached against uncached", dtype, "max_abs", gap, BOUND[dtype],
-                        whole[real].size)  # fmt: skip
+            gap, name = max_abs(pieces[real], whole[real]), f"{run.name}, cached against uncached"
+            yield judge(name, dtype, "max_abs", gap, bound, whole[real].size)
             cached.append(pieces[real])
         gap = max_abs(*cached)
-        yield judge("cached across frameworks", dtype, "max_abs", gap, BOUND[dtype], cached[0].size)
-        subject.progress((number + 1) / len(subject.dtypes))
+        yield judge("cached across frameworks", dtype, "max_abs", gap, bound, cached[0].size)
+        session.progress((number + 1) / len(session.dtypes))
 
 
 def ragged_calls(
     tokens: np.ndarray, counts: np.ndarray, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """A sequence of calls (tokens (B, T), counts (B,)) that reads every row to its count.
+    """Return calls (tokens (B, T), counts (B,)) that read every row up to its count.
 
-    Each call has its own share of real tokens per row, none included; the rest is padding.
+    Each call has its own share of real tokens per row, perhaps none; the rest is padding.
     """
     rng = np.random.default_rng(seed)
     first, others = WIDTHS
@@ -56,16 +56,16 @@ def ragged_calls(
     while np.any(done < counts):
         width = first if not calls else others[len(calls) % len(others)]
         taken = np.minimum(rng.integers(0, width + 1, len(counts)), counts - done).astype(np.int32)
-        part = np.zeros((len(counts), width), np.int32)
+        chunk = np.zeros((len(counts), width), np.int32)
         for row, (start, number) in enumerate(zip(done, taken, strict=True)):
-            part[row, :number] = tokens[row, start : start + number]
-        calls.append((part, taken))
+            chunk[row, :number] = tokens[row, start : start + number]
+        calls.append((chunk, taken))
         done = done + taken
     return calls
 
 
-def assemble(calls: list, outputs: list[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
-    """Puts the outputs of calls back into the order of the sequence; NaN where none belongs."""
+def assemble(calls: Calls, outputs: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
+    """Put outputs of calls back into the order of the sequence; NaN or -1 beyond a row's end."""
     filler = np.nan if np.issubdtype(outputs[0].dtype, np.floating) else -1
     whole = np.full(shape, filler, outputs[0].dtype)
     done = np.zeros(shape[0], int)
@@ -76,17 +76,15 @@ def assemble(calls: list, outputs: list[np.ndarray], shape: tuple[int, ...]) -> 
     return whole
 
 
-def locate(subject: Subject, records: list[Record]) -> Divergence | None:
-    """The first module whose output through the cache is not what it is without."""
-    from parity.check.causes.decode import explained_chunks  # as in logits
-
-    bad = next(record for record in records if record.verdict is Verdict.FAIL)
-    run = next((r for r in subject.runs("float64") if bad.name.startswith(r.name)), None)
+def locate(session: PairSession, records: list[Record]) -> Divergence | None:
+    """Return the first module whose output through the cache is not that without it."""
+    bad = first_failed(records)
+    run = next((r for r in session.runs("float64") if bad.name.startswith(r.name)), None)
     found = Divergence(bad.name, "decode", 0, bad.value)
     if bad.dtype != "float64":
         return found
-    tokens, counts = subject.pair.sequences
-    calls, capacity = ragged_calls(tokens, counts, subject.seed), tokens.shape[1]
+    tokens, counts = session.pair.sequences
+    calls, capacity = ragged_calls(tokens, counts, session.seed), tokens.shape[1]
     if run is not None:
         real = np.arange(capacity) < counts[:, None]
         traces: list[Trace] = []
@@ -94,13 +92,13 @@ def locate(subject: Subject, records: list[Record]) -> Divergence | None:
         whole = _by_token(traces, real)
         pieces = run.decoder_traces(lambda decoder: decoder.chunks(calls, capacity))
         joined, paths = _joined(pieces, calls, real), {trace.path for trace in whole}
-        root = model_name(subject)
+        root = session.model_name
         found = first_divergence(whole, joined, float64_gap, root, "decode", paths) or found
-    return explained(found, lambda found: explained_chunks(subject, found, calls, capacity))
+    return explain(found, lambda found: explain_chunks(session, found, calls, capacity))
 
 
 def _by_token(traces: list[Trace], real: np.ndarray) -> list[Trace]:
-    """Traces cut to real tokens; those that are not laid out (B, T, ...) are dropped."""
+    """Return traces cut to real tokens, without those that are not laid out (B, T, ...)."""
     return [
         Trace(
             trace.path,
@@ -112,16 +110,16 @@ def _by_token(traces: list[Trace], real: np.ndarray) -> list[Trace]:
     ]
 
 
-def _joined(traces: list[Trace], calls: list, real: np.ndarray) -> list[Trace]:
-    """One trace per module from one per module and call, cut to real tokens."""
+def _joined(traces: list[Trace], calls: Calls, real: np.ndarray) -> list[Trace]:
+    """Join the traces of a module's calls to one, cut to real tokens."""
     by_path: dict[str, list[Trace]] = {}
     for trace in traces:
         by_path.setdefault(trace.path, []).append(trace)
 
-    def join(arrays: list[np.ndarray]) -> np.ndarray:
+    def join(arrays: Sequence[np.ndarray]) -> np.ndarray:
         return assemble(calls, arrays, (*real.shape, *arrays[0].shape[2:]))[real]
 
-    def per_token(arrays: list[np.ndarray]) -> bool:
+    def per_token(arrays: Sequence[np.ndarray]) -> bool:
         return all(
             array.shape[:2] == tokens.shape
             for array, (tokens, _) in zip(arrays, calls, strict=True)
@@ -129,9 +127,9 @@ def _joined(traces: list[Trace], calls: list, real: np.ndarray) -> list[Trace]:
 
     joined = []
     for path, group in by_path.items():
-        if len(group) != len(calls) or not per_token([trace.output for trace in group]):
-            continue
-        inputs = zip(*(trace.inputs for trace in group), strict=True)
-        kept = tuple(join(list(arrays)) for arrays in inputs if per_token(list(arrays)))
-        joined.append(Trace(path, kept, join([trace.output for trace in group])))
+        outputs = [trace.output for trace in group]
+        if len(group) == len(calls) and per_token(outputs):
+            inputs = zip(*(trace.inputs for trace in group), strict=True)
+            kept = tuple(join(arrays) for arrays in inputs if per_token(arrays))
+            joined.append(Trace(path, kept, join(outputs)))
     return joined

@@ -1,23 +1,23 @@
-"""The first record of the level weights: the map leaves nothing over, on either side."""
+"""First record of the level `weights`: the map uses every leaf of both models once."""
 
-from parity.check.session import Subject
+from parity.check.session import Session
+from parity.frameworks.protocols import Runner
 from parity.report.record import Record, judge
 from parity.weights.weight_map import TransplantError
 
 
-def every_leaf_once(subject: Subject, dtype: str = "float32") -> Record:
-    """Whether the rules use each leaf exactly once, and what is wrong if they do not.
+def every_leaf_once(session: Session[Runner, Runner], dtype: str = "float32") -> Record:
+    """Return a record of all problems of the weight map; none when each leaf is used once.
 
     Args:
-        subject: whose weight map it is.
+        session: whose weight map it is.
         dtype: of the weights.
     """
     name = "every leaf once"
     try:
-        weight_map = subject.weight_map
+        weight_map = session.weight_map
     except TransplantError as error:
-        problems = error.problems
-        note = "; ".join(problems)
+        problems, note = error.problems, "; ".join(error.problems)
         return judge(name, dtype, "problems", len(problems), 0, len(problems), note=note)
     used = sum(len(link.flax) for link in weight_map.links)
     ignored = ", ".join(weight_map.ignored)

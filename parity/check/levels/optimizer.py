@@ -1,4 +1,4 @@
-"""The optimizers take the same four steps: losses, updates, both moments and the count.
+"""Level `optimizer`: both take the same four steps: losses, updates, moments and the count.
 
 One step cannot see a wrong beta, because with bias correction Adam's first step does not depend on
 them; and parameters hide an update a thousand times smaller than themselves.
@@ -10,49 +10,39 @@ rate.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from parity.check import bounds
 from parity.check.causes.optimizer import Reading, Step, difference, read, shares
-from parity.check.levels.logits import float64_bound
+from parity.check.levels.names import HORIZON, OPTIMIZER_STEPS
 from parity.check.metrics import largest, max_abs, ratio, relative_l2
-from parity.check.session import Subject
+from parity.check.session import Session
 from parity.frameworks.leaves import Leaves
+from parity.frameworks.protocols import LiveRunner, Runner, Trainer
 from parity.frameworks.spec import Batch
 from parity.pair.pair import Pair
 from parity.report import Divergence
 from parity.report.record import IMPURE, Record, Verdict, abstain, judge
 
-STEPS = 4
-# The steps that the schedule spans: it warms up, stands at its height, and has begun to come down.
-HORIZON = 5
-# Gap of a step's loss in float32: as on the trajectory.
-LOSS = 2e-5
+if TYPE_CHECKING:  # as in locate
+    from parity.check.pair_session import PairSession
+
 # Numbers of a leaf that are compared, and of a large model's; smaller leaves are compared whole.
 SAMPLE, SAMPLE_LARGE = 1 << 16, 1 << 12
-# In float64 the bound is that of logits, which is wider for a large model; relative L2 per leaf. An
-# update is a difference of parameters about a thousand times its size, so its rounding is a
-# thousand units of the last place, 2e-13. GPT-2's 124 million parameters were measured at 4.5e-12,
-# and at 3e-12 for the loss of the fourth step.
-# As for logits: the larger error over the smaller.
-RATIO = 4.0
-# Largest gap of a single update, in learning rates. In float64 AdamW's epsilon of 1e-8 swallows
-# noise of 1e-16; in float32 it makes steps of up to one rate out of it, so that null leaves, the
-# only ones judged so there, may go either way and no further.
-SINGLE = {"float64": 1e-4, "float32": 2.0}
 
 _LOSS = "the training loss"
 _UPDATE, _FIRST, _SECOND = "update", "first moment", "root of second moment"
 _STATISTICS = "statistics"
-# Numbers of equal parts of a batch whose gradients are tried where the whole batch's did not go in.
+# Into how many equal parts a batch is cut where the gradient of the whole does not explain a step.
 _PARTS = 2, 4
 
 
 @dataclasses.dataclass(frozen=True)
 class _Step:
-    """What one optimizer step did, by leaf."""
+    """Loss, weights and moments of one optimizer step, by leaf."""
 
     loss: float
     before: Leaves
@@ -62,10 +52,11 @@ class _Step:
     count: int
 
     def update(self, leaf: str) -> np.ndarray:
+        """Return the change of a leaf."""
         return self.after[leaf] - self.before[leaf]
 
     def quantities(self, excluded: tuple[str, ...]) -> dict[str, list[str]]:
-        """What is compared, by name, and of which leaves.
+        """Return the leaves to compare, by what is compared of them.
 
         Under SGD nothing has moments. Beside them, the running statistics of a batch norm have
         none: they follow weights, null ones too, and are compared as they stand.
@@ -82,7 +73,7 @@ class _Step:
         return {quantity: leaves for quantity, leaves in compared.items() if leaves}
 
     def value(self, quantity: str, leaf: str, truth: "_Step") -> np.ndarray:
-        """One leaf of one of these; updates are weighted by the root of the true second moment."""
+        """Return one quantity of a leaf; updates are times the root of the true second moment."""
         if quantity == _UPDATE:
             return self.update(leaf) * np.sqrt(truth.second.get(leaf, 1.0))
         if quantity == _SECOND:
@@ -90,23 +81,23 @@ class _Step:
         return (self.first if quantity == _FIRST else self.after)[leaf]
 
 
-def records(subject: Subject) -> Iterator[Record]:
-    """Quantities by step; float64 names the worst leaf, float32 is judged by ratio to it."""
-    if subject.pair.flax.trainer is None or subject.pair.torch.trainer is None:
+def records(session: Session[Runner, Runner]) -> Iterator[Record]:
+    """Compare quantities by step; float64 by the worst leaf, float32 by ratio of errors to it."""
+    if session.pair.flax.trainer is None or session.pair.torch.trainer is None:
         yield abstain("optimizer", "the pair declares no trainer")
         return
     exact: list[_Step] = []
-    bound = float64_bound(subject)
-    for number, dtype in enumerate(subject.dtypes):
-        flax_steps, torch_steps = _steps(subject, dtype)
+    bound = session.float64_bound
+    for number, dtype in enumerate(session.dtypes):
+        flax_steps, torch_steps = _steps(session, dtype)
         if not exact:
-            exact = flax_steps if subject.pair.torch.name in subject.impurities else torch_steps
-            if subject.impurities:
+            exact = flax_steps if session.pair.torch.name in session.impurities else torch_steps
+            if session.impurities:
                 yield abstain("float64", IMPURE)
                 continue
         for index, (flax, torch) in enumerate(zip(flax_steps, torch_steps, strict=True)):
             step, truth = index + 1, exact[index]
-            for quantity, leaves in truth.quantities(subject.null_in_training).items():
+            for quantity, leaves in truth.quantities(session.null_in_training).items():
                 name = f"step {step} {quantity}"
                 size = sum(flax.after[leaf].size for leaf in leaves)
                 if dtype == "float64":
@@ -115,12 +106,13 @@ def records(subject: Subject) -> Iterator[Record]:
                         for leaf in leaves
                     }
                     leaf = largest(gaps)
-                    yield judge(name, dtype, "relative_l2", gaps[leaf], bound, size,
-                                where=leaf, step=step)  # fmt: skip
+                    made = judge(name, dtype, "relative_l2", gaps[leaf], bound, size)
+                    yield made.at(leaf, step)
                 else:
                     gap = _error_ratio(quantity, leaves, flax, torch, truth)
-                    yield judge(name, dtype, "error_ratio", gap, RATIO, size, step=step)
-            judged = flax.after if dtype == "float64" else subject.null_in_training
+                    made = judge(name, dtype, "error_ratio", gap, bounds.RATIO, size)
+                    yield made.at(step=step)
+            judged = flax.after if dtype == "float64" else session.null_in_training
             gaps = {x: max_abs(flax.update(x), torch.update(x)) for x in judged}
             if gaps:
                 leaf = largest(gaps)
@@ -128,31 +120,34 @@ def records(subject: Subject) -> Iterator[Record]:
                     f"step {step} largest gap of a single update",
                     dtype,
                     "learning_rates",
-                    gaps[leaf] / subject.pair.learning_rate,
-                    SINGLE[dtype],
+                    gaps[leaf] / session.pair.learning_rate,
+                    bounds.SINGLE_UPDATE[dtype],
                     sum(flax.after[x].size for x in gaps),
-                    where=leaf,
-                    step=step,
-                )
-            gap, loss_bound = abs(flax.loss - torch.loss), LOSS if dtype == "float32" else bound
-            yield judge(f"step {step} loss", dtype, "max_abs", gap, loss_bound, 1,
-                        where=_LOSS, step=step)  # fmt: skip
+                ).at(leaf, step)
+            gap = abs(flax.loss - torch.loss)
+            loss_bound = bounds.LOSS["float32"] if dtype == "float32" else bound
+            yield judge(f"step {step} loss", dtype, "max_abs", gap, loss_bound, 1).at(_LOSS, step)
             gap = abs(flax.count - torch.count)
-            yield judge(f"step {step} count", dtype, "difference", gap, 0, 1, step=step)
-        subject.progress((number + 1) / len(subject.dtypes))
+            yield judge(f"step {step} count", dtype, "difference", gap, 0, 1).at(step=step)
+        session.progress((number + 1) / len(session.dtypes))
 
 
-def _steps(subject: Subject, dtype: str) -> tuple[list[_Step], list[_Step]]:
-    """The steps of both sides, one after the other."""
+def _steps(session: Session[Runner, Runner], dtype: str) -> tuple[list[_Step], list[_Step]]:
+    """Take the steps of both sides, one after the other."""
     steps = []
-    sides = zip(subject.runs(dtype), (dict.items, subject.weight_map.flax_leaves), strict=True)
+    sides = zip(session.runs(dtype), (dict.items, session.weight_map.flax_leaves), strict=True)
     for run, leaves in sides:
-        limit = SAMPLE_LARGE if subject.is_large else SAMPLE
-        steps.append(_steps_of(subject.trainer(run, HORIZON), subject.pair, leaves, limit))
+        limit = SAMPLE_LARGE if session.is_large else SAMPLE
+        steps.append(_steps_of(session.trainer(run, HORIZON), session.pair, leaves, limit))
     return steps[0], steps[1]
 
 
-def _steps_of(trainer: Any, pair: Pair, leaves: Callable, limit: int) -> list[_Step]:
+def _steps_of(
+    trainer: Trainer,
+    pair: Pair,
+    leaves: Callable[[Leaves], Iterable[tuple[str, np.ndarray]]],
+    limit: int,
+) -> list[_Step]:
     def kept(whole: Leaves) -> Leaves:
         return {name: _sample(leaf, limit) for name, leaf in leaves(whole)}
 
@@ -161,7 +156,7 @@ def _steps_of(trainer: Any, pair: Pair, leaves: Callable, limit: int) -> list[_S
         return kept(first), kept(second), count
 
     taken, before = [], kept(trainer.parameters())
-    for index in range(STEPS):
+    for index in range(OPTIMIZER_STEPS):
         loss = trainer.step(*pair.training_batch(index).inputs)
         after = kept(trainer.parameters())
         taken.append(_Step(loss, before, after, *moments()))
@@ -170,7 +165,7 @@ def _steps_of(trainer: Any, pair: Pair, leaves: Callable, limit: int) -> list[_S
 
 
 def _sample(leaf: np.ndarray, limit: int) -> np.ndarray:
-    """A copy of the leaf, or of so many of its numbers that steps of a large model fit into memory.
+    """Copy a leaf, or `limit` of its numbers, so that steps of a large model fit into memory.
 
     The others are compared at the end of the trajectory.
     """
@@ -182,7 +177,7 @@ def _sample(leaf: np.ndarray, limit: int) -> np.ndarray:
 def _error_ratio(
     quantity: str, leaves: Sequence[str], flax: _Step, torch: _Step, truth: _Step
 ) -> float:
-    """The larger error over the smaller: each the RMS over leaves of the relative L2 error.
+    """Return the larger error over the smaller: each the RMS over leaves of the relative L2 error.
 
     Leaves count alike, so that one wrong leaf is not lost among large ones.
     """
@@ -197,30 +192,33 @@ def _error_ratio(
     return ratio(*map(float, errors), floor=float(np.finfo(np.float32).eps))
 
 
-def locate(subject: Subject, records: list[Record]) -> Divergence | None:
-    """The first step and quantity that part, and the leaf where most."""
+def locate(session: "PairSession", records: list[Record]) -> Divergence | None:
+    """Return the first step and quantity that diverge, and the leaf that diverges most."""
     failed = [record for record in records if record.verdict is Verdict.FAIL]
     of_step = [record for record in failed if record.step == failed[0].step]
     # A loss that differs comes before the update that it leads to.
     bad = next((record for record in of_step if record.where == _LOSS), failed[0])
     where = bad.where or "the optimizer"
     detail = f"Seen in {bad.name}, {bad.dtype}; all steps before agree."
-    cause = _cause(subject) if bad.dtype == "float64" else None
+    cause = _cause(session) if bad.dtype == "float64" else None
     return Divergence(where, "optimizer", bad.step, bad.value, cause, detail)
 
 
-def _cause(subject: Subject) -> str | None:
-    """What the two optimizers are seen to do differently, each judged by its own steps alone."""
-    pair, (flax, torch) = subject.pair, subject.runs("float64")
-    readings = _reading(flax, pair, dict), _reading(torch, pair, subject.weight_map.to_flax)
+def _cause(session: "PairSession") -> str | None:
+    """Describe how the two optimizers differ, each inferred from its own steps alone."""
+    pair, (flax, torch) = session.pair, session.runs("float64")
+    readings = _reading(flax, pair, dict), _reading(torch, pair, session.weight_map.to_flax)
     return difference(*readings, (flax.name, torch.name))
 
 
-def _reading(run: Any, pair: Pair, convert: Callable[[Leaves], Leaves]) -> Reading:
-    """One side's optimizer, read off; what its loss's gradient does not explain, by parts of it."""
+def _reading(run: LiveRunner[object], pair: Pair, convert: Callable[[Leaves], Leaves]) -> Reading:
+    """Infer one side's optimizer settings from its first steps.
+
+    If the gradient of the full batch does not explain them, try gradients of its equal parts.
+    """
     trainer, steps = run.trainer(HORIZON), []
     start = before = trainer.parameters()
-    for index in range(STEPS):
+    for index in range(OPTIMIZER_STEPS):
         batch = pair.training_batch(index)
         _, gradient = run.at(before).gradients(batch)
         trainer.step(*batch.inputs)
@@ -237,7 +235,7 @@ def _reading(run: Any, pair: Pair, convert: Callable[[Leaves], Leaves]) -> Readi
 
 
 def _parts(batch: Batch, num: int) -> list[Batch]:
-    """The rows of a batch in equal parts; none where they do not divide."""
+    """Split the rows of a batch into equal parts; return none where they do not divide."""
     if any(x.ndim == 0 or len(x) % num for x in batch.inputs):
         return []
     by_part = zip(*(np.split(x, num) for x in batch.inputs), strict=True)

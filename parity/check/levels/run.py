@@ -1,54 +1,56 @@
-"""The levels of a check in their order, whatever happens on the way."""
+"""Running levels in their order: a failure blocks those after it, and an exception is a record."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
-from parity.check.session import Subject
+from parity.check.session import Session
+from parity.frameworks.protocols import Runner
 from parity.report import Divergence, Level
-from parity.report.record import BAD, Record, Verdict
+from parity.report.record import BAD, Record, Verdict, error
 
+AnySession = TypeVar("AnySession", bound=Session[Runner, Runner])
 Progress = Callable[[str, float], None]
-Compare = Callable[[Subject], Iterable[Record]]
-Locate = Callable[[Subject, list[Record]], Divergence | None]
+Compare = Callable[[AnySession], Iterable[Record]]
+Locate = Callable[[AnySession, list[Record]], Divergence | None]
 
 
-def climb(
-    rungs: Mapping[str, tuple[Compare, Locate]],
-    subject: Subject,
+def run_levels(
+    levels: Mapping[str, tuple[Compare[AnySession], Locate[AnySession]]],
+    session: AnySession,
     progress: Progress,
-    done: Callable[[Level], None] = lambda level: None,
+    on_level: Callable[[Level], None] = lambda level: None,
 ) -> tuple[tuple[Level, ...], Divergence | None]:
-    """All levels; one that fails blocks those after it.
+    """Run all levels; one that fails blocks those after it.
 
     Args:
-        rungs: by name, what gives a level's records and what says after a failure where the models
-            part.
-        subject: what is under test.
-        progress: called with a level's name and how far it is, from 0 to 1.
-        done: called after each level that was not blocked.
+        levels: by name, the functions that compare and that locate a failure.
+        session: the models under test.
+        progress: called with a level's name and the share of it that is done, from 0 to 1.
+        on_level: called after each level that was not blocked.
 
     Returns:
-        The levels, and where the models part if they do.
+        The levels, and where the models diverge if they do.
     """
     finished: list[Level] = []
     divergence: Divergence | None = None
-    for name, (compare, locate) in rungs.items():
+    for name, (compare, locate) in levels.items():
         if any(level.verdict in BAD for level in finished):
             finished.append(Level(name, 0.0, (), blocked=True))
             continue
-        subject.progress = lambda fraction, name=name: progress(name, fraction)
-        subject.progress(0.0)
-        level, divergence = _level(name, compare, locate, subject)
-        subject.release()
+        session.progress = lambda fraction, name=name: progress(name, fraction)
+        session.progress(0.0)
+        level, divergence = _level(name, compare, locate, session)
+        session.release()
         finished.append(level)
-        done(level)
+        on_level(level)
     return tuple(finished), divergence
 
 
 def _level(
-    name: str, compare: Compare, locate: Locate, subject: Subject
+    name: str, compare: Compare[AnySession], locate: Locate[AnySession], session: AnySession
 ) -> tuple[Level, Divergence | None]:
-    """One level. A model that raises is an ERROR of its level, with the message kept.
+    """Run one level. A model that raises is an ERROR of its level, with the message kept.
 
     What failed before it raised is still known to differ.
     """
@@ -56,22 +58,15 @@ def _level(
     records: list[Record] = []
     divergence = None
     try:
-        for record in compare(subject):
+        for record in compare(session):
             records.append(record)
-    except Exception as error:
-        records.append(error_record(name, error))
+    except Exception as exception:
+        records.append(error(name, exception))
     if any(record.verdict is Verdict.FAIL for record in records):
         try:
-            divergence = locate(subject, records)
-        except Exception as error:
+            divergence = locate(session, records)
+        except Exception as exception:
             # That they differ is known; where, is not.
-            detail = f"The search for the place ended with {error_record(name, error).note}."
+            detail = f"The search for the place ended with {error(name, exception).note}."
             divergence = Divergence("an unknown place", "", 0, float("nan"), detail=detail)
     return Level(name, time.perf_counter() - start, tuple(records)), divergence
-
-
-def error_record(name: str, error: Exception) -> Record:
-    """An exception as a record, in one line."""
-    first_line = str(error).strip().partition("\n")[0]
-    note = f"{type(error).__name__}: {first_line}"
-    return Record(name, "", "ran", None, None, 0, Verdict.ERROR, note=note)

@@ -1,100 +1,108 @@
-"""Decoding chooses the same tokens, greedy and drawn: two frameworks, with and without cache."""
+"""Level `tokens`: greedy and drawn tokens are equal in both frameworks, cached and uncached."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from parity.check.causes import explained
-from parity.check.levels import logits
+from parity.check import bounds
+from parity.check.causes import explain
+from parity.check.causes.decode import explain_tokens
 from parity.check.metrics import max_abs
-from parity.check.session import Subject
+from parity.check.pair_session import PairSession
+from parity.check.ties import overturned, verdict_of_flip
 from parity.frameworks.spec import Batch
 from parity.report import Divergence
 from parity.report.plot_data import Flip, Generation
-from parity.report.record import Record, Verdict, abstain
+from parity.report.record import Record, Verdict, abstain, first_failed
 
-# Logit errors within which a flip can be an accident, as for logits.
-ERROR = {"float64": logits.FLOAT64_LARGE, "float32": logits.FLOAT32}
-
-# Of the noise of a draw, which is two logarithms in float32 and reaches 17: two units in the last
-# place of that.
-NOISE = 4e-6
-DRAWN = 64  # tokens to draw behind each prompt
+DRAWN = 64  # tokens to draw after each prompt
 
 
-def records(subject: Subject) -> Iterator[Record]:
-    """Each decoder against the first one in float64; the margins say whether equality is luck."""
-    if subject.pair.prompts is None:
+@dataclasses.dataclass(frozen=True)
+class _Reference:
+    """Tokens of the first decoder in float64, to which all others are compared.
+
+    Attributes:
+        tokens: ids (B, G).
+        margins: of the choices (B, G).
+        errors: by dtype, the measured error of a logit.
+        temperature: of the draw; 0 for greedy tokens.
+        shown: the same for plots.
+    """
+
+    tokens: np.ndarray
+    margins: np.ndarray
+    errors: Mapping[str, float]
+    temperature: float
+    shown: Generation
+
+    @classmethod
+    def of(
+        cls,
+        session: PairSession,
+        tokens: np.ndarray,
+        margins: np.ndarray,
+        errors: Mapping[str, float],
+        temperature: float = 0.0,
+    ) -> "_Reference":
+        """Make a reference and add it to the session's plot data."""
+        reach = {dtype: overturned(error, temperature) for dtype, error in errors.items()}
+        kind = "drawn" if temperature else "greedy"
+        shown = Generation(kind, tokens.tolist(), margins.tolist(), reach)
+        session.plot_data.generations.append(shown)
+        return cls(tokens, margins, errors, temperature, shown)
+
+    def compare(self, name: str, dtype: str, written: np.ndarray) -> Record:
+        """Compare another decoder's tokens."""
+        self.shown.flips += _flips(name, dtype, self.tokens, written)
+        error = self.errors[dtype]
+        return record(name, dtype, self.tokens, written, self.margins, error, self.temperature)
+
+
+def records(session: PairSession) -> Iterator[Record]:
+    """Compare each decoder to the first in float64; the margins say whether equality is luck."""
+    if session.pair.prompts is None:
         yield abstain("tokens", "the pair declares no decoder")
         return
-    tokens, counts = subject.pair.prompts
-    reference: np.ndarray | None = None
-    margins = errors = None
-    drawn = drawn_margins = None
-    parts = len(subject.dtypes) * 2 * (3 if subject.pair.sampling else 2)
-    done = 0
-    for dtype in subject.dtypes:
-        for run in subject.runs(dtype):
+    (tokens, counts), sampling = session.pair.prompts, session.pair.sampling
+    greedy: _Reference | None = None
+    drawn: _Reference | None = None
+    num, done = len(session.dtypes) * 2 * (3 if sampling else 2), 0
+    for dtype in session.dtypes:
+        for run in session.runs(dtype):
             decoder = run.decoder()
             for use_cache in (True, False):
-                written = decoder.generate(tokens, counts, subject.pair.new_tokens, use_cache)
-                if reference is None:
-                    reference = written
-                    margins, errors = _margins(subject, tokens, counts, reference)
-                    thin = {x: 2 * error for x, error in errors.items()}
-                    greedy = _kept(subject, "greedy", reference, margins, thin)
+                written = decoder.generate(tokens, counts, session.pair.new_tokens, use_cache)
+                if greedy is None:
+                    measured = _margins(session, tokens, counts, written)
+                    greedy = _Reference.of(session, written, *measured)
                 name = f"{run.name}, {'cached' if use_cache else 'uncached'}"
-                greedy.flips += _flips(name, dtype, reference, written)
-                yield record(name, dtype, reference, written, margins, errors[dtype])
+                yield greedy.compare(name, dtype, written)
                 done += 1
-                subject.progress(done / parts)
-            if subject.pair.sampling is None:
+                session.progress(done / num)
+            if sampling is None:
                 continue
-            length = min(subject.pair.new_tokens, DRAWN)
-            written, found = decoder.sample(
-                tokens, counts, length, subject.pair.sampling, subject.seed
-            )
+            length = min(session.pair.new_tokens, DRAWN)
+            written, margins = decoder.sample(tokens, counts, length, sampling, session.seed)
             if drawn is None:
-                drawn, drawn_margins = written, found
-                temperature = subject.pair.sampling["temperature"]
-                thin = {x: reach(error, temperature) for x, error in errors.items()}
-                sampled = _kept(subject, "drawn", drawn, drawn_margins, thin)
-            name = f"{run.name}, drawn"
-            sampled.flips += _flips(name, dtype, drawn, written)
-            yield record(name, dtype, drawn, written, drawn_margins, errors[dtype],
-                         sampled.reach[dtype])  # fmt: skip
+                temperature = sampling["temperature"]
+                drawn = _Reference.of(session, written, margins, greedy.errors, temperature)
+            yield drawn.compare(f"{run.name}, drawn", dtype, written)
             done += 1
-            subject.progress(done / parts)
-
-
-def _kept(
-    subject: Subject, kind: str, tokens: np.ndarray, margins: np.ndarray, reach: dict[str, float]
-) -> Generation:
-    """The reference, kept as evidence."""
-    generation = Generation(kind, tokens.tolist(), margins.tolist(), reach)
-    subject.evidence.generations.append(generation)
-    return generation
+            session.progress(done / num)
 
 
 def _flips(name: str, dtype: str, reference: np.ndarray, written: np.ndarray) -> list[Flip]:
-    """Where each row first chose another token."""
+    """Return the first differing token of each row that has one."""
     places = [np.flatnonzero(a != b) for a, b in zip(reference, written, strict=True)]
     return [Flip(name, dtype, row, int(x[0])) for row, x in enumerate(places) if x.size]
 
 
-def reach(error: float, temperature: float) -> float:
-    """The margin within which a drawn token can flip by rounding.
-
-    Two scores that err by e each can trade places when they are less than 2e apart; a temperature
-    below 1 widens the errors of logits with their distances.
-    """
-    return 2 * (error / temperature + NOISE)
-
-
 def _margins(
-    subject: Subject, tokens: np.ndarray, counts: np.ndarray, written: np.ndarray
+    session: PairSession, tokens: np.ndarray, counts: np.ndarray, written: np.ndarray
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """Top-1 minus top-2 logit in float64 at each choice, and each dtype's measured logit error."""
+    """Return top-1 minus top-2 logit in float64 at each choice, and each dtype's logit error."""
     width = int(counts.max()) + written.shape[1]
     sequences = np.zeros((len(tokens), width), np.int32)
     for row, count in enumerate(counts):
@@ -103,18 +111,11 @@ def _margins(
     # The last token has been chosen but chooses nothing.
     lengths = (counts + written.shape[1] - 1).astype(np.int32)
     batch = Batch((sequences, lengths), np.arange(width) < lengths[:, None])
-    truth = subject.runs("float64")[0].outputs(batch)
-    errors = {
-        dtype: float(
-            np.max(
-                [
-                    max_abs(batch.select(run.outputs(batch)), batch.select(truth))
-                    for run in subject.runs(dtype)
-                ]
-            )
-        )
-        for dtype in subject.dtypes
-    }
+    truth = session.runs("float64")[0].outputs(batch)
+    errors = {}
+    for dtype in session.dtypes:
+        outputs = (batch.select(run.outputs(batch)) for run in session.runs(dtype))
+        errors[dtype] = float(np.max([max_abs(x, batch.select(truth)) for x in outputs]))
     top = np.sort(truth, axis=-1)[..., -2:]
     margin = top[..., 1] - top[..., 0]
     chosen = counts[:, None] - 1 + np.arange(written.shape[1])
@@ -122,43 +123,49 @@ def _margins(
 
 
 def record(
-    name: str, dtype: str, reference: np.ndarray, written: np.ndarray, margins: np.ndarray,
-    error: float, thin: float | None = None,
-) -> Record:  # fmt: skip
-    """Counts different tokens; a row's first flip is excused only by a thin margin.
+    name: str,
+    dtype: str,
+    reference: np.ndarray,
+    written: np.ndarray,
+    margins: np.ndarray,
+    error: float,
+    temperature: float = 0.0,
+) -> Record:
+    """Count different tokens; a row's first flip is excused only as `verdict_of_flip` says.
 
-    And only where the logits are as exact as they should be: a fault must not widen its own excuse.
+    Args:
+        name: of the decoder.
+        dtype: of its run.
+        reference: tokens (B, G) to compare to.
+        written: tokens (B, G) of this decoder.
+        margins: of the reference's choices (B, G).
+        error: measured error of a logit in this dtype.
+        temperature: of the draw; 0 for greedy tokens.
     """
-    flips = _flips(name, dtype, reference, written)
-    # Two logits that err by e each can trade places when they are less than 2e apart.
-    thin = 2 * error if thin is None else thin
-    sound = error <= ERROR[dtype]
-    real = [x for x in flips if not (sound and margins[x.row, x.index] <= thin)]
-    verdict = Verdict.FAIL if real else Verdict.TIE if flips else Verdict.PASS
+    flips, bound = _flips(name, dtype, reference, written), bounds.LOGITS[dtype]
+    verdicts = [verdict_of_flip(margins[x.row, x.index], error, bound, temperature) for x in flips]
+    verdict = max(verdicts, key=list(Verdict).index, default=Verdict.PASS)
     if np.any(np.isnan(margins)) or not np.isfinite(error):
-        verdict = Verdict.FAIL  # equal perhaps, but the first of all NaN is no choice
+        verdict = Verdict.FAIL  # perhaps equal, but the first of all NaN is no choice
     smallest = float(np.min(margins)) if margins.size else 0.0
-    note = f"smallest margin {smallest:.1e}, {dtype} logit error {error:.1e}"
-    step = 0
-    for flip in (real + flips)[:1]:
-        step = flip.index + 1
-        margin = margins[flip.row, flip.index]
+    note, step = f"smallest margin {smallest:.1e}, {dtype} logit error {error:.1e}", 0
+    if flips:
+        flip = flips[verdicts.index(Verdict.FAIL) if Verdict.FAIL in verdicts else 0]
+        margin, step = margins[flip.row, flip.index], flip.index + 1
         note = f"row {flip.row} flips at token {step}, margin {margin:.1e}, logit error {error:.1e}"
     if reference.size == 0:
         verdict, note = Verdict.ERROR, "nothing was compared"
     different = int(np.count_nonzero(reference != written))
-    return Record(name, dtype, "different tokens", different, 0, written.size, verdict,
-                  noise=smallest, note=note, step=step)  # fmt: skip
+    metric, count = "different tokens", written.size
+    return Record(name, dtype, metric, different, 0, count, verdict, smallest, note, "", step)
 
 
-def locate(subject: Subject, records: list[Record]) -> Divergence | None:
-    """The decoder and the token that flipped."""
-    from parity.check.causes.decode import explained_tokens  # as in logits
-
-    bad = next(record for record in records if record.verdict is Verdict.FAIL)
+def locate(session: PairSession, records: list[Record]) -> Divergence | None:
+    """Return the decoder and the token that flipped."""
+    bad = first_failed(records)
     detail = f"In {bad.dtype}: {bad.note}."
     found = Divergence(bad.name, "decode", bad.step, bad.value, detail=detail)
     if bad.dtype != "float64" or bad.name.endswith("drawn"):
         return found
-    asked = *subject.pair.prompts, not bad.name.endswith("uncached")
-    return explained(found, lambda found: explained_tokens(subject, found, *asked))
+    asked = *session.pair.prompts, not bad.name.endswith("uncached")
+    return explain(found, lambda found: explain_tokens(session, found, *asked))

@@ -1,17 +1,18 @@
-"""Every leaf is used once, fits, keeps its bits both ways, and lies the right way round."""
+"""Level `weights`: every leaf is used once, keeps its bits both ways, and is oriented right."""
 
 from collections.abc import Iterator
 
 import numpy as np
 
+from parity.check import bounds
 from parity.check.levels.completeness import every_leaf_once
 from parity.check.metrics import different_bits, max_abs
-from parity.check.pair_session import PairSubject
+from parity.check.pair_session import PairSession
 from parity.frameworks.flax.leaves import flax_leaves, load_flax
 from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.torch.leaves import load_torch, torch_leaves
 from parity.report import Divergence
-from parity.report.record import Record, Verdict, judge
+from parity.report.record import Record, Verdict, first_failed, judge
 from parity.weights.known_layers import (
     Act,
     flax_action,
@@ -22,59 +23,56 @@ from parity.weights.known_layers import (
 )
 from parity.weights.layouts import Link, join
 
-# One product per output element in float64, each of at most a few thousand terms.
-_ORIENTATION = 1e-12
 
-
-def records(subject: PairSubject) -> Iterator[Record]:
-    """The map is complete, the round trips are bitwise, and each matrix acts as its twin does."""
-    first = every_leaf_once(subject)
+def records(session: PairSession) -> Iterator[Record]:
+    """Check that the map is complete, round trips are bitwise, and matrices act as their twins."""
+    first = every_leaf_once(session)
     yield first
     if first.verdict is not Verdict.PASS:
         return
-    subject.progress(0.2)
-    yield from _round_trips(subject)
-    subject.progress(0.5)
-    yield from _orientations(subject)
+    session.progress(0.2)
+    yield from _round_trips(session)
+    session.progress(0.5)
+    yield from _orientations(session)
 
 
-def _round_trips(subject: PairSubject) -> Iterator[Record]:
-    """Through the models themselves, in both directions."""
-    flax_model, torch_model = subject.build_flax(), subject.pair.torch.build("float32")
-    start = subject.flax_leaves
-    load_torch(torch_model, subject.torch_leaves)
+def _round_trips(session: PairSession) -> Iterator[Record]:
+    """Move the weights through the models themselves, in both directions."""
+    flax_model, torch_model = session.build_flax(), session.pair.torch.build("float32")
+    start = session.flax_leaves
+    load_torch(torch_model, session.torch_leaves)
     there = torch_leaves(torch_model)
-    with jax_scope("float32", subject.devices.flax):
-        load_flax(flax_model, subject.weight_map.to_flax(there))
+    with jax_scope("float32", session.devices.flax):
+        load_flax(flax_model, session.weight_map.to_flax(there))
     back = flax_leaves(flax_model)
     bits = sum(different_bits(start[name], back[name]) for name in start)
     size = sum(leaf.size for leaf in start.values())
     yield judge("flax to torch to flax", "float32", "different bits", bits, 0, size)
-    again = subject.weight_map.to_torch(back)
+    again = session.weight_map.to_torch(back)
     bits = sum(different_bits(there[name], leaf) for name, leaf in again.items())
     size = sum(leaf.size for leaf in again.values())
     yield judge("torch to flax to torch", "float32", "different bits", bits, 0, size)
 
 
-def _orientations(subject: PairSubject) -> Iterator[Record]:
-    """Runs both owners of each matrix on one input: shapes cannot tell W from its transpose."""
-    flax_run, torch_run = subject.runs("float64")
+def _orientations(session: PairSession) -> Iterator[Record]:
+    """Run both owners of each matrix on one input: shapes cannot tell W from its transpose."""
+    flax_run, torch_run = session.runs("float64")
     rng = np.random.default_rng(0)
     unknown = []
-    for link in subject.weight_map.links:
+    for link in session.weight_map.links:
         ours = [torch_owner(torch_run.module, name) for name in link.torch]
         theirs = [flax_owner(flax_run.module, name) for name in link.flax]
         torch_acts = [torch_action(*owner) for owner in ours]
         flax_acts = [flax_action(*owner) for owner in theirs]
         names = ", ".join(link.torch)
         if None in torch_acts or None in flax_acts:
-            if _may_be_turned(subject.flax_leaves[link.flax[0]].shape):
+            if _fits_transposed(session.flax_leaves[link.flax[0]].shape):
                 unknown.append(names)
             continue
         if link.flax[0].endswith("bias"):
             continue
         x = flax_input(theirs[0][0], rng)
-        with jax_scope("float64", subject.devices.flax):
+        with jax_scope("float64", session.devices.flax):
             flax_output = _linear_part(flax_acts, x, link.heads)
         torch_output = _linear_part(torch_acts, x, link.heads)
         yield judge(
@@ -82,62 +80,62 @@ def _orientations(subject: PairSubject) -> Iterator[Record]:
             "float64",
             "max_abs",
             max_abs(torch_output, flax_output),
-            _ORIENTATION,
+            bounds.ORIENTATION,
             flax_output.size,
-            noise=_transposed_gap(subject, link, x),
-            where=link.torch[0],
-        )
+            noise=_transposed_gap(session, link, x),
+        ).at(link.torch[0])
     if unknown:
-        yield Record("orientation of " + ", ".join(unknown), "float64", "max_abs", None, None, 0,
-                     Verdict.ABSTAIN, note="no way known to run these modules alone")  # fmt: skip
+        note = "no way known to run these modules alone"
+        name, verdict = f"orientation of {', '.join(unknown)}", Verdict.ABSTAIN
+        yield Record(name, "float64", "max_abs", None, None, 0, verdict, note=note)
 
 
-def _may_be_turned(shape: tuple[int, ...]) -> bool:
+def _fits_transposed(shape: tuple[int, ...]) -> bool:
     """Whether a matrix would still fit with two of its axes swapped."""
     return len(shape) >= 2 and len(set(shape)) < len(shape)
 
 
 def _linear_part(acts: list[Act], x: np.ndarray, heads: int) -> np.ndarray:
-    """Outputs side by side, as fused leaves lie; without biases, which have links of their own."""
+    """Return outputs joined as fused leaves are; without biases, which have their own links."""
     outputs = [act(x) if x.ndim == 1 else act(x) - act(np.zeros_like(x)) for act in acts]
     return join(outputs, heads)
 
 
-def _transposed_gap(subject: PairSubject, link: Link, x: np.ndarray) -> float | None:
-    """What a square kernel turned the wrong way would have shown."""
-    kernel = subject.flax_leaves[link.flax[0]]
+def _transposed_gap(session: PairSession, link: Link, x: np.ndarray) -> float | None:
+    """Return the gap that a square kernel would have shown if transposed; None for others."""
+    kernel = session.flax_leaves[link.flax[0]]
     if len(link.flax) > 1 or x.ndim != 2 or kernel.ndim != 2 or kernel.shape[0] != kernel.shape[1]:
         return None
     wide = kernel.astype(np.float64)
     return max_abs(x @ wide, x @ wide.T)
 
 
-def locate(subject: PairSubject, records: list[Record]) -> Divergence | None:
-    """The leaf whose comparison failed."""
-    bad = next(record for record in records if record.verdict is Verdict.FAIL)
+def locate(session: PairSession, records: list[Record]) -> Divergence | None:
+    """Return the leaf whose comparison failed."""
+    bad = first_failed(records)
     if not bad.where:
         problem, _, more = (bad.note or "").partition("; ")
         return Divergence(
             "the weight map", "weights", 0, bad.value, cause=problem or None, detail=more
         )
-    return Divergence(bad.where, "weights", 0, bad.value, cause=_turned(subject, bad.where))
+    return Divergence(bad.where, "weights", 0, bad.value, cause=_orientation(session, bad.where))
 
 
-def _turned(subject: PairSubject, name: str) -> str | None:
-    """Whether a matrix acts as its counterpart does once it is transposed, in words."""
-    flax_run, _ = subject.runs("float64")
-    link = next(link for link in subject.weight_map.links if name in link.torch)
-    weight = subject.torch_leaves[name].astype(np.float64)
+def _orientation(session: PairSession, name: str) -> str | None:
+    """Describe that a matrix acts as its counterpart once it is transposed; None if it does not."""
+    flax_run, _ = session.runs("float64")
+    link = next(link for link in session.weight_map.links if name in link.torch)
+    weight = session.torch_leaves[name].astype(np.float64)
     owner, leaf = flax_owner(flax_run.module, link.flax[0])
     x = flax_input(owner, np.random.default_rng(0))
     if len(link.flax) > 1 or len(link.torch) > 1 or x.ndim != 2 or weight.ndim != 2:
         return None
-    with jax_scope("float64", subject.devices.flax):
+    with jax_scope("float64", session.devices.flax):
         flax_output = _linear_part([flax_action(owner, leaf)], x, 1)
-    for turned in (weight, weight.T):
-        if turned.shape[0] != x.shape[1]:
+    for tried in (weight, weight.T):
+        if tried.shape[0] != x.shape[1]:
             continue
-        torch_output = _linear_part([lambda x, w=turned: x @ w], x, 1)
-        if max_abs(torch_output, flax_output) <= _ORIENTATION:
+        torch_output = _linear_part([lambda x, w=tried: x @ w], x, 1)
+        if max_abs(torch_output, flax_output) <= bounds.ORIENTATION:
             return f"{name} lies the other way round in {link.flax[0]} than as {link.layout}"
     return None

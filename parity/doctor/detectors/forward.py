@@ -5,6 +5,7 @@ Dimension key: B batch, T tokens, S slots, N heads, V vocab.
 
 import math
 import re
+from collections.abc import Callable
 
 import numpy as np
 
@@ -19,7 +20,14 @@ from parity.doctor.finding import (
     tokens,
     tolerance,
 )
-from parity.doctor.patient import Patient
+from parity.doctor.model import (
+    CanCast,
+    CanDecode,
+    CanGenerate,
+    CanTrain,
+    LanguageModel,
+    ShowsAttention,
+)
 from parity.frameworks.leaves import Leaves
 
 # One shape for nearly all probes, because jax compiles for each.
@@ -29,25 +37,25 @@ LONGEST = 1024  # a full context beyond this would take minutes
 
 
 def cross_entropies(logits_BTV: np.ndarray, targets_BT: np.ndarray) -> np.ndarray:
-    """Nats per token, in float64."""
+    """Return nats per token, in float64."""
     logits_BTV = np.asarray(logits_BTV, np.float64)
     top = logits_BTV.max(axis=-1, keepdims=True)
     norms = np.log(np.exp(logits_BTV - top).sum(axis=-1)) + top[..., 0]
     return norms - np.take_along_axis(logits_BTV, targets_BT[..., None], axis=-1)[..., 0]
 
 
-def initial_loss(patient: Patient) -> Finding:
-    """Fresh weights know nothing, so the loss is near ln V and the logits are small."""
-    if patient.trained:
+def initial_loss(model: LanguageModel) -> Finding:
+    """Ask for the loss of fresh weights, which know nothing: near ln V, with small logits."""
+    if model.trained:
         return abstain("The weights are trained; only fresh ones know nothing.")
-    ids = tokens(patient, ROWS, LENGTH)
-    logits_BTV = patient.logits(ids, None)
+    ids = tokens(model, ROWS, LENGTH)
+    logits_BTV = model.logits(ids)
     if not np.all(np.isfinite(logits_BTV)):
         return failed("The logits of fresh weights are not finite.")
     loss = float(np.mean(cross_entropies(logits_BTV[:, :-1], ids[:, 1:])))
-    expected, spread = math.log(patient.vocab_size), float(np.std(np.asarray(logits_BTV, float)))
+    expected, spread = math.log(model.vocab_size), float(np.std(np.asarray(logits_BTV, float)))
     seen = (
-        f"Loss {loss:.2f} at the start, ln {patient.vocab_size} is {expected:.2f}; the logits have "
+        f"Loss {loss:.2f} at the start, ln {model.vocab_size} is {expected:.2f}; the logits have "
         f"a standard deviation of {spread:.2f}."
     )
     # A tied head favours the token itself, which costs up to 0.7 nats at the width of GPT-2.
@@ -56,29 +64,29 @@ def initial_loss(patient: Patient) -> Finding:
     return failed(seen, loss - expected, 1.0)
 
 
-def causality(patient: Patient) -> Finding:
-    """A later token must not change an earlier logit, by changing one."""
-    patient = shaken(patient)
-    ids = tokens(patient, ROWS, LENGTH)
-    before = patient.logits(ids, None)
+def causality(model: LanguageModel) -> Finding:
+    """Change a later token: no earlier logit may change."""
+    model = shaken(model)
+    ids = tokens(model, ROWS, LENGTH)
+    before = model.logits(ids)
     worst, at = 0.0, 0
     for place in (ids.shape[1] - 1, ids.shape[1] // 2, 1):
         changed = ids.copy()
-        changed[:, place] = (ids[:, place] + 1) % patient.vocab_size
-        found = gap(patient.logits(changed, None)[:, :place], before[:, :place])
+        changed[:, place] = (ids[:, place] + 1) % model.vocab_size
+        found = gap(model.logits(changed)[:, :place], before[:, :place])
         if not found <= worst:
             worst, at = found, place
     return judged(
         worst,
-        tolerance(patient) / 100,  # the same shapes, hence the same order of sums
+        tolerance(model) / 100,  # the same shapes, hence the same order of sums
         "No logit changes with a later token.",
         f"Changing token {at} moves logits before it by {{value}} standard deviations.",
     )
 
 
-def causality_gradient(patient: Patient) -> Finding:
-    """Position t must depend on tokens 0 to t, all of them, and on no other, by gradients."""
-    reach_TT = shaken(patient).reach(tokens(patient, 1, 12)[0])
+def causality_gradient(model: CanTrain) -> Finding:
+    """Differentiate: position t must depend on tokens 0 to t, all of them, and on no other."""
+    reach_TT = shaken(model).reach(tokens(model, 1, 12)[0])
     if reach_TT is None:
         return abstain("No embedding layer was called with the tokens themselves.")
     if not np.all(np.isfinite(reach_TT)):
@@ -98,14 +106,13 @@ def causality_gradient(patient: Patient) -> Finding:
     )
 
 
-def attention_rows(patient: Patient) -> Finding:
-    """Attention weights of a query add up to one, over exactly the slots it may see."""
-    patient = shaken(patient)
-    ids = tokens(patient, ROWS, LENGTH)
+def attention_rows(model: ShowsAttention) -> Finding:
+    """Sum the attention weights of a query: one, over exactly the slots that it may see."""
+    model = shaken(model)
+    ids = tokens(model, ROWS, LENGTH)
     length = ids.shape[1]
-    ragged = _ragged(length) if patient.takes_counts else None
-    for counts in (None, ragged) if patient.takes_counts else (None,):
-        layers = patient.attention(ids) if counts is None else patient.attention(ids, counts)
+    for counts in (None, _ragged(length)) if model.takes_counts else (None,):
+        layers = model.attention(ids, counts)
         if not layers:
             return abstain("The model shows no attention weights.")
         for number, weights in enumerate(layers):
@@ -116,7 +123,7 @@ def attention_rows(patient: Patient) -> Finding:
                 real = length if counts is None else int(counts[row])
                 found_NTS = weights_BNTS[min(row, len(weights_BNTS) - 1), :, :real]
                 off = float(np.max(np.abs(found_NTS.sum(axis=-1) - 1.0)))
-                if not off <= max(tolerance(patient), 1e-6):
+                if not off <= max(tolerance(model), 1e-6):
                     return failed(
                         f"Layer {number}: the weights of a query add up to 1 only within {off:.1e}."
                     )
@@ -134,23 +141,23 @@ def attention_rows(patient: Patient) -> Finding:
     return passed(f"Weights add up to one; query t sees slot t and {window} before it.")
 
 
-def attention_scale(patient: Patient) -> Finding:
-    """Scores of queries and keys with elements of size one must be of size one.
+def attention_scale(model: ShowsAttention) -> Finding:
+    """Measure the scores of queries and keys with elements of size one: of size one themselves.
 
     The logarithms of a query's weights spread as its scores do. With matrices drawn for unit
     outputs that is 1 for a scale of 1 / sqrt(head dim).
     """
-    leaves = patient.weights()
-    width = _width(patient, leaves)
-    rng = np.random.default_rng(patient.seed)
+    leaves = model.weights()
+    width = _width(model, leaves)
+    rng = np.random.default_rng(model.seed)
     leaves = {
         name: rng.normal(0.0, width**-0.5, leaf.shape).astype(leaf.dtype)
         if leaf.ndim == 2 and width in leaf.shape
         else leaf
         for name, leaf in leaves.items()
     }
-    ids = tokens(patient, ROWS, LENGTH)
-    layers = patient.with_weights(leaves).attention(ids)
+    ids = tokens(model, ROWS, LENGTH)
+    layers = model.with_weights(leaves).attention(ids)
     if not layers:
         return abstain("The model shows no attention weights.")
     weights_BNTS = np.asarray(layers[0], np.float64)
@@ -168,62 +175,61 @@ def attention_scale(patient: Patient) -> Finding:
     return passed(f"{seen}.", found)
 
 
-def residual_stream(patient: Patient) -> Finding:
-    """With the matrices of all blocks at zero, a token must still come through to the logits."""
-    leaves = patient.weights()
+def residual_stream(model: LanguageModel) -> Finding:
+    """Set the matrices of all blocks to zero: a token must still come through to the logits."""
+    leaves = model.weights()
     inside = [
         name
         for name, leaf in leaves.items()
         if leaf.ndim >= 2
         and _IN_A_BLOCK.search(name)
-        and patient.vocab_size not in leaf.shape  # a numbered embedding or head is no block
-        and name != patient.position_table
+        and model.vocab_size not in leaf.shape  # a numbered embedding or head is no block
+        and name != model.position_table
     ]
     if not inside:
         return abstain("No weight has the number of a block in its name.")
     silent = leaves | {name: np.zeros_like(leaves[name]) for name in inside}
-    ids = np.arange(ROWS, dtype=np.int32)[:, None].repeat(_probe_length(patient), axis=1)
-    logits_BTV = patient.with_weights(silent).logits(ids % patient.vocab_size, None)
+    ids = np.arange(ROWS, dtype=np.int32)[:, None].repeat(_probe_length(model), axis=1)
+    logits_BTV = model.with_weights(silent).logits(ids % model.vocab_size)
     spread = _spread(logits_BTV[:, 0])
     if not spread > 0.0:
         return failed("With silent blocks every token gives the same logits: no path around them.")
     return passed("With silent blocks a token still comes through to the logits.", spread)
 
 
-def position_sensitivity(patient: Patient) -> Finding:
-    """Where a token stands must matter, and must not be all that matters."""
-    token = tokens(patient, 1, 1)[0, 0]
-    length = _probe_length(patient)
+def position_sensitivity(model: LanguageModel) -> Finding:
+    """Move tokens: their positions must matter, and must not be all that matters."""
+    token = tokens(model, 1, 1)[0, 0]
+    length = _probe_length(model)
     same = np.full((ROWS, length), token, np.int32)
-    several = np.arange(ROWS, dtype=np.int32)[:, None].repeat(length, axis=1) % patient.vocab_size
-    table = patient.position_table
+    several = np.arange(ROWS, dtype=np.int32)[:, None].repeat(length, axis=1) % model.vocab_size
+    table = model.position_table
     if table is None:
-        moved = tokens(patient, 1, length, seed=1)
-        moved[0, -2] = (moved[0, -3] + 1) % patient.vocab_size  # two that differ
+        moved = tokens(model, 1, length, seed=1)
+        moved[0, -2] = (moved[0, -3] + 1) % model.vocab_size  # two that differ
         swapped = moved.copy()
         swapped[0, -3:-1] = moved[0, -2:-4:-1]
-        other = shaken(patient)
-        found = gap(other.logits(swapped, None)[:, -1], other.logits(moved, None)[:, -1])
-        if not found > tolerance(patient):
+        other = shaken(model)
+        found = gap(other.logits(swapped)[:, -1], other.logits(moved)[:, -1])
+        if not found > tolerance(model):
             return failed("Exchanging two earlier tokens changes nothing: a bag of words.", found)
         # A mask alone makes deep layers depend on the order; in the first only positions do.
-        if other.attention:
-            weights, exchanged = (
-                np.asarray(other.attention(x)[0], float)[0, :, -1] for x in (moved, swapped)
-            )
-            if gap(exchanged[:, [-2, -3]], weights[:, [-3, -2]]) <= tolerance(patient):
+        shown = isinstance(other, ShowsAttention) and [other.attention(x) for x in (moved, swapped)]
+        if shown and all(shown):
+            weights, exchanged = (np.asarray(x[0], float)[0, :, -1] for x in shown)
+            if gap(exchanged[:, [-2, -3]], weights[:, [-3, -2]]) <= tolerance(model):
                 return failed("The first layer attends to a token alike wherever it stands.")
         return passed(f"Order matters: exchanging two tokens moves the last logits by {found:.1e}.")
-    for model, when in ((patient, "fresh"), (shaken(patient), "any")):
-        by_place = _spread(model.logits(same, None)[0])
-        by_token = _spread(model.logits(several, None)[:, 0])
+    for drawn, when in ((model, "fresh"), (shaken(model), "any")):
+        by_place = _spread(drawn.logits(same)[0])
+        by_token = _spread(drawn.logits(several)[:, 0])
         if not by_place > 1e-6 * by_token:
             return failed(
                 f"With {when} weights the same token gives the same logits at every position, "
                 f"though {table} is there to tell them apart.",
                 by_place / by_token if by_token else None,
             )
-        if when == "fresh" and not patient.trained and by_place > 10.0 * by_token:
+        if when == "fresh" and not model.trained and by_place > 10.0 * by_token:
             return failed(
                 f"With fresh weights a logit varies {by_place / by_token:.0f} times more with the "
                 "position than with the token.",
@@ -234,7 +240,7 @@ def position_sensitivity(patient: Patient) -> Finding:
 
 
 def _expected(seen_TT: np.ndarray) -> np.ndarray:
-    """What a causal mask shows: all before a query and itself, or a window as wide as any is."""
+    """Return what a causal mask shows: all up to the query, or a window as wide as any query's."""
     behind_TT = np.subtract.outer(np.arange(len(seen_TT)), np.arange(len(seen_TT)))
     causal_TT = behind_TT >= 0
     window = int(behind_TT[causal_TT & seen_TT].max(initial=0))
@@ -242,74 +248,75 @@ def _expected(seen_TT: np.ndarray) -> np.ndarray:
 
 
 def _window(seen_TT: np.ndarray) -> str:
-    """How far back one sees, in words."""
+    """Describe how far back a query sees."""
     behind = np.subtract.outer(np.arange(len(seen_TT)), np.arange(len(seen_TT)))
     window = int(behind[seen_TT & (behind >= 0)].max(initial=0))
     return "all" if window == len(seen_TT) - 1 else f"only {window} (if no such window is meant)"
 
 
-def _width(patient: Patient, leaves: Leaves) -> int:
-    """D, by the matrix that has a row for each token."""
+def _width(model: LanguageModel, leaves: Leaves) -> int:
+    """Return D, by the matrix that has a row for each token."""
     for leaf in leaves.values():
-        if leaf.ndim == 2 and patient.vocab_size in leaf.shape:
+        if leaf.ndim == 2 and model.vocab_size in leaf.shape:
             return (
                 min(leaf.shape)
                 if leaf.shape[0] == leaf.shape[1]
-                else next(size for size in leaf.shape if size != patient.vocab_size)
+                else next(size for size in leaf.shape if size != model.vocab_size)
             )
     return max(leaf.shape[0] for leaf in leaves.values() if leaf.ndim == 2)
 
 
-def _probe_length(patient: Patient) -> int:
-    return min(LENGTH, patient.context_length)
+def _probe_length(model: LanguageModel) -> int:
+    return min(LENGTH, model.context_length)
 
 
 def _ragged(length: int) -> np.ndarray:
-    """Real tokens of four rows, the first not the longest."""
+    """Return real tokens of four rows, the first not the longest."""
     return np.array([max(length // 2, 1), length, 1, max(length - 1, 1)])
 
 
 def _spread(logits_KV: np.ndarray) -> float:
-    """The root mean square over logits of their deviation over cases."""
+    """Return the root mean square over logits of their deviation over cases."""
     return float(np.sqrt(np.mean(np.var(np.asarray(logits_KV, np.float64), axis=0))))
 
 
-def batch_independence(patient: Patient) -> Finding:
-    """A row of a batch must come out as it does alone, and a loss must add up over rows."""
-    patient = shaken(patient)
-    ids = tokens(patient, ROWS, LENGTH)
-    together = patient.logits(ids, None)
+def batch_independence(model: LanguageModel) -> Finding:
+    """Run the rows of a batch alone: the same logits, and losses that add up to the batch's."""
+    model = shaken(model)
+    ids = tokens(model, ROWS, LENGTH)
+    together = model.logits(ids)
     worst = 0.0
     for row in range(len(ids)):
-        found = gap(patient.logits(ids[row : row + 1], None)[0], together[row])
+        found = gap(model.logits(ids[row : row + 1])[0], together[row])
         worst = found if not found <= worst else worst
-    if not worst <= tolerance(patient):
+    if not worst <= tolerance(model):
         return failed(
             f"A row alone differs from the same row in a batch by {worst:.1e} standard deviations.",
             worst,
-            tolerance(patient),
+            tolerance(model),
         )
-    if patient.score:
-        whole = patient.score(together, ids)
-        rows = [patient.score(together[r : r + 1], ids[r : r + 1]) for r in range(len(ids))]
+    if whole := model.score(together, ids):
+        rows = [model.score(together[r : r + 1], ids[r : r + 1]) for r in range(len(ids))]
         weights = [1 if row.num_tokens is None else row.num_tokens for row in rows]
         expected = float(np.average([row.mean for row in rows], weights=weights))
-        if not abs(whole.mean - expected) <= max(tolerance(patient), 1e-5):
+        if not abs(whole.mean - expected) <= max(tolerance(model), 1e-5):
             return failed(
                 f"The loss of a batch is {whole.mean:.4f}, that of its rows one by one "
                 f"{expected:.4f}: a row is scored by what stands in another.",
                 abs(whole.mean - expected),
             )
-    return passed("Rows do not know of each other.", worst, tolerance(patient))
+    return passed("Rows do not know of each other.", worst, tolerance(model))
 
 
-def padding_invariance(patient: Patient) -> Finding:
-    """Padding behind a row must change nothing, whatever ids it is made of."""
-    patient = shaken(patient)
-    ids = tokens(patient, ROWS, LENGTH)
+def padding_invariance(model: LanguageModel) -> Finding:
+    """Pad rows: nothing may change, whatever ids the padding is made of."""
+    if not model.takes_counts:
+        return abstain("The model offers no padding.")
+    model = shaken(model)
+    ids = tokens(model, ROWS, LENGTH)
     length = ids.shape[1]
     counts = _ragged(length)
-    padded, whole = patient.logits(ids, counts), patient.logits(ids, None)
+    padded, whole = model.logits(ids, counts), model.logits(ids)
     worst, which = 0.0, 0
     for row, count in enumerate(counts):
         # What stands behind a token does not change it, so whole rows tell what is right.
@@ -318,36 +325,35 @@ def padding_invariance(patient: Patient) -> Finding:
             worst, which = found, row
     return judged(
         worst,
-        tolerance(patient),
+        tolerance(model),
         "A padded row comes out as it does without padding.",
         f"Row {which}, {counts[which]} tokens and padding up to {length}, differs from the same "
         "row without padding by {value} standard deviations.",
     )
 
 
-def boundary_lengths(patient: Patient) -> Finding:
-    """One token and a full context must work; one more must be refused, not computed wrong."""
-    patient = shaken(patient)
-    context = min(patient.context_length, LONGEST)
-    ids = tokens(patient, 1, context)
-    whole = patient.logits(ids, None)
+def boundary_lengths(model: LanguageModel) -> Finding:
+    """Run one token and a full context; one token more must be refused, not computed wrong."""
+    model = shaken(model)
+    context = min(model.context_length, LONGEST)
+    ids = tokens(model, 1, context)
+    whole = model.logits(ids)
     refused = []
     for length in (1, context - 1, context):
-        found = patient.logits(ids[:, :length], None)
+        found = model.logits(ids[:, :length])
         if not np.all(np.isfinite(found)):
             return failed(f"The logits of {length} tokens are not finite.")
-        if not gap(found, whole[:, :length]) <= 10 * tolerance(patient):
+        if not gap(found, whole[:, :length]) <= 10 * tolerance(model):
             return failed(f"{length} tokens give other logits than the same tokens and more.")
-    if context == patient.context_length and patient.position_table:
+    if context == model.context_length and model.position_table:
         longer = np.concatenate([ids, ids[:, :1]], axis=1)
-        if _answers(lambda: patient.logits(longer, None)[:, -1]):
+        if _answers(lambda: model.logits(longer)[:, -1]):
             return failed(f"{context + 1} tokens in a context of {context} are read all the same.")
         refused.append("a longer text")
-    decoder = patient.decoder
-    if decoder and decoder.bounded:
+    if isinstance(model, CanDecode) and model.bounded:
         capacity = min(4, context - 1)
-        _, state = decoder.read(decoder.empty(1, capacity), ids[:, :capacity], None)
-        if _answers(lambda: decoder.read(state, ids[:, :1], None)[0]):
+        _, cache = model.read(ids[:, :capacity], model.empty_cache(1, capacity))
+        if _answers(lambda: model.read(ids[:, :1], cache)[0]):
             return failed(
                 f"Token {capacity + 1} into a cache of {capacity} slots is neither refused nor NaN:"
                 " it overwrites what was there."
@@ -357,7 +363,7 @@ def boundary_lengths(patient: Patient) -> Finding:
     return passed(f"{seen}; refused: {', '.join(refused)}." if refused else f"{seen}.")
 
 
-def _answers(call) -> bool:
+def _answers(call: Callable[[], np.ndarray]) -> bool:
     """Whether a call that must be refused gives numbers instead."""
     try:
         return bool(np.all(np.isfinite(call())))
@@ -365,40 +371,40 @@ def _answers(call) -> bool:
         return False
 
 
-def determinism(patient: Patient) -> Finding:
-    """The same question must get the same answer, except in training with dropout."""
-    ids = tokens(patient, ROWS, LENGTH)
-    if not np.array_equal(patient.logits(ids, None), patient.logits(ids, None), equal_nan=True):
+def determinism(model: LanguageModel) -> Finding:
+    """Ask twice: the same answer, except in training with dropout."""
+    ids = tokens(model, ROWS, LENGTH)
+    if not np.array_equal(model.logits(ids), model.logits(ids), equal_nan=True):
         return failed("Two evaluations of the same tokens differ: something still draws.")
-    if patient.generate:
-        prompt = ids[:, : patient.context_length // 4]
-        first, second = (patient.generate(prompt, 6) for _ in range(2))
+    if isinstance(model, CanGenerate):
+        prompt = ids[:, : model.context_length // 4]
+        first, second = (model.generate(prompt, 6) for _ in range(2))
         if not np.array_equal(first, second):
             return failed("Two greedy continuations of the same prompt differ.")
-    if patient.dropout_losses:
-        first, second = patient.dropout_losses(ids)
-        if first == second:
-            return failed(
-                "Two training steps drop the same elements: with dropout their losses of one batch "
-                f"are both {first:.6f}."
-            )
-    return passed("Evaluation repeats itself" + (", dropout does not." if patient.dropout_losses
-                                                  else "."))  # fmt: skip
+    losses = model.dropout_losses(ids) if isinstance(model, CanTrain) else None
+    if losses is None:
+        return passed("Evaluation repeats itself.")
+    if losses[0] == losses[1]:
+        return failed(
+            "Two training steps drop the same elements: with dropout their losses of one batch "
+            f"are both {losses[0]:.6f}."
+        )
+    return passed("Evaluation repeats itself, dropout does not.")
 
 
-def dtype_audit(patient: Patient) -> Finding:
-    """In every type the logits are those of float64, up to the digits of the type."""
-    patient = shaken(patient)
-    ids = tokens(patient, ROWS, LENGTH)
+def dtype_audit(model: CanCast) -> Finding:
+    """Run it in every type: the logits of float64, up to the digits of the type."""
+    model = shaken(model)
+    ids = tokens(model, ROWS, LENGTH)
     try:
-        truth = np.asarray(patient.cast("float64").logits(ids, None), np.float64)
+        truth = np.asarray(model.cast("float64").logits(ids), np.float64)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         return abstain(f"The model does not run in float64: {type(error).__name__}.")
     # Of a standard deviation; 40 units in the last place, where two layers need 3 and twelve 10.
     right, silent = [], []
     for dtype, bound in (("float32", 5e-6), ("bfloat16", 0.3), ("float16", 0.04)):
         try:
-            logits = np.asarray(patient.cast(dtype).logits(ids, None)).astype(np.float64)
+            logits = np.asarray(model.cast(dtype).logits(ids)).astype(np.float64)
         except (RuntimeError, NotImplementedError, TypeError):
             silent.append(dtype)
             continue

@@ -7,46 +7,40 @@ import numpy as np
 
 from parity.check.metrics import gradient_norm
 from parity.doctor.detectors.forward import LENGTH, LONGEST, ROWS, cross_entropies
-from parity.doctor.finding import (
-    Finding,
-    abstain,
-    failed,
-    passed,
-    shaken,
-    tokens,
-    tolerance,
-)
-from parity.doctor.patient import AdamW, Patient
+from parity.doctor.finding import Finding, abstain, failed, passed, shaken, tokens, tolerance
+from parity.doctor.model import AdamW, CanEvaluate, CanTrain, HasOwnStep, LanguageModel
 from parity.frameworks.leaves import Leaves
 
 _STEPS, _CYCLES = 150, 80
 _LAGS = range(-2, 4)
 
 
-def token_accounting(patient: Patient) -> Finding:
-    """A loss must score each real label once, and divide by how many it scored."""
-    if not (patient.score or patient.evaluate):
-        return abstain("The model brings no loss and no evaluation of its own.")
-    bound = max(tolerance(patient), 1e-5)
-    ids = tokens(patient, ROWS, LENGTH)
+def token_accounting(model: LanguageModel) -> Finding:
+    """Score given logits: each real label once, divided by the number of labels scored."""
+    bound = max(tolerance(model), 1e-5)
+    ids = tokens(model, ROWS, LENGTH)
     length = ids.shape[1]
     counts = np.array([length, max(length - 4, 2), 2, max(length // 2, 2)])
     rng = np.random.default_rng(0)
-    logits_BTV = (3.0 * rng.normal(size=(*ids.shape, patient.vocab_size))).astype(
-        np.float64 if patient.dtype == "float64" else np.float32
+    logits_BTV = (3.0 * rng.normal(size=(*ids.shape, model.vocab_size))).astype(
+        np.float64 if model.dtype == "float64" else np.float32
     )
     labels = ids.copy()
     labels[0, 2] = 0
     cases = [("whole rows", labels, None)]
-    if patient.takes_counts:
+    if model.takes_counts:
         cases.append(("padded rows", labels, counts))
-    if patient.ignore_index is not None:
+    if model.ignore_index is not None:
         some = labels.copy()
-        some[:, 1::3] = patient.ignore_index
-        cases.append((f"labels of {patient.ignore_index}", some, None))
-    for words, given, real in cases if patient.score else ():
-        expected, number = _score(logits_BTV, given, real, patient.ignore_index)
-        found = patient.score(logits_BTV, given, real)
+        some[:, 1::3] = model.ignore_index
+        cases.append((f"labels of {model.ignore_index}", some, None))
+    asked = isinstance(model, CanEvaluate)
+    for words, given, real in cases:
+        if (found := model.score(logits_BTV, given, real)) is None:
+            break
+        asked = True
+        total, number = _total(logits_BTV, given, real, model.ignore_index)
+        expected = total / number
         if found.num_tokens is not None and found.num_tokens != number:
             return failed(f"With {words} the loss counts {found.num_tokens} tokens of {number}.")
         if not abs(found.mean - expected) <= bound * max(expected, 1.0):
@@ -56,24 +50,26 @@ def token_accounting(patient: Patient) -> Finding:
                 abs(found.mean - expected),
                 bound,
             )
-    if patient.evaluate:
+    if isinstance(model, CanEvaluate):
         short = np.array([1, 2, 1, 3])  # one row too short to be scored, and the next
-        batches = [(ids, counts), (ids, short)] if patient.takes_counts else [(ids, None)] * 2
-        sums = [_total(patient.logits(*batch), *batch, patient.ignore_index) for batch in batches]
+        batches = [(ids, counts), (ids, short)] if model.takes_counts else [(ids, None)] * 2
+        sums = [_total(model.logits(*batch), *batch, model.ignore_index) for batch in batches]
         total, number = (sum(x) for x in zip(*sums, strict=True))
-        found = patient.evaluate(batches)
+        found = model.evaluate(batches)
         if not abs(found.mean - total / number) <= bound * max(total / number, 1.0):
             return failed(
                 f"Two batches are evaluated to {found.mean:.4f}; all their tokens together have "
                 f"{total / number:.4f}."
             )
+    if not asked:
+        return abstain("The model brings no loss and no evaluation of its own.")
     return passed("Every real label is scored once, and divided by how many there are.")
 
 
 def _total(
     logits_BTV: np.ndarray, labels: np.ndarray, counts: np.ndarray | None, ignored: int | None
 ) -> tuple[float, int]:
-    """Sum of the cross entropies of the next token, and how many there are."""
+    """Return the sum of the cross entropies of the next token, and their number."""
     steps = np.arange(1, labels.shape[1])
     real = steps < (labels.shape[1] if counts is None else counts[:, None])
     targets = labels[:, 1:]
@@ -82,18 +78,13 @@ def _total(
     return float(losses[real].sum()), int(real.sum())
 
 
-def _score(*arguments) -> tuple[float, int]:
-    total, number = _total(*arguments)
-    return total / number, number
-
-
-def gradient_coverage(patient: Patient) -> Finding:
-    """Every parameter must get a gradient, and every row of a position table."""
-    patient = shaken(patient)
-    context = min(patient.context_length, LONGEST)
-    gradients = patient.gradients(tokens(patient, ROWS if context <= 256 else 1, context))
+def gradient_coverage(model: CanTrain) -> Finding:
+    """Differentiate: every parameter must get a gradient, and every row of a position table."""
+    model = shaken(model)
+    context = min(model.context_length, LONGEST)
+    gradients = model.gradients(tokens(model, ROWS if context <= 256 else 1, context))
     for name, gradient in gradients.items():
-        if gradient is None or not np.any(gradient):
+        if not np.any(gradient):
             return failed(
                 f"{name} gets no gradient: it is frozen, or the loss does not depend on it."
             )
@@ -101,7 +92,7 @@ def gradient_coverage(patient: Patient) -> Finding:
             return failed(f"The gradient of {name} is not finite.")
     for name, gradient in gradients.items():
         fused = gradient.ndim == 2 and min(gradient.shape) >= 8
-        if not fused or patient.vocab_size in gradient.shape or name == patient.position_table:
+        if not fused or model.vocab_size in gradient.shape or name == model.position_table:
             continue
         # Of a fused projection a third is unused where a query stands in for a key; a ReLU that
         # is dead for all tokens leaves a tenth at most.
@@ -109,33 +100,33 @@ def gradient_coverage(patient: Patient) -> Finding:
             unused = 1.0 - float(np.mean(np.any(gradient, axis=axis)))
             if unused >= 0.25:
                 return failed(f"{name}: {unused:.0%} of its {word} get no gradient.", unused, 0.25)
-    table = gradients.get(patient.position_table)
-    if table is not None and len(table) == context == patient.context_length:
+    table = gradients.get(model.position_table)
+    if table is not None and len(table) == context == model.context_length:
         # The last position has nothing to predict.
         unused = np.flatnonzero(~np.any(table[:-1], axis=1))
         if unused.size:
             return failed(
-                f"{patient.position_table}: {unused.size} of {context} rows get no gradient from a "
+                f"{model.position_table}: {unused.size} of {context} rows get no gradient from a "
                 f"full context, the first is row {unused[0]}."
             )
     return passed(f"All {len(gradients)} parameters get a gradient.")
 
 
-def best_lag(patient: Patient) -> Finding:
-    """After a short training on a cycle of tokens, which of them do the logits name?"""
-    num = min(patient.vocab_size, 31)
+def best_lag(model: CanTrain) -> Finding:
+    """Train on a cycle of tokens: the logits must name the next token."""
+    num = min(model.vocab_size, 31)
     cycle = np.random.default_rng(0).permutation(num)
-    length = min(LENGTH, patient.context_length)
+    length = min(LENGTH, model.context_length)
 
     def passages(rows: int, seed: int) -> np.ndarray:
         starts = np.random.default_rng((1, seed)).integers(0, num, rows)
         return cycle[(starts[:, None] + np.arange(length)) % num].astype(np.int32)
 
-    trainer = patient.trainer(_rate(patient))
+    trainer = model.trainer(_rate(model))
     for step in range(_CYCLES):
         trainer.step(passages(ROWS, step))
     ids = passages(ROWS, 1000)
-    logits_BTV = patient.with_weights(trainer.parameters()).logits(ids, None)
+    logits_BTV = model.with_weights(trainer.parameters()).logits(ids)
     named = np.argmax(logits_BTV, axis=-1)
     hits = {}
     for lag in _LAGS:
@@ -149,10 +140,10 @@ def best_lag(patient: Patient) -> Finding:
     return passed(seen, lag, 1) if lag == 1 else failed(seen, lag, 1)
 
 
-def overfit_one_batch(patient: Patient) -> Finding:
-    """A correct model and loop learn one small batch by heart."""
-    ids = tokens(patient, ROWS, LENGTH)
-    trainer = patient.trainer(_rate(patient))
+def overfit_one_batch(model: CanTrain) -> Finding:
+    """Train on one small batch until it is learned by heart."""
+    ids = tokens(model, ROWS, LENGTH)
+    trainer = model.trainer(_rate(model))
     losses = [trainer.step(ids)]
     while len(losses) < _STEPS and np.isfinite(losses[-1]) and losses[-1] > 0.1:
         losses.append(trainer.step(ids))
@@ -160,23 +151,23 @@ def overfit_one_batch(patient: Patient) -> Finding:
     return passed(seen, losses[-1], 0.1) if losses[-1] <= 0.1 else failed(seen, losses[-1], 0.1)
 
 
-def _rate(patient: Patient) -> float:
-    """A learning rate that models of this size bear."""
-    size = sum(leaf.size for leaf in patient.weights().values())
+def _rate(model: LanguageModel) -> float:
+    """Return a learning rate that models of this size bear."""
+    size = sum(leaf.size for leaf in model.weights().values())
     return 1e-2 if size < 1e5 else 3e-3 if size < 1e7 else 3e-4
 
 
-def update_equals_reference(patient: Patient) -> Finding:
-    """Four training steps must be AdamW, each judged from where it started."""
-    trainer, constants = patient.reference_trainer()
+def update_equals_reference(model: HasOwnStep) -> Finding:
+    """Take four training steps: each must be AdamW's from where it started."""
+    trainer, constants = model.reference_trainer()
     first: Leaves = {}
     second: Leaves = {}
-    length = min(LENGTH, patient.context_length)
+    length = min(LENGTH, model.context_length)
     for number in range(4):
-        ids = tokens(patient, ROWS, length, seed=number)
-        counts = np.array([length, length - 2, 3, 2]) if patient.takes_counts else None
+        ids = tokens(model, ROWS, length, seed=number)
+        counts = np.array([length, length - 2, 3, 2]) if model.takes_counts else None
         before = trainer.parameters()
-        gradients = patient.with_weights(before).gradients(ids, counts)
+        gradients = model.with_weights(before).gradients(ids, counts)
         expected = reference_update(constants, number, before, gradients, first, second)
         loss = trainer.step(ids, counts)
         after = trainer.parameters()
@@ -191,7 +182,7 @@ def update_equals_reference(patient: Patient) -> Finding:
         worst = max(errors, key=errors.get)
         found = gradient_norm({k: np.array([v]) for k, v in errors.items()}) / size
         # AdamW divides by a root of rounding where a gradient cancels, hence not 1e-12.
-        bound = 1e-6 if patient.dtype == "float64" else 1e-3
+        bound = 1e-6 if model.dtype == "float64" else 1e-3
         if not found <= bound:
             return failed(
                 f"Step {number + 1} is off AdamW's by {found:.1e} of its length, most in {worst}.",
@@ -205,19 +196,16 @@ def reference_update(
     constants: AdamW,
     number: int,
     weights: Leaves,
-    gradients: dict[str, np.ndarray | None],
+    gradients: Leaves,
     first: Leaves,
     second: Leaves,
 ) -> Leaves:
-    """What AdamW adds to each leaf; `first` and `second` are its moments and move along.
+    """Return what AdamW adds to each leaf; `first` and `second` are its moments and move along.
 
     Loshchilov and Hutter, "Decoupled weight decay regularization", 2019, algorithm 2; the clipping
     divides by the norm plus 1e-6, as torch does.
     """
-    gradients = {
-        name: np.zeros_like(weights[name]) if g is None else np.asarray(g, np.float64)
-        for name, g in gradients.items()
-    }
+    gradients = {name: np.asarray(g, np.float64) for name, g in gradients.items()}
     if constants.clip_norm is not None:
         factor = min(constants.clip_norm / (gradient_norm(gradients) + 1e-6), 1.0)
         gradients = {name: g * factor for name, g in gradients.items()}
@@ -233,21 +221,21 @@ def reference_update(
     return updates
 
 
-def nan_origin(patient: Patient) -> Finding:
-    """Large scores, and weights without a gradient, must not make NaN; if so, where first?"""
-    ids = tokens(patient, ROWS, LENGTH)
-    ids %= max(patient.vocab_size // 2, 1)  # half of the vocabulary gets no gradient as an input
+def nan_origin(model: CanTrain) -> Finding:
+    """Find the first NaN: from large scores, in the gradient, or from the optimizer."""
+    ids = tokens(model, ROWS, LENGTH)
+    ids %= max(model.vocab_size // 2, 1)  # half of the vocabulary gets no gradient as an input
     large = {
-        name: (30.0 * leaf).astype(leaf.dtype) for name, leaf in shaken(patient).weights().items()
+        name: (30.0 * leaf).astype(leaf.dtype) for name, leaf in shaken(model).weights().items()
     }
-    logits = patient.with_weights(large).logits(ids, None)
+    logits = model.with_weights(large).logits(ids)
     if not np.all(np.isfinite(np.asarray(logits, np.float64))):
         return failed("With weights 30 times larger the logits are not finite: an exp overflows.")
-    gradients = patient.gradients(ids)
+    gradients = model.gradients(ids)
     for name, gradient in gradients.items():
-        if gradient is not None and not np.all(np.isfinite(gradient)):
+        if not np.all(np.isfinite(gradient)):
             return failed(f"The backward pass gives NaN, in the gradient of {name}.")
-    trainer = patient.trainer(_rate(patient))
+    trainer = model.trainer(_rate(model))
     for step in range(2):
         trainer.step(ids)
         for name, leaf in trainer.parameters().items():

@@ -1,124 +1,112 @@
 """The strongest question, for a model that has a reference: does it do the same?"""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
 from parity.doctor.detectors.forward import LENGTH, ROWS
-from parity.doctor.finding import Finding, failed, gap, passed, tokens, tolerance
-from parity.doctor.patient import Patient
-from parity.frameworks.leaves import Leaves
+from parity.doctor.finding import Finding, abstain, failed, gap, passed, tokens, tolerance
+from parity.doctor.model import (
+    CanCast,
+    CanDecode,
+    CanEvaluate,
+    CanGenerate,
+    CanTrain,
+    HasOwnStep,
+    LanguageModel,
+)
 from parity.weights.randomize import randomized
 
 
-def parity(patient: Patient) -> Finding:
-    """Every answer must be the reference's, from the first weights to the last token."""
-    number = 0
-    for words, found, expected in _answers(patient, patient.reference):
+def parity(model: LanguageModel) -> Finding:
+    """Compare every answer with the reference's, from the first weights to the last token."""
+    if model.reference is None:
+        return abstain("The model offers no reference.")
+    mine, theirs = model.weights(), model.reference.weights()
+    if mine.keys() != theirs.keys():
+        return failed("The names of the weights: differ from the reference.")
+    for name, leaf in theirs.items():
+        if not (off := gap(mine[name], leaf)) <= tolerance(model):
+            return failed(f"The initial {name}: differs from the reference by {off:.1e}.", off)
+    leaves = randomized(theirs, model.reference.seed)
+    pair = model.with_weights(leaves), model.reference.with_weights(leaves)
+    number = len(leaves)
+    for (words, found), (_, expected) in zip(*(_answers(x, pair) for x in pair), strict=True):
         number += 1
-        off = gap(found, expected)
-        if not off <= tolerance(patient):
+        if not (off := gap(found, expected)) <= tolerance(model):
             return failed(f"{words}: differs from the reference by {off:.1e}.", off)
     return passed(f"{number} answers are those of the reference.")
 
 
-def _answers(left: Patient, right: Patient) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """(what was asked, answer, answer of the reference) for all that both offer, in the order of a
-    model's life."""
-    mine, theirs = left.weights(), right.weights()
-    if mine.keys() != theirs.keys():
-        yield "The names of the weights", np.zeros(1), np.ones(1)
-        return
-    for name in mine:
-        yield f"The initial {name}", mine[name], theirs[name]
-    leaves = randomized(theirs, right.seed)
-    left, right = left.with_weights(leaves), right.with_weights(leaves)
+def _answers(
+    model: LanguageModel, pair: tuple[LanguageModel, LanguageModel]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield (question, answer) for all that both of a pair offer, in the order of a model's life.
 
-    def both(field: str) -> bool:
-        return bool(getattr(left, field) and getattr(right, field))
+    Args:
+        model: the one of the pair that answers.
+        pair: the model in question and its reference.
+    """
 
-    ids = tokens(left, ROWS, LENGTH)
+    def both(kind: type) -> bool:
+        return all(isinstance(x, kind) for x in pair)
+
+    counted = all(x.takes_counts for x in pair)
+    ids = tokens(model, ROWS, LENGTH)
     counts = np.array([ids.shape[1], 5, 2, 1])
-    yield "The logits", left.logits(ids, None), right.logits(ids, None)
-    if both("takes_counts"):
-        padded = [x.logits(ids, counts) for x in (left, right)]
+    yield "The logits", model.logits(ids)
+    if counted:
+        padded = model.logits(ids, counts)
         for row, count in enumerate(counts):
-            yield f"The logits of padded row {row}", *(x[row, :count] for x in padded)
-    if both("cast"):
-        narrow = left.cast("float16"), right.cast("float16")
-        yield "The logits in float16", *(np.asarray(x.logits(ids, None), float) for x in narrow)
-    if both("gradients"):
-        mine, theirs = left.gradients(ids), right.gradients(ids)
-        for name, gradient in theirs.items():
-            expected = _or_zeros(gradient, leaves[name])
-            yield f"The gradient of {name}", _or_zeros(mine[name], expected), expected
-    if both("score"):
-        logits = left.logits(ids, None)
-        for words, real in (("whole rows", None), ("padded rows", counts)):
-            if real is None or both("takes_counts"):
-                yield f"The loss of {words}", *_numbers(x.score(logits, ids, real).mean
-                                                        for x in (left, right))  # fmt: skip
-    if both("evaluate") and both("takes_counts"):
+            yield f"The logits of padded row {row}", padded[row, :count]
+    if both(CanCast):
+        yield "The logits in float16", np.asarray(model.cast("float16").logits(ids), float)
+    if both(CanTrain):
+        for name, gradient in model.gradients(ids).items():
+            yield f"The gradient of {name}", gradient
+    logits = pair[0].logits(ids)
+    for words, real in (("whole rows", None), ("padded rows", counts)):
+        if (real is None or counted) and (score := model.score(logits, ids, real)):
+            yield f"The loss of {words}", _number(score.mean)
+    if both(CanEvaluate) and counted:
         batches = [(ids, counts), (ids, np.array([1, 2, 1, 3]))]
-        yield "The evaluation", *_numbers(x.evaluate(batches).mean for x in (left, right))
-    if both("reference_trainer"):
-        trainers = left.reference_trainer()[0], right.reference_trainer()[0]
+        yield "The evaluation", _number(model.evaluate(batches).mean)
+    if both(HasOwnStep):
+        trainer, _ = model.reference_trainer()
         for step in range(2):
             # Ragged, so that parts of a batch have different numbers of tokens.
-            batch = tokens(left, ROWS, LENGTH, seed=step)
+            batch = tokens(model, ROWS, LENGTH, seed=step)
             real = np.array([batch.shape[1], batch.shape[1] - 2, 3, 2])
-            losses = [x.step(batch, real) for x in trainers]
-            yield f"The loss of step {step + 1}", *_numbers(losses)
-            yield f"The weights after step {step + 1}", *(_flat(x.parameters()) for x in trainers)
-    if both("dropout_losses"):
-        yield "Dropout", *(np.array(x.dropout_losses(ids)) for x in (left, right))
-    if both("decoder") and left.decoder.ragged and right.decoder.ragged:
-        yield from _decoded(left, right, ids)
-    if both("generate"):
-        yield from _generated(left, right, ids)
+            yield f"The loss of step {step + 1}", _number(trainer.step(batch, real))
+            flat = [leaf.ravel() for leaf in trainer.parameters().values()]
+            yield f"The weights after step {step + 1}", np.concatenate(flat)
+    if both(CanTrain) and (losses := model.dropout_losses(ids)):
+        yield "Dropout", np.array(losses)
+    if both(CanDecode) and all(x.ragged for x in pair):
+        cache = model.empty_cache(ROWS, model.context_length)
+        for words, piece, real in (
+            ("a ragged prompt", ids[:, :4], np.array([4, 1, 3, 2])),
+            ("one token more", ids[:, 4:5], None),
+            ("a chunk more", ids[:, 5:9], None),
+        ):
+            found, cache = model.read(piece, cache, real)
+            rows = (
+                [row[:count] for row, count in zip(found, real, strict=True)]
+                if real is not None
+                else found
+            )
+            yield f"Cached logits of {words}", np.concatenate(rows)
+    if both(CanGenerate):
+        prompt = ids[:, : min(model.context_length // 4, 6)]
+        stop = int(pair[1].generate(prompt, 6)[0, 1])
+        for words, options in (
+            ("Greedy tokens", {}),
+            ("Drawn tokens", dict(temperature=1.0, seed=3)),
+            ("Greedy tokens with a stop", dict(stop_ids=(stop,))),
+        ):
+            yield words, model.generate(prompt, 6, **options).astype(float)
 
 
-def _decoded(
-    left: Patient, right: Patient, ids: np.ndarray
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    states = [x.decoder.empty(ROWS, left.context_length) for x in (left, right)]
-    for words, piece, counts in (
-        ("a ragged prompt", ids[:, :4], np.array([4, 1, 3, 2])),
-        ("one token more", ids[:, 4:5], None),
-        ("a chunk more", ids[:, 5:9], None),
-    ):
-        answers = [
-            x.decoder.read(state, piece, counts)
-            for x, state in zip((left, right), states, strict=True)
-        ]
-        found, expected = (
-            [a[0][r, :c] for r, c in enumerate(counts if counts is not None else [None] * ROWS)]
-            for a in answers
-        )
-        yield f"Cached logits of {words}", np.concatenate(found), np.concatenate(expected)
-        states = [a[1] for a in answers]
-
-
-def _generated(
-    left: Patient, right: Patient, ids: np.ndarray
-) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    prompt = ids[:, : min(left.context_length // 4, 6)]
-    for words, options in (
-        ("Greedy tokens", {}),
-        ("Drawn tokens", dict(temperature=1.0, seed=3)),
-        ("Greedy tokens with a stop", dict(stop_ids=(int(right.generate(prompt, 6)[0, 1]),))),
-    ):
-        yield words, *(x.generate(prompt, 6, **options).astype(float) for x in (left, right))
-
-
-def _numbers(values: Iterable[float]) -> list[np.ndarray]:
-    """Numbers as arrays in which a gap counts in units of nats: beside zero and one."""
-    return [np.array([-1.0, 1.0, value]) for value in values]
-
-
-def _or_zeros(gradient: np.ndarray | None, like: np.ndarray) -> np.ndarray:
-    return np.zeros_like(like) if gradient is None else gradient
-
-
-def _flat(leaves: Leaves) -> np.ndarray:
-    return np.concatenate([leaf.ravel() for leaf in leaves.values()])
+def _number(value: float) -> np.ndarray:
+    """Return an array in which a gap counts in units of nats: beside one and minus one."""
+    return np.array([-1.0, 1.0, value])

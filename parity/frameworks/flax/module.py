@@ -1,9 +1,6 @@
-"""Any Flax NNX module, a way to call it and an optimizer as one half of a pair.
+"""Any Flax NNX module as a `ModelSpec`: how it is called, scored and trained."""
 
-Read beside parity/torch_side.py; the two trainers have the same methods, those that the levels ask
-for.
-"""
-
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,49 +10,50 @@ import numpy as np
 import optax
 from flax import nnx
 
-import flax_gpt
+from parity.frameworks import default_call
 from parity.frameworks.capture import leaves_of
-from parity.frameworks.default_call import plain_call, projection, require_output
-from parity.frameworks.flax.leaves import flax_leaves, state_leaves
-from parity.frameworks.flax.purity import flax_in
+from parity.frameworks.flax.leaves import cast_flax, flax_leaves, state_leaves
 from parity.frameworks.leaves import Leaves, cast_array
-from parity.frameworks.spec import Side
+from parity.frameworks.protocols import Moments
+from parity.frameworks.spec import ModelSpec, ModuleUse
 
-Call = Callable[..., Any]
-# What the optimizer is when the user names none.
-CONSTANTS = flax_gpt.TrainConfig(schedule="constant", decay_all=True)
+Loss = Callable[..., jax.Array]
+FlaxUse = ModuleUse[jax.Array, optax.GradientTransformation]
+# (graphdef, parameters, rest, optimizer state, *inputs) to the loss and the last three after a step
+Program = Callable[..., tuple[jax.Array, nnx.State, nnx.State, optax.OptState]]
 
 
-def flax_side(
+def flax_spec(
     module: nnx.Module,
-    call: Call | None = None,
-    loss: Call | None = None,
+    call: Callable[..., object] | None = None,
+    loss: Loss | None = None,
     optimizer: optax.GradientTransformation | None = None,
-) -> Side:
-    """A Flax NNX module as a side; see `torch_side`.
+) -> ModelSpec[nnx.Module, jax.Array]:
+    """Return the spec of a Flax NNX module.
 
     Args:
         module: copied for every use, and never changed.
-        call: (module, *inputs) to its output; `module(*inputs)` when None.
-        loss: (module, *inputs) to a scalar; the output times fixed random numbers when None.
-        optimizer: an optax transformation; AdamW as torch's when None.
+        call: (module, *inputs) to outputs; `module(*inputs)` when None.
+        loss: (module, *inputs) to a scalar; the outputs times `projection` when None.
+        optimizer: `adamw()` when None.
     """
-    call = call or plain_call
+    call = call or default_call.plain_call
 
     def forward(model: nnx.Module, *inputs: jax.Array) -> jax.Array:
         arrays = [x for x in leaves_of(call(model, *inputs)) if isinstance(x, jax.Array)]
-        require_output("flax", arrays)
+        default_call.require_output("flax", arrays)
         return arrays[0] if len(arrays) == 1 else jnp.concatenate([x.ravel() for x in arrays])
 
     def projected(model: nnx.Module, *inputs: jax.Array) -> jax.Array:
         output = forward(model, *inputs)
-        return jnp.dot(output.ravel(), jnp.asarray(projection(output.size), output.dtype))
+        weights = jnp.asarray(default_call.projection(output.size), output.dtype)
+        return jnp.dot(output.ravel(), weights)
 
-    score, optimizer = loss or projected, optimizer or flax_gpt.adamw(CONSTANTS)
-    program = flax_program(score, optimizer)
-    return Side(
+    score, optimizer = loss or projected, optimizer or adamw()
+    program = compile_step(score, optimizer)
+    return ModelSpec(
         name=f"{type(module).__name__} (flax)",
-        build=lambda dtype: flax_in(module, dtype),
+        build=lambda dtype: cast_flax(module, dtype),
         forward=forward,
         loss=score,
         trainer=lambda model, num_steps: FlaxTrainer(model, program, optimizer),
@@ -67,22 +65,22 @@ class FlaxTrainer:
 
     Args:
         module: with its initial weights.
-        program: see `flax_program`.
-        optimizer: the program's.
+        program: of `compile_step`.
+        optimizer: the one that the program was compiled with.
     """
 
     def __init__(
-        self, module: nnx.Module, program: Callable, optimizer: optax.GradientTransformation
+        self, module: nnx.Module, program: Program, optimizer: optax.GradientTransformation
     ):
         module.train()
         for _, submodule in nnx.iter_modules(module):
-            _without_dropout(submodule)
+            _disable_dropout(submodule)
         self._graphdef, self._parameters, self._rest = nnx.split(module, nnx.Param, ...)
         self._program, self._state = program, optimizer.init(self._parameters)
         self._dtype = str(jax.tree.leaves(self._parameters)[0].dtype)
 
     def step(self, *inputs: np.ndarray) -> float:
-        """One step; the loss before it."""
+        """Take one optimizer step and return the loss before it."""
         arrays = [jnp.asarray(cast_array(x, self._dtype)) for x in inputs]
         loss, self._parameters, self._rest, self._state = self._program(
             self._graphdef, self._parameters, self._rest, self._state, *arrays
@@ -90,36 +88,23 @@ class FlaxTrainer:
         return float(loss)
 
     def parameters(self) -> Leaves:
-        """The present weights and statistics."""
+        """Return the present weights and statistics."""
         return flax_leaves(nnx.merge(self._graphdef, self._parameters, self._rest))
 
-    def moments(self) -> tuple[Leaves, Leaves, int]:
-        """First and second moments by leaf, where there are such, and the number of updates.
-
-        They are to be read before the next step.
-        """
+    def moments(self) -> Moments:
+        """Return the moments of the first Adam state of the optimizer, if it has one."""
         found = [x for x in jax.tree.leaves(self._state, is_leaf=_is_adam) if _is_adam(x)]
         if not found:
             return {}, {}, 0
         return state_leaves(found[0].mu), state_leaves(found[0].nu), int(found[0].count)
 
 
-def flax_program(
-    loss: Callable[..., jax.Array], optimizer: optax.GradientTransformation
-) -> Callable:
-    """A compiled training step, which trainers of one side share.
-
-    Args:
-        loss: (module, *inputs) to a scalar.
-        optimizer: an optax transformation.
-
-    Returns:
-        (graphdef, parameters, rest, state, *inputs) to the loss and the last three after the step.
-    """
+def compile_step(loss: Loss, optimizer: optax.GradientTransformation) -> Program:
+    """Compile a training step, for several trainers to share."""
 
     def step(graphdef: Any, parameters: Any, rest: Any, state: Any, *arrays: jax.Array) -> tuple:
         def scored(parameters: Any) -> tuple[jax.Array, Any]:
-            model = nnx.merge(graphdef, parameters, rest, copy=True)  # it moves its statistics
+            model = nnx.merge(graphdef, parameters, rest, copy=True)  # statistics change in it
             value = loss(model, *arrays)
             return value, nnx.split(model, nnx.Param, ...)[2]
 
@@ -130,12 +115,46 @@ def flax_program(
     return jax.jit(step, static_argnums=0)
 
 
-def _is_adam(state: Any) -> bool:
+def adamw() -> optax.GradientTransformation:
+    """Return AdamW with the constants of `default_call`, as torch computes it.
+
+    `optax.adamw` computes the bias correction 1 - beta**count in float32, which at count 1 is off
+    by 1e-5, where torch uses Python's doubles.
+    """
+    beta1, beta2 = default_call.BETA1, default_call.BETA2
+
+    def init(params: optax.Params) -> optax.ScaleByAdamState:
+        mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
+        def direction(m: jax.Array, v: jax.Array) -> jax.Array:
+            # -expm1(n log b) is 1 - b**n without the cancellation.
+            steps = count.astype(m.dtype)
+            m_hat = m / -jnp.expm1(steps * math.log(beta1))
+            v_hat = v / -jnp.expm1(steps * math.log(beta2))
+            return m_hat / (jnp.sqrt(v_hat) + default_call.EPSILON)
+
+        count = state.count + 1
+        mu = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, updates)
+        nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.nu, updates)
+        return jax.tree.map(direction, mu, nu), optax.ScaleByAdamState(count, mu, nu)
+
+    return optax.chain(
+        optax.GradientTransformation(init, update),
+        optax.add_decayed_weights(default_call.WEIGHT_DECAY),
+        optax.scale_by_learning_rate(default_call.LEARNING_RATE),
+    )
+
+
+def _is_adam(state: object) -> bool:
     return all(hasattr(state, name) for name in ("mu", "nu", "count"))
 
 
-def _without_dropout(module: Any) -> None:
-    """Masks come from other generators in the two frameworks, so nothing is to be dropped."""
+def _disable_dropout(module: nnx.Module) -> None:
+    """Drop nothing: the frameworks draw masks from different generators."""
     if isinstance(module, nnx.Dropout):
         module.rate = 0.0
     if isinstance(module, nnx.MultiHeadAttention):

@@ -1,148 +1,178 @@
-"""A Flax NNX model with weights, a dtype and a device: it answers the levels in NumPy.
-
-Read beside parity/torch_run.py; the two classes have the same methods.
-"""
+"""A Flax NNX model with weights, a dtype and a device, which answers the levels in NumPy."""
 
 import contextlib
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol, Self, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from parity.frameworks.capture import Backward, Sink, Trace
+from parity.frameworks.capture import Backward, OnTrace, Trace
 from parity.frameworks.flax.capture import backward_flax, capture_flax
-from parity.frameworks.flax.leaves import load_flax, state_leaves
+from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
 from parity.frameworks.flax.purity import flax_purity
 from parity.frameworks.flax.scope import Scoped, jax_scope
 from parity.frameworks.leaves import CastLater, Leaves, cast_array
+from parity.frameworks.protocols import Decoder, Trainer
 from parity.frameworks.purity import Purity
-from parity.frameworks.spec import Batch, Side
+from parity.frameworks.spec import Batch, ModelSpec
 from parity.system.memory import is_large
 
 
-class FlaxRun:
-    """One model. Training and decoding start from fresh copies of it.
+class _Program(Protocol):
+    """A function under `jax.jit`, with a method that jax's stubs leave out."""
 
-    It is loaded when it is needed, and again after it was released.
+    def __call__(self, *arrays: Any) -> Any: ...
+
+    def clear_cache(self) -> None: ...
+
+
+class FlaxRunner:
+    """A `LiveRunner` of a Flax NNX model.
+
+    The model is loaded when it is needed, and again after `release`.
+
+    Args:
+        spec: how to build and call it.
+        leaves: its weights, in any float type.
+        dtype: to compute in.
+        device: to compute on.
     """
 
     def __init__(
-        self, side: Side, leaves: Mapping[str, np.ndarray], dtype: str, device: jax.Device
+        self,
+        spec: ModelSpec[nnx.Module, jax.Array],
+        leaves: Mapping[str, np.ndarray],
+        dtype: str,
+        device: jax.Device,
     ):
-        self.name = side.name
+        self.name = spec.name
         # As they were given: a copy in another type would be one more model in memory.
-        self._side, self._leaves = side, leaves
+        self._spec, self._leaves = spec, leaves
         self._dtype, self._device = dtype, device
-        self._parts: tuple[nnx.Module, nnx.State] | None = None
+        self._loaded: tuple[nnx.Module, nnx.State] | None = None
         # What programs are compiled with: the same after every loading.
-        self._fixed: tuple[nnx.GraphDef, nnx.State] | None = None
-        self._forward = jax.jit(self._call(side.forward))
-        self._loss_and_gradients = jax.jit(jax.value_and_grad(self._call(side.loss)))
+        self._fixed: tuple[nnx.GraphDef[nnx.Module], nnx.State] | None = None
+        self._forward = cast(_Program, jax.jit(self._pure(spec.forward)))
+        loss_and_gradients = jax.value_and_grad(self._pure(spec.loss))
+        self._loss_and_gradients = cast(_Program, jax.jit(loss_and_gradients))
 
-    def at(self, leaves: Mapping[str, np.ndarray]) -> "FlaxRun":
-        """The same model with other weights; what is compiled stays so."""
+    def at(self, leaves: Mapping[str, np.ndarray]) -> Self:
+        """Return the same model with other weights; what is compiled stays so."""
         if self._fixed is None:
-            self._loaded()
+            self._load_once()
         other = copy.copy(self)
-        other._leaves, other._parts = leaves, None
+        other._leaves, other._loaded = leaves, None
         return other
 
     @property
     def module(self) -> nnx.Module:
         """The model itself."""
-        return self._loaded()[0]
+        return self._load_once()[0]
+
+    def leaves(self) -> Leaves:
+        """Return the model's weights in its dtype."""
+        with self._scope():
+            return flax_leaves(self.module)
 
     def release(self) -> None:
-        """Gives the model's memory back until it is asked for again, and a large one's programs."""
-        self._parts = None
+        """Free the model's memory until it is asked for again, and a large one's programs."""
+        self._loaded = None
         if is_large(self._leaves.values()):
             self._forward.clear_cache()
             self._loss_and_gradients.clear_cache()
 
     def outputs(self, batch: Batch) -> np.ndarray:
-        """The model's output."""
+        """Return the model's output."""
         with self._scope():
             return np.asarray(self._forward(self._parameters, *self._arrays(batch)))
 
     def gradients(self, batch: Batch) -> tuple[float, Leaves]:
-        """The loss, and its gradient by leaf."""
+        """Return the loss and its gradient by leaf."""
         with self._scope():
             loss, gradients = self._loss_and_gradients(self._parameters, *self._arrays(batch))
             return float(loss), state_leaves(gradients)
 
     def forward_purity(self, batch: Batch) -> Purity:
-        """What the forward pass is made of."""
+        """Count the operations of the forward pass that are not in float64."""
         with self._scope():
             return flax_purity(self._forward, self._parameters, *self._arrays(batch))
 
     def gradient_purity(self, batch: Batch) -> Purity:
-        """What the forward and backward pass are made of."""
+        """Count the operations of the forward and backward pass that are not in float64."""
         with self._scope():
             return flax_purity(self._loss_and_gradients, self._parameters, *self._arrays(batch))
 
-    def traces(self, batch: Batch, sink: Sink) -> None:
-        """Tells inputs and outputs of every module in a forward pass."""
+    def traces(self, batch: Batch, on_trace: OnTrace) -> None:
+        """Pass inputs and output of every module in a forward pass to `on_trace`."""
         # A capture may have a thread of its own, and every thread has its own precision.
         with self._scope(), jax.default_matmul_precision("highest"):
             arrays = self._arrays(batch)
-            capture_flax(self.module, lambda: self._side.forward(self.module, *arrays), sink)
+            capture_flax(self.module, lambda: self._spec.forward(self.module, *arrays), on_trace)
 
     def backward(self, batch: Batch) -> list[Backward]:
-        """The gradients of the loss that every module passes back, the last call first."""
+        """Return the gradients of the loss at every module's calls, last call first."""
         with self._scope(), jax.default_matmul_precision("highest"):
-            arrays, loss = self._arrays(batch), self._call(self._side.loss)
+            arrays, loss = self._arrays(batch), self._pure(self._spec.loss)
             return backward_flax(self.module, lambda: loss(self._parameters, *arrays))
 
-    def trainer(self, num_steps: int) -> Any:
-        """The side's trainer for a training of `num_steps`, on weights of its own."""
+    def trainer(self, num_steps: int) -> Trainer:
+        """Return a trainer, with a copy of the model, for a schedule of `num_steps`."""
+        assert self._spec.trainer is not None, f"{self.name} is not trained"
         with self._scope():
-            return Scoped(self._side.trainer(self._load(), num_steps), self._scope)
+            return cast(Trainer, Scoped(self._spec.trainer(self._load(), num_steps), self._scope))
 
-    def decoder(self) -> Any:
-        """The side's decoder."""
+    def decoder(self) -> Decoder:
+        """Return the model's decoder."""
         with self._scope():
-            return Scoped(self._side.decoder(self.module), self._scope)
+            return cast(Decoder, Scoped(self._make_decoder(), self._scope))
 
-    def decoder_traces(self, call: Callable[[Any], Any]) -> list[Trace]:
-        """Inputs and outputs of every module while `call` uses the side's decoder."""
+    def decoder_traces(self, call: Callable[[Decoder], object]) -> list[Trace]:
+        """Return inputs and output of every module while `call` uses the model's decoder."""
         traces: list[Trace] = []
         with self._scope(), jax.disable_jit():
-            capture_flax(self.module, lambda: call(self._side.decoder(self.module)), traces.append)
+            capture_flax(self.module, lambda: call(self._make_decoder()), traces.append)
         return traces
+
+    def _make_decoder(self) -> Decoder:
+        assert self._spec.decoder is not None, f"{self.name} has no cache"
+        return self._spec.decoder(self.module)
 
     def _load(self) -> nnx.Module:
         with self._scope():
-            module = self._side.build(self._dtype)
+            module = self._spec.build(self._dtype)
             load_flax(module, CastLater(self._leaves, self._dtype))
             module.eval()
             return module
 
-    def _loaded(self) -> tuple[nnx.Module, nnx.State]:
-        """The module and its parameters."""
-        if self._parts is None:
+    def _load_once(self) -> tuple[nnx.Module, nnx.State]:
+        """Return the module and its parameters."""
+        if self._loaded is None:
             module = self._load()
             with self._scope():
                 graphdef, parameters, rest = nnx.split(module, nnx.Param, ...)
             self._fixed = self._fixed or (graphdef, rest)
-            self._parts = module, parameters
-        return self._parts
+            self._loaded = module, parameters
+        return self._loaded
 
     @property
     def _parameters(self) -> nnx.State:
-        return self._loaded()[1]
+        return self._load_once()[1]
 
     def _arrays(self, batch: Batch) -> tuple[jax.Array, ...]:
         return tuple(jnp.asarray(cast_array(array, self._dtype)) for array in batch.inputs)
 
-    def _scope(self) -> contextlib.AbstractContextManager:
+    def _scope(self) -> contextlib.AbstractContextManager[None]:
         return jax_scope(self._dtype, self._device)
 
-    def _call(self, function):
-        def call(parameters: nnx.State, *arrays: jax.Array):
+    def _pure(self, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        """Return (parameters, *arrays) to what the function gives of a copy of the model."""
+
+        def call(parameters: nnx.State, *arrays: jax.Array) -> jax.Array:
+            assert self._fixed is not None, "programs run on parameters of a loaded model"
             graphdef, rest = self._fixed
             return function(nnx.merge(graphdef, parameters, rest, copy=True), *arrays)
 

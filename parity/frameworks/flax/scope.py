@@ -1,4 +1,4 @@
-"""Where and in how many bits jax computes, as a scope for what is run in it."""
+"""The device, and whether 64-bit types exist, as a context that jax runs in."""
 
 import contextlib
 import functools
@@ -11,15 +11,22 @@ import jax
 
 @contextlib.contextmanager
 def jax_scope(dtype: str, device: jax.Device) -> Iterator[None]:
-    """Runs jax on `device`, with 64-bit types exactly when dtype is float64."""
+    """Run jax on `device`, with 64-bit types exactly when dtype is float64."""
     with jax.enable_x64(dtype == "float64"), jax.default_device(device):
         yield
 
 
 class Scoped:
-    """An object whose methods run inside a scope."""
+    """An object whose methods run inside a scope.
 
-    def __init__(self, target: Any, scope: Callable[[], contextlib.AbstractContextManager]):
+    Args:
+        target: the object.
+        scope: makes a new context for each call.
+    """
+
+    def __init__(
+        self, target: object, scope: Callable[[], contextlib.AbstractContextManager[None]]
+    ):
         self._target, self._scope = target, scope
 
     def __getattr__(self, name: str) -> Any:

@@ -1,24 +1,20 @@
-"""What goes into and comes out of every submodule of a PyTorch module, forward and backward.
-
-Read beside parity/flax_capture.py.
-"""
+"""Inputs, outputs and gradients of every submodule's calls in a PyTorch module."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 
-from parity.frameworks.capture import Backward, Sink, tell
+from parity.frameworks.capture import Backward, OnTrace, ValueT, emit, map_leaves
 from parity.frameworks.torch.leaves import to_numpy
 
 
-def capture_torch(module: torch.nn.Module, call: Callable[[], Any], sink: Sink) -> None:
-    """Runs `call` and tells what every submodule took and gave, in order of completion."""
+def capture_torch(module: torch.nn.Module, call: Callable[[], object], on_trace: OnTrace) -> None:
+    """Run `call` and emit a trace of every submodule's calls, in order of completion."""
 
     def hook(path: str):
-        def record(_, inputs: tuple, keywords: dict, output: Any) -> None:
-            tell(sink, path, (inputs, keywords), output, torch.Tensor, to_numpy)
+        def record(_, inputs: tuple, keywords: dict, output: object) -> None:
+            emit(on_trace, path, (inputs, keywords), output, torch.Tensor, to_numpy)
 
         return record
 
@@ -35,18 +31,18 @@ def capture_torch(module: torch.nn.Module, call: Callable[[], Any], sink: Sink) 
 
 
 def backward_torch(module: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> list[Backward]:
-    """The gradients of a loss by what every call of a submodule took and gave, the last one first.
+    """Return the gradients of a loss at every submodule's calls, the last call first.
 
-    Every float that goes in or comes out is replaced by a copy of itself, so that what a module
-    does in place is not mistaken for what came before, nor one reader of a tensor for another.
+    Every float that goes in or comes out is replaced by a copy, so that an operation in place is
+    not mistaken for what came before it, nor one reader of a tensor for another.
     """
     calls: list[tuple[str, list[torch.Tensor], list[torch.Tensor]]] = []
     running: list[list[torch.Tensor]] = []
 
-    def hook(path: str):
+    def hooks(path: str):
         def enter(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            inputs, outputs = call = [], []
-            calls.append((path, *call))
+            inputs, outputs = [], []
+            calls.append((path, inputs, outputs))
             running.append(outputs)
 
             def copied(x: torch.Tensor) -> torch.Tensor:
@@ -55,7 +51,7 @@ def backward_torch(module: torch.nn.Module, loss: Callable[[], torch.Tensor]) ->
 
             return _with_floats((args, kwargs), copied)
 
-        def leave(_, args: tuple, output: Any) -> Any:
+        def leave(_, args: tuple, output: object) -> object:
             outputs = running.pop()
 
             def copied(x: torch.Tensor) -> torch.Tensor:
@@ -70,13 +66,13 @@ def backward_torch(module: torch.nn.Module, loss: Callable[[], torch.Tensor]) ->
 
     handles = []
     for path, submodule in module.named_modules():
-        enter, leave = hook(path)
+        enter, leave = hooks(path)
         handles.append(submodule.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(submodule.register_forward_hook(leave))
     try:
         with torch.enable_grad():
             value = loss()
-            tensors = [x for _, *sides in calls for side in sides for x in side]
+            tensors = [x for _, *both in calls for group in both for x in group]
             gradients = iter(torch.autograd.grad(value, tensors, allow_unused=True))
     finally:
         for handle in handles:
@@ -88,17 +84,15 @@ def backward_torch(module: torch.nn.Module, loss: Callable[[], torch.Tensor]) ->
 
     back = []
     for path, inputs, outputs in calls:
-        taken, given = passed(inputs), passed(outputs)
-        back.append(Backward(path, taken, given[0] if given else None))
+        by_inputs, by_output = passed(inputs), passed(outputs)
+        back.append(Backward(path, by_inputs, by_output[0] if by_output else None))
     return back[::-1]
 
 
-def _with_floats(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Arguments or an output, with the tensors of floats among them changed."""
-    if isinstance(value, torch.Tensor):
-        return change(value) if value.is_floating_point() else value
-    if type(value) in (tuple, list):
-        return type(value)(_with_floats(x, change) for x in value)
-    if type(value) is dict:
-        return {key: _with_floats(x, change) for key, x in value.items()}
-    return value
+def _with_floats(value: ValueT, change: Callable[[torch.Tensor], object]) -> ValueT:
+    """Apply `change` to the float tensors among arguments or outputs."""
+
+    def changed(x: object) -> object:
+        return change(x) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+
+    return map_leaves(value, changed)

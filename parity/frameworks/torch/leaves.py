@@ -1,8 +1,6 @@
-"""The weights of a PyTorch module as named NumPy arrays, and tensors as arrays and back.
+"""The weights of a PyTorch module as named NumPy arrays: read, load and cast."""
 
-Read beside parity/flax_leaves.py.
-"""
-
+import copy
 from collections.abc import Mapping
 
 import ml_dtypes
@@ -13,12 +11,12 @@ from parity.frameworks.leaves import Leaves, require_same
 
 
 def torch_leaves(module: torch.nn.Module) -> Leaves:
-    """Every parameter and persistent buffer of a module by its name."""
+    """Return every parameter and persistent buffer of a module by its name."""
     return {name: to_numpy(tensor) for name, tensor in module.state_dict().items()}
 
 
 def load_torch(module: torch.nn.Module, leaves: Mapping[str, np.ndarray]) -> None:
-    """Overwrites every parameter and persistent buffer of a module.
+    """Overwrite every parameter and persistent buffer of a module.
 
     Raises:
         ValueError: when names, shapes or dtypes are not exactly the module's.
@@ -32,16 +30,18 @@ def load_torch(module: torch.nn.Module, leaves: Mapping[str, np.ndarray]) -> Non
             tensor.copy_(from_numpy(leaves[name]))
 
 
+def cast_torch(module: torch.nn.Module, dtype: str) -> torch.nn.Module:
+    """Copy a module into a float type, on the host."""
+    return copy.deepcopy(module).to("cpu", getattr(torch, dtype))
+
+
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """A copy as an array of the same bits; torch itself refuses bfloat16."""
-    tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
-    return tensor.numpy().copy()
+    """Copy a tensor into an array of the same bits; `Tensor.numpy` refuses bfloat16."""
+    return numpy_view(tensor.cpu().contiguous()).copy()
 
 
 def numpy_view(tensor: torch.Tensor) -> np.ndarray:
-    """The tensor's own memory, on the host, as an array of the same bits."""
+    """Return the memory of a tensor on the host as an array of the same bits."""
     tensor = tensor.detach()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
@@ -49,8 +49,8 @@ def numpy_view(tensor: torch.Tensor) -> np.ndarray:
 
 
 def from_numpy(array: np.ndarray) -> torch.Tensor:
-    """A tensor of the same bits, on the host."""
-    array = np.array(array, order="C")  # np.ascontiguousarray would give a number an axis
+    """Copy an array into a tensor of the same bits, on the host."""
+    array = np.array(array, order="C")  # np.ascontiguousarray would give a scalar an axis
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)

@@ -1,62 +1,55 @@
-"""Any PyTorch module, a way to call it and an optimizer as one half of a pair.
+"""Any PyTorch module as a `ModelSpec`: how it is called, scored and trained."""
 
-Read beside parity/flax_side.py; the two trainers have the same methods, those that the levels ask
-for.
-"""
-
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
 
-import torch_gpt
+from parity.frameworks import default_call
 from parity.frameworks.capture import leaves_of
-from parity.frameworks.default_call import plain_call, projection, require_output
 from parity.frameworks.leaves import Leaves, cast_array
-from parity.frameworks.spec import Side
-from parity.frameworks.torch.leaves import from_numpy, numpy_view, torch_leaves
-from parity.frameworks.torch.purity import torch_in
+from parity.frameworks.protocols import Moments
+from parity.frameworks.spec import ModelSpec, ModuleUse
+from parity.frameworks.torch.leaves import cast_torch, from_numpy, numpy_view, torch_leaves
 
-Call = Callable[..., Any]
-# What the optimizer is when the user names none.
-CONSTANTS = torch_gpt.TrainConfig(schedule="constant", decay_all=True)
+Loss = Callable[..., torch.Tensor]
+MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+TorchUse = ModuleUse[torch.Tensor, MakeOptimizer]
 
 
-def torch_side(
+def torch_spec(
     module: torch.nn.Module,
-    call: Call | None = None,
-    loss: Call | None = None,
-    optimizer: Callable[[Any], torch.optim.Optimizer] | None = None,
-) -> Side:
-    """A PyTorch module as a side.
+    call: Callable[..., object] | None = None,
+    loss: Loss | None = None,
+    optimizer: MakeOptimizer | None = None,
+) -> ModelSpec[torch.nn.Module, torch.Tensor]:
+    """Return the spec of a PyTorch module.
 
     Args:
         module: copied for every use, and never changed.
-        call: (module, *inputs) to its output; `module(*inputs)` when None.
-        loss: (module, *inputs) to a scalar; the output times fixed random numbers when None, so
-            that every part of the output has a gradient of its own.
-        optimizer: parameters to an optimizer; AdamW when None.
+        call: (module, *inputs) to outputs; `module(*inputs)` when None.
+        loss: (module, *inputs) to a scalar; the outputs times `projection` when None.
+        optimizer: parameters to an optimizer; `adamw` when None.
     """
-    call = call or plain_call
+    call = call or default_call.plain_call
 
     def forward(model: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         arrays = [x for x in leaves_of(call(model, *inputs)) if isinstance(x, torch.Tensor)]
-        require_output("torch", arrays)
+        default_call.require_output("torch", arrays)
         return arrays[0] if len(arrays) == 1 else torch.cat([x.flatten() for x in arrays])
 
     def projected(model: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
         output = forward(model, *inputs)
-        weights = torch.from_numpy(projection(output.numel())).to(output)
+        weights = torch.from_numpy(default_call.projection(output.numel())).to(output)
         return torch.dot(output.flatten(), weights)
 
-    score = loss or projected
-    return Side(
+    score, make = loss or projected, optimizer or adamw
+    return ModelSpec(
         name=f"{type(module).__name__} (torch)",
-        build=lambda dtype: torch_in(module, dtype),
+        build=lambda dtype: cast_torch(module, dtype),
         forward=forward,
         loss=score,
-        trainer=lambda model, num_steps: TorchTrainer(model, score, optimizer),
+        trainer=lambda model, num_steps: TorchTrainer(model, score, make),
     )
 
 
@@ -66,29 +59,19 @@ class TorchTrainer:
     Args:
         module: with its initial weights.
         loss: (module, *inputs) to a scalar.
-        optimizer: parameters to an optimizer; AdamW when None.
+        optimizer: parameters to an optimizer.
     """
 
-    def __init__(
-        self,
-        module: torch.nn.Module,
-        loss: Callable[..., torch.Tensor],
-        optimizer: Callable[[Any], torch.optim.Optimizer] | None,
-    ):
+    def __init__(self, module: torch.nn.Module, loss: Loss, optimizer: MakeOptimizer):
         self._module, self._loss = module.train(), loss
         for submodule in module.modules():
-            _without_dropout(submodule)
-        self._optimizer = (optimizer or _adamw)(list(module.parameters()))
+            _disable_dropout(submodule)
+        self._optimizer = optimizer(list(module.parameters()))
         first = next(module.parameters())
         self._dtype, self._device = str(first.dtype).removeprefix("torch."), first.device
 
-    @property
-    def learning_rate(self) -> float:
-        """The largest of the optimizer's groups."""
-        return max(float(group["lr"]) for group in self._optimizer.param_groups)
-
     def step(self, *inputs: np.ndarray) -> float:
-        """One step; the loss before it."""
+        """Take one optimizer step and return the loss before it."""
         tensors = [from_numpy(cast_array(x, self._dtype)).to(self._device) for x in inputs]
         self._optimizer.zero_grad()
         loss = self._loss(self._module, *tensors)
@@ -98,14 +81,11 @@ class TorchTrainer:
         return float(loss.detach())
 
     def parameters(self) -> Leaves:
-        """The present weights and buffers."""
+        """Return the present weights and buffers."""
         return torch_leaves(self._module)
 
-    def moments(self) -> tuple[Leaves, Leaves, int]:
-        """First and second moments by leaf, where there are such, and the number of updates.
-
-        They are to be read before the next step.
-        """
+    def moments(self) -> Moments:
+        """Return Adam's moments of the parameters that have them."""
         first, second, updates = {}, {}, 0
         for name, parameter in self._module.named_parameters():
             state = self._optimizer.state.get(parameter, {})
@@ -117,18 +97,25 @@ class TorchTrainer:
         return first, second, updates
 
 
-def _adamw(parameters: Any) -> torch.optim.Optimizer:
+def adamw(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:
+    """Return AdamW with the constants of `default_call`."""
     return torch.optim.AdamW(
         parameters,
-        lr=CONSTANTS.learning_rate,
-        betas=(CONSTANTS.beta1, CONSTANTS.beta2),
-        eps=CONSTANTS.epsilon,
-        weight_decay=CONSTANTS.weight_decay,
+        lr=default_call.LEARNING_RATE,
+        betas=(default_call.BETA1, default_call.BETA2),
+        eps=default_call.EPSILON,
+        weight_decay=default_call.WEIGHT_DECAY,
     )
 
 
-def _without_dropout(module: torch.nn.Module) -> None:
-    """Masks come from other generators in the two frameworks, so nothing is to be dropped."""
+def largest_learning_rate(module: torch.nn.Module, optimizer: MakeOptimizer | None) -> float:
+    """Return the largest learning rate among the parameter groups of a module's optimizer."""
+    groups = (optimizer or adamw)(list(module.parameters())).param_groups
+    return max(float(group["lr"]) for group in groups)
+
+
+def _disable_dropout(module: torch.nn.Module) -> None:
+    """Drop nothing: the frameworks draw masks from different generators."""
     if isinstance(module, torch.nn.modules.dropout._DropoutNd):
         module.p = 0.0
     if isinstance(module, torch.nn.MultiheadAttention | torch.nn.RNNBase):

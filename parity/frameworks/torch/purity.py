@@ -1,12 +1,7 @@
-"""float64 copies of PyTorch modules, and what a run of theirs is made of.
+"""Find the operations of a PyTorch program that are narrower than float64."""
 
-Read beside parity/flax_oracle.py.
-"""
-
-import copy
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,19 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from parity.frameworks.purity import Purity
 
 
-def torch_purity(function: Callable[..., Any], *args: Any) -> Purity:
-    """Watches every operation that function(*args) dispatches, backward passes included.
+def torch_purity(function: Callable[..., object], *args: object) -> Purity:
+    """Return the purity of all that function(*args) dispatches, backward passes included.
 
     What leaves torch, for NumPy say, is not seen.
     """
     with _Watch() as watch:
         function(*args)
     return Purity(watch.num_operations, dict(watch.impure))
-
-
-def torch_in(module: torch.nn.Module, dtype: str) -> torch.nn.Module:
-    """A copy of any module in a float type, on the host."""
-    return copy.deepcopy(module).to("cpu", getattr(torch, dtype))
 
 
 class _Watch(TorchDispatchMode):
@@ -39,12 +29,12 @@ class _Watch(TorchDispatchMode):
         outputs = func(*args, **(kwargs or {}))
         self.num_operations += 1
         values = torch.utils._pytree.tree_leaves((args, kwargs, outputs))
-        if any(_is_narrow_torch(value) for value in values):
+        if any(_is_narrow(value) for value in values):
             self.impure[str(func)] += 1
         return outputs
 
 
-def _is_narrow_torch(value: Any) -> bool:
+def _is_narrow(value: object) -> bool:
     return (
         isinstance(value, torch.Tensor)
         and (value.is_floating_point() or value.is_complex())

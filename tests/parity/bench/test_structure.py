@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import flax_gpt
-from flax_gpt.decoder import _program
-from flax_gpt.generation import _loop
+from flax_gpt.decoding.decoder import _program
+from flax_gpt.decoding.generate import _loop
 from parity.bench.structure import remade_caches
 
 CONFIG = flax_gpt.GPTConfig(

@@ -9,7 +9,7 @@ import torch
 from flax import nnx
 
 from parity.check.check import check
-from parity.frameworks.spec import Batch, Side
+from parity.frameworks.spec import Batch, ModelSpec
 from parity.pair.pair import Pair
 from parity.report.record import Verdict
 from parity.weights.layouts import Layout
@@ -50,8 +50,12 @@ def pair(slope: float = 1.0) -> Pair:
 
     x = np.random.default_rng(0).normal(size=(3, 5))
     return Pair(
-        flax=Side("flax net", FlaxNet, lambda m, x: m(x)["y"], lambda m, x: (m(x)["y"] ** 2).sum()),
-        torch=Side("torch net", build, lambda m, x: m(x)["y"], lambda m, x: (m(x)["y"] ** 2).sum()),
+        flax=ModelSpec(
+            "flax net", FlaxNet, lambda m, x: m(x)["y"], lambda m, x: (m(x)["y"] ** 2).sum()
+        ),
+        torch=ModelSpec(
+            "torch net", build, lambda m, x: m(x)["y"], lambda m, x: (m(x)["y"] ** 2).sum()
+        ),
         rules=Rules((Rule("*.weight", "*.kernel", Layout.TRANSPOSED), Rule("*.bias", "*.bias"))),
         probes={"normal": Batch((x,)), "large": Batch((10 * x,))},
         training_batch=lambda step: Batch((x,)),

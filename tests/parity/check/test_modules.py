@@ -9,17 +9,17 @@ import pytest
 import torch
 from flax import nnx
 
-from parity import ParityError, check_pair
-from parity.bugs import Edit
-from parity.check.levels.optimizer import HORIZON
-from parity.frameworks.capture import in_step
+from parity import ModuleUse, ParityError, check_pair
+from parity.check.levels.names import HORIZON
+from parity.faults import Edit
+from parity.faults.selftest import PAIRS, clean, pair_module
+from parity.frameworks.capture import lockstep
 from parity.frameworks.flax.capture import capture_flax
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.torch.capture import capture_torch
 from parity.frameworks.torch.leaves import torch_leaves
 from parity.pair.text import Corpus
 from parity.report.record import Verdict
-from parity.selftest import PAIRS, clean, pair_module
 
 COMPARED = "weights", "logits", "gradients", "optimizer", "trajectory"
 FORWARD = dict(levels=["weights", "logits"], dtypes=("float64",))
@@ -85,8 +85,8 @@ def test_where_float64_is_not_to_be_had_float32_decides_and_says_so():
 
 def sgd(rate: float) -> dict:
     return dict(
-        torch_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-        flax_optimizer=optax.sgd(rate),
+        torch=ModuleUse(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)),
+        flax=ModuleUse(optimizer=optax.sgd(rate)),
     )
 
 
@@ -108,8 +108,8 @@ def test_the_weights_of_the_torch_module_can_be_the_ones():
     (dict(inputs=np.array(["a"])), r"inputs inputs, argument 0: <U1"),
     (dict(inputs={}), "inputs: none"),
     (dict(inputs=np.array([np.nan])), "not finite"),
-    (dict(torch_optimizer=torch.optim.SGD), "optimizer of one side alone"),
-    (dict(flax_loss=lambda module, x: 0.0), "loss of one side alone"),
+    (dict(torch=ModuleUse(optimizer=torch.optim.SGD)), "optimizer of one side alone"),
+    (dict(flax=ModuleUse(loss=lambda module, x: 0.0)), "loss of one side alone"),
     (dict(weights="flax"), "there are random and torch"),
     (dict(torch_module=3), "int and FlaxNet. A pair is a torch.nn.Module and a flax.nnx.Module"),
 ])  # fmt: skip
@@ -146,10 +146,10 @@ def test_captures_run_in_step_and_put_everything_back_when_they_are_left():
     seen = []
     x = np.ones((2, 5), np.float32)
     call = vars(nnx.Linear)["__call__"]
-    with in_step(
-        lambda sink: capture_torch(port, lambda: port(torch.from_numpy(x)),
-                                   lambda trace: (seen.append(trace.path), sink(trace))),
-        lambda sink: capture_flax(flax, lambda: flax(x), sink),
+    with lockstep(
+        lambda on_trace: capture_torch(port, lambda: port(torch.from_numpy(x)),
+                                   lambda trace: (seen.append(trace.path), on_trace(trace))),
+        lambda on_trace: capture_flax(flax, lambda: flax(x), on_trace),
     ) as (ours, theirs):  # fmt: skip
         assert next(ours).path == "0" and next(theirs).path == "up"
         assert len(seen) <= 2  # no more than is asked for, and the next one in waiting
@@ -160,7 +160,7 @@ def test_captures_run_in_step_and_put_everything_back_when_they_are_left():
 def test_what_a_capture_raises_reaches_the_reader():
     port, _, _ = modules("mlp")
     wrong = torch.ones(2, 6)
-    with in_step(lambda sink: capture_torch(port, lambda: port(wrong), sink)) as (traces,):
+    with lockstep(lambda on_trace: capture_torch(port, lambda: port(wrong), on_trace)) as (traces,):
         with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
             list(traces)
 

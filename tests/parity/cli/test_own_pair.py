@@ -10,12 +10,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-import parity.selftest.pairs
+import parity.faults.selftest.pairs
 from parity.cli import app
+from parity.faults.selftest import pair_module
 from parity.frameworks.torch.leaves import torch_leaves
-from parity.selftest import pair_module
 
-PAIR = Path(parity.selftest.pairs.__file__).parent / "mlp.py"
+PAIR = Path(parity.faults.selftest.pairs.__file__).parent / "mlp.py"
 OWN = ["--torch", f"{PAIR}:torch_net", "--flax", f"{PAIR}:flax_net"]
 FORWARD = ["--level", "weights", "--level", "logits", "--dtype", "float64"]
 

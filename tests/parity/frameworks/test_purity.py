@@ -7,9 +7,11 @@ import torch
 from flax import nnx
 
 import torch_gpt
-from parity.frameworks.flax.purity import flax_in, flax_purity
+from parity.frameworks.flax.leaves import cast_flax
+from parity.frameworks.flax.purity import flax_purity
 from parity.frameworks.flax.scope import jax_scope
-from parity.frameworks.torch.purity import torch_in, torch_purity
+from parity.frameworks.torch.leaves import cast_torch
+from parity.frameworks.torch.purity import torch_purity
 
 CPU = jax.devices("cpu")[0]
 
@@ -80,7 +82,7 @@ def test_a_float64_copy_of_a_flax_module_computes_in_float64():
 
     net = Net(nnx.Rngs(0))
     with jax_scope("float64", CPU):
-        twin = flax_in(net, "float64")
+        twin = cast_flax(net, "float64")
         graphdef, state = nnx.split(twin)
         ids = jnp.arange(7)
         assert not flax_purity(lambda s: nnx.merge(graphdef, s)(ids), state).impure
@@ -91,7 +93,7 @@ def test_a_float64_copy_of_a_flax_module_computes_in_float64():
 
 def test_a_float64_copy_of_a_torch_module_leaves_the_original_alone():
     linear = torch.nn.Linear(3, 2)
-    twin = torch_in(linear, "float64")
+    twin = cast_torch(linear, "float64")
     assert twin.weight.dtype == torch.float64 and linear.weight.dtype == torch.float32
     assert not torch_purity(twin, torch.ones(1, 3).double()).impure
 

@@ -8,9 +8,9 @@ import torch
 from flax import nnx
 
 from parity.check.modules import pair_of
+from parity.faults.selftest import PAIRS, pair_module
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.torch.leaves import torch_leaves
-from parity.selftest import PAIRS, pair_module
 from parity.weights.infer import infer_rules
 from parity.weights.layouts import Layout, Link
 from parity.weights.rules import Rule, Rules

@@ -1,0 +1,267 @@
+"""A language model as the questions see it: methods on NumPy arrays, in either framework.
+
+Dimension key: B batch, T tokens, S cache slots, N heads, V vocab, G generated tokens.
+
+`LanguageModel` is what every model answers. The other protocols are what more a model may offer;
+the questions that need one abstain on models without it.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, Self, runtime_checkable
+
+import numpy as np
+
+from parity.frameworks.leaves import Leaves
+
+Cache = Any  # whatever the model's own cache is
+
+
+class Trainer(Protocol):
+    """A training in progress, on weights of its own."""
+
+    def step(self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None) -> float:
+        """Update the weights once and return the loss before it."""
+
+    def parameters(self) -> Leaves:
+        """Return the present weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """A loss over a batch.
+
+    Attributes:
+        mean: nats per token.
+        num_tokens: number of tokens in the mean; None where the loss does not say.
+    """
+
+    mean: float
+    num_tokens: int | None = None
+
+    @classmethod
+    def of(cls, loss: Any) -> "Score":
+        """Read what a loss function returns: a mean, or a total and a number of tokens."""
+        if not isinstance(loss, tuple):
+            return cls(float(loss))
+        total, number = (float(x) for x in loss)
+        return cls(total / number if number else float("nan"), int(number))
+
+
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+    """The constants that a trainer claims to train with, for the reference in NumPy.
+
+    Attributes:
+        rates: the learning rate of each update, from the first.
+        decays: whether the leaf of a name decays.
+    """
+
+    rates: tuple[float, ...]
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float
+    clip_norm: float | None
+    decays: Callable[[str], bool]
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """A language model under examination.
+
+    Attributes:
+        name: of the model in a report.
+        framework: torch or flax.
+        vocab_size: V.
+        context_length: longest sequence.
+        takes_counts: whether `logits` respects padding on the right.
+        position_table: name of the leaf with a row per position, if there is one.
+        ignore_index: a label that its loss must not score, if the loss has one.
+        seed: of the probes and of the weights that they are asked with.
+        trained: whether the weights are trained, so that nothing is asked of fresh ones.
+        reference: a model that this one should equal, if there is one.
+    """
+
+    name: str
+    framework: str
+    vocab_size: int
+    context_length: int
+    takes_counts: bool = False
+    position_table: str | None = None
+    ignore_index: int | None = None
+    seed: int = 0
+    trained: bool = False
+    reference: "LanguageModel | None" = None
+
+    @property
+    def dtype(self) -> str:
+        """Name of the type of its weights."""
+        ...
+
+    @property
+    def num_params(self) -> int:
+        """Number of its parameters, tied ones once."""
+        ...
+
+    def logits(self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None) -> np.ndarray:
+        """Return logits (B, T, V); `counts_B` are real tokens per row, None for all."""
+        ...
+
+    def weights(self) -> Leaves:
+        """Return its leaves by name."""
+        ...
+
+    def with_weights(self, leaves: Mapping[str, np.ndarray]) -> Self:
+        """Return the same model with other leaves; this one stays as it is."""
+        ...
+
+    def score(
+        self, logits_BTV: np.ndarray, labels_BT: np.ndarray, counts_B: np.ndarray | None = None
+    ) -> Score | None:
+        """Return its own loss of these logits; None for a model without one."""
+        return None
+
+
+@runtime_checkable
+class CanTrain(LanguageModel, Protocol):
+    """A model that can be differentiated and trained."""
+
+    def gradients(self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None) -> Leaves:
+        """Return the gradient of the mean next-token loss by parameter, zeros where it has none."""
+
+    def reach(self, tokens_T: np.ndarray) -> np.ndarray | None:
+        """Return (T, T): the norm of the gradient of the logits at t by the embedding of token s.
+
+        None where no embedding layer is called with the tokens themselves.
+        """
+
+    def trainer(self, rate: float) -> Trainer:
+        """Start a training by its own step at this learning rate; by AdamW if it has no step."""
+
+    def dropout_losses(self, tokens_BT: np.ndarray) -> tuple[float, float] | None:
+        """Return the losses of two training steps with dropout that change no weight.
+
+        None for a model without dropout.
+        """
+
+
+@runtime_checkable
+class HasOwnStep(CanTrain, Protocol):
+    """A model with a training step of its own."""
+
+    def reference_trainer(self) -> tuple[Trainer, AdamW]:
+        """Start its training with every option switched on; return the constants too."""
+
+
+@runtime_checkable
+class CanEvaluate(LanguageModel, Protocol):
+    """A model with an evaluation of its own."""
+
+    def evaluate(self, batches: list[tuple[np.ndarray, np.ndarray | None]]) -> Score:
+        """Return the loss over all (tokens, counts)."""
+
+
+@runtime_checkable
+class CanCast(LanguageModel, Protocol):
+    """A model that runs in more than one type."""
+
+    def cast(self, dtype: str) -> Self:
+        """Return the same model in another type."""
+
+
+@runtime_checkable
+class CanDecode(LanguageModel, Protocol):
+    """A model with a cache.
+
+    Attributes:
+        ragged: whether `read` takes counts.
+        bounded: whether a cache has a capacity that must not be outgrown.
+    """
+
+    ragged: bool
+    bounded: bool
+
+    def empty_cache(self, rows: int, capacity: int) -> Cache:
+        """Return a cache that holds nothing."""
+
+    def read(
+        self, tokens_BT: np.ndarray, cache: Cache, counts_B: np.ndarray | None = None
+    ) -> tuple[np.ndarray, Cache]:
+        """Return logits (B, T, V) and the longer cache.
+
+        The cache given must stay as it is, by a copy where the model writes in place.
+        """
+
+
+@runtime_checkable
+class CanSelect(CanDecode, Protocol):
+    """A model whose cache can be reordered."""
+
+    def select(self, cache: Cache, rows: np.ndarray) -> Cache:
+        """Return the cache of these rows, in this order."""
+
+
+@runtime_checkable
+class CanTruncate(CanDecode, Protocol):
+    """A model whose cache can be cut back."""
+
+    def truncate(self, cache: Cache, lengths: np.ndarray) -> Cache:
+        """Return the cache cut back to one length per row."""
+
+
+@runtime_checkable
+class CanGenerate(LanguageModel, Protocol):
+    """A model with a generation of its own."""
+
+    def generate(
+        self,
+        tokens_BT: np.ndarray,
+        num_tokens: int,
+        *,
+        counts_B: np.ndarray | None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop_ids: tuple[int, ...] = (),
+    ) -> np.ndarray:
+        """Return new tokens (B, G) after each prompt, -1 after a row's stop."""
+
+
+@runtime_checkable
+class CanKeepGraph(LanguageModel, Protocol):
+    """A model whose framework has autograd graphs."""
+
+    def keeps_graph(self, tokens_BT: np.ndarray) -> bool:
+        """Whether the cache after a few generated tokens keeps an autograd graph alive."""
+
+
+@runtime_checkable
+class ShowsAttention(LanguageModel, Protocol):
+    """A model that shows its attention weights."""
+
+    def attention(
+        self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        """Return weights (B, N, T, S) per layer; none where a model keeps none."""
+
+
+@runtime_checkable
+class CountsPrograms(LanguageModel, Protocol):
+    """A model that knows how often it was compiled."""
+
+    def num_programs(self, lengths: tuple[int, ...]) -> int:
+        """Return the number of programs compiled to continue prompts of these lengths."""
+
+
+# What a model lacks that does not satisfy a protocol.
+OFFERS: dict[type, str] = {
+    CanTrain: "training",
+    HasOwnStep: "training step of its own",
+    CanEvaluate: "evaluation of its own",
+    CanCast: "other types",
+    CanDecode: "cache",
+    CanGenerate: "generation",
+    CanKeepGraph: "autograd graph",
+    ShowsAttention: "attention weights",
+    CountsPrograms: "count of compiled programs",
+}

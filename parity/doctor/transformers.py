@@ -1,0 +1,208 @@
+"""A causal language model of `transformers` under examination, with its own loss and cache.
+
+Dimension key: B batch, T tokens, V vocab, G generated tokens.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from parity.doctor.torch import TorchModel
+from parity.frameworks.torch.leaves import load_torch, to_numpy, torch_leaves
+from parity.weights.randomize import randomized
+
+
+def is_causal_lm(module: nn.Module) -> bool:
+    """Whether a module is called and generates as those of `transformers` do."""
+    if not (hasattr(module, "config") and hasattr(module, "generate")):
+        return False
+    if getattr(module.config, "is_encoder_decoder", False):
+        return False
+    # A subclass may pass on what it does not name.
+    named = set()
+    for each in type(module).__mro__:
+        if "forward" in vars(each):
+            named |= set(inspect.signature(each.forward).parameters)
+    return {"input_ids", "past_key_values", "labels"} <= named
+
+
+class TransformersModel(TorchModel):
+    """Any causal language model of `transformers`.
+
+    Args:
+        module: left as it is.
+        loss: (logits_BTV, labels_BT, counts_B) to a mean; the module's own when None.
+        options: more of `TorchModel`.
+    """
+
+    takes_counts = True
+    ragged = bounded = False
+
+    def __init__(
+        self, module: nn.Module, *, loss: Callable[..., Any] | None = None, **options: Any
+    ):
+        super().__init__(module, loss=loss, **options)
+        if loss is None:
+            self.ignore_index = -100
+        self._shows_attention = self._attention_is_its_own()
+
+    def forward(
+        self, module: nn.Module, tokens_BT: torch.Tensor, counts_B: torch.Tensor | None
+    ) -> Any:
+        """Return an output with logits (B, T, V)."""
+        mask_BT = _mask(tokens_BT, counts_B)
+        return module(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
+
+    def loss(
+        self, logits_BTV: torch.Tensor, labels_BT: torch.Tensor, counts_B: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the module's own loss."""
+        labels_BT = _without_padding(labels_BT, counts_B)
+        return self.module.loss_function(
+            logits=logits_BTV, labels=labels_BT, vocab_size=logits_BTV.shape[-1]
+        )
+
+    def objective(
+        self, module: nn.Module, tokens_BT: torch.Tensor, counts_B: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the loss of a call with labels."""
+        return module(
+            input_ids=tokens_BT,
+            attention_mask=_mask(tokens_BT, counts_B),
+            labels=_without_padding(tokens_BT, counts_B),
+        ).loss
+
+    def empty_cache(self, rows: int, capacity: int) -> Any:
+        """Return a cache that holds nothing."""
+        from transformers import DynamicCache
+
+        return DynamicCache()
+
+    def read(
+        self, tokens_BT: np.ndarray, cache: Any, counts_B: None = None
+    ) -> tuple[np.ndarray, Any]:
+        """Return logits (B, T, V) and the longer cache."""
+        # The library's caches are written in place, so the older one needs a copy.
+        cache = copy.deepcopy(cache)
+        with self.scope():
+            output = self.module(
+                input_ids=self.ids(tokens_BT), past_key_values=cache, use_cache=True
+            )
+        return to_numpy(output.logits), output.past_key_values
+
+    def select(self, cache: Any, rows: np.ndarray) -> Any:
+        """Return the cache of these rows, in this order."""
+        cache = copy.deepcopy(cache)
+        cache.reorder_cache(torch.from_numpy(rows))
+        return cache
+
+    def generate(
+        self,
+        tokens_BT: np.ndarray,
+        num_tokens: int,
+        *,
+        counts_B: None = None,
+        temperature: float = 0.0,
+        seed: int = 0,
+        stop_ids: tuple[int, ...] = (),
+    ) -> np.ndarray:
+        """Return new tokens (B, G) after each prompt, -1 after a row's stop."""
+        with torch.random.fork_rng(), self.scope():
+            torch.manual_seed(seed)
+            written = self._generated(tokens_BT, num_tokens, temperature, stop_ids).sequences
+        found = np.full((len(tokens_BT), num_tokens), -1)
+        new = to_numpy(written[:, tokens_BT.shape[1] :])
+        found[:, : new.shape[1]] = new
+        for row in found:
+            stops = np.flatnonzero(np.isin(row, stop_ids))
+            if stops.size:
+                row[stops[0] + 1 :] = -1
+        return found
+
+    def keeps_graph(self, tokens_BT: np.ndarray) -> bool:
+        """Whether the cache after a few generated tokens keeps an autograd graph alive."""
+        cache = self._generated(tokens_BT, 3).past_key_values
+        return any(layer.keys.requires_grad for layer in cache.layers)
+
+    def attention(
+        self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None
+    ) -> list[np.ndarray]:
+        """Return weights (B, N, T, S) per layer; none where the model keeps none."""
+        if not self._shows_attention:
+            return []
+        layers, _ = _eager(self.module, self.ids(tokens_BT), self.ids(counts_B))
+        return [to_numpy(weights) for weights in layers]
+
+    def _generated(
+        self,
+        tokens_BT: np.ndarray,
+        num_tokens: int,
+        temperature: float = 0.0,
+        stop_ids: tuple[int, ...] = (),
+    ) -> Any:
+        from transformers import GenerationConfig
+
+        # What is not said here the model's own settings say, such as a penalty for repeating
+        # tokens or the ids that end a text, and none of them is asked about.
+        self.module.generation_config = GenerationConfig()
+        draws = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
+        config = GenerationConfig(
+            max_new_tokens=num_tokens,
+            eos_token_id=list(stop_ids) or None,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            **(draws if temperature else dict(do_sample=False)),
+        )
+        tokens = self.ids(tokens_BT)
+        return self.module.generate(
+            input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=config
+        )
+
+    def _attention_is_its_own(self) -> bool:
+        """Whether attention weights can be had, and belong to the logits of the model as it is.
+
+        Some models keep none, and some choose a mask when they are made, the wrong one for another
+        kernel.
+        """
+        module, tokens = copy.deepcopy(self.module), self.ids(np.arange(6)[None] % 5)
+        load_torch(module, randomized(torch_leaves(module), 0))
+        try:
+            with self.scope():
+                own = self._logits(module, tokens, None).float()
+            layers, shown = _eager(module, tokens, None)
+            return (
+                bool(layers)
+                and all(x.ndim == 4 for x in layers)
+                and bool((own - shown[..., : own.shape[-1]]).std() < 0.1 * own.std())
+            )
+        except Exception:
+            return False
+
+
+@torch.no_grad()
+def _eager(
+    module: nn.Module, tokens_BT: torch.Tensor, counts_B: torch.Tensor | None
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """Return attention weights, which fused kernels do not keep, and the logits of that call."""
+    module = copy.deepcopy(module)
+    module.set_attn_implementation("eager")
+    mask_BT = _mask(tokens_BT, counts_B)
+    output = module(input_ids=tokens_BT, attention_mask=mask_BT, output_attentions=True)
+    return output.attentions, output.logits
+
+
+def _mask(tokens_BT: torch.Tensor, counts_B: torch.Tensor | None) -> torch.Tensor:
+    """Return 1 for real tokens, 0 for padding on the right."""
+    if counts_B is None:
+        return torch.ones_like(tokens_BT)
+    steps_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+    return (steps_T[None] < counts_B[:, None]).long()
+
+
+def _without_padding(labels_BT: torch.Tensor, counts_B: torch.Tensor | None) -> torch.Tensor:
+    return torch.where(_mask(labels_BT, counts_B) == 1, labels_BT, -100)

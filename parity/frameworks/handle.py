@@ -1,0 +1,82 @@
+"""All that one framework offers, imported when it is asked for and not before.
+
+What works with a single framework, as goldens do, asks here, so that the other need not exist.
+"""
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Protocol, TypeVar, cast
+
+import numpy as np
+
+from parity.frameworks.leaves import Leaves
+from parity.frameworks.protocols import LiveRunner
+from parity.frameworks.spec import ModelSpec, ModuleUse
+
+NAMES = "flax", "torch"
+
+Built = TypeVar("Built")
+
+
+class Handle(Protocol):
+    """One framework: `flax/handle.py` or `torch/handle.py`.
+
+    Attributes:
+        NAME: flax or torch.
+        MODULE: the class of its modules.
+    """
+
+    NAME: str
+    MODULE: type
+
+    def spec(self, module: object, use: ModuleUse) -> ModelSpec:
+        """Return the spec of a module."""
+
+    def seeded(self, seed: int, build: Callable[[], Built]) -> Built:
+        """Return what a function builds, with the framework's own generator at a seed."""
+
+    def initial_leaves(self, spec: ModelSpec, dtype: str) -> Leaves:
+        """Return the weights that a model is built with, on the CPU."""
+
+    def code_leaves(self, module: object) -> tuple[str, ...]:
+        """Name the leaves that belong to the code, such as masks and tables of angles."""
+
+    def runner(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> LiveRunner:
+        """Return a runner in float64 on the CPU."""
+
+    def learning_rate(self, module: object, optimizer: object) -> float:
+        """Return the largest learning rate of an optimizer, or of the default where it is None.
+
+        Raises:
+            ValueError: for an optimizer that does not reveal it.
+        """
+
+
+def handle(name: str) -> Handle:
+    """Return a framework, which is imported for it.
+
+    Raises:
+        ValueError: when the framework cannot be imported here.
+    """
+    try:
+        return cast(Handle, importlib.import_module(f"parity.frameworks.{name}.handle"))
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{name}: {error}. The module under check runs in its framework. Install it."
+        ) from error
+
+
+def handle_of(module: object) -> Handle:
+    """Return the framework that a module belongs to.
+
+    Raises:
+        ValueError: for anything but a module.
+    """
+    packages = {base.__module__.partition(".")[0] for base in type(module).__mro__}
+    for name in NAMES:
+        if name in packages and isinstance(module, (found := handle(name)).MODULE):
+            return found
+    raise ValueError(
+        f"{type(module).__name__}: no module. A golden is of a torch.nn.Module or a "
+        "flax.nnx.Module. Give one of these."
+    )

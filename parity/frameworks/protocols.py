@@ -1,0 +1,134 @@
+"""What the levels of a check ask of a model: a runner, and its trainer and decoder.
+
+Each framework implements these once, and whatever passes through them is NumPy. Nothing here
+imports a framework.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, Self, TypeVar
+
+import numpy as np
+
+from parity.frameworks.capture import Backward, OnTrace, Trace
+from parity.frameworks.leaves import Leaves
+from parity.frameworks.purity import Purity
+from parity.frameworks.spec import Batch
+
+Module_co = TypeVar("Module_co", covariant=True)
+
+# Tokens (B, T) and counts (B,) of each of several calls that share a cache.
+Calls = Sequence[tuple[np.ndarray, np.ndarray]]
+# First and second moments by leaf, and the number of updates.
+Moments = tuple[Leaves, Leaves, int]
+
+
+class Trainer(Protocol):
+    """One training of one model, step by step."""
+
+    def step(self, *inputs: np.ndarray) -> float:
+        """Take one optimizer step.
+
+        Args:
+            inputs: of the model's loss.
+
+        Returns:
+            The loss before the update.
+        """
+
+    def parameters(self) -> Leaves:
+        """Return the present weights and statistics by leaf."""
+
+    def moments(self) -> Moments:
+        """Return the optimizer's moments; empty for an optimizer without them.
+
+        They may share memory with the optimizer: read them before the next step.
+        """
+
+
+class Decoder(Protocol):
+    """One model that reads and writes tokens through its cache."""
+
+    def chunks(self, calls: Calls, capacity: int) -> list[np.ndarray]:
+        """Return the logits (B, T, V) of each call, with one cache through all of them.
+
+        Args:
+            calls: tokens and counts of each call.
+            capacity: slots of the cache.
+        """
+
+    def generate(
+        self, tokens: np.ndarray, counts: np.ndarray, max_new_tokens: int, use_cache: bool
+    ) -> np.ndarray:
+        """Return greedy tokens (B, G) after prompts of tokens (B, T) and counts (B,)."""
+
+    def sample(
+        self,
+        tokens: np.ndarray,
+        counts: np.ndarray,
+        max_new_tokens: int,
+        sampling: Mapping[str, float],
+        seed: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return drawn tokens and the margins of their choice, (B, G) each.
+
+        Args:
+            tokens: prompts (B, T).
+            counts: tokens of each prompt (B,).
+            max_new_tokens: G.
+            sampling: settings such as temperature, by name.
+            seed: of the random numbers.
+        """
+
+
+class Runner(Protocol):
+    """One model with weights and a dtype that answers in NumPy, live or from a recording."""
+
+    name: str
+
+    def outputs(self, batch: Batch) -> np.ndarray:
+        """Return the model's output."""
+
+    def gradients(self, batch: Batch) -> tuple[float, Leaves]:
+        """Return the loss and its gradient by leaf."""
+
+    def forward_purity(self, batch: Batch) -> Purity:
+        """Count the operations of the forward pass that are not in float64."""
+
+    def gradient_purity(self, batch: Batch) -> Purity:
+        """Count the operations of the forward and backward pass that are not in float64."""
+
+    def trainer(self, num_steps: int) -> Trainer:
+        """Return a trainer with a copy of the model.
+
+        Args:
+            num_steps: that the learning rate's schedule spans.
+        """
+
+    def release(self) -> None:
+        """Free the model's memory until it is asked for again."""
+
+
+class LiveRunner(Runner, Protocol[Module_co]):
+    """A runner whose model is at hand, so that one can look inside."""
+
+    @property
+    def module(self) -> Module_co:
+        """The model itself."""
+
+    def leaves(self) -> Leaves:
+        """Return the model's weights in its dtype."""
+
+    def at(self, leaves: Mapping[str, np.ndarray]) -> Self:
+        """Return the same model with other weights; what is compiled stays so."""
+
+    def traces(self, batch: Batch, on_trace: OnTrace) -> None:
+        """Pass inputs and output of every module in a forward pass to `on_trace`."""
+
+    def backward(self, batch: Batch) -> list[Backward]:
+        """Return the gradients of the loss by every module's inputs and output, last call first."""
+
+    def decoder(self) -> Decoder:
+        """Return the model's decoder."""
+
+    def decoder_traces(self, call: Callable[[Decoder], object]) -> list[Trace]:
+        """Return inputs and output of every module while `call` uses the model's decoder."""
