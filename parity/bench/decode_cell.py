@@ -268,8 +268,9 @@ def _account(framework: str, cell: Cell, cache: Any, package: Any) -> CacheAccou
             f"{formula[0]:.0f} and {formula[1]:.0f}. One of them is wrong. Look into num_bytes."
         )
     num_slots = min(cache.capacity, cell.config.context_length)
-    rungs, _, _ = package.positions.reach(num_slots, cache.lengths_B)
-    read = int(traffic.layer_cache(rungs[-1]))
+    longest = int(package.cache.host_values(cache.lengths_B).max())
+    sizes, _ = package.fast_attention.slots_to_read(num_slots, longest)
+    read = int(traffic.layer_cache(sizes[-1]))
     return CacheAccount(framework, cache.capacity, given[0] // layers, given[1] // layers, read)
 
 

@@ -170,21 +170,10 @@ class _Twin:
     def attention(
         self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None
     ) -> list[np.ndarray]:
-        """Return weights (B, N, T, S) per layer, captured where values are weighted by them."""
-        mix, captured = self.package.model.mix, []
-
-        def capture(weights_BKQTS: Any, parts: Any) -> Any:
-            captured.append(weights_BKQTS)
-            return mix(weights_BKQTS, parts)
-
-        self.package.model.mix = capture
-        try:
-            with self.scope():
-                self.module(self.ids(tokens_BT), counts_B=self.ids(counts_B))
-                layers = [np.asarray(weights_BKQTS) for weights_BKQTS in captured]
-        finally:
-            self.package.model.mix = mix
-        return [x.reshape(x.shape[0], -1, *x.shape[3:]) for x in layers]
+        """Return weights (B, N, T, S) per layer."""
+        with self.scope():
+            maps = self.module.attention_maps(self.ids(tokens_BT), self.ids(counts_B))
+            return [np.asarray(weights_BNTS) for weights_BNTS in maps]
 
 
 class TorchTwin(_Twin, TorchModel):
@@ -218,7 +207,7 @@ class FlaxTwin(_Twin, FlaxModel):
         with self.scope():
             for length in lengths:
                 self.package.generate(self.module, jnp.zeros((1, length), jnp.int32), 2)
-                counts.append(self.package.decoding.decoder._program()._cache_size())
+                counts.append(self.package.Decoder.num_compilations())
         # What the first length needs, a program that reads and one that continues, counts as one.
         return 1 + counts[-1] - counts[0]
 

@@ -269,13 +269,13 @@ def test_a_contender_that_writes_another_token_is_not_timed(monkeypatch, turns):
 
 @pytest.mark.parametrize("error", [1e-3, math.nan])
 def test_twins_that_part_while_they_write_are_not_timed(monkeypatch, error):
-    step = torch_gpt.Decoder.step
+    step = torch_gpt.Decoder.advance
 
     def wrong(decoder, tokens_B, cache):
         logits_BV, cache = step(decoder, tokens_B, cache)
         return logits_BV + error * logits_BV.abs().max(), cache
 
-    monkeypatch.setattr(torch_gpt.Decoder, "step", wrong)
+    monkeypatch.setattr(torch_gpt.Decoder, "advance", wrong)
     monkeypatch.setattr(parity.bench.decode_cell, "_rounds", None)
     message = (
         r"bench: logits of flax and torch in float32, batch 1, context 13: (\d\.\de-0\d|nan) of "
@@ -294,14 +294,14 @@ def test_a_cache_that_counts_its_bytes_wrongly_is_not_timed(monkeypatch):
 
 def test_what_lies_in_free_slots_is_garbage_when_the_clock_starts(monkeypatch):
     seen = []
-    step = torch_gpt.Decoder.step
+    step = torch_gpt.Decoder.advance
 
     def watched(decoder, tokens_B, cache):
         length = int(cache.lengths_B.max())
         seen.extend(layer.keys_BKSH[:, :, length:].abs() for layer in cache.layers)
         return step(decoder, tokens_B, cache)
 
-    monkeypatch.setattr(torch_gpt.Decoder, "step", watched)
+    monkeypatch.setattr(torch_gpt.Decoder, "advance", watched)
     bench(names=("torch step",))
     assert seen and all(float(slots.mean()) > 0.3 for slots in seen if slots.numel() > 100)
     assert any(slots.numel() > 100 for slots in seen)

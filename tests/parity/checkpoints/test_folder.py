@@ -493,13 +493,13 @@ def test_the_commands_convert_and_write_text(quiet_folder_of, tmp_path):
 
 @pytest.mark.parametrize("options", [("0",), ("0.8", "--top-k", "1")], ids=["greedy", "one left"])
 def test_twins_that_part_while_they_write_exit_1(options, quiet_folder_of, monkeypatch):
-    step = torch_gpt.Decoder.step
+    step = torch_gpt.Decoder.advance
 
     def wrong(decoder, tokens_B, cache):
         logits_BV, cache = step(decoder, tokens_B, cache)
         return -logits_BV, cache
 
-    monkeypatch.setattr(torch_gpt.Decoder, "step", wrong)
+    monkeypatch.setattr(torch_gpt.Decoder, "advance", wrong)
     done = parity(
         "generate", quiet_folder_of("qwen3"), "5 17", "--tokens", "3", "--temperature", *options
     )
