@@ -50,7 +50,7 @@ def locate_backward(session: "PairSession", leaves: Mapping[str, float]) -> Dive
         for call, twin in pairs
     ]
     reached = {call.path: x for (call, _), x in reversed(list(zip(pairs, gaps, strict=True)))}
-    owners = {session.modules.get(x.rpartition(".")[0]): x for x in reversed(leaves)}
+    owners = {session.modules.get(x.rpartition(".")[0]): x for x in reversed(list(leaves))}
     root = session.model_name
     for (call, twin), reaching in zip(pairs, gaps, strict=True):
         if reaching is not None:

@@ -24,6 +24,7 @@ def page(report: Report) -> str:
     seen, divergence = report.plot_data, report.divergence
     failures = [(level.name, record) for level in report.levels for record in level.unpassed]
     modules, losses, generations = None, [], []
+    marked = divergence.where if divergence and divergence.phase == "forward" else None
     if seen is not None:
         losses = [(curve.dtype, plots.losses(curve)) for curve in seen.losses if curve.flax]
         generations = [
@@ -32,8 +33,7 @@ def page(report: Report) -> str:
             if any(shown.margins)
         ]
         if seen.modules is not None and seen.modules.gaps:
-            forward = divergence is not None and divergence.phase == "forward"
-            modules = plots.modules(seen.modules, divergence.where if forward else None)
+            modules = plots.modules(seen.modules, marked)
     count = sum(level.count for level in report.levels)
     return render(
         "parity.report",

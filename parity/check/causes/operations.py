@@ -60,17 +60,17 @@ def _same(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
     return x
 
 
-def _then(operation: Callable[..., Any], change: Callable[[Any], Any]) -> Instead:
+def _then(operation: Instead, change: Instead) -> Instead:
     """Change the result of an operation."""
     return lambda *args, **kwargs: change(operation(*args, **kwargs))
 
 
-def _with(operation: Callable[..., object], **changes: object) -> Instead:
+def _with(operation: Instead, **changes: object) -> Instead:
     """Call an operation with other keyword arguments."""
     return lambda *args, **kwargs: operation(*args, **kwargs | changes)
 
 
-def _on(operation: Callable[..., Any], change: Callable[[Any], Any]) -> Instead:
+def _on(operation: Instead, change: Instead) -> Instead:
     """Change the first argument of an operation."""
     return lambda x, *args, **kwargs: operation(change(x), *args, **kwargs)
 
@@ -199,7 +199,7 @@ def _linear(done: Done) -> Found:
 def _convolutions(done: Done) -> Found:
     """Yield paddings: torch pads both ends alike, "SAME" in jax pads more at the end if uneven."""
     names = "input", "weight", "bias", "stride", "padding", "dilation", "groups"
-    defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    defaults: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
     given = defaults | dict(zip(names, done.args, strict=False)) | done.kwargs
     x, weight, bias, groups = (given[name] for name in ("input", "weight", "bias", "groups"))
     space, window = x.shape[2:], weight.shape[2:]

@@ -80,8 +80,8 @@ def locate(session: PairSession, records: list[Record]) -> Divergence | None:
     """Return the first module whose output through the cache is not that without it."""
     bad = first_failed(records)
     run = next((r for r in session.runs("float64") if bad.name.startswith(r.name)), None)
-    found = Divergence(bad.name, "decode", 0, bad.value)
-    if bad.dtype != "float64":
+    found = Divergence(bad.name, "decode", 0, bad.gap)
+    if bad.dtype != "float64" or session.pair.sequences is None:
         return found
     tokens, counts = session.pair.sequences
     calls, capacity = ragged_calls(tokens, counts, session.seed), tokens.shape[1]

@@ -68,7 +68,7 @@ def locate(session: "PairSession", records: list[Record]) -> Divergence | None:
 
     bad = first_failed(records)
     if bad.metric == "narrow operations":
-        return Divergence(bad.name, "forward", 0, bad.value, detail=bad.note or "")
+        return Divergence(bad.name, "forward", 0, bad.gap, detail=bad.note or "")
     probe = failed_probe(session, [bad])
     batch = session.pair.probes[probe]
     if bad.dtype != "float64":

@@ -201,7 +201,7 @@ def locate(session: "PairSession", records: list[Record]) -> Divergence | None:
     where = bad.where or "the optimizer"
     detail = f"Seen in {bad.name}, {bad.dtype}; all steps before agree."
     cause = _cause(session) if bad.dtype == "float64" else None
-    return Divergence(where, "optimizer", bad.step, bad.value, cause, detail)
+    return Divergence(where, "optimizer", bad.step, bad.gap, cause, detail)
 
 
 def _cause(session: "PairSession") -> str | None:
