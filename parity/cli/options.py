@@ -6,12 +6,17 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from parity.twins.names import DTYPES, PRESETS
+from parity.twins.names import DTYPES, FRAMEWORKS, PRESETS
+
+if TYPE_CHECKING:
+    from parity.pair.text import Corpus
+    from parity.training import RunConfig
+    from parity.twins.twin import Constants
 
 Data = Annotated[
     Path | None,
@@ -46,13 +51,13 @@ def in_one_line(errors: Console, interrupted: str = "nothing was written") -> It
 
     Args:
         errors: the error stream.
-        interrupted: what an interrupt leaves, for the message.
+        interrupted: describes what an interrupt leaves.
     """
     try:
         yield
     except (ValueError, OSError) as error:
-        words = f"parity: {error}"
-        errors.print(words, style="red", markup=False, highlight=False, emoji=False, soft_wrap=True)
+        text = f"parity: {error}"
+        errors.print(text, style="red", markup=False, highlight=False, emoji=False, soft_wrap=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
         errors.print(f"parity: interrupted, {interrupted}.", style="red", soft_wrap=True)
@@ -89,12 +94,8 @@ def check_outputs(files: dict[str, str | None]) -> None:
             raise ValueError(f"{option} {name}: no folder {folder}. Make it or name another.")
 
 
-def write_output(name: Path | str | None, text: Callable[[], str]) -> None:
-    """Write a text to a file, or to standard output for "-"; do nothing for None.
-
-    The text is made only if it is wanted. Tables go to the error stream then:
-    `Console(stderr="-" in names)`.
-    """
+def write_output(name: str | None, text: Callable[[], str]) -> None:
+    """Write a text where an option asks for it: nowhere, standard output for -, or a file."""
     from parity.system.files import write_atomically
 
     if str(name) == "-":
@@ -113,47 +114,51 @@ def check_dtype(dtype: str) -> None:
         raise ValueError(f"--dtype {dtype}: there are {', '.join(DTYPES)}. Choose from them.")
 
 
-def run_config(corpus, preset, constants, dropout, rows, width, seed, *, dtype, **fields):
-    """Make a run's config; every clash of numbers is found before the work begins.
+def run_config(
+    corpus: "Corpus", preset: str, model: "Constants", training: "Constants", **fields: object
+) -> "RunConfig":
+    """Return the config of a run, after a look for numbers that clash.
+
+    Args:
+        corpus: the text to learn from.
+        preset: size of the twins.
+        model: fields of GPTConfig that differ from the preset.
+        training: fields of TrainConfig.
+        fields: of RunConfig, rows and width among them.
 
     Raises:
         ValueError: for what cannot be trained.
     """
-    import dataclasses
-
     from flax_gpt import TrainConfig
     from parity.training import RunConfig
     from parity.twins.pair import preset_config
 
-    model = preset_config(corpus, preset, dropout=dropout, dtype=dtype)
-    training = TrainConfig(**constants)
-    if width > model.context_length:
-        raise ValueError(
-            f"--width {width} > context length {model.context_length} of {preset}. A row fits into "
-            "the context. Choose a smaller one."
-        )
-    if rows % training.accumulation_steps:
-        raise ValueError(
-            f"--batch-size {rows} in {training.accumulation_steps} parts. Parts have the same "
-            "number of rows. Choose an --accumulate that divides the batch."
-        )
-    return RunConfig.of(
+    run = RunConfig.of(
         corpus,
-        model=dataclasses.asdict(model),
-        training=dataclasses.asdict(training),
-        rows=rows,
-        width=width,
-        seed=seed,
+        model=preset_config(corpus, preset, **model),
+        training=TrainConfig(**training),
         **fields,
     )
+    parts = run.training.accumulation_steps
+    if run.width > run.model.context_length:
+        raise ValueError(
+            f"--width {run.width} > context length {run.model.context_length} of {preset}. A row "
+            "fits into the context. Choose a smaller one."
+        )
+    if run.rows % parts:
+        raise ValueError(
+            f"--batch-size {run.rows} in {parts} parts. Parts have the same number of rows. Choose "
+            "an --accumulate that divides the batch."
+        )
+    return run
 
 
 def frameworks(only: str | None) -> tuple[str, ...]:
-    """Return the twins that --only leaves.
+    """Return the frameworks that --only leaves.
 
     Raises:
         ValueError: for an unknown framework.
     """
-    if only not in (None, "flax", "torch"):
+    if only not in (None, *FRAMEWORKS):
         raise ValueError(f"--only {only}: there are flax and torch. Choose one or leave it out.")
-    return ("flax", "torch") if only is None else (only,)
+    return FRAMEWORKS if only is None else (only,)

@@ -205,7 +205,8 @@ class FlaxModel(LanguageModel):
             direction_V = np.random.default_rng(0).normal(size=logits_TTV.shape[-1])
             # Row t of a batch of copies asks for position t: one backward pass answers for all.
             rows = jnp.arange(T)
-            return jnp.sum(logits_TTV[rows, rows] * jnp.asarray(direction_V, logits_TTV.dtype))
+            direction_V = jnp.asarray(direction_V, logits_TTV.dtype)
+            return jnp.sum(logits_TTV[rows, rows] * direction_V[None])
 
         def _is_equal(inputs: jax.Array) -> bool:
             traced = isinstance(inputs, jax.core.Tracer)  # inside the model's own jit

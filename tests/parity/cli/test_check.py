@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from flax_gpt import PRESETS
-from flax_gpt.config import DTYPES, SCHEDULES
+from flax_gpt.config import DTYPES
+from flax_gpt.training.config import SCHEDULES
 from parity.check.levels.names import LEVELS
 from parity.cli import train as parity_train
 from parity.system.progress import interruptible

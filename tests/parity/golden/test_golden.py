@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from parity import golden
 from parity.check.levels.names import LEVELS, OPTIMIZER_STEPS
+from parity.frameworks.spec import ModuleUse
 from parity.weights.layouts import Layout
 from parity.weights.rules import Rule, Rules
 
@@ -51,7 +52,7 @@ ABSENT = {"torch": ["jax", "jaxlib", "flax", "optax", "flax_gpt"], "flax": ["tor
 def half(name: str, framework: str) -> str:
     """A pair's file without what needs the other framework."""
     others = {"torch": {"jax", "jnp", "flax", "nnx"}, "flax": {"torch"}}[framework]
-    tree = ast.parse((ROOT / "parity" / "selftest" / "pairs" / f"{name}.py").read_text())
+    tree = ast.parse((ROOT / "parity" / "faults" / "selftest" / "pairs" / f"{name}.py").read_text())
 
     def words(statement: ast.stmt) -> set[str]:
         nodes = list(ast.walk(statement))
@@ -271,9 +272,9 @@ def test_another_optimizer_is_caught_at_its_level(changes):
     def adamw(**changes):
         return lambda parameters: torch.optim.AdamW(parameters, **(dict(lr=1e-3) | changes))
 
-    made = golden.record(Net(), TOKENS, optimizer=adamw())
-    assert golden.check(made, Net(), optimizer=adamw()).verdict == "PASS"
-    report = golden.check(made, Net(), optimizer=adamw(**changes))
+    made = golden.record(Net(), TOKENS, use=ModuleUse(optimizer=adamw()))
+    assert golden.check(made, Net(), use=ModuleUse(optimizer=adamw())).verdict == "PASS"
+    report = golden.check(made, Net(), use=ModuleUse(optimizer=adamw(**changes)))
     failed = [x.name for x in report.levels if x.verdict == "FAIL"]
     assert failed == ["optimizer"] and report.divergence.where in made.weights
 
@@ -287,8 +288,8 @@ def test_a_rate_that_changes_behind_the_fourth_step_is_caught_on_the_trajectory(
             self.param_groups[0]["lr"] = 1e-3 if self.taken < 5 else 2e-3
             return super().step(*args)
 
-    made = golden.record(Net(), TOKENS, steps=6, optimizer=torch.optim.AdamW)
-    report = golden.check(made, Net(), optimizer=Late)
+    made = golden.record(Net(), TOKENS, steps=6, use=ModuleUse(optimizer=torch.optim.AdamW))
+    report = golden.check(made, Net(), use=ModuleUse(optimizer=Late))
     assert [x.name for x in report.levels if x.verdict == "FAIL"] == ["trajectory"]
     assert report.divergence.step == 6
 
@@ -300,7 +301,7 @@ def test_another_loss_is_caught_by_leaf(net):
         projected = torch.dot(output.flatten(), weights / np.sqrt(output.numel()))
         return projected + 0.1 * (model.scale - model.scale.detach()).sum()
 
-    report = golden.check(net, Net(), loss=half_detached)
+    report = golden.check(net, Net(), use=ModuleUse(loss=half_detached))
     assert [x.name for x in report.levels if x.verdict == "FAIL"] == ["gradients"]
     assert report.divergence.where == "scale" and report.divergence.phase == "backward"
 
@@ -376,7 +377,10 @@ def test_rules_that_are_missing_or_not_wanted_are_errors(net):
     [
         (dict(steps=3), "3 steps < 4. Fewer cannot see"),
         (dict(weights="mine"), "there are random and own"),
-        (dict(call=lambda model, x: model(x) / 0), "probe/0/output, loss, losses not finite"),
+        (
+            dict(use=ModuleUse(lambda model, x: model(x) / 0)),
+            "probe/0/output, loss, losses not finite",
+        ),
     ],
 )
 def test_what_cannot_be_recorded_is_refused_and_nothing_is_written(options, message, tmp_path):
