@@ -130,7 +130,7 @@ def test_an_interrupt_that_python_drops_is_raised_at_the_next_progress():
 
 def test_help_is_instant_and_teaches():
     commands = {
-        "check": "Climb only this level",
+        "check": "Run only this level",
         "train": "goes on from it, bit for bit",
         "generate": "the same text",
         "precision": "ratio of the two errors",
