@@ -11,7 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import CodeType
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from parity.frameworks.protocols import Calls
 from parity.frameworks.torch.leaves import to_numpy
 from parity.report import Divergence
 
-# To look for a cause; the twins of the self-test take up to 16 where nothing else runs.
+# Spent at most on the search; the twins of the self-test take up to 16 on an idle machine.
 _SECONDS = 60.0
 
 _INDEXING = {"__getitem__", "__setitem__"}
@@ -191,8 +191,7 @@ def _arguments(place: Place, replay: "_Decoding[Any]") -> Iterator[tuple[str, In
 
             def instead(operation, latest, *args, index=index, source=source, **kwargs):
                 given = latest.get(source)
-                if not isinstance(given, torch.Tensor) or not _fit(given, args[index]):
-                    given = args[index]
+                given = given if _fits(given, args[index]) else args[index]
                 return operation(*args[:index], given, *args[index + 1 :], **kwargs)
 
             yield f"what {other.name} gave at {source.line} as argument {index + 1}", instead
@@ -209,7 +208,7 @@ def _sums(place: Place, replay: "_Decoding[Any]") -> Iterator[tuple[str, Instead
 
         def instead(operation, latest, *args, source=source, **kwargs):
             made, given = operation(*args, **kwargs), latest.get(source)
-            return made + given if isinstance(given, torch.Tensor) and _fit(given, made) else made
+            return made + given if _fits(given, made) else made
 
         yield f"what {other.name} gave at {source.line} added", instead
 
@@ -247,9 +246,8 @@ class _Decoding(Generic[Decoded]):
     def fitting(self, tensor: torch.Tensor) -> Iterator[tuple[Place, Done]]:
         """Yield places whose result could stand in for a tensor."""
         for place, done in self.done.items():
-            if isinstance(done.result, torch.Tensor) and _fit(done.result, tensor):
-                if done.result is not tensor:
-                    yield place, done
+            if done.result is not tensor and _fits(done.result, tensor):
+                yield place, done
 
     def run(
         self,
@@ -348,14 +346,13 @@ def _real(call: tuple[np.ndarray, np.ndarray], output: np.ndarray) -> np.ndarray
     return output[np.arange(tokens.shape[1]) < counts[:, None]]
 
 
-def _fit(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether one tensor can stand in for the other, or for all its rows."""
-    sizes = zip(a.shape, b.shape, strict=False)
+def _fits(x: object, tensor: torch.Tensor) -> TypeGuard[torch.Tensor]:
+    """Whether something is a tensor that can stand in for another, or for all its rows."""
     return (
-        a.dtype == b.dtype
-        and a.ndim == b.ndim
-        and a.ndim > 0
-        and all(n == m or n == 1 or m == 1 for n, m in sizes)
+        isinstance(x, torch.Tensor)
+        and x.dtype == tensor.dtype
+        and x.ndim == tensor.ndim > 0
+        and all(n == m or 1 in (n, m) for n, m in zip(x.shape, tensor.shape, strict=True))
     )
 
 

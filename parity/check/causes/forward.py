@@ -20,7 +20,7 @@ from parity.frameworks.spec import Batch
 from parity.frameworks.torch.runner import TorchRunner
 from parity.report import Divergence
 
-# To look for a cause in one call; a small module's alternatives take two.
+# Spent at most on the search in one call; a small module's alternatives take two.
 _SECONDS = 20.0
 
 

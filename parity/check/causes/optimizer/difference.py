@@ -111,7 +111,8 @@ def _rates(
     (name, ours), (other, theirs) = rates.items()
     if _alike(ours, theirs):
         return
-    for side, rest in ((name, other), (other, name)):
+    both_ways = (name, other), (other, name)
+    for side, rest in both_ways:
         beta1, beta2 = betas[side]
         counts = range(1, len(ours) + 1)
         first = [1.0 - beta1.value**count for count in counts]
@@ -125,11 +126,11 @@ def _rates(
             if _alike(rates[side], corrected):
                 yield f"{side} does not correct the bias of {moments}"
                 return
-    for side, rest in ((name, other), (other, name)):
+    for side, rest in both_ways:
         if _alike(rates[side][:-1], rates[rest][1:]):
             yield f"the schedule of {side} is one update ahead of that of {rest}"
             return
-    for side, rest in ((name, other), (other, name)):
+    for side, rest in both_ways:
         if rates[side][0].is_zero and not rates[rest][0].is_zero:
             yield f"the first update of {side} has a rate of zero"
             return
