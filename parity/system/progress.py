@@ -20,27 +20,13 @@ Show = Callable[[str, float], None]
 
 
 class TrainingStep(Protocol):
-    """What one training step gives to show; mappings are by framework."""
+    """What one training step gives to show; mappings are by framework, rates 0 while unknown."""
 
-    @property
-    def step(self) -> int:
-        """Its number, from 1."""
-
-    @property
-    def losses(self) -> Mapping[str, float]:
-        """Losses before the update."""
-
-    @property
-    def gradient_norms(self) -> Mapping[str, float]:
-        """Norms before clipping."""
-
-    @property
-    def rates(self) -> Mapping[str, float]:
-        """Tokens per second; 0 while unknown."""
-
-    @property
-    def gap(self) -> float:
-        """Largest difference between two losses so far."""
+    step: int
+    losses: Mapping[str, float]
+    gradient_norms: Mapping[str, float]
+    rates: Mapping[str, float]
+    gap: float
 
 
 @contextlib.contextmanager
