@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from parity.check.modules import check_pair as check_pair
     from parity.check.modules import pair_of as pair_of
+    from parity.frameworks.spec import ModuleUse as ModuleUse
     from parity.report import ParityError as ParityError
     from parity.report import Report as Report
     from parity.report.page import page as page
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _MODULES = {
     "Layout": "parity.weights.layouts",
+    "ModuleUse": "parity.frameworks.spec",
     "ParityError": "parity.report",
     "Report": "parity.report",
     "Rule": "parity.weights.rules",

@@ -13,10 +13,10 @@ from parity.check.levels.names import DTYPES, LEVELS
 from parity.check.metrics import max_abs, size_of
 from parity.check.pair_session import PairSession
 from parity.frameworks.flax.leaves import flax_leaves
-from parity.frameworks.flax.module import flax_spec
-from parity.frameworks.spec import SpecOptions
+from parity.frameworks.flax.module import FlaxUse, flax_spec
+from parity.frameworks.spec import BY_DEFAULT
 from parity.frameworks.torch.leaves import torch_leaves
-from parity.frameworks.torch.module import largest_learning_rate, torch_spec
+from parity.frameworks.torch.module import TorchUse, largest_learning_rate, torch_spec
 from parity.pair.inputs import as_inputs
 from parity.pair.pair import Pair
 from parity.report import Report
@@ -26,15 +26,13 @@ from parity.weights.infer import infer_rules
 from parity.weights.rules import Rules
 from parity.weights.weight_map import resolve
 
-_DEFAULTS: SpecOptions = {}
-
 
 class PairOptions(TypedDict, total=False):
     """The options of `pair_of`, which documents them."""
 
     rules: Rules | Path | str
-    torch: SpecOptions
-    flax: SpecOptions
+    torch: TorchUse
+    flax: FlaxUse
     weights: str
     seed: int
 
@@ -88,21 +86,21 @@ def pair_of(
     inputs: object,
     *,
     rules: Rules | Path | str = "auto",
-    torch: SpecOptions = _DEFAULTS,
-    flax: SpecOptions = _DEFAULTS,
+    torch: TorchUse = BY_DEFAULT,
+    flax: FlaxUse = BY_DEFAULT,
     weights: str = "random",
     seed: int = 0,
 ) -> Pair:
     """Make a pair of two modules.
 
-        pair_of(net, port, x, torch={"loss": net_loss}, flax={"loss": port_loss})
+        pair_of(net, port, x, torch=ModuleUse(loss=net_loss), flax=ModuleUse(loss=port_loss))
 
     Args:
         torch_module: the PyTorch module.
         flax_module: the Flax NNX module.
         inputs: see `check_pair`.
         rules: the weight map, a rules file, or "auto" to infer it.
-        torch: `call`, `loss` and `optimizer` of the PyTorch module, see `SpecOptions`.
+        torch: how the PyTorch module is called, scored and trained.
         flax: the same of the Flax module; its call may bring axes into torch's order. A loss or an
             optimizer is given for both modules or for neither.
         weights: "random", or "torch" for those that the PyTorch module has.
@@ -113,7 +111,7 @@ def pair_of(
     """
     _require_modules(torch_module, flax_module)
     for name in ("loss", "optimizer"):
-        if (torch.get(name) is None) != (flax.get(name) is None):
+        if (getattr(torch, name) is None) != (getattr(flax, name) is None):
             raise ValueError(
                 f"check_pair: {name} of one side alone. Two are compared. Give one in `torch` and "
                 "one in `flax`, or neither."
@@ -121,8 +119,8 @@ def pair_of(
     if weights not in ("random", "torch"):
         raise ValueError(f"check_pair: weights {weights!r}: there are random and torch.")
     calls = as_inputs(inputs, seed)
-    port = flax_spec(flax_module, **flax)
-    original = torch_spec(torch_module, **torch)
+    port = flax_spec(flax_module, flax.call, flax.loss, flax.optimizer)
+    original = torch_spec(torch_module, torch.call, torch.loss, torch.optimizer)
 
     def made(rules: Rules) -> Pair:
         return Pair(port, original, rules, calls.probes, calls.training_batch, pure=False)
@@ -132,7 +130,7 @@ def pair_of(
     elif not isinstance(rules, Rules):
         rules = Rules.load(Path(rules))
     pair = dataclasses.replace(
-        made(rules), learning_rate=largest_learning_rate(torch_module, torch.get("optimizer"))
+        made(rules), learning_rate=largest_learning_rate(torch_module, torch.optimizer)
     )
     if weights == "torch":
         ours = torch_leaves(original.build("float32"))

@@ -20,7 +20,7 @@ from parity.doctor.sizes import find_position_table, find_sizes, logits_of
 from parity.frameworks.capture import leaves_of
 from parity.frameworks.flax.capture import wrapped_calls
 from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
-from parity.frameworks.flax.module import FlaxTrainer, flax_program
+from parity.frameworks.flax.module import FlaxTrainer, compile_step
 from parity.frameworks.flax.purity import flax_in
 from parity.frameworks.flax.scope import Scoped, jax_scope
 from parity.frameworks.leaves import Leaves, dotted
@@ -162,7 +162,7 @@ class FlaxModel(LanguageModel):
 
         optimizer = optax.adamw(rate, weight_decay=0.0)
         with self.scope():
-            program = flax_program(loss, optimizer)
+            program = compile_step(loss, optimizer)
             return Scoped(FlaxTrainer(nnx.clone(self.module), program, optimizer), self.scope)
 
     def dropout_losses(self, tokens_BT: np.ndarray) -> tuple[float, float] | None:
