@@ -106,7 +106,8 @@ def _convert_file(
         from parity.weights.convert import convert_file
         from parity.weights.rules import Rules
 
-        modules = [built(x, load_attribute(x), (nn.Module, nnx.Module)) for x in (torch, flax)]
+        kinds = nn.Module, nnx.Module
+        port, original = (built(x, load_attribute(x), kinds) for x in (torch, flax))
         found = None if rules == "auto" else Rules.load(Path(rules))
-        count = convert_file(Path(source), out, *modules, to, found)
+        count = convert_file(Path(source), out, port, original, to, found)
     errors.print(f"{out}: {count} tensors for {to}", style="dim", highlight=False, soft_wrap=True)
