@@ -10,8 +10,8 @@ import numpy as np
 
 from parity.check import bounds
 from parity.check.metrics import error_ratio, max_abs, scale_of, size_of
+from parity.frameworks.batch import Batch
 from parity.frameworks.capture import Backward, Trace, lockstep
-from parity.frameworks.spec import Batch
 from parity.report import Divergence
 
 if TYPE_CHECKING:  # it imports both frameworks, and a golden is checked where one is missing

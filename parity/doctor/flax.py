@@ -18,7 +18,7 @@ from flax import nnx
 from parity.doctor.model import LanguageModel, Score, Trainer
 from parity.doctor.sizes import find_position_table, find_sizes, logits_of
 from parity.frameworks.capture import leaves_of
-from parity.frameworks.flax.capture import wrapped_calls as wrapped_calls
+from parity.frameworks.flax.capture import wrapped_calls
 from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
 from parity.frameworks.flax.module import FlaxTrainer, compile_step
 from parity.frameworks.flax.purity import flax_in

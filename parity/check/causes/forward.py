@@ -15,8 +15,8 @@ from parity.check.causes.weights import readings
 from parity.check.locate import aligned, float64_gap, translated
 from parity.check.metrics import size_of
 from parity.check.pair_session import PairSession
+from parity.frameworks.batch import Batch
 from parity.frameworks.capture import Trace, leaves_of
-from parity.frameworks.spec import Batch
 from parity.frameworks.torch.runner import TorchRunner
 from parity.report import Divergence
 

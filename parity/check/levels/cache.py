@@ -10,9 +10,9 @@ from parity.check.causes.decode import explain_chunks
 from parity.check.locate import first_divergence, float64_gap
 from parity.check.metrics import max_abs
 from parity.check.pair_session import PairSession
+from parity.frameworks.batch import Batch
 from parity.frameworks.capture import Trace
 from parity.frameworks.protocols import Calls
-from parity.frameworks.spec import Batch
 from parity.report import Divergence
 from parity.report.record import Record, abstain, first_failed, judge
 

@@ -20,9 +20,9 @@ from parity.check.causes.optimizer import Reading, Step, difference, read, share
 from parity.check.levels.names import HORIZON, OPTIMIZER_STEPS
 from parity.check.metrics import largest, max_abs, ratio, relative_l2
 from parity.check.session import Session
+from parity.frameworks.batch import Batch
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import LiveRunner, Runner, Trainer
-from parity.frameworks.spec import Batch
 from parity.pair.pair import Pair
 from parity.report import Divergence
 from parity.report.record import IMPURE, Record, Verdict, abstain, judge

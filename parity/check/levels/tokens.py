@@ -11,7 +11,7 @@ from parity.check.causes.decode import explain_tokens
 from parity.check.metrics import max_abs
 from parity.check.pair_session import PairSession
 from parity.check.ties import overturned, verdict_of_flip
-from parity.frameworks.spec import Batch
+from parity.frameworks.batch import Batch
 from parity.report import Divergence
 from parity.report.plot_data import Flip, Generation
 from parity.report.record import Record, Verdict, abstain, first_failed
