@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 import flax_gpt
-from flax_gpt.decoding.decoder import room_for
+from flax_gpt.decoding.decoder import capacity_for
 from parity.bench.contenders import Cell, Turn, garbage_like
 from parity.frameworks.flax.scope import jax_scope
 
@@ -102,11 +102,11 @@ class FlaxSteps:
             yield np.asarray(self._logits_BV, np.float32)
             cache, _ = self.state()
             for token_B in tokens_BG.T[:-1]:
-                logits_BV, cache = self._decoder.step(jnp.asarray(token_B, jnp.int32), cache)
+                logits_BV, cache = self._decoder.advance(jnp.asarray(token_B, jnp.int32), cache)
                 yield np.asarray(logits_BV, np.float32)
 
     def _advanced(self, cache: Any, token_B: jax.Array) -> tuple[Any, jax.Array]:
-        logits_BV, cache = self._decoder.step(token_B, cache)
+        logits_BV, cache = self._decoder.advance(token_B, cache)
         return cache, self._choose(logits_BV)
 
     def _scope(self) -> Any:
@@ -155,7 +155,7 @@ class _ReadsAhead(flax_gpt.Decoder):
 
     def read(self, prompt_BT: jax.Array, cell: Cell) -> None:
         """Reads the prompt, into as much room as `generate` wants for a full turn."""
-        capacity = room_for(cell.context, cell.config)
+        capacity = capacity_for(cell.context, cell.config)
         logits_BV, cache = super().prefill(prompt_BT, capacity=capacity)
         self._behind = jax.block_until_ready((logits_BV, flax_littered(cache, cell)))
 
