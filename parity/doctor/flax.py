@@ -18,17 +18,10 @@ from jax import Array as Tensor
 from parity.doctor.model import Array, Counts, LanguageModel, Score
 from parity.doctor.sizes import find_position_table, find_sizes, logits_of
 from parity.frameworks.capture import leaves_of
-<<<<<<< HEAD
 from parity.frameworks.default_call import projection
 from parity.frameworks.flax.capture import wrapped_calls
 from parity.frameworks.flax.leaves import cast_flax, flax_leaves, load_flax, state_leaves
 from parity.frameworks.flax.module import FlaxTrainer, compile_step
-=======
-from parity.frameworks.flax.capture import wrapped_calls as wrapped_calls
-from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
-from parity.frameworks.flax.module import FlaxTrainer, compile_step
-from parity.frameworks.flax.purity import flax_in
->>>>>>> main
 from parity.frameworks.flax.scope import Scoped, jax_scope
 from parity.frameworks.leaves import Leaves, dotted
 from parity.frameworks.protocols import Trainer
@@ -148,13 +141,8 @@ class FlaxModel(LanguageModel):
 
         optimizer = optax.adamw(rate, weight_decay=0.0)
         with self.scope():
-<<<<<<< HEAD
             step = compile_step(loss, optimizer)
             return Scoped(FlaxTrainer(nnx.clone(self.module), step, optimizer), self.scope)
-=======
-            program = compile_step(loss, optimizer)
-            return Scoped(FlaxTrainer(nnx.clone(self.module), program, optimizer), self.scope)
->>>>>>> main
 
     def dropout_losses(self, tokens_BT: Array) -> tuple[float, float] | None:
         """Return the losses of two forward passes in training mode; None without dropout."""
