@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 import flax_gpt
-from flax_gpt.decoding.decoder import room_for
+from flax_gpt.decoding.decoder import capacity_for
 from parity.bench.contenders import Cell, Turn, garbage_like
 from parity.frameworks.flax.scope import jax_scope
 
@@ -155,7 +155,7 @@ class _ReadsAhead(flax_gpt.Decoder):
 
     def read(self, prompt_BT: jax.Array, cell: Cell) -> None:
         """Reads the prompt, into as much room as `generate` wants for a full turn."""
-        capacity = room_for(cell.context, cell.config)
+        capacity = capacity_for(cell.context, cell.config)
         logits_BV, cache = super().prefill(prompt_BT, capacity=capacity)
         self._behind = jax.block_until_ready((logits_BV, flax_littered(cache, cell)))
 

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from parity.cli import threads
 from parity.cli.options import PRESETS, Device, Preset, check_outputs, in_one_line, unwrapped
+from parity.system.threads import use_spinning_threads
 
 # The names of parity.bench.DTYPES and parity.bench.CONTENDERS; a test holds them equal.
 DTYPES = "float32", "bfloat16"
@@ -102,7 +102,7 @@ def decode(
         names = _words("--only", only, CONTENDERS) if only is not None else CONTENDERS
         left_out = _words("--without", without, CONTENDERS) if without is not None else ()
         names = tuple(name for name in names if name not in left_out)
-        threads.spin()
+        use_spinning_threads()
         with errors.status("loading jax and torch"):
             from parity.bench import bench_decode, decode_phases, draw
             from parity.system.devices import choose_devices

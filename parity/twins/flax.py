@@ -73,6 +73,7 @@ class FlaxTwin:
 
     name = "flax_gpt"
     framework = "flax"
+    original = flax_gpt
 
     def __init__(
         self, model: flax_gpt.GPT, package: ModuleType | None = None, compiled: bool = True
