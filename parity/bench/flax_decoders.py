@@ -102,11 +102,11 @@ class FlaxSteps:
             yield np.asarray(self._logits_BV, np.float32)
             cache, _ = self.state()
             for token_B in tokens_BG.T[:-1]:
-                logits_BV, cache = self._decoder.step(jnp.asarray(token_B, jnp.int32), cache)
+                logits_BV, cache = self._decoder.advance(jnp.asarray(token_B, jnp.int32), cache)
                 yield np.asarray(logits_BV, np.float32)
 
     def _advanced(self, cache: Any, token_B: jax.Array) -> tuple[Any, jax.Array]:
-        logits_BV, cache = self._decoder.step(token_B, cache)
+        logits_BV, cache = self._decoder.advance(token_B, cache)
         return cache, self._choose(logits_BV)
 
     def _scope(self) -> Any:

@@ -60,7 +60,7 @@ class TorchSteps:
     def advance(self, state: tuple[Any, torch.Tensor]) -> tuple[Any, torch.Tensor]:
         """The cache and the chosen token a step later."""
         cache, token_B = state
-        logits_BV, cache = self._decoder.step(token_B, cache)
+        logits_BV, cache = self._decoder.advance(token_B, cache)
         return cache, torch.argmax(logits_BV, dim=-1)
 
     def wait(self, state: tuple[Any, torch.Tensor]) -> None:
@@ -94,7 +94,7 @@ class TorchSteps:
         cache, _ = self.state()
         for token_B in tokens_BG.T[:-1]:
             token_B = torch.from_numpy(token_B.copy()).long().to(self._device)
-            logits_BV, cache = self._decoder.step(token_B, cache)
+            logits_BV, cache = self._decoder.advance(token_B, cache)
             yield to_numpy(logits_BV.float())
 
 

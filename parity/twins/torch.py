@@ -253,7 +253,7 @@ class TorchStream:
         self._ids.append(token)
         self._num_drawn += 1
         if self._use_cache:
-            logits_1V, self._cache = self._decoder.step(self._ints([token]), self._cache)
+            logits_1V, self._cache = self._decoder.advance(self._ints([token]), self._cache)
             self._score(logits_1V)
         else:
             self._prefill()
