@@ -182,7 +182,9 @@ def test_a_large_model_gives_its_programs_back_too(small, all_are_large):
 def test_a_large_model_whose_update_is_wrong_is_found_in_the_same_place(
     small, plant, all_are_large
 ):
-    broken = plant("flax_gpt", "training/optimizer.py", "steps = count.astype(m.dtype)", "steps = 1.0")
+    broken = plant(
+        "flax_gpt", "training/optimizer.py", "steps = count.astype(m.dtype)", "steps = 1.0"
+    )
     report = check(
         small({"num_layers": 1}, flax_package=broken),
         levels=["optimizer"], dtypes=("float64",), steps=HORIZON,
