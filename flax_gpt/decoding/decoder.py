@@ -13,8 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 
-from flax_gpt.cache import KVCache, host_values
+from flax_gpt.cache import KVCache
 from flax_gpt.config import GPTConfig
 from flax_gpt.decode import decode_step, prefill, score_uncached
 from flax_gpt.decoding.packing import PackedGPT, pack
@@ -79,8 +80,8 @@ class Decoder:
 
     def prefill(
         self,
-        tokens_BT: jax.Array,
-        counts_B: jax.Array | None = None,
+        tokens_BT: ArrayLike,
+        counts_B: ArrayLike | None = None,
         capacity: int | None = None,
         chunk: int | None = None,
     ) -> tuple[jax.Array, KVCache]:
@@ -198,9 +199,7 @@ class Decoder:
     def _longest(self, cache: KVCache) -> int:
         """Return the longest row's length; ask the device only for a cache made elsewhere."""
         lengths_B, longest = self._known
-        return (
-            longest if lengths_B is cache.lengths_B else int(np.max(host_values(cache.lengths_B)))
-        )
+        return longest if lengths_B is cache.lengths_B else int(cache.lengths_B.max())
 
 
 def capacity_for(num_tokens: int, config: GPTConfig, least: int = _SMALLEST_CAPACITY) -> int:
@@ -209,7 +208,7 @@ def capacity_for(num_tokens: int, config: GPTConfig, least: int = _SMALLEST_CAPA
 
 
 @functools.cache
-def _program() -> Callable[..., Any]:
+def _program() -> Any:
     """Return `Decoder.run` under one `jax.jit` for all functions and sizes.
 
     XLA on a CPU copies what it will overwrite unless asked to look whether it is still read.

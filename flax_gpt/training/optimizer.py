@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from flax_gpt.training.config import TrainConfig
 
@@ -33,7 +34,7 @@ def adamw(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def learning_rate(config: TrainConfig, count: int | jax.Array) -> jax.Array:
+def learning_rate(config: TrainConfig, count: ArrayLike) -> jax.Array:
     """Return the rate of the update that comes after `count` others.
 
     The frameworks' own schedules differ: optax's warm-up gives the first update a rate of 0, and
@@ -45,6 +46,7 @@ def learning_rate(config: TrainConfig, count: int | jax.Array) -> jax.Array:
     count = jnp.asarray(count).astype(jnp.result_type(float))
     progress = 0.0
     if config.schedule != "constant":
+        assert config.total_steps is not None  # as TrainConfig sees to
         span = config.total_steps - config.warmup_steps
         progress = jnp.clip((count - config.warmup_steps) / span, 0.0, 1.0)
     if config.schedule == "cosine":
@@ -79,12 +81,12 @@ def clip_gradients(config: TrainConfig, gradients: Any) -> tuple[Any, jax.Array]
 def scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:
     """Make Adam's direction, with bias corrections exact to rounding; state as in optax."""
 
-    def init(parameters: Any) -> optax.ScaleByAdamState:
+    def init(params: Any) -> optax.OptState:
         # Two trees of zeros: a buffer that is in a state twice cannot be donated.
-        mu, nu = (jax.tree.map(jnp.zeros_like, parameters) for _ in range(2))
+        mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
-    def update(gradients: Any, state: optax.ScaleByAdamState, parameters: Any = None):
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.OptState]:
         def direction(m: jax.Array, v: jax.Array) -> jax.Array:
             # -expm1(n log b) is 1 - b**n without the cancellation.
             steps = count.astype(m.dtype)
@@ -93,8 +95,8 @@ def scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientT
             return m_hat / (jnp.sqrt(v_hat) + epsilon)
 
         count = state.count + 1
-        mu = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, gradients)
-        nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.nu, gradients)
+        mu = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, updates)
+        nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.nu, updates)
         return jax.tree.map(direction, mu, nu), optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)

@@ -60,6 +60,7 @@ def _class_logits(model: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
 
 
 def _token_targets(batch: Batch) -> jax.Array:
+    assert batch.labels is not None
     if batch.counts_B is None:
         return batch.labels
     real_BT = jnp.arange(batch.labels.shape[1])[None, :] < batch.counts_B[:, None]
@@ -67,6 +68,7 @@ def _token_targets(batch: Batch) -> jax.Array:
 
 
 def _sequence_targets(batch: Batch) -> jax.Array:
+    assert batch.labels is not None
     if batch.counts_B is None:
         return batch.labels
     return jnp.where(batch.counts_B > 0, batch.labels, IGNORE_INDEX)

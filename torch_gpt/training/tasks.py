@@ -62,6 +62,7 @@ def _class_logits(model: Any, batch: Batch, key: torch.Tensor | None) -> torch.T
 
 
 def _token_targets(batch: Batch) -> torch.Tensor:
+    assert batch.labels is not None
     if batch.counts_B is None:
         return batch.labels
     real_BT = (
@@ -72,6 +73,7 @@ def _token_targets(batch: Batch) -> torch.Tensor:
 
 
 def _sequence_targets(batch: Batch) -> torch.Tensor:
+    assert batch.labels is not None
     if batch.counts_B is None:
         return batch.labels
     return torch.where(batch.counts_B > 0, batch.labels, IGNORE_INDEX)
