@@ -14,6 +14,8 @@ from jax.typing import ArrayLike
 
 from flax_gpt.training.config import TrainConfig
 
+_State = Any  # of a chain of optax: a tuple of the states of its parts
+
 CLIP_EPSILON = 1e-6  # torch's, added to the norm that divides; optax adds nothing
 INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # of the loss, in float16
 
@@ -56,12 +58,14 @@ def learning_rate(config: TrainConfig, count: ArrayLike) -> jax.Array:
     return config.learning_rate * jnp.where(count < config.warmup_steps, warm, fraction)
 
 
-def num_updates(optimizer: Any) -> jax.Array:
+def num_updates(optimizer: _State) -> jax.Array:
     """Return the number of updates that an AdamW state has seen."""
     return optimizer[0].count
 
 
-def clip_gradients(config: TrainConfig, gradients: Any) -> tuple[Any, jax.Array]:
+def clip_gradients(
+    config: TrainConfig, gradients: optax.Updates
+) -> tuple[optax.Updates, jax.Array]:
     """Scale a whole gradient down to the largest norm allowed; return its norm before that too.
 
     Pascanu et al., "On the difficulty of training recurrent neural networks", 2013.
@@ -81,12 +85,14 @@ def clip_gradients(config: TrainConfig, gradients: Any) -> tuple[Any, jax.Array]
 def scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:
     """Make Adam's direction, with bias corrections exact to rounding; state as in optax."""
 
-    def init(params: Any) -> optax.OptState:
+    def init(params: optax.Params) -> optax.OptState:
         # Two trees of zeros: a buffer that is in a state twice cannot be donated.
         mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, optax.OptState]:
+    def update(
+        updates: optax.Updates, state: _State, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, _State]:
         def direction(m: jax.Array, v: jax.Array) -> jax.Array:
             # -expm1(n log b) is 1 - b**n without the cancellation.
             steps = count.astype(m.dtype)
@@ -132,7 +138,7 @@ class LossScale:
         return LossScale(jnp.where(jnp.isfinite(scale), scale, self.scale), streak)
 
 
-def _decayed(config: TrainConfig, parameters: Any) -> Any:
+def _decayed(config: TrainConfig, parameters: optax.Params) -> optax.Params:
     """Mark the leaves that decay: the kernels of linear layers, or all."""
 
     def decays(path: tuple, _: jax.Array) -> bool:

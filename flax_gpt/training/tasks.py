@@ -55,7 +55,9 @@ def _next_token_targets(batch: Batch) -> jax.Array:
     return next_token_targets(labels, batch.counts_B)
 
 
-def _class_logits(model: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
+def _class_logits(
+    model: Callable[..., jax.Array], batch: Batch, key: jax.Array | None
+) -> jax.Array:
     return model(batch.tokens_BT, batch.counts_B, key)
 
 

@@ -19,6 +19,8 @@ from torch_gpt.decode import decode_step, prefill, score_uncached
 from torch_gpt.decoding.packing import PackedGPT, pack
 from torch_gpt.model import GPT
 
+Function = Callable[..., Any]
+
 _SMALLEST_CAPACITY = 256  # slots; a smaller cache saves nothing
 
 
@@ -33,10 +35,10 @@ class Steps:
         score_uncached: scores whole sequences, as `decode.score_uncached`.
     """
 
-    empty: Callable[..., Any]
-    prefill: Callable[..., Any]
-    decode_step: Callable[..., Any]
-    score_uncached: Callable[..., Any]
+    empty: Function
+    prefill: Function
+    decode_step: Function
+    score_uncached: Function
 
 
 class Decoder:
@@ -184,7 +186,7 @@ class _Replay:
         self._values = [torch.zeros_like(layer.values_BKSH) for layer in cache.layers]
         self._newest: Callable[[], torch.Tensor | None] = lambda: None
         self._view: Callable[[], torch.Tensor | None] = lambda: None
-        options: dict[str, Any] | None = None
+        options: dict[str, str | int | bool | Callable[..., Any]] | None = None
         if cache.lengths_B.is_cuda:
             # Makes products of one row loops, into which masks and casts can be fused.
             options = {"coordinate_descent_tuning": True}

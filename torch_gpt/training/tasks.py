@@ -57,7 +57,9 @@ def _next_token_targets(batch: Batch) -> torch.Tensor:
     return next_token_targets(labels, batch.counts_B)
 
 
-def _class_logits(model: Any, batch: Batch, key: torch.Tensor | None) -> torch.Tensor:
+def _class_logits(
+    model: Callable[..., torch.Tensor], batch: Batch, key: torch.Tensor | None
+) -> torch.Tensor:
     return model(batch.tokens_BT, batch.counts_B, key)
 
 
