@@ -1,6 +1,6 @@
 """The handle of flax_gpt: built, trained, decoded and observed in NumPy. Its twin is torch.py.
 
-Dimension key: B batch, T tokens, S query positions, V vocab.
+Dimension key: B batch, N heads, T tokens, S positions that they see, V vocab.
 """
 
 from __future__ import annotations
@@ -250,22 +250,12 @@ class FlaxTwin:
         self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None
     ) -> list[np.ndarray]:
         """See `Twin`."""
-        mix, heard = self.package.model.mix, []
+        maps = self.model.attention_maps(_ints(tokens_BT), _ints(counts_B))
+        return [np.asarray(weights_BNTS) for weights_BNTS in maps]
 
-        def overheard(weights_BKQTS: jax.Array, parts: Sequence[object]) -> jax.Array:
-            heard.append(weights_BKQTS)
-            return mix(weights_BKQTS, parts)
-
-        self.package.model.mix = overheard
-        try:
-            self.model(_ints(tokens_BT), counts_B=_ints(counts_B))
-        finally:
-            self.package.model.mix = mix
-        return [np.asarray(x).reshape(len(x), -1, *x.shape[3:]) for x in heard]
-
-    def num_compilations(self) -> int | None:
+    def num_compilations(self) -> int:
         """See `Twin`."""
-        return self.package.decoding.decoder._program()._cache_size()
+        return self.package.Decoder.num_compilations()
 
     @contextlib.contextmanager
     def _programs(self) -> Iterator[None]:

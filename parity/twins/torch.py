@@ -1,6 +1,6 @@
 """The handle of torch_gpt: built, trained, decoded and observed in NumPy. Its twin is flax.py.
 
-Dimension key: B batch, T tokens, S query positions, V vocab.
+Dimension key: B batch, N heads, T tokens, S positions that they see, V vocab.
 """
 
 from __future__ import annotations
@@ -213,22 +213,12 @@ class TorchTwin:
         self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None
     ) -> list[np.ndarray]:
         """See `Twin`."""
-        mix, heard = self.package.model.mix, []
+        maps = self.model.attention_maps(self._ints(tokens_BT), self._ints(counts_B))
+        return [to_numpy(weights_BNTS) for weights_BNTS in maps]
 
-        def overheard(weights_BKQTS: torch.Tensor, parts: Sequence[object]) -> torch.Tensor:
-            heard.append(weights_BKQTS)
-            return mix(weights_BKQTS, parts)
-
-        self.package.model.mix = overheard
-        try:
-            self.model(self._ints(tokens_BT), counts_B=self._ints(counts_B))
-        finally:
-            self.package.model.mix = mix
-        return [to_numpy(x).reshape(len(x), -1, *x.shape[3:]) for x in heard]
-
-    def num_compilations(self) -> int | None:
+    def num_compilations(self) -> int:
         """See `Twin`."""
-        return None
+        return self.package.Decoder.num_compilations()
 
     def _ints(self, x: np.ndarray | Sequence[object] | None) -> torch.Tensor | None:
         return None if x is None else torch.from_numpy(np.array(x)).long().to(self.device)
