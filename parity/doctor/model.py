@@ -1,9 +1,9 @@
 """A language model as the questions see it: methods on NumPy arrays, in either framework.
 
-Dimension key: B batch, T tokens, S cache slots, N heads, V vocab, G generated tokens.
-
 `LanguageModel` is what every model answers. The other protocols are what more a model may offer;
 the questions that need one abstain on models without it.
+
+Dimension key: B batch, T tokens, S cache slots, N heads, V vocab, G generated tokens.
 """
 
 import dataclasses
@@ -13,18 +13,11 @@ from typing import Any, Protocol, Self, runtime_checkable
 import numpy as np
 
 from parity.frameworks.leaves import Leaves
+from parity.frameworks.protocols import Trainer
 
+Array = np.ndarray
+Counts = np.ndarray | None  # real tokens per row; None for all
 Cache = Any  # whatever the model's own cache is
-
-
-class Trainer(Protocol):
-    """A training in progress, on weights of its own."""
-
-    def step(self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None) -> float:
-        """Update the weights once and return the loss before it."""
-
-    def parameters(self) -> Leaves:
-        """Return the present weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,21 +97,19 @@ class LanguageModel(Protocol):
         """Number of its parameters, tied ones once."""
         ...
 
-    def logits(self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None) -> np.ndarray:
-        """Return logits (B, T, V); `counts_B` are real tokens per row, None for all."""
+    def logits(self, tokens_BT: Array, counts_B: Counts = None) -> Array:
+        """Return logits (B, T, V)."""
         ...
 
     def weights(self) -> Leaves:
         """Return its leaves by name."""
         ...
 
-    def with_weights(self, leaves: Mapping[str, np.ndarray]) -> Self:
+    def with_weights(self, leaves: Mapping[str, Array]) -> Self:
         """Return the same model with other leaves; this one stays as it is."""
         ...
 
-    def score(
-        self, logits_BTV: np.ndarray, labels_BT: np.ndarray, counts_B: np.ndarray | None = None
-    ) -> Score | None:
+    def score(self, logits_BTV: Array, labels_BT: Array, counts_B: Counts = None) -> Score | None:
         """Return its own loss of these logits; None for a model without one."""
         return None
 
@@ -127,10 +118,10 @@ class LanguageModel(Protocol):
 class CanTrain(LanguageModel, Protocol):
     """A model that can be differentiated and trained."""
 
-    def gradients(self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None) -> Leaves:
+    def gradients(self, tokens_BT: Array, counts_B: Counts = None) -> Leaves:
         """Return the gradient of the mean next-token loss by parameter, zeros where it has none."""
 
-    def reach(self, tokens_T: np.ndarray) -> np.ndarray | None:
+    def reach(self, tokens_T: Array) -> Array | None:
         """Return (T, T): the norm of the gradient of the logits at t by the embedding of token s.
 
         None where no embedding layer is called with the tokens themselves.
@@ -139,7 +130,7 @@ class CanTrain(LanguageModel, Protocol):
     def trainer(self, rate: float) -> Trainer:
         """Start a training by its own step at this learning rate; by AdamW if it has no step."""
 
-    def dropout_losses(self, tokens_BT: np.ndarray) -> tuple[float, float] | None:
+    def dropout_losses(self, tokens_BT: Array) -> tuple[float, float] | None:
         """Return the losses of two training steps with dropout that change no weight.
 
         None for a model without dropout.
@@ -158,7 +149,7 @@ class HasOwnStep(CanTrain, Protocol):
 class CanEvaluate(LanguageModel, Protocol):
     """A model with an evaluation of its own."""
 
-    def evaluate(self, batches: list[tuple[np.ndarray, np.ndarray | None]]) -> Score:
+    def evaluate(self, batches: list[tuple[Array, Counts]]) -> Score:
         """Return the loss over all (tokens, counts)."""
 
 
@@ -170,44 +161,48 @@ class CanCast(LanguageModel, Protocol):
         """Return the same model in another type."""
 
 
+class Decoder(Protocol):
+    """A cache from outside; it may also offer `Selects` and `Truncates`."""
+
+    def empty(self, num_rows: int, capacity: int) -> Cache:
+        """Return a cache that holds nothing."""
+
+    def read(self, cache: Cache, tokens_BT: Array, counts_B: Counts = None) -> tuple[Array, Cache]:
+        """Return logits (B, T, V) and the longer cache; `cache` must stay as it was."""
+
+
+@runtime_checkable
+class Selects(Protocol):
+    """A decoder that can reorder its cache."""
+
+    def select(self, cache: Cache, rows: Array) -> Cache:
+        """Return the cache of these rows, in this order."""
+
+
+@runtime_checkable
+class Truncates(Protocol):
+    """A decoder that can cut its cache back."""
+
+    def truncate(self, cache: Cache, lengths_B: Array) -> Cache:
+        """Return the cache cut back to a length per row."""
+
+
 @runtime_checkable
 class CanDecode(LanguageModel, Protocol):
     """A model with a cache.
 
     Attributes:
-        ragged: whether `read` takes counts.
+        ragged: whether its decoder takes counts.
         bounded: whether a cache has a capacity that must not be outgrown.
     """
 
     ragged: bool
     bounded: bool
 
-    def empty_cache(self, rows: int, capacity: int) -> Cache:
-        """Return a cache that holds nothing."""
-
-    def read(
-        self, tokens_BT: np.ndarray, cache: Cache, counts_B: np.ndarray | None = None
-    ) -> tuple[np.ndarray, Cache]:
-        """Return logits (B, T, V) and the longer cache.
-
-        The cache given must stay as it is, by a copy where the model writes in place.
-        """
-
-
-@runtime_checkable
-class CanSelect(CanDecode, Protocol):
-    """A model whose cache can be reordered."""
-
-    def select(self, cache: Cache, rows: np.ndarray) -> Cache:
-        """Return the cache of these rows, in this order."""
-
-
-@runtime_checkable
-class CanTruncate(CanDecode, Protocol):
-    """A model whose cache can be cut back."""
-
-    def truncate(self, cache: Cache, lengths: np.ndarray) -> Cache:
-        """Return the cache cut back to one length per row."""
+    @property
+    def decoder(self) -> Decoder:
+        """What reads tokens through the cache."""
+        ...
 
 
 @runtime_checkable
@@ -216,14 +211,14 @@ class CanGenerate(LanguageModel, Protocol):
 
     def generate(
         self,
-        tokens_BT: np.ndarray,
+        tokens_BT: Array,
         num_tokens: int,
         *,
-        counts_B: np.ndarray | None = None,
+        counts_B: Counts = None,
         temperature: float = 0.0,
         seed: int = 0,
         stop_ids: tuple[int, ...] = (),
-    ) -> np.ndarray:
+    ) -> Array:
         """Return new tokens (B, G) after each prompt, -1 after a row's stop."""
 
 
@@ -231,7 +226,7 @@ class CanGenerate(LanguageModel, Protocol):
 class CanKeepGraph(LanguageModel, Protocol):
     """A model whose framework has autograd graphs."""
 
-    def keeps_graph(self, tokens_BT: np.ndarray) -> bool:
+    def keeps_graph(self, tokens_BT: Array) -> bool:
         """Whether the cache after a few generated tokens keeps an autograd graph alive."""
 
 
@@ -239,9 +234,7 @@ class CanKeepGraph(LanguageModel, Protocol):
 class ShowsAttention(LanguageModel, Protocol):
     """A model that shows its attention weights."""
 
-    def attention(
-        self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None
-    ) -> list[np.ndarray]:
+    def attention(self, tokens_BT: Array, counts_B: Counts = None) -> list[Array]:
         """Return weights (B, N, T, S) per layer; none where a model keeps none."""
 
 
@@ -253,11 +246,10 @@ class CountsPrograms(LanguageModel, Protocol):
         """Return the number of programs compiled to continue prompts of these lengths."""
 
 
-# What a model lacks that does not satisfy a protocol.
+# What a model that does not satisfy a protocol lacks.
 OFFERS: dict[type, str] = {
     CanTrain: "training",
     HasOwnStep: "training step of its own",
-    CanEvaluate: "evaluation of its own",
     CanCast: "other types",
     CanDecode: "cache",
     CanGenerate: "generation",

@@ -218,11 +218,12 @@ def _drift(model: LanguageModel, ids: np.ndarray) -> tuple[float, ...]:
     try:
         assert isinstance(model, CanDecode)
         whole = model.logits(ids, None)
-        cache = model.empty_cache(1, 2 * ids.shape[1])
-        found, cache = model.read(ids[:, : len(_PROMPT)], cache)
+        decoder = model.decoder
+        cache = decoder.empty(1, 2 * ids.shape[1])
+        found, cache = decoder.read(cache, ids[:, : len(_PROMPT)])
         pieces = [found]
         for at in range(len(_PROMPT), ids.shape[1]):
-            found, cache = model.read(ids[:, at : at + 1], cache)
+            found, cache = decoder.read(cache, ids[:, at : at + 1])
             pieces.append(found)
         cached = np.concatenate(pieces, axis=1)
     except Exception:

@@ -250,22 +250,12 @@ class FlaxTwin:
         self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None
     ) -> list[np.ndarray]:
         """See `Twin`."""
-        mix, heard = self.package.model.mix, []
-
-        def overheard(weights_BKQTS: jax.Array, parts: Sequence[object]) -> jax.Array:
-            heard.append(weights_BKQTS)
-            return mix(weights_BKQTS, parts)
-
-        self.package.model.mix = overheard
-        try:
-            self.model(_ints(tokens_BT), counts_B=_ints(counts_B))
-        finally:
-            self.package.model.mix = mix
-        return [np.asarray(x).reshape(len(x), -1, *x.shape[3:]) for x in heard]
+        maps = self.model.attention_maps(_ints(tokens_BT), _ints(counts_B))
+        return [np.asarray(x) for x in maps]
 
     def num_compilations(self) -> int | None:
         """See `Twin`."""
-        return self.package.decoding.decoder._program()._cache_size()
+        return self.package.Decoder.num_compilations()
 
     @contextlib.contextmanager
     def _programs(self) -> Iterator[None]:

@@ -213,18 +213,8 @@ class TorchTwin:
         self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None
     ) -> list[np.ndarray]:
         """See `Twin`."""
-        mix, heard = self.package.model.mix, []
-
-        def overheard(weights_BKQTS: torch.Tensor, parts: Sequence[object]) -> torch.Tensor:
-            heard.append(weights_BKQTS)
-            return mix(weights_BKQTS, parts)
-
-        self.package.model.mix = overheard
-        try:
-            self.model(self._ints(tokens_BT), counts_B=self._ints(counts_B))
-        finally:
-            self.package.model.mix = mix
-        return [to_numpy(x).reshape(len(x), -1, *x.shape[3:]) for x in heard]
+        maps = self.model.attention_maps(self._ints(tokens_BT), self._ints(counts_B))
+        return [to_numpy(x) for x in maps]
 
     def num_compilations(self) -> int | None:
         """See `Twin`."""

@@ -13,9 +13,9 @@ from parity.doctor.model import (
     CanDecode,
     CanGenerate,
     CanKeepGraph,
-    CanSelect,
-    CanTruncate,
     CountsPrograms,
+    Selects,
+    Truncates,
 )
 
 Readings = Iterator[tuple[str, int, np.ndarray, np.ndarray]]
@@ -43,7 +43,7 @@ def cached_equals_uncached(model: CanDecode) -> Finding:
 
 def _readings(model: CanDecode, ids: np.ndarray, whole: np.ndarray) -> Readings:
     """Yield (what was done, first token of the piece, logits, logits without a cache)."""
-    rows, length = ids.shape
+    decoder, (rows, length) = model.decoder, ids.shape
     pieces = {
         "All at once": (length,),
         "Four tokens, then one by one": (4, *[1] * (length - 4)),
@@ -51,38 +51,38 @@ def _readings(model: CanDecode, ids: np.ndarray, whole: np.ndarray) -> Readings:
     }
     capacity = min(model.context_length, 4 * length)
     for words, sizes in pieces.items():
-        cache, at = model.empty_cache(rows, capacity), 0
+        cache, at = decoder.empty(rows, capacity), 0
         for size in sizes:
             piece, expected = ids[:, at : at + size], whole[:, at : at + size]
-            found, longer = model.read(piece, cache)
+            found, longer = decoder.read(cache, piece)
             yield words, at, found, expected
             if at == 4:  # the same cache is continued again, and then with other tokens
-                yield f"{words}, continued twice", at, model.read(piece, cache)[0], expected
-                model.read((piece + 1) % model.vocab_size, cache)
+                yield f"{words}, continued twice", at, decoder.read(cache, piece)[0], expected
+                decoder.read(cache, (piece + 1) % model.vocab_size)
             cache, at = longer, at + size
     if model.ragged:
         yield from _ragged(model, ids, whole, capacity)
-    start = model.read(ids[:, :4], model.empty_cache(rows, capacity))[1]
-    if isinstance(model, CanSelect):
+    _, start = decoder.read(decoder.empty(rows, capacity), ids[:, :4])
+    if isinstance(decoder, Selects):
         order = np.array([2, 0, 0, 3])
-        found, _ = model.read(ids[order, 4:5], model.select(start, order))
+        found, _ = decoder.read(decoder.select(start, order), ids[order, 4:5])
         yield "Rows taken in another order", 4, found, whole[order, 4:5]
-    if isinstance(model, CanTruncate) and model.ragged:
+    if isinstance(decoder, Truncates) and model.ragged:
         lengths = np.array([3, 4, 1, 2])
         following = ids[np.arange(rows), lengths][:, None]
-        found, _ = model.read(following, model.truncate(start, lengths))
+        found, _ = decoder.read(decoder.truncate(start, lengths), following)
         yield "Cut back", 1, found[:, 0], whole[np.arange(rows), lengths]
 
 
 def _ragged(model: CanDecode, ids: np.ndarray, whole: np.ndarray, capacity: int) -> Readings:
     """Yield readings of rows of different lengths, padded in every piece."""
-    rows = len(ids)
-    cache, lengths = model.empty_cache(rows, capacity), np.zeros(rows, int)
+    decoder, rows = model.decoder, len(ids)
+    cache, lengths = decoder.empty(rows, capacity), np.zeros(rows, int)
     for counts in ((4, 1, 3, 2), (2, 4, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1), (1, 0, 2, 4)):
         counts = np.array(counts)
         width = int(counts.max())
         piece = np.stack([np.roll(ids[r], -lengths[r])[:width] for r in range(rows)])
-        found, cache = model.read(piece, cache, None if counts.min() == width else counts)
+        found, cache = decoder.read(cache, piece, None if counts.min() == width else counts)
         for row, count in enumerate(counts):
             if count:
                 start = int(lengths[row])

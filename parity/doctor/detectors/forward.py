@@ -352,8 +352,8 @@ def boundary_lengths(model: LanguageModel) -> Finding:
         refused.append("a longer text")
     if isinstance(model, CanDecode) and model.bounded:
         capacity = min(4, context - 1)
-        _, cache = model.read(ids[:, :capacity], model.empty_cache(1, capacity))
-        if _answers(lambda: model.read(ids[:, :1], cache)[0]):
+        _, cache = model.decoder.read(model.decoder.empty(1, capacity), ids[:, :capacity])
+        if _answers(lambda: model.decoder.read(cache, ids[:, :1])[0]):
             return failed(
                 f"Token {capacity + 1} into a cache of {capacity} slots is neither refused nor NaN:"
                 " it overwrites what was there."

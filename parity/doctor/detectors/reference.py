@@ -83,13 +83,13 @@ def _answers(
     if both(CanTrain) and (losses := model.dropout_losses(ids)):
         yield "Dropout", np.array(losses)
     if both(CanDecode) and all(x.ragged for x in pair):
-        cache = model.empty_cache(ROWS, model.context_length)
+        cache = model.decoder.empty(ROWS, model.context_length)
         for words, piece, real in (
             ("a ragged prompt", ids[:, :4], np.array([4, 1, 3, 2])),
             ("one token more", ids[:, 4:5], None),
             ("a chunk more", ids[:, 5:9], None),
         ):
-            found, cache = model.read(piece, cache, real)
+            found, cache = model.decoder.read(cache, piece, real)
             rows = (
                 [row[:count] for row, count in zip(found, real, strict=True)]
                 if real is not None

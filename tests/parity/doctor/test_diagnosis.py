@@ -248,10 +248,14 @@ def test_what_a_model_raises_is_a_finding_in_one_line():
 class BrokenCache(Bigram):
     ragged = bounded = False
 
-    def empty_cache(self, rows, capacity):
+    @property
+    def decoder(self):
+        return self
+
+    def empty(self, num_rows, capacity):
         return None
 
-    def read(self, tokens_BT, cache, counts_B=None):
+    def read(self, cache, tokens_BT, counts_B=None):
         raise IndexError("index 12 is out of bounds")
 
 

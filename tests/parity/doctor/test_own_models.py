@@ -377,11 +377,15 @@ class Decodes(TorchModel):
     ragged = bounded = False
     offset = 0
 
-    def empty_cache(self, rows, capacity):
+    @property
+    def decoder(self):
+        return self
+
+    def empty(self, num_rows, capacity):
         return None, 0
 
     @torch.no_grad()
-    def read(self, tokens_BT, cache, counts_B=None):
+    def read(self, cache, tokens_BT, counts_B=None):
         past, length = cache
         start = max(length - self.offset, 0)
         logits, kept = self.module.read(self.ids(tokens_BT), past, start)
