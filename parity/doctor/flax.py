@@ -6,7 +6,7 @@ Dimension key: B batch, T tokens, D embed dim, V vocab.
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array as Tensor
 
 from parity.doctor.model import Array, Counts, LanguageModel, Score
-from parity.doctor.sizes import find_position_table, find_sizes, logits_of
+from parity.doctor.sizes import Options, identify, logits_of
 from parity.frameworks.capture import leaves_of
 from parity.frameworks.default_call import projection
 from parity.frameworks.flax.capture import wrapped_calls
@@ -28,38 +28,15 @@ from parity.frameworks.protocols import Trainer
 
 
 class FlaxModel(LanguageModel):
-    """Any NNX module that returns logits for tokens; arguments and subclasses as of `TorchModel`.
-
-    Raises:
-        ValueError: when sizes are not to be found.
-    """
+    """Any NNX module that returns logits for tokens; see `TorchModel`."""
 
     framework = "flax"
     loss: Callable[..., Any] | None = None
     compiled = True  # calls go through jax.jit, which pays for all but the smallest models
 
-    def __init__(
-        self,
-        module: nnx.Module,
-        *,
-        name: str = "",
-        vocab_size: int | None = None,
-        context_length: int | None = None,
-        loss: Callable[..., Any] | None = None,
-        ignore_index: int | None = None,
-        seed: int = 0,
-        trained: bool = False,
-    ):
+    def __init__(self, module: nnx.Module, **options: Unpack[Options]):
         tables = {f"{x}.embedding": y.num_embeddings for x, y in _embeddings(module).items()}
-        self.name, self.seed, self.trained = name or type(module).__name__, seed, trained
-        self.vocab_size, self.context_length = find_sizes(
-            module, vocab_size, context_length, tables
-        )
-        self.position_table = find_position_table(flax_leaves(module), tables, self.vocab_size)
-        if loss is not None:
-            self.loss = loss
-        if ignore_index is not None:
-            self.ignore_index = ignore_index
+        identify(self, module, options, flax_leaves(module), tables)
         programs = _of_parts(self._logits), jax.grad(_of_parts(self._cross_entropy), argnums=1)
         if self.compiled:
             programs = tuple(jax.jit(program, static_argnums=0) for program in programs)

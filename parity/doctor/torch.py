@@ -5,7 +5,7 @@ Dimension key: B batch, T tokens, V vocab.
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from parity.doctor.model import Array, Counts, LanguageModel, Score
-from parity.doctor.sizes import find_position_table, find_sizes, logits_of
+from parity.doctor.sizes import Options, identify, logits_of
 from parity.frameworks.default_call import projection
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import Trainer
@@ -32,18 +32,11 @@ class TorchModel(LanguageModel):
 
     A subclass says what is different about its module: how it is called (`forward`,
     `takes_counts`), what it is scored by and trained with (`loss`, `objective`), and what more it
-    offers, by the methods of the protocols in parity/doctor/model.py.
+    offers, by the methods of the protocols in parity/doctor/offers.py.
 
     Args:
         module: left as it is; a copy of it in evaluation mode is examined.
-        name: for the report; the class when empty.
-        vocab_size: V; looked for in the module's config and first embedding when None.
-        context_length: longest sequence; looked for in the module's config when None.
-        loss: (logits_BTV, labels_BT, counts_B) to a mean, or to a total and a number of tokens;
-            labels are the tokens themselves, since the loss shifts. None for the class's.
-        ignore_index: a label that the loss does not score; None for the class's.
-        seed: of the probes.
-        trained: whether the weights are trained.
+        options: sizes and loss, where the module does not say them.
 
     Raises:
         ValueError: when sizes are not to be found.
@@ -52,29 +45,10 @@ class TorchModel(LanguageModel):
     framework = "torch"
     loss: Callable[..., Any] | None = None
 
-    def __init__(
-        self,
-        module: nn.Module,
-        *,
-        name: str = "",
-        vocab_size: int | None = None,
-        context_length: int | None = None,
-        loss: Callable[..., Any] | None = None,
-        ignore_index: int | None = None,
-        seed: int = 0,
-        trained: bool = False,
-    ):
+    def __init__(self, module: nn.Module, **options: Unpack[Options]):
         parts, leaves = module.named_modules(), dict(module.named_parameters())
         tables = {f"{x}.weight": y.num_embeddings for x, y in parts if isinstance(y, nn.Embedding)}
-        self.name, self.seed, self.trained = name or type(module).__name__, seed, trained
-        self.vocab_size, self.context_length = find_sizes(
-            module, vocab_size, context_length, tables
-        )
-        self.position_table = find_position_table(leaves, tables, self.vocab_size)
-        if loss is not None:
-            self.loss = loss
-        if ignore_index is not None:
-            self.ignore_index = ignore_index
+        identify(self, module, options, leaves, tables)
         self.module = copy.deepcopy(module).eval()
 
     def forward(self, module: nn.Module, tokens_BT: Tensor, counts_B: Tensor | None) -> Any:

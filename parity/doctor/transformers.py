@@ -5,14 +5,14 @@ Dimension key: B batch, T tokens, V vocab, G generated tokens.
 
 import copy
 import inspect
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from parity.doctor.model import Array, Counts
+from parity.doctor.sizes import Options
 from parity.doctor.torch import TorchModel
 from parity.frameworks.torch.leaves import load_torch, to_numpy, torch_leaves
 from parity.weights.randomize import randomized
@@ -37,18 +37,15 @@ class TransformersModel(TorchModel):
 
     Args:
         module: left as it is.
-        loss: (logits_BTV, labels_BT, counts_B) to a mean; the module's own when None.
-        options: more of `TorchModel`.
+        options: as of `TorchModel`; the loss is the module's own where none is given.
     """
 
     takes_counts = True
     ragged = bounded = False
 
-    def __init__(
-        self, module: nn.Module, *, loss: Callable[..., Any] | None = None, **options: Any
-    ):
-        super().__init__(module, loss=loss, **options)
-        if loss is None:
+    def __init__(self, module: nn.Module, **options: Unpack[Options]):
+        super().__init__(module, **options)
+        if options.get("loss") is None:
             self.ignore_index = -100
         self._shows_attention = self._attention_is_its_own()
 

@@ -4,17 +4,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from parity.doctor.detectors.forward import LENGTH, ROWS
-from parity.doctor.finding import Finding, abstain, failed, gap, passed, tokens, tolerance
-from parity.doctor.model import (
-    CanCast,
-    CanDecode,
-    CanEvaluate,
-    CanGenerate,
-    CanTrain,
-    HasOwnStep,
-    LanguageModel,
-)
+from parity.doctor.finding import Finding, abstain, failed, passed
+from parity.doctor.model import Array, LanguageModel
+from parity.doctor.offers import CanCast, CanDecode, CanEvaluate, CanGenerate, CanTrain, HasOwnStep
+from parity.doctor.probes import ROWS, gap, tokens, tolerance
 from parity.weights.randomize import randomized
 
 
@@ -40,7 +33,7 @@ def parity(model: LanguageModel) -> Finding:
 
 def _answers(
     model: LanguageModel, pair: tuple[LanguageModel, LanguageModel]
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> Iterator[tuple[str, Array]]:
     """Yield (question, answer) for all that both of a pair offer, in the order of a model's life.
 
     Args:
@@ -52,7 +45,7 @@ def _answers(
         return all(isinstance(x, kind) for x in pair)
 
     counted = all(x.takes_counts for x in pair)
-    ids = tokens(model, ROWS, LENGTH)
+    ids = tokens(model)
     counts = np.array([ids.shape[1], 5, 2, 1])
     yield "The logits", model.logits(ids)
     if counted:
@@ -75,7 +68,7 @@ def _answers(
         trainer, _ = model.reference_trainer()
         for step in range(2):
             # Ragged, so that parts of a batch have different numbers of tokens.
-            batch = tokens(model, ROWS, LENGTH, seed=step)
+            batch = tokens(model, seed=step)
             real = np.array([batch.shape[1], batch.shape[1] - 2, 3, 2])
             yield f"The loss of step {step + 1}", _number(trainer.step(batch, real))
             flat = [leaf.ravel() for leaf in trainer.parameters().values()]
@@ -107,6 +100,6 @@ def _answers(
             yield words, model.generate(prompt, 6, **options).astype(float)
 
 
-def _number(value: float) -> np.ndarray:
+def _number(value: float) -> Array:
     """Return an array in which a gap counts in units of nats: beside one and minus one."""
     return np.array([-1.0, 1.0, value])
