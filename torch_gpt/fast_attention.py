@@ -92,7 +92,7 @@ def _over_slots(
     mask_BTS: torch.Tensor,
     bias_BKQTS: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attend to the first slots of the cache, in which the new tokens are."""
+    """Attend to the first slots of the cache and to the new tokens."""
     mask_BTS = mask_BTS[..., :num_slots]
     bias_BKQTS = None if bias_BKQTS is None else bias_BKQTS[..., :num_slots]
     parts = [LayerCache(layer.keys_BKSH[:, :, :num_slots], layer.values_BKSH[:, :, :num_slots])]

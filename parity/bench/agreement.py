@@ -13,7 +13,7 @@ from parity.check.ties import verdict_of_flip
 from parity.report.record import Verdict
 
 # Largest difference between the twins' logits, over the largest logit.
-LOGITS = {"float32": bounds.FLOAT32, "bfloat16": bounds.FLOAT16}
+LOGITS = {"float32": bounds.OUTPUT_FLOAT32, "bfloat16": bounds.OUTPUT_FLOAT16}
 
 
 class Stepper(Protocol):
