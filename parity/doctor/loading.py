@@ -16,25 +16,28 @@ from parity.doctor.transformers import TransformersModel, is_causal_lm
 from parity.system.import_target import built, in_a_line, load_attribute
 
 
-def load_model(target: str, loss: str | None = None, **options: Unpack[Options]) -> LanguageModel:
+def load_model(
+    target: str, loss_target: str | None = None, **options: Unpack[Options]
+) -> LanguageModel:
     """Build the model that a target names.
 
     Args:
         target: of a function that returns a torch module, an NNX module or a LanguageModel.
-        loss: target of a loss, (logits, labels, counts) to a mean; None for the model's own.
+        loss_target: target of a loss, (logits, labels, counts) to a mean; None for the model's own.
         options: of `TorchModel` and `FlaxModel`.
 
     Raises:
         ValueError: when it does not load, raises, or returns something else.
     """
-    found, score = load_attribute(target), loss and load_attribute(loss)
-    if loss and not callable(score):
-        raise ValueError(
-            f"{loss}: an object of type {type(score).__name__}. A loss is a function of "
-            "logits, labels and counts."
-        )
-    model = built(target, found, (nn.Module, nnx.Module))
-    return as_model(model, target, **options | {"loss": score})
+    found = load_attribute(target)
+    if loss_target:
+        options["loss"] = loss = load_attribute(loss_target)
+        if not callable(loss):
+            raise ValueError(
+                f"{loss_target}: an object of type {type(loss).__name__}. A loss is a function of "
+                "logits, labels and counts."
+            )
+    return as_model(built(target, found, (nn.Module, nnx.Module)), target, **options)
 
 
 def as_model(model: object, target: str, **options: Unpack[Options]) -> LanguageModel:

@@ -3,6 +3,7 @@
 Dimension key: B batch, T tokens, S cache slots, N heads, V vocab, G generated tokens.
 """
 
+from collections.abc import Sequence
 from typing import Any, Protocol, Self, runtime_checkable
 
 from parity.doctor.model import AdamW, Array, Counts, LanguageModel, Score
@@ -47,7 +48,7 @@ class HasOwnStep(CanTrain, Protocol):
 class CanEvaluate(LanguageModel, Protocol):
     """A model with an evaluation of its own."""
 
-    def evaluate(self, batches: list[tuple[Array, Counts]]) -> Score:
+    def evaluate(self, batches: Sequence[tuple[Array, Counts]]) -> Score:
         """Return the loss over all (tokens, counts)."""
 
 

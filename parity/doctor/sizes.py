@@ -63,15 +63,15 @@ def identify(
     """
     model.name = options.get("name") or type(module).__name__
     model.seed, model.trained = options.get("seed", 0), options.get("trained", False)
-    for option in ("loss", "ignore_index"):
-        if (given := options.get(option)) is not None:
-            setattr(model, option, given)
+    if (ignored := options.get("ignore_index")) is not None:
+        model.ignore_index = ignored
     tokens = (rows for name, rows in tables.items() if not _is_position(name))
     places = (rows for name, rows in tables.items() if _is_position(name))
     vocab_size = options.get("vocab_size") or _said(module, ("vocab_size",)) or next(tokens, None)
     context = options.get("context_length") or _said(module, _CONTEXTS) or next(places, None)
-    sizes = {"vocab_size": vocab_size, "context_length": context}
-    if missing := [name for name, size in sizes.items() if size is None]:
+    if vocab_size is None or context is None:
+        sizes = {"vocab_size": vocab_size, "context_length": context}
+        missing = [name for name, size in sizes.items() if size is None]
         raise ValueError(
             f"doctor: {type(module).__name__} does not say its {' and '.join(missing)}. A probe is "
             "ids below the one and no longer than the other. Give "
@@ -84,7 +84,7 @@ def identify(
             f"ids to tell tokens apart and {SHORTEST} positions to read and write in. Build the "
             "model larger for an examination."
         )
-    model.vocab_size, model.context_length = int(vocab_size), int(context)
+    model.vocab_size, model.context_length = vocab_size, context
     # A matrix whose name says so, or an embedding of something else than tokens.
     named = [name for name, leaf in leaves.items() if leaf.ndim >= 2 and _is_position(name)]
     others = [name for name, rows in tables.items() if rows != vocab_size]
@@ -106,7 +106,7 @@ def _is_position(name: str) -> bool:
     return any(word in name.lower() for word in words) or "pos" in name.split(".")
 
 
-def logits_of(output: Any, shape: tuple[int, int], vocab_size: int) -> Any:
+def logits_of(output: Any, shape: tuple[int, ...], vocab_size: int) -> Any:
     """Return the logits (B, T, V) of an output: itself, its field `logits`, or its first item.
 
     Raises:

@@ -5,7 +5,7 @@ Dimension key: B batch, T tokens, V vocab, G generated tokens.
 
 import copy
 import inspect
-from typing import Any, Self, Unpack
+from typing import Any, Self, Unpack, cast
 
 import numpy as np
 import torch
@@ -54,10 +54,12 @@ class TransformersModel(TorchModel):
         mask_BT = _mask(tokens_BT, counts_B)
         return module(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
 
-    def loss(self, logits_BTV: Tensor, labels_BT: Tensor, counts_B: Tensor | None) -> Tensor:
-        """Return the module's own loss."""
-        labels_BT = _without_padding(labels_BT, counts_B)
-        return self.module.loss_function(
+    def loss(self, logits_BTV: Tensor, labels_BT: Tensor, counts_B: Tensor | None) -> Any:
+        """Return the loss that was given, else the module's own."""
+        if self.given_loss is not None:
+            return self.given_loss(logits_BTV, labels_BT, counts_B)
+        module, labels_BT = cast(Any, self.module), _without_padding(labels_BT, counts_B)
+        return module.loss_function(
             logits=logits_BTV, labels=labels_BT, vocab_size=logits_BTV.shape[-1]
         )
 
@@ -124,7 +126,7 @@ class TransformersModel(TorchModel):
         """Return weights (B, N, T, S) per layer; none where the model keeps none."""
         if not self._shows_attention:
             return []
-        layers, _ = _eager(self.module, self.ids(tokens_BT), self.ids(counts_B))
+        layers, _ = _eager(self.module, *self.inputs(tokens_BT, counts_B))
         return [to_numpy(weights) for weights in layers]
 
     def _generated(
@@ -138,7 +140,8 @@ class TransformersModel(TorchModel):
 
         # What is not said here the model's own settings say, such as a penalty for repeating
         # tokens or the ids that end a text, and none of them is asked about.
-        self.module.generation_config = GenerationConfig()
+        module = cast(Any, self.module)
+        module.generation_config = GenerationConfig()
         draws = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
         config = GenerationConfig(
             max_new_tokens=num_tokens,
@@ -148,7 +151,7 @@ class TransformersModel(TorchModel):
             **(draws if temperature else dict(do_sample=False)),
         )
         tokens = self.ids(tokens_BT)
-        return self.module.generate(
+        return module.generate(
             input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=config
         )
 
@@ -173,7 +176,7 @@ class TransformersModel(TorchModel):
 
 @torch.no_grad()
 def _eager(
-    module: nn.Module, tokens_BT: Tensor, counts_B: Tensor | None
+    module: Any, tokens_BT: Tensor, counts_B: Tensor | None
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Return attention weights, which fused kernels do not keep, and the logits of that call."""
     module = copy.deepcopy(module)

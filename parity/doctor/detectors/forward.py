@@ -110,7 +110,7 @@ def attention_rows(model: ShowsAttention) -> Finding:
     """Sum the attention weights of a query: one, over exactly the slots that it may see."""
     model = shaken(model)
     ids = tokens(model)
-    length = ids.shape[1]
+    length, layers = ids.shape[1], []
     for counts in (None, _ragged(length)) if model.takes_counts else (None,):
         layers = model.attention(ids, counts)
         if not layers:
@@ -129,15 +129,15 @@ def attention_rows(model: ShowsAttention) -> Finding:
                     )
                 sees_NTS = found_NTS > 0.0
                 may_TS = np.zeros(sees_NTS.shape[1:], bool)
-                may_TS[:, :real] = _expected(sees_NTS.all(axis=0)[:, :real])
+                may_TS[:, :real] = _expected(np.all(sees_NTS, axis=0)[:, :real])
                 if wrong := np.argwhere((sees_NTS != may_TS).any(axis=0)).tolist():
                     t, s = wrong[0]
                     does = "does not see" if may_TS[t, s] else "sees"
                     return failed(
                         f"Layer {number}, row {row}: query {t} {does} slot {s}; it may see "
-                        f"{may_TS[t].sum()} slots and sees {sees_NTS[:, t].any(axis=0).sum()}."
+                        f"{may_TS[t].sum()} slots and sees {np.any(sees_NTS[:, t], axis=0).sum()}."
                     )
-    window = _window((weights_BNTS[1] > 0.0).all(axis=0)[:, :length])
+    window = _window(np.all(np.asarray(layers[-1])[1] > 0.0, axis=0)[:, :length])
     return passed(f"Weights add up to one; query t sees slot t and {window} before it.")
 
 
@@ -224,11 +224,13 @@ def _order_sensitivity(model: LanguageModel) -> Finding:
     if not found > tolerance(model):
         return failed("Exchanging two earlier tokens changes nothing: a bag of words.", found)
     # A mask alone makes deep layers depend on the order; in the first only positions do.
-    asked = (moved, swapped) if isinstance(model, ShowsAttention) else ()
-    shown = [model.attention(x) for x in asked]
-    if shown and all(shown):
-        weights, exchanged = (np.asarray(layers[0], float)[0, :, -1] for layers in shown)
-        if gap(exchanged[:, [-2, -3]], weights[:, [-3, -2]]) <= tolerance(model):
+    if isinstance(model, ShowsAttention):
+        layers, exchanged = (
+            [np.asarray(weights_BNTS, float)[0, :, -1] for weights_BNTS in model.attention(x)[:1]]
+            for x in (moved, swapped)
+        )
+        pairs = zip(exchanged, layers, strict=True)
+        if any(gap(x[:, [-2, -3]], y[:, [-3, -2]]) <= tolerance(model) for x, y in pairs):
             return failed("The first layer attends to a token alike wherever it stands.")
     return passed(f"Order matters: exchanging two tokens moves the last logits by {found:.1e}.")
 
@@ -247,7 +249,8 @@ def batch_independence(model: LanguageModel) -> Finding:
             bound,
         )
     if whole := model.score(together, ids):
-        rows = [model.score(together[r : r + 1], ids[r : r + 1]) for r in range(len(ids))]
+        pairs = zip(np.split(together, ROWS), np.split(ids, ROWS), strict=True)
+        rows = [score for pair in pairs if (score := model.score(*pair))]
         weights = [1 if row.num_tokens is None else row.num_tokens for row in rows]
         expected = float(np.average([row.mean for row in rows], weights=weights))
         if not abs(whole.mean - expected) <= max(bound, 1e-5):

@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from parity.check.metrics import gradient_norm
+from parity.check.metrics import gradient_norm, largest
 from parity.doctor.detectors.forward import cross_entropies
 from parity.doctor.finding import Finding, abstain, failed, judged, passed
 from parity.doctor.model import AdamW, Array, Counts, LanguageModel
@@ -28,13 +28,14 @@ def token_accounting(model: LanguageModel) -> Finding:
     logits_BTV = logits_BTV.astype(np.float64 if model.dtype == "float64" else np.float32)
     labels = ids.copy()
     labels[0, 2] = 0
-    cases = [("whole rows", labels, None)]
+    cases: list[tuple[str, Array, Counts]] = [("whole rows", labels, None)]
     if model.takes_counts:
         cases.append(("padded rows", labels, counts))
     if ignored is not None:
         some = labels.copy()
         some[:, 1::3] = ignored
         cases.append((f"labels of {ignored}", some, None))
+    found = None
     for words, given, real in cases:
         if (found := model.score(logits_BTV, given, real)) is None:
             break
@@ -98,7 +99,7 @@ def gradient_coverage(model: CanTrain) -> Finding:
             unused = 1.0 - float(np.mean(np.any(gradient, axis=axis)))
             if unused >= 0.25:
                 return failed(f"{name}: {unused:.0%} of its {word} get no gradient.", unused, 0.25)
-    table = gradients.get(model.position_table)
+    table = gradients.get(model.position_table or "")
     if table is not None and len(table) == context == model.context_length:
         # The last position has nothing to predict.
         unused = np.flatnonzero(~np.any(table[:-1], axis=1))
@@ -130,7 +131,7 @@ def best_lag(model: CanTrain) -> Finding:
         inside = slice(max(-lag, 0), length - max(lag, 0))
         shifted = slice(max(lag, 0), length + min(lag, 0))
         hits[lag] = float(np.mean(named[:, inside] == ids[:, shifted]))
-    lag = max(hits, key=hits.get)
+    lag = max(hits, key=lambda lag: hits[lag])
     if hits[lag] < 0.5:
         return abstain(f"Nothing was learned of a cycle of {num} tokens in {_CYCLES} steps.")
     seen = f"Trained on a cycle, the logits at t name token t{lag:+d} in {hits[lag]:.0%} of cases."
@@ -162,11 +163,11 @@ def update_equals_reference(model: HasOwnStep) -> Finding:
     length = min(LENGTH, model.context_length)
     for number in range(4):
         ids = tokens(model, ROWS, length, seed=number)
-        counts = np.array([length, length - 2, 3, 2]) if model.takes_counts else None
+        counts = [np.array([length, length - 2, 3, 2])] if model.takes_counts else []
         before = trainer.parameters()
-        gradients = model.with_weights(before).gradients(ids, counts)
+        gradients = model.with_weights(before).gradients(ids, *counts)
         expected = reference_update(constants, number, before, gradients, first, second)
-        loss = trainer.step(ids, counts)
+        loss = trainer.step(ids, *counts)
         after = trainer.parameters()
         errors = {
             name: float(np.linalg.norm(after[name] - before[name] - expected[name]))
@@ -176,7 +177,7 @@ def update_equals_reference(model: HasOwnStep) -> Finding:
             if not is_finite(leaf):
                 seen = f"After step {number + 1} {name} is not finite; its loss was {loss:.3f}."
                 return failed(seen)
-        worst = max(errors, key=errors.get)
+        worst = largest(errors)
         found = math.hypot(*errors.values()) / gradient_norm(expected)
         # AdamW divides by a root of rounding where a gradient cancels, hence not 1e-12.
         bound = 1e-6 if model.dtype == "float64" else 1e-3
