@@ -4,10 +4,12 @@ from flax_gpt import random
 from flax_gpt.cache import KVCache, LayerCache
 from flax_gpt.config import PRESETS, GPTConfig, Rotary
 from flax_gpt.decode import decode_step, prefill
+from flax_gpt.decoding.batch_invariant import BatchInvariantCache, BatchInvariantDecoder
 from flax_gpt.decoding.decoder import Decoder
 from flax_gpt.decoding.generate import NO_TOKEN, Generation, generate, right_pad
 from flax_gpt.decoding.packing import PackedGPT, PackedLinear, pack
 from flax_gpt.decoding.sampling import GREEDY, Sampling, filter_logits
+from flax_gpt.metadata import AttentionMetadata
 from flax_gpt.model import GPT, MLP, Attention, Block
 from flax_gpt.training.classifier import SequenceClassifier, TokenClassifier
 from flax_gpt.training.config import TrainConfig
@@ -34,7 +36,10 @@ __all__ = [
     "SEQUENCE_CLASS",
     "TOKEN_CLASS",
     "Attention",
+    "AttentionMetadata",
     "Batch",
+    "BatchInvariantCache",
+    "BatchInvariantDecoder",
     "Block",
     "Decoder",
     "Evaluation",

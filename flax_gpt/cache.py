@@ -9,15 +9,16 @@ at and beyond a row's length is garbage that no query can see; the next append o
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from flax_gpt.config import GPTConfig
-from flax_gpt.positions import Placement, read
 
-EXACT_TOKENS = 16  # of each call in which every token's numbers are the same to the last bit
+if TYPE_CHECKING:
+    from flax_gpt.metadata import AttentionMetadata
 
 
 @jax.tree_util.register_dataclass
@@ -28,23 +29,20 @@ class LayerCache:
     keys_BKSH: jax.Array
     values_BKSH: jax.Array
 
-    def append(
-        self, keys_BKTH: jax.Array, values_BKTH: jax.Array, placement: Placement
-    ) -> "LayerCache":
-        """This layer with new tokens in their slots; padding is not written.
+    def append(self, new: "LayerCache", metadata: "AttentionMetadata") -> "LayerCache":
+        """Return this layer with the new tokens in their slots; padding is not written.
 
         Args:
-            keys_BKTH: keys of the new tokens.
-            values_BKTH: values of the new tokens.
-            placement: where each token goes.
+            new: keys and values of the new tokens.
+            metadata: where each token goes.
         """
         # twin: jax makes the value cheap by donation at the jit site; torch by ownership: the
         # newest handle writes in place past its own length, where no older handle can see, and
         # a stale handle copies first.
-        slots_BT = placement.slots_BT
+        slots_BT = metadata.slots_BT
         rows_B1 = jnp.arange(slots_BT.shape[0])[:, None]
-        keys_BTKH = jnp.swapaxes(keys_BKTH, 1, 2).astype(self.keys_BKSH.dtype)
-        values_BTKH = jnp.swapaxes(values_BKTH, 1, 2).astype(self.values_BKSH.dtype)
+        keys_BTKH = jnp.swapaxes(new.keys_BKSH, 1, 2).astype(self.keys_BKSH.dtype)
+        values_BTKH = jnp.swapaxes(new.values_BKSH, 1, 2).astype(self.values_BKSH.dtype)
         keys_BKSH = self.keys_BKSH.at[rows_B1, :, slots_BT].set(keys_BTKH, mode="drop")
         values_BKSH = self.values_BKSH.at[rows_B1, :, slots_BT].set(values_BTKH, mode="drop")
         return LayerCache(keys_BKSH, values_BKSH)
@@ -52,7 +50,12 @@ class LayerCache:
 
 @dataclasses.dataclass(frozen=True)
 class CacheBytes:
-    """Memory of one cache: what its slots take, and the part of it that holds tokens."""
+    """Memory of one cache in bytes.
+
+    Attributes:
+        allocated: of all slots.
+        valid: of the slots that hold tokens.
+    """
 
     allocated: int
     valid: int
@@ -69,14 +72,10 @@ class KVCache:
     Attributes:
         layers: one LayerCache per block, all of the same shape.
         lengths_B: valid slots of each row. Moves in one place, `GPT.hidden`, once per call.
-        exact: whether a token's numbers are the same to the last bit, in whatever calls it and the
-            tokens before it came. Every call then takes EXACT_TOKENS tokens, padded, and reads all
-            slots, so it costs more.
     """
 
     layers: tuple[LayerCache, ...]
     lengths_B: jax.Array
-    exact: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
     @classmethod
     def empty(
@@ -86,9 +85,8 @@ class KVCache:
         capacity: int,
         dtype: str | None = None,
         device: jax.Device | None = None,
-        exact: bool = False,
     ) -> "KVCache":
-        """A cache of length 0 in every row.
+        """Allocate a cache of length 0 in every row.
 
         Args:
             config: the model whose keys and values it will hold.
@@ -96,7 +94,6 @@ class KVCache:
             capacity: S, slots allocated per row.
             dtype: of keys and values, by name; the model's own when None.
             device: where they live; the framework's default when None.
-            exact: see the class.
 
         Raises:
             ValueError: when there would be no row or no slot.
@@ -116,7 +113,7 @@ class KVCache:
             )
             for _ in range(config.num_layers)
         )
-        return cls(layers, jnp.zeros(batch_size, jnp.int32, device=device), exact)
+        return cls(layers, jnp.zeros(batch_size, jnp.int32, device=device))
 
     @property
     def batch_size(self) -> int:
@@ -130,22 +127,27 @@ class KVCache:
 
     @property
     def num_bytes(self) -> CacheBytes:
-        """Bytes of keys and values: 2 * L * B * K * S * H * itemsize, and those of valid slots."""
+        """Bytes of keys and values, 2 * L * B * K * S * H * itemsize, and those of valid slots."""
         allocated = sum(2 * layer.keys_BKSH.nbytes for layer in self.layers)
         slot = allocated // (self.batch_size * self.capacity)
-        return CacheBytes(allocated, slot * int(np.sum(read(self.lengths_B))))
+        return CacheBytes(allocated, slot * int(np.sum(host_values(self.lengths_B))))
 
-    def check_room(
+    def check_capacity(
         self, num_tokens: int, counts_B: jax.Array | None = None, context_length: int | None = None
     ) -> None:
-        """Refuses new tokens that would not fit.
+        """Refuse new tokens that would not fit.
+
+        Args:
+            num_tokens: T, new tokens of a row.
+            counts_B: real ones among them; None for T.
+            context_length: of the model; None for no limit but the capacity.
 
         Raises:
             ValueError: when a row would grow past the capacity, or past `context_length`.
         """
         # twin: lengths traced by jax.jit cannot be read; a row that overflows gets NaN logits.
-        lengths_B = read(self.lengths_B)
-        counts_B = np.asarray([num_tokens]) if counts_B is None else read(counts_B)
+        lengths_B = host_values(self.lengths_B)
+        counts_B = np.asarray([num_tokens]) if counts_B is None else host_values(counts_B)
         if lengths_B is None or counts_B is None:
             return
         totals_B = lengths_B + counts_B
@@ -164,29 +166,29 @@ class KVCache:
             )
 
     def truncate(self, lengths_B: jax.Array) -> "KVCache":
-        """This cache cut back to `lengths_B` tokens per row.
+        """Cut this cache back to `lengths_B` tokens per row.
 
         Raises:
             ValueError: when a new length is negative or beyond the row's own.
         """
         lengths_B = jnp.asarray(lengths_B, jnp.int32)
-        old_B, new_B = read(self.lengths_B), read(lengths_B)
+        old_B, new_B = host_values(self.lengths_B), host_values(lengths_B)
         if old_B is not None and new_B is not None:
             if new_B.shape != old_B.shape or np.any(new_B < 0) or np.any(new_B > old_B):
                 raise ValueError(
                     f"KVCache.truncate: lengths {old_B.tolist()} to {new_B.tolist()}. Each row "
                     "can only be cut, to no less than 0. Give one length per row."
                 )
-        return KVCache(self.layers, lengths_B, self.exact)
+        return KVCache(self.layers, lengths_B)
 
     def select(self, rows_R: jax.Array) -> "KVCache":
-        """A cache of the given rows, in that order; a row may be taken more than once.
+        """Return a cache of the given rows, in that order; a row may be taken more than once.
 
         Raises:
             ValueError: when a row does not exist.
         """
         rows_R = jnp.asarray(rows_R, jnp.int32)
-        chosen_R = read(rows_R)
+        chosen_R = host_values(rows_R)
         if chosen_R is not None and (np.any(chosen_R < 0) or np.any(chosen_R >= self.batch_size)):
             raise ValueError(
                 f"KVCache.select: rows {chosen_R.tolist()} of a cache of {self.batch_size}. Rows "
@@ -195,10 +197,10 @@ class KVCache:
         layers = tuple(
             LayerCache(layer.keys_BKSH[rows_R], layer.values_BKSH[rows_R]) for layer in self.layers
         )
-        return KVCache(layers, self.lengths_B[rows_R], self.exact)
+        return KVCache(layers, self.lengths_B[rows_R])
 
     def grow(self, capacity: int) -> "KVCache":
-        """This cache with `capacity` slots per row; nothing it holds changes.
+        """Return this cache with `capacity` slots per row; nothing it holds changes.
 
         Raises:
             ValueError: when that is less than it has.
@@ -213,8 +215,13 @@ class KVCache:
             LayerCache(_pad_slots(layer.keys_BKSH, extra), _pad_slots(layer.values_BKSH, extra))
             for layer in self.layers
         )
-        return KVCache(layers, self.lengths_B, self.exact)
+        return KVCache(layers, self.lengths_B)
 
 
 def _pad_slots(x_BKSH: jax.Array, extra: int) -> jax.Array:
     return jnp.pad(x_BKSH, ((0, 0), (0, 0), (0, extra), (0, 0)))
+
+
+def host_values(array: jax.Array | int) -> np.ndarray | None:
+    """Return the values of a small array on the host; None where a compiler traces it."""
+    return None if isinstance(array, jax.core.Tracer) else np.asarray(array)

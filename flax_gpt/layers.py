@@ -1,8 +1,14 @@
-"""The layers that a model is built of, with weights from our generator. Read beside
-torch_gpt/layers.py.
+"""The layers that a model is built of, with weights from our generator.
 
-Dimension key: B batch, T new tokens, D embed dim.
+Read beside torch_gpt/layers.py.
+
+Dimension key: B batch, T new tokens, D embed dim, F mlp dim.
 """
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +18,16 @@ from flax_gpt import random
 from flax_gpt.config import GPTConfig
 
 
+def identity(x: jax.Array) -> jax.Array:
+    """Return the argument, in place of a part that a model does not have."""
+    return x
+
+
 class RMSNormPlusOne(nnx.RMSNorm):
     """An RMS norm that multiplies by 1 + its weight, so that a weight of 0 changes nothing."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Norms the last axis, in float32 at least."""
+        """Norm the last axis, in float32 at least."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
         scale = 1.0 + self.scale[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
@@ -24,7 +35,7 @@ class RMSNormPlusOne(nnx.RMSNorm):
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zeroes elements with probability `rate` and scales up the rest; does nothing without a key.
+    """Zero elements with probability `rate` and scale up the rest; do nothing without a key.
 
     By hand, because the frameworks' own layers draw from different generators.
     """
@@ -34,26 +45,70 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     return jnp.where(kept, x / (1.0 - rate), 0.0)
 
 
-def activate(config: GPTConfig, x: jax.Array) -> jax.Array:
-    """The MLP's nonlinear function of each number."""
-    if config.activation == "silu":
-        return jax.nn.silu(x)
-    if config.activation == "gelu_bloom":
-        return x * 0.5 * (1.0 + jnp.tanh(0.79788456 * x * (1.0 + 0.044715 * x * x)))
-    return jax.nn.gelu(x, approximate=config.activation == "gelu_tanh")
+def dropping(rate: float, key: jax.Array | None) -> Callable[[jax.Array], jax.Array]:
+    """Return `dropout` with these arguments; `identity` where it would do nothing."""
+    if key is None or rate == 0.0:
+        return identity
+    return functools.partial(dropout, rate=rate, key=key)
 
 
-def norm(config: GPTConfig, width: int | None = None) -> nnx.LayerNorm | nnx.RMSNorm:
-    """The config's norm over the last axis, D wide or as given; variance in two passes."""
-    options = dict(
-        epsilon=config.norm_epsilon, use_fast_variance=False, param_dtype=parameter_dtype(config),
-        rngs=nnx.Rngs(0),
-    )  # fmt: skip
-    width = config.embed_dim if width is None else width
-    if config.norm == "layer":
-        return nnx.LayerNorm(width, **options)
-    if config.norm == "rms":
-        return nnx.RMSNorm(width, **options)
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """The nonlinear function between the two maps of an MLP.
+
+    Attributes:
+        function: of each number.
+    """
+
+    function: Callable[[jax.Array], jax.Array]
+
+    def __call__(self, up: jax.Array, gate: jax.Array) -> jax.Array:
+        """Apply it to the first map's output."""
+        return self.function(up)
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedActivation(Activation):
+    """The function of a third map, which multiplies the first. Shazeer, 2020."""
+
+    def __call__(self, up: jax.Array, gate: jax.Array) -> jax.Array:
+        """Apply it to the gate, and multiply."""
+        return self.function(gate) * up
+
+
+def gelu(x: jax.Array) -> jax.Array:
+    """Compute x times the normal distribution function of x."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """Compute the approximation of `gelu` that GPT-2 has."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def gelu_bloom(x: jax.Array) -> jax.Array:
+    """Compute `gelu_tanh` with its constant cut to eight digits, as BLOOM has it."""
+    return x * 0.5 * (1.0 + jnp.tanh(0.79788456 * x * (1.0 + 0.044715 * x * x)))
+
+
+def silu(x: jax.Array) -> jax.Array:
+    """Compute x times the logistic function of x."""
+    return jax.nn.silu(x)
+
+
+def layer_norm(config: GPTConfig, width: int) -> nnx.LayerNorm:
+    """Make a norm by mean and variance over the last axis; the variance in two passes."""
+    return nnx.LayerNorm(width, **_norm_options(config))
+
+
+def rms_norm(config: GPTConfig, width: int) -> nnx.RMSNorm:
+    """Make a norm by the root of the mean square over the last axis."""
+    return nnx.RMSNorm(width, **_norm_options(config))
+
+
+def rms_norm_plus_one(config: GPTConfig, width: int) -> RMSNormPlusOne:
+    """Make an RMS norm that multiplies by 1 + its weight, which starts at 0."""
+    options = _norm_options(config)
     return RMSNormPlusOne(width, scale_init=nnx.initializers.zeros_init(), **options)
 
 
@@ -65,7 +120,7 @@ def linear(
     key: jax.Array | None,
     bias: bool = True,
 ) -> nnx.Linear:
-    """The native linear layer with weights from our generator and biases of zero."""
+    """Make the native linear layer with weights from our generator and biases of zero."""
     # nnx layers ask for a stream of their own. The weights come afterwards: an initializer of our
     # own would be part of the graph definition, and no two models would share a compiled program.
     layer = nnx.Linear(
@@ -84,7 +139,7 @@ def linear(
 def embedding(
     config: GPTConfig, num_rows: int, key: jax.Array | None, width: int | None = None
 ) -> nnx.Embed:
-    """The native embedding table, D wide or as given, with weights from our generator."""
+    """Make the native embedding table, D wide or as given, with weights from our generator."""
     width = config.embed_dim if width is None else width
     table = nnx.Embed(
         num_rows,
@@ -101,7 +156,7 @@ def embedding(
 def initial(
     config: GPTConfig, shape: tuple[int, ...], std: float, key: jax.Array | None
 ) -> jax.Array:
-    """Normal numbers of the given standard deviation; zeros without a key.
+    """Draw normal numbers of the given standard deviation; zeros without a key.
 
     In the 16-bit types they are those of float32, rounded.
     """
@@ -113,13 +168,16 @@ def initial(
 
 
 def residual_std(config: GPTConfig) -> float:
-    """Smaller for the two maps per block that add to the stream, so that its variance does not
-    grow with depth. GPT-2 report, 2019, section 2.3."""
+    """Return the standard deviation of the two maps per block that add to the residual stream.
+
+    It is smaller, so that the stream's variance does not grow with depth. GPT-2 report, 2019,
+    section 2.3.
+    """
     return config.init_std / (2 * config.num_layers) ** 0.5
 
 
 def parameter_dtype(config: GPTConfig) -> jnp.dtype:
-    """The framework's dtype of that name.
+    """Return the framework's dtype of the config's name.
 
     Raises:
         ValueError: where the framework would silently compute in another one.
@@ -135,5 +193,14 @@ def parameter_dtype(config: GPTConfig) -> jnp.dtype:
 
 
 def split_or_none(key: jax.Array | None, num: int) -> list[jax.Array | None]:
-    """`num` keys from one, or as many Nones from None."""
+    """Split a key into `num`; return as many Nones for None."""
     return [None] * num if key is None else list(random.split(key, num))
+
+
+def _norm_options(config: GPTConfig) -> dict[str, Any]:
+    return dict(
+        epsilon=config.norm_epsilon,
+        use_fast_variance=False,
+        param_dtype=parameter_dtype(config),
+        rngs=nnx.Rngs(0),
+    )

@@ -1,5 +1,7 @@
 """A decoder-only model of pre-norm blocks: GPT-2, and by its config Llama, Qwen, BLOOM and others.
-Read beside torch_gpt/model.py.
+
+Read beside torch_gpt/model.py. What differs between them is chosen in build.py; no call looks at
+the config.
 
 Dimension key: B batch, T new tokens, S cache slots, D embed dim, N query heads, K kv heads, Q query
 heads of one kv head, H head dim, F mlp dim, V vocab.
@@ -7,71 +9,66 @@ heads of one kv head, H head dim, F mlp dim, V vocab.
 A call without a key is an evaluation: dropout is active only where a key says which elements fall.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from flax_gpt import relative, rotary
-from flax_gpt.attention import attend, mix, weigh
-from flax_gpt.cache import EXACT_TOKENS, KVCache, LayerCache
+from flax_gpt import attention, build, fast_attention
+from flax_gpt.attention import Attend
+from flax_gpt.cache import KVCache, LayerCache
 from flax_gpt.config import GPTConfig
-from flax_gpt.layers import activate, dropout, embedding, linear, norm, residual_std, split_or_none
-from flax_gpt.positions import NOWHERE, Placement, check_counts, place, windowed
+from flax_gpt.layers import dropout, dropping, embedding, linear, residual_std, split_or_none
+from flax_gpt.metadata import AttentionMetadata, attention_metadata, check_arguments
 
 
 class Attention(nnx.Module):
     """Causal multi-head attention over what the cache holds and the new tokens."""
 
-    def __init__(self, config: GPTConfig, key: jax.Array | None = None):
+    def __init__(
+        self,
+        config: GPTConfig,
+        key: jax.Array | None = None,
+        attend: Attend = fast_attention.attend,
+    ):
         subkeys = split_or_none(key, 4)
-        self.num_heads, self.num_kv_heads = config.num_heads, config.kv_heads
-        self.dropout = config.dropout
-        std, bias = config.init_std, config.qkv_bias
+        width, std, bias = config.embed_dim, config.init_std, config.qkv_bias
         inside = config.num_heads * config.head_width
         shared = config.kv_heads * config.head_width
-        self.query = linear(config, config.embed_dim, inside, std, subkeys[0], bias)
-        self.key = linear(config, config.embed_dim, shared, std, subkeys[1], bias)
-        self.value = linear(config, config.embed_dim, shared, std, subkeys[2], bias)
-        self.out = linear(
-            config, inside, config.embed_dim, residual_std(config), subkeys[3], config.out_bias
-        )
-        self.query_norm = norm(config, config.head_width) if config.qk_norm else None
-        self.key_norm = norm(config, config.head_width) if config.qk_norm else None
+        self.num_heads, self.num_kv_heads = config.num_heads, config.kv_heads
+        self.dropout = config.dropout
+        self.query = linear(config, width, inside, std, subkeys[0], bias)
+        self.key = linear(config, width, shared, std, subkeys[1], bias)
+        self.value = linear(config, width, shared, std, subkeys[2], bias)
+        self.out = linear(config, inside, width, residual_std(config), subkeys[3], config.out_bias)
+        self.query_norm = build.head_norm(config)
+        self.key_norm = build.head_norm(config)
+        self.positions = build.positions(config)
+        self.attend = attend
 
     def __call__(
         self,
         x_BTD: jax.Array,
-        placement: Placement,
+        metadata: AttentionMetadata,
         layer: LayerCache | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Mixes along time; returns the new stream part and the layer with the new tokens in it."""
+        """Return the attention output, and the layer with the new tokens appended."""
         B, T, _ = x_BTD.shape
         subkeys = split_or_none(key, 2)
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
-        if self.query_norm is not None:
-            q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
-        if placement.turn is not None:
-            # Keys turn before they are cached: what they are at does not change any more.
-            q_BTNH = rotary.rotate(q_BTNH, placement.turn)
-            k_BTKH = rotary.rotate(k_BTKH, placement.turn)
+        # Keys turn before they are cached: their position does not change any more.
+        q_BTNH = self.positions.rotate(self.query_norm(q_BTNH), metadata)
+        k_BTKH = self.positions.rotate(self.key_norm(k_BTKH), metadata)
         q_BNTH, k_BKTH, v_BKTH = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
         q_BKQTH = q_BNTH.reshape(B, self.num_kv_heads, -1, *q_BNTH.shape[2:])
-        new = LayerCache(k_BKTH, v_BKTH)
-        if layer is None:
-            weights_BKQTS = weigh(q_BKQTH, [new], placement.mask_BTS, placement.bias_BKQTS)
-            weights_BKQTS = dropout(weights_BKQTS, self.dropout, subkeys[0])
-            mixed_BKQTH = mix(weights_BKQTS, [new])
-        else:
-            mixed_BKQTH, layer = attend(q_BKQTH, new, layer, placement)
-        mixed_BNTH = mixed_BKQTH.reshape(q_BNTH.shape)
-        y_BTD = self.out(jnp.swapaxes(mixed_BNTH, 1, 2).reshape(B, T, -1))
+        new, drop = LayerCache(k_BKTH, v_BKTH), dropping(self.dropout, subkeys[0])
+        values_BKQTH, layer = self.attend(q_BKQTH, new, layer, metadata, drop)
+        values_BNTH = values_BKQTH.reshape(q_BNTH.shape)
+        y_BTD = self.out(jnp.swapaxes(values_BNTH, 1, 2).reshape(B, T, -1))
         return dropout(y_BTD, self.dropout, subkeys[1]), layer
 
     def project(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values of every token."""
+        """Return queries, keys and values of every token."""
         B, T, _ = x_BTD.shape
         q_BTNH = self.query(x_BTD).reshape(B, T, self.num_heads, -1)
         k_BTKH = self.key(x_BTD).reshape(B, T, self.num_kv_heads, -1)
@@ -83,79 +80,86 @@ class MLP(nnx.Module):
     """Two linear maps around a nonlinear function; in the gated form, times a third map."""
 
     def __init__(self, config: GPTConfig, key: jax.Array | None = None):
-        subkeys = split_or_none(key, 3 if config.gated else 2)
-        self.config = config
-        sizes, std, bias = (config.embed_dim, config.mlp_dim), config.init_std, config.mlp_bias
-        self.up = linear(config, *sizes, std, subkeys[0], bias)
-        self.down = linear(config, *sizes[::-1], residual_std(config), subkeys[1], bias)
-        self.gate = linear(config, *sizes, std, subkeys[2], bias) if config.gated else None
+        subkeys = split_or_none(key, 3)
+        width, inside, bias = config.embed_dim, config.mlp_dim, config.mlp_bias
+        self.up = linear(config, width, inside, config.init_std, subkeys[0], bias)
+        self.down = linear(config, inside, width, residual_std(config), subkeys[1], bias)
+        self.gate = build.gate(config, subkeys[2])
+        self.activation = build.activation(config)
+        self.dropout = config.dropout
 
     def __call__(self, x_BTD: jax.Array, key: jax.Array | None = None) -> jax.Array:
-        """Works on each token alone."""
-        h_BTF = self.up(x_BTD)
-        if self.gate is None:
-            h_BTF = activate(self.config, h_BTF)
-        else:
-            h_BTF = activate(self.config, self.gate(x_BTD)) * h_BTF
-        return dropout(self.down(h_BTF), self.config.dropout, key)
+        """Transform each token by itself."""
+        h_BTF = self.activation(self.up(x_BTD), self.gate(x_BTD))
+        return dropout(self.down(h_BTF), self.dropout, key)
 
 
 class Block(nnx.Module):
-    """Attention, then MLP, each normed before and added to the stream after."""
+    """Attention, then MLP, each normed before and added to the residual stream after.
 
-    def __init__(self, config: GPTConfig, key: jax.Array | None = None):
+    Attributes:
+        window: tokens that a token sees, itself among them; None for all before it.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        key: jax.Array | None = None,
+        window: int | None = None,
+        attend: Attend = fast_attention.attend,
+    ):
         subkeys = split_or_none(key, 2)
-        self.norm_1 = norm(config)
-        self.attention = Attention(config, subkeys[0])
-        self.norm_2 = norm(config)
+        self.window = window
+        self.norm_1 = build.norm(config)
+        self.attention = Attention(config, subkeys[0], attend)
+        self.norm_2 = build.norm(config)
         self.mlp = MLP(config, subkeys[1])
 
     def __call__(
         self,
         x_BTD: jax.Array,
-        placement: Placement,
+        metadata: AttentionMetadata,
         layer: LayerCache | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Returns the stream and the layer with the new tokens in it."""
+        """Return the residual stream, and the layer with the new tokens appended."""
         subkeys = split_or_none(key, 2)
-        y_BTD, layer = self.attention(self.norm_1(x_BTD), placement, layer, subkeys[0])
+        y_BTD, layer = self.attention(self.norm_1(x_BTD), metadata, layer, subkeys[0])
         x_BTD = x_BTD + y_BTD
-        x_BTD = x_BTD + self.mlp(self.norm_2(x_BTD), subkeys[1])
-        return x_BTD, layer
+        return x_BTD + self.mlp(self.norm_2(x_BTD), subkeys[1]), layer
 
 
 class GPT(nnx.Module):
-    """A decoder-only language model. Radford et al., "Language models are unsupervised multitask
-    learners", 2019; what else its config can say is cited there.
+    """A decoder-only language model.
+
+    Radford et al., "Language models are unsupervised multitask learners", 2019; what else its
+    config can say is cited there.
 
     Args:
-        config: sizes and constants.
+        config: sizes, choices and constants.
         key: draws the initial weights, the same ones in both twins; None leaves zeros, for weights
             that come from elsewhere.
+        attend: the attention of every block, with the signature of `attention.attend`.
     """
 
-    def __init__(self, config: GPTConfig, key: jax.Array | None = None):
-        num_layers = config.num_layers
-        subkeys = split_or_none(key, num_layers + (2 if config.tied_head else 3))
-        self.config = config
+    def __init__(
+        self,
+        config: GPTConfig,
+        key: jax.Array | None = None,
+        attend: Attend = fast_attention.attend,
+    ):
+        subkeys = split_or_none(key, config.num_layers + 3)
+        self.config, self.context_length = config, config.context_length
+        self.dropout = config.dropout
+        self.positions = build.positions(config)
         self.token_embedding = embedding(config, config.vocab_size, subkeys[0])
-        self.position_embedding = (
-            embedding(config, config.context_length, subkeys[1])
-            if config.positions == "learned"
-            else None
-        )
-        self.distance_embedding = (
-            embedding(config, config.t5_buckets, subkeys[1], config.num_heads)
-            if config.positions == "t5"
-            else None
-        )
-        self.embedding_norm = norm(config) if config.embedding_norm else None
-        block_keys = subkeys[2 : num_layers + 2]
-        self.blocks = nnx.List([Block(config, block_key) for block_key in block_keys])
-        self.norm = norm(config)
-        sizes, std = (config.embed_dim, config.vocab_size), config.init_std
-        self.head = None if config.tied_head else linear(config, *sizes, std, subkeys[-1], False)
+        self.position_embedding = build.position_embedding(config, subkeys[1])
+        self.distance_embedding = build.distance_embedding(config, subkeys[1])
+        self.embedding_norm = build.embedding_norm(config)
+        pairs = zip(subkeys[2:-1], build.windows(config), strict=True)
+        self.blocks = nnx.List([Block(config, *pair, attend) for pair in pairs])
+        self.norm = build.norm(config)
+        self.head = build.head(config, subkeys[-1])
 
     def __call__(
         self,
@@ -164,7 +168,7 @@ class GPT(nnx.Module):
         counts_B: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Scores the next token at every position.
+        """Score the next token at every position.
 
         Args:
             tokens_BT: ids in [0, V).
@@ -173,11 +177,10 @@ class GPT(nnx.Module):
             key: active dropout, in calls without a cache; None for evaluation.
 
         Returns:
-            Logits (B, T, V), and the cache with the real tokens in it (None without a cache).
+            Logits (B, T, V), and the cache with the real tokens appended (None without a cache).
 
         Raises:
-            ValueError: when a row would outgrow the cache or the context, when rows or counts do
-                not fit the call, or for a key together with a cache.
+            ValueError: see `check_arguments`.
         """
         x_BTD, cache = self.hidden(tokens_BT, cache, counts_B, key)
         return self.unembed(x_BTD), cache
@@ -189,78 +192,53 @@ class GPT(nnx.Module):
         counts_B: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
-        """The normed stream (B, T, D) that `unembed` reads, and the cache. See `__call__`."""
-        batch_size, num_tokens = tokens_BT.shape
-        check_counts(counts_B, batch_size, num_tokens)
-        subkeys = split_or_none(key, len(self.blocks) + 1)
-        if cache is None:
-            if num_tokens > self.config.context_length:
-                raise ValueError(
-                    f"GPT: {num_tokens} tokens > context_length {self.config.context_length}. "
-                    "Positions end there. Cut the sequence or build a longer context."
-                )
-            starts_1 = jnp.zeros(1, jnp.int32)
-            placement = place(num_tokens, num_tokens, starts_1, counts_B, cached=False)
-            layers = [None] * len(self.blocks)
-        else:
-            if batch_size != cache.batch_size:
-                raise ValueError(
-                    f"GPT: {batch_size} rows of tokens and a cache of {cache.batch_size}. Each "
-                    "row continues its own. Select as many rows of the cache."
-                )
-            if cache.exact and num_tokens != EXACT_TOKENS:
-                raise ValueError(
-                    f"GPT: {num_tokens} tokens and an exact cache. Each of its calls has "
-                    f"{EXACT_TOKENS}, padding before and behind among them. Use prefill and "
-                    "decode_step, which see to that."
-                )
-            if key is not None:
-                raise ValueError(
-                    "GPT: a key and a cache. Dropout is for training, which reads whole sequences. "
-                    "Leave one of them out."
-                )
-            cache.check_room(num_tokens, counts_B, self.config.context_length)
-            num_slots = min(cache.capacity, self.config.context_length)
-            placement = place(num_tokens, num_slots, cache.lengths_B, counts_B, exact=cache.exact)
-            layers = list(cache.layers)
-        # Padding may be any id; a negative one elsewhere must not wrap around.
-        tokens_BT = jnp.where(tokens_BT < 0, NOWHERE, tokens_BT)
-        tokens_BT = jnp.where(placement.real_BT, tokens_BT, 0)
-        # A token for which there is no slot is no token either.
-        tokens_BT = jnp.where(placement.positions_BT == NOWHERE, NOWHERE, tokens_BT)
-        x_BTD = self.token_embedding(tokens_BT)
-        if self.embedding_norm is not None:
-            x_BTD = self.embedding_norm(x_BTD)
-        if self.position_embedding is not None:
-            x_BTD = x_BTD + self.position_embedding(placement.positions_BT)
-        x_BTD = dropout(x_BTD, self.config.dropout, subkeys[0])
-        placement = self._oriented(placement)
-        narrow = placement
-        if self.config.window is not None:
-            narrow = windowed(placement, self.config.window)
-        for index, block in enumerate(self.blocks):
-            seen = placement if index < self.config.num_full_layers else narrow
-            x_BTD, layers[index] = block(x_BTD, seen, layers[index], subkeys[index + 1])
-        if cache is not None:
-            cache = KVCache(tuple(layers), placement.ends_B, cache.exact)
+        """Return the normed stream (B, T, D) that `unembed` reads, and the cache."""
+        check_arguments(tokens_BT, cache, counts_B, key, self.context_length)
+        metadata = attention_metadata(tokens_BT, cache, counts_B, self.context_length)
+        keys = split_or_none(key, len(self.blocks) + 1)
+        x_BTD = self.embed(tokens_BT, metadata, keys[0])
+        metadata = self.positions.prepare(metadata, self.distance_embedding)
+        views = {w: metadata.within(w) for w in dict.fromkeys(b.window for b in self.blocks)}
+        layers = [None] * len(self.blocks) if cache is None else list(cache.layers)
+        for i, block in enumerate(self.blocks):
+            x_BTD, layers[i] = block(x_BTD, views[block.window], layers[i], keys[i + 1])
+        cache = None if cache is None else KVCache(tuple(layers), metadata.ends_B)
         return self.norm(x_BTD), cache
 
+    def embed(
+        self, tokens_BT: jax.Array, metadata: AttentionMetadata, key: jax.Array | None = None
+    ) -> jax.Array:
+        """Return the residual stream that the first block reads."""
+        x_BTD = self.embedding_norm(self.token_embedding(metadata.valid_ids(tokens_BT)))
+        x_BTD = self.positions.embed(x_BTD, metadata, self.position_embedding)
+        return dropout(x_BTD, self.dropout, key)
+
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
-        """Logits (B, T, V); a tied head is the token embedding itself, so tying needs no alias."""
+        """Return logits (B, T, V); a tied head is the token embedding itself, not an alias."""
         if self.head is not None:
             return self.head(x_BTD)
         return jnp.einsum("BTD,VD->BTV", x_BTD, self.token_embedding.embedding[...])
 
-    def _oriented(self, placement: Placement) -> Placement:
-        """The placement with what blocks must know of positions; nothing where they are learned."""
-        config = self.config
-        if config.positions == "rotary":
-            turn = rotary.rotation(config, placement.positions_BT)
-            return dataclasses.replace(placement, turn=turn)
-        if config.positions == "alibi":
-            return dataclasses.replace(placement, bias_BKQTS=relative.alibi(config, placement))
-        if config.positions == "t5":
-            table = self.distance_embedding.embedding[...]
-            bias_BKQTS = relative.t5(config, placement, table)
-            return dataclasses.replace(placement, bias_BKQTS=bias_BKQTS)
-        return placement
+    def with_attend(self, attend: Attend) -> "GPT":
+        """Return this model, its weights shared, with another attention in every block."""
+        model = nnx.merge(*nnx.split(self))
+        for block in model.blocks:
+            block.attention.attend = attend
+        return model
+
+    def attention_maps(
+        self, tokens_BT: jax.Array, counts_B: jax.Array | None = None
+    ) -> list[jax.Array]:
+        """Return the attention weights (B, N, T, T) of every block, in a call without a cache."""
+        maps = []
+
+        def recording(q_BKQTH, new, past, metadata, drop):
+            def keep(weights_BKQTS):
+                B, K, Q, T, S = weights_BKQTS.shape
+                maps.append(weights_BKQTS.reshape(B, K * Q, T, S))
+                return drop(weights_BKQTS)
+
+            return attention.attend(q_BKQTH, new, past, metadata, keep)
+
+        self.with_attend(recording).hidden(tokens_BT, counts_B=counts_B)
+        return maps

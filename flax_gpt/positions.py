@@ -1,201 +1,212 @@
-"""Where the new tokens of one call stand, and what each of them may see.
+"""How a model knows where its tokens stand: a class for each kind, all with the same methods.
 
 Read beside torch_gpt/positions.py.
 
-Dimension key: B batch, T new tokens, S cache slots.
+Dimension key: B batch, T new tokens, S columns, N query heads, K kv heads, Q query heads of one kv
+head, D embed dim, E pairs of a head's numbers that a rotation turns. A column is a slot of the
+cache or a new token.
+
+Positions and distances are those of slots, never of places in a call; so prefill, chunks, ragged
+rows and single steps all get the same.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
-from flax_gpt.rotary import Rotation
-
-NOWHERE = 2**31 - 1  # a slot that no cache has and a position that no table holds
-_LOWEST_RUNG = 256  # slots; fewer would cost a step as much, and a program more to compile
+from flax_gpt import config
+from flax_gpt.metadata import AttentionMetadata, Rotation
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
-    """One call's answer to where tokens stand; computed once and read by every block.
+class NoPositions:
+    """A model that only the causal mask tells in which order its tokens came."""
+
+    def embed(
+        self, x_BTD: jax.Array, metadata: AttentionMetadata, table: nnx.Embed | None
+    ) -> jax.Array:
+        """Add to the token embeddings what says where they stand."""
+        return x_BTD
+
+    def prepare(self, metadata: AttentionMetadata, table: nnx.Embed | None) -> AttentionMetadata:
+        """Add what every block needs, the rotation or the bias, computed once per call."""
+        return metadata
+
+    def rotate(self, x: jax.Array, metadata: AttentionMetadata) -> jax.Array:
+        """Rotate queries or keys (B, T, heads, H) by the position of their token."""
+        return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Learned(NoPositions):
+    """A learned vector for each position, added to the token embedding."""
+
+    def embed(
+        self, x_BTD: jax.Array, metadata: AttentionMetadata, table: nnx.Embed | None
+    ) -> jax.Array:
+        """Add each token's row of the table."""
+        return x_BTD + table(metadata.positions_BT)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotary(NoPositions):
+    """Queries and keys turn by angles that grow with their position.
+
+    Their product then depends on how far apart they are. Su et al., "RoFormer", 2021.
 
     Attributes:
-        real_BT: False where a token is padding.
-        lengths_B: valid slots of each row before the call.
-        ends_B: and after it.
-        positions_BT: where each token stands in its row, from 0; 0 for padding.
-        slots_BT: cache slot to write; NOWHERE for padding.
-        columns_BS: the slot that each column stands for; NOWHERE for none.
-        mask_BTS: True where query t of row b sees column s; see `place`.
-        rungs: how many slots may be read, in rising order; the last reaches every token.
-        rung: number of the lowest rung that reaches every token of every row.
-        filled: whether all slots up to there are known to be valid in every row.
-        all_seen: whether every token is known to see every column.
-        padded: whether a token may be padding.
-        exact: whether every call reads all slots, so that its sums have the same terms.
-        turn: of queries and keys, where positions are rotary.
-        bias_BKQTS: added to the scores, where positions are a bias; None where not.
+        constants: base and scaling of the angles.
+        num_pairs: E.
+        original_length: tokens that the angles were made for before they were scaled.
+        dtype: of the model, by name; angles are in float32 at least.
     """
 
-    real_BT: jax.Array
-    lengths_B: jax.Array
-    ends_B: jax.Array
-    positions_BT: jax.Array
-    slots_BT: jax.Array
-    columns_BS: jax.Array
-    mask_BTS: jax.Array
-    rungs: tuple[int, ...]
-    rung: int | jax.Array
-    filled: bool
-    all_seen: bool
-    padded: bool
-    exact: bool
-    turn: Rotation | None = None
-    bias_BKQTS: jax.Array | None = None
+    constants: config.Rotary
+    num_pairs: int
+    original_length: int
+    dtype: str
+
+    def prepare(self, metadata: AttentionMetadata, table: nnx.Embed | None) -> AttentionMetadata:
+        """Add the rotation of the call's positions."""
+        return dataclasses.replace(metadata, rotation=self.rotation(metadata.positions_BT))
+
+    def rotate(self, x: jax.Array, metadata: AttentionMetadata) -> jax.Array:
+        """Rotate queries or keys (B, T, heads, H); numbers beyond the pairs stay."""
+        rotation, num_pairs = metadata.rotation, self.num_pairs
+        wide = x.astype(rotation.cos_BT1E.dtype)
+        first = wide[..., :num_pairs]
+        second = wide[..., num_pairs : 2 * num_pairs]
+        parts = [
+            first * rotation.cos_BT1E - second * rotation.sin_BT1E,
+            second * rotation.cos_BT1E + first * rotation.sin_BT1E,
+            wide[..., 2 * num_pairs :],
+        ]
+        return jnp.concatenate(parts, axis=-1).astype(x.dtype)
+
+    def rotation(self, positions_BT: jax.Array) -> Rotation:
+        """Compute the rotation of tokens at these positions.
+
+        A token's angles depend on its own position alone, so a key that was cached stays right,
+        with dynamic scaling too.
+        """
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        positions_BT1 = positions_BT[:, :, None].astype(wide)
+        if self.constants.scaling == "dynamic":
+            steps_11E = -jnp.arange(self.num_pairs).astype(wide)[None, None, :]
+            powers_11E = steps_11E / self.num_pairs
+            lengths_BT1 = jnp.maximum(positions_BT1 + 1.0, float(self.original_length))
+            angles = jnp.exp(powers_11E * jnp.log(self.stretched_base(lengths_BT1)))
+        else:
+            angles = jnp.asarray(self.frequencies(), wide)[None, None, :]
+        angles_BTE = positions_BT1 * angles
+        return Rotation(jnp.cos(angles_BTE)[:, :, None, :], jnp.sin(angles_BTE)[:, :, None, :])
+
+    def frequencies(self) -> np.ndarray:
+        """Return the angle per token of each pair (E,), in float64; unscaled where dynamic."""
+        rotary = self.constants
+        angles_E = rotary.base ** (-np.arange(self.num_pairs) / self.num_pairs)
+        if rotary.scaling == "linear":
+            return angles_E / rotary.factor
+        if rotary.scaling == "llama3":
+            # How often a pair goes round in the original length decides: slow ones are divided.
+            rounds_E = self.original_length * angles_E / (2.0 * np.pi)
+            span = rotary.high_frequency - rotary.low_frequency
+            kept_E = np.clip((rounds_E - rotary.low_frequency) / span, 0.0, 1.0)
+            return kept_E * angles_E + (1.0 - kept_E) * angles_E / rotary.factor
+        return angles_E
+
+    def stretched_base(self, lengths_BT1: jax.Array) -> jax.Array:
+        """Return the base for sequences of these lengths, of the original one at least.
+
+        NTK-aware scaling, as in the `dynamic` type of transformers.
+        """
+        rotary, size = self.constants, 2 * self.num_pairs
+        growth_BT1 = rotary.factor * lengths_BT1 / self.original_length - (rotary.factor - 1.0)
+        return rotary.base * growth_BT1 ** (size / (size - 2))
 
 
-def place(
-    num_tokens: int,
-    num_slots: int,
-    lengths_B: jax.Array,
-    counts_B: jax.Array | None = None,
-    cached: bool = True,
-    exact: bool = False,
-) -> Placement:
-    """Places `num_tokens` new tokens per row behind the `lengths_B` tokens already there.
+@dataclasses.dataclass(frozen=True)
+class Alibi(NoPositions):
+    """Scores fall with the distance, in each head at its own rate.
 
-    The one mask rule: query t of row b sees slot s when s < lengths_B[b] + t + 1, and never
-    padding. With T = 3 over a row of length 2, 1 is seen, . is not:
+    Press et al., "Train short, test long", 2022.
 
-        slot      0 1 2 3 4 5
-        query 0   1 1 1 . . .
-        query 1   1 1 1 1 . .
-        query 2   1 1 1 1 1 .
-
-    What queries look at are columns, and a column knows the slot that it stands for, or NOWHERE.
-    Where the tokens have been written, the columns are the slots. Where not, they are the slots as
-    they were and behind them the tokens; the call above over a cache of 4 slots:
-
-        column    0 1 2 3 4 5 6
-        slot      0 1 - - 2 3 4
-        query 0   1 1 . . 1 . .
-        query 1   1 1 . . 1 1 .
-        query 2   1 1 . . 1 1 1
-
-    A prefill is the case of length 0; one new token sees all that is valid, and T = 1 builds one
-    row. A batch axis of 1 in the results stands for every row.
-
-    Args:
-        num_tokens: T.
-        num_slots: slots of the cache, or as many as there are positions; T without a cache.
-        lengths_B: valid slots of each row before this call.
-        counts_B: real tokens per row in this call, the rest is padding on the right; None for T.
-        cached: False where there is no cache, hence no columns but those of the tokens.
-        exact: the tokens are written first and every slot is a column, so that each sum has the
-            same terms in the same order; a call of T tokens has padding before them, too, so that
-            the token of slot s is number s % T.
+    Attributes:
+        num_heads: N.
+        num_kv_heads: K.
+        dtype: of the model, by name; the bias is in float32 at least.
     """
-    rungs, rung, filled = (0,), 0, True
-    if exact:
-        rungs, filled = (num_slots,), False
-    elif cached:
-        rungs, rung, filled = reach(num_slots, lengths_B)
-    steps_BT = jnp.arange(num_tokens, dtype=jnp.int32)[None, :]
-    slots = jnp.arange(rungs[-1], dtype=jnp.int32)[None, :]
-    lengths_B1 = lengths_B[:, None]
-    if exact:
-        # A token is always the same row of its call, by its slot: padding goes before it, too.
-        steps_BT = steps_BT - lengths_B1 % num_tokens
-    counts_B1 = jnp.full((1, 1), num_tokens, jnp.int32) if counts_B is None else counts_B[:, None]
-    real_BT = (steps_BT >= 0) & (steps_BT < counts_B1)
-    slots_BT = jnp.where(real_BT, lengths_B1 + steps_BT, NOWHERE)
-    # twin: only traced lengths can overflow here; elsewhere KVCache.check_room has raised.
-    # A real token without a slot gets a position without a row, which makes its logits NaN.
-    slots_BT = jnp.where(slots_BT < num_slots, slots_BT, NOWHERE)
-    positions_BT = jnp.where(real_BT, slots_BT, 0)
-    seen_BT = lengths_B1 + jnp.minimum(jnp.maximum(steps_BT + 1, 0), counts_B1)
-    ends_B = lengths_B + counts_B1[:, 0]
-    # twin: torch has written the tokens by then; jax in an exact call only.
-    columns_BS = slots if exact else slots_BT
-    if cached and not exact:
-        past = jnp.where(slots < lengths_B1, slots, NOWHERE)
-        columns_BS = jnp.concatenate([past, slots_BT], axis=1)
-    mask_BTS = columns_BS[:, None, :] < seen_BT[:, :, None]
-    padded = counts_B is not None
-    return Placement(
-        real_BT, lengths_B, ends_B, positions_BT, slots_BT, columns_BS, mask_BTS, rungs, rung,
-        filled, filled and not padded and num_tokens == 1, padded, exact,
-    )  # fmt: skip
+
+    num_heads: int
+    num_kv_heads: int
+    dtype: str
+
+    def prepare(self, metadata: AttentionMetadata, table: nnx.Embed | None) -> AttentionMetadata:
+        """Add the bias: minus the distance, times the slope of the head."""
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        back_B11TS = distances(metadata)[:, None, None].astype(wide)
+        slopes_1KQ11 = jnp.asarray(alibi_slopes(self.num_heads), wide)
+        slopes_1KQ11 = slopes_1KQ11.reshape(1, self.num_kv_heads, -1, 1, 1)
+        return dataclasses.replace(metadata, bias_BKQTS=-slopes_1KQ11 * back_B11TS)
 
 
-def windowed(placement: Placement, window: int) -> Placement:
-    """The same tokens, of which each sees so many at most, itself among them."""
-    first_BT = placement.positions_BT - window + 1
-    seen_BTS = placement.columns_BS[:, None, :] >= first_BT[:, :, None]
-    mask_BTS = placement.mask_BTS & seen_BTS
-    all_seen = placement.all_seen and placement.rungs[-1] < window
-    return dataclasses.replace(placement, mask_BTS=mask_BTS, all_seen=all_seen)
+@dataclasses.dataclass(frozen=True)
+class T5(NoPositions):
+    """A learned score for each range of distances in each head, the same in all blocks.
 
+    Raffel et al., "Exploring the limits of transfer learning", 2020. Unlike in T5 itself, products
+    are scaled by the head's width.
 
-def reach(num_slots: int, lengths_B: jax.Array) -> tuple[tuple[int, ...], int | jax.Array, bool]:
-    """How far a cache must be read, so that the cost follows its length and not its capacity.
-
-    Returns:
-        `rungs`, `rung` and `filled` of a Placement.
+    Attributes:
+        num_buckets: ranges of distances.
+        max_distance: from which on all distances are in the last range.
+        num_kv_heads: K.
     """
-    # twin: a compiled program has static shapes, so jax climbs a ladder to the lowest rung that
-    # reaches the longest row; torch, where it can read the lengths, reads exactly so far.
-    rungs = [0]
-    size = _LOWEST_RUNG
-    while size < num_slots:
-        rungs.append(size)
-        size *= 2
-    rungs.append(num_slots)
-    found_B = read(lengths_B)
-    if found_B is None:
-        return tuple(rungs), jnp.sum(jnp.max(lengths_B) > jnp.asarray(rungs[:-1])), False
-    reached = next(rung for rung in rungs if rung >= found_B.max())
-    return (reached,), 0, bool(np.all(found_B == reached))
+
+    num_buckets: int
+    max_distance: int
+    num_kv_heads: int
+
+    def prepare(self, metadata: AttentionMetadata, table: nnx.Embed | None) -> AttentionMetadata:
+        """Add the bias, from the table of scores (ranges, N)."""
+        bucket_of = jnp.asarray(t5_buckets(self.num_buckets, self.max_distance), jnp.int32)
+        bucket_BTS = bucket_of[jnp.minimum(distances(metadata), self.max_distance)]
+        bias_BNTS = jnp.moveaxis(table.embedding[...][bucket_BTS], -1, 1)
+        B, _, T, S = bias_BNTS.shape
+        bias_BKQTS = bias_BNTS.reshape(B, self.num_kv_heads, -1, T, S)
+        return dataclasses.replace(metadata, bias_BKQTS=bias_BKQTS)
 
 
-def choose(index: int | jax.Array, branches: Sequence[Callable[..., Any]], *operands: Any) -> Any:
-    """What one of some functions, by its number, makes of the operands.
+def distances(metadata: AttentionMetadata) -> jax.Array:
+    """Return how many tokens before its query a column is, (B, T, S); 0 for unseen ones."""
+    back_BTS = metadata.positions_BT[:, :, None] - metadata.columns_BS[:, None, :]
+    return jnp.maximum(back_BTS, 0)
 
-    The last one must be right in every case. It is taken where an accelerator would have to tell
-    the host which one to start.
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """Return the rate of each head (N,), in float64.
+
+    2 ** (-8 n / N) for a power of two; for other numbers those of the power below, and then every
+    second one of the power above.
     """
-    # twin: under jax.jit a CPU branches as it runs; torch traces for accelerators only.
-    if read(index) is not None:
-        return branches[int(index)](*operands)
-    return jax.lax.platform_dependent(
-        *operands,
-        cpu=lambda *operands: jax.lax.switch(jnp.int32(index), branches, *operands),
-        default=branches[-1],
-    )
+    power = 1 << (num_heads.bit_length() - 1)
+    lower = 2.0 ** (-8.0 / power * np.arange(1, power + 1))
+    upper = 2.0 ** (-4.0 / power * np.arange(1, 2 * power, 2))
+    return np.concatenate([lower, upper])[:num_heads]
 
 
-def check_counts(
-    counts_B: jax.Array | None, batch_size: int, num_tokens: int, least: int = 0
-) -> None:
-    """Refuses counts that a call cannot have, wherever they can be read.
+def t5_buckets(num_buckets: int, max_distance: int) -> np.ndarray:
+    """Return the range that each distance from 0 to `max_distance` falls into.
 
-    Raises:
-        ValueError: unless there is one per row, from `least` to `num_tokens`.
+    Half of them for one distance each, the others in equal steps of its logarithm.
     """
-    found_B = None if counts_B is None else read(counts_B)
-    if found_B is None:
-        return
-    if found_B.shape != (batch_size,) or np.any(found_B < least) or np.any(found_B > num_tokens):
-        raise ValueError(
-            f"counts {found_B.tolist()} of a call with {batch_size} rows of {num_tokens} tokens. "
-            f"Each row has from {least} to {num_tokens} real ones. Give one count per row."
-        )
-
-
-def read(array: jax.Array) -> np.ndarray | None:
-    """The values of a small array on the host; None where a compiler traces it."""
-    return None if isinstance(array, jax.core.Tracer) else np.asarray(array)
+    num_exact = num_buckets // 2
+    far = np.maximum(np.arange(max_distance + 1), 1)
+    steps = np.log(far / num_exact) / np.log(max_distance / num_exact)
+    logarithmic = num_exact + (steps * (num_buckets - num_exact)).astype(np.int64)
+    logarithmic = np.minimum(logarithmic, num_buckets - 1)
+    near = np.arange(max_distance + 1)
+    return np.where(near < num_exact, near, logarithmic)

@@ -8,22 +8,35 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    import torch
+    from flax import nnx
+
     from parity.report import Report
 
 
 class Parity:
-    """What a test asks of two modules."""
+    """Checks of a PyTorch module against a Flax NNX module, for tests."""
 
-    def check(self, torch_module: Any, flax_module: Any, inputs: Any, **options: Any) -> "Report":
-        """The report of `parity.check_pair`, whatever it says."""
+    def check(
+        self,
+        torch_module: "torch.nn.Module",
+        flax_module: "nnx.Module",
+        inputs: object,
+        **options: Any,
+    ) -> "Report":
+        """Return the report of `parity.check_pair`, whatever its verdict."""
         from parity import check_pair  # two frameworks, which only tests that ask should load
 
         return check_pair(torch_module, flax_module, inputs, **options)
 
     def assert_same(
-        self, torch_module: Any, flax_module: Any, inputs: Any, **options: Any
+        self,
+        torch_module: "torch.nn.Module",
+        flax_module: "nnx.Module",
+        inputs: object,
+        **options: Any,
     ) -> "Report":
-        """Fails the test, with the whole report as its message, unless the check passes.
+        """Fail the test, with the whole report as its message, unless the check passes.
 
         Args:
             torch_module: the PyTorch module.
@@ -39,5 +52,5 @@ class Parity:
 
 @pytest.fixture
 def parity() -> Parity:
-    """Compares a PyTorch module with a Flax NNX module."""
+    """Compare a PyTorch module with a Flax NNX module."""
     return Parity()

@@ -4,10 +4,12 @@ from torch_gpt import random
 from torch_gpt.cache import KVCache, LayerCache
 from torch_gpt.config import PRESETS, GPTConfig, Rotary
 from torch_gpt.decode import decode_step, prefill
+from torch_gpt.decoding.batch_invariant import BatchInvariantCache, BatchInvariantDecoder
 from torch_gpt.decoding.decoder import Decoder
 from torch_gpt.decoding.generate import NO_TOKEN, Generation, generate, right_pad
 from torch_gpt.decoding.packing import PackedGPT, PackedLinear, pack
 from torch_gpt.decoding.sampling import GREEDY, Sampling, filter_logits
+from torch_gpt.metadata import AttentionMetadata
 from torch_gpt.model import GPT, MLP, Attention, Block
 from torch_gpt.training.classifier import SequenceClassifier, TokenClassifier
 from torch_gpt.training.config import TrainConfig
@@ -34,7 +36,10 @@ __all__ = [
     "SEQUENCE_CLASS",
     "TOKEN_CLASS",
     "Attention",
+    "AttentionMetadata",
     "Batch",
+    "BatchInvariantCache",
+    "BatchInvariantDecoder",
     "Block",
     "Decoder",
     "Evaluation",

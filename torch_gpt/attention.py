@@ -1,6 +1,6 @@
-"""Attention by hand: over the new tokens, and over what the cache holds beside them.
+"""Attention over what the cache holds and over the new tokens: the definition.
 
-Read beside flax_gpt/attention.py.
+Read beside flax_gpt/attention.py. `fast_attention` computes the same and reads less.
 
 Dimension key: B batch, T new tokens, S columns, K kv heads, Q query heads of one kv head, H head
 dim. A column is a slot of the cache or a new token. Query heads are grouped by the kv head that
@@ -10,21 +10,59 @@ Written by hand, because the frameworks' fused attentions compute their softmax 
 spoils float64. Here it is float32 for the 16-bit types and the compute dtype for others.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import torch
 
 from torch_gpt.cache import LayerCache
-from torch_gpt.positions import Placement, choose
+from torch_gpt.layers import identity
+from torch_gpt.metadata import AttentionMetadata
+
+Drop = Callable[[torch.Tensor], torch.Tensor]
+Attend = Callable[
+    [torch.Tensor, LayerCache, LayerCache | None, AttentionMetadata, Drop],
+    tuple[torch.Tensor, LayerCache | None],
+]  # the signature of `attend`
 
 
-def weigh(
+def attend(
+    q_BKQTH: torch.Tensor,
+    new: LayerCache,
+    past: LayerCache | None,
+    metadata: AttentionMetadata,
+    drop: Drop = identity,
+) -> tuple[torch.Tensor, LayerCache | None]:
+    """Attend to the cached and the new tokens that `metadata.mask_BTS` shows.
+
+    Slots that no query sees may hold anything, even NaN.
+
+    Args:
+        q_BKQTH: queries of the new tokens.
+        new: their keys and values.
+        past: keys and values of the tokens before them; None without a cache.
+        metadata: of the call.
+        drop: applied to the attention weights.
+
+    Returns:
+        Weighted values (B, K, Q, T, H), and `past` with the new tokens appended.
+    """
+    # twin: XLA copies a cache that is read after it was written, so jax attends to the slots and
+    # to the tokens apart and writes last; torch writes first and reads one piece.
+    mask_BTS = metadata.mask_BTS
+    layer = None if past is None else past.append(new, metadata)
+    parts = [new] if layer is None else zero_unattended([layer], mask_BTS)
+    weights_BKQTS = drop(attention_weights(q_BKQTH, parts, mask_BTS, metadata.bias_BKQTS))
+    return weighted_values(weights_BKQTS, parts), layer
+
+
+def attention_weights(
     q_BKQTH: torch.Tensor,
     parts: Sequence[LayerCache],
     mask_BTS: torch.Tensor,
     bias_BKQTS: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The attention weights, softmax(q k / sqrt(H) + bias), of columns in more than one place.
+    """Compute softmax(q k / sqrt(H) + bias) over the columns of all parts.
 
     Args:
         q_BKQTH: queries.
@@ -35,83 +73,54 @@ def weigh(
     Returns:
         Weights (B, K, Q, T, S) in the dtype of the queries.
     """
-    scores = [_score(q_BKQTH, part.keys_BKSH.to(q_BKQTH.dtype)) for part in parts]
+    scores = [_scores(q_BKQTH, part.keys_BKSH.to(q_BKQTH.dtype)) for part in parts]
     scores_BKQTS = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
     scores_BKQTS = scores_BKQTS * q_BKQTH.shape[-1] ** -0.5
-    # Not -inf: a row that sees nothing, such as padding, must stay finite.
     scores_BKQTS = scores_BKQTS.to(torch.promote_types(scores_BKQTS.dtype, torch.float32))
     if bias_BKQTS is not None:
         scores_BKQTS = scores_BKQTS + bias_BKQTS.to(scores_BKQTS.dtype)
+    # Not -inf: a row that sees nothing, such as padding, must stay finite.
     lowest = torch.finfo(scores_BKQTS.dtype).min
     scores_BKQTS = torch.where(mask_BTS[:, None, None, :, :], scores_BKQTS, lowest)
     return torch.softmax(scores_BKQTS, dim=-1).to(q_BKQTH.dtype)
 
 
-def mix(weights_BKQTS: torch.Tensor, parts: Sequence[LayerCache]) -> torch.Tensor:
-    """The values of all columns by their weights, (B, K, Q, T, H)."""
-    mixed, start = [], 0
-    for part in parts:
-        end = start + part.values_BKSH.shape[2]
-        values = part.values_BKSH.to(weights_BKQTS.dtype)
-        mixed.append(_mixed(weights_BKQTS[..., start:end], values))
-        start = end
-    return sum(mixed[1:], mixed[0])
+def weighted_values(weights_BKQTS: torch.Tensor, parts: Sequence[LayerCache]) -> torch.Tensor:
+    """Sum the values of all columns by their weights, (B, K, Q, T, H)."""
+    dtype = weights_BKQTS.dtype
+    sums = [
+        _products(weights_BKQTS[..., columns], part.values_BKSH.to(dtype))
+        for part, columns in zip(parts, _columns(parts), strict=True)
+    ]
+    return sum(sums[1:], sums[0])
 
 
-def attend(
-    q_BKQTH: torch.Tensor, new: LayerCache, layer: LayerCache, placement: Placement
-) -> tuple[torch.Tensor, LayerCache]:
-    """Attention over what the cache holds, no further than needed, and over the new tokens.
-
-    Args:
-        q_BKQTH: queries.
-        new: keys and values of the new tokens.
-        layer: those of the tokens before them.
-        placement: of the call.
-
-    Returns:
-        The mixed values (B, K, Q, T, H), and the layer with the new tokens in it.
-    """
-    # twin: XLA copies a cache that is read after it was written, so jax attends to the slots and
-    # to the tokens apart and writes last; torch writes first and reads one piece.
-    layer = layer.append(new.keys_BKSH, new.values_BKSH, placement)
-    num_slots = placement.rungs[-1]
-    held = LayerCache(layer.keys_BKSH[:, :, :num_slots], layer.values_BKSH[:, :, :num_slots])
-
-    def over(held):
-        weights_BKQTS = weigh(q_BKQTH, [held], placement.mask_BTS, placement.bias_BKQTS)
-        return mix(weights_BKQTS, [held])
-
-    def careful():
-        return over(cleaned(held, placement.mask_BTS))
-
-    # It need not show in a gradient, which takes the careful way.
-    if torch.is_grad_enabled():
-        return careful(), layer
-    mixed_BKQTH = over(held)
-    if placement.filled:
-        return mixed_BKQTH, layer
-    # 0 times NaN is NaN, so garbage that is not finite shows.
-    shows = ~torch.all(torch.isfinite(mixed_BKQTH))
-    return choose(shows, [lambda: mixed_BKQTH, careful]), layer
+def zero_unattended(parts: Sequence[LayerCache], mask_BTS: torch.Tensor) -> list[LayerCache]:
+    """Zero the keys and values that no query attends to, because 0 * NaN is NaN."""
+    seen_BS = torch.any(mask_BTS, dim=1)
+    cleaned = []
+    for part, columns in zip(parts, _columns(parts), strict=True):
+        seen = seen_BS[:, None, columns, None]
+        keys, values = (torch.where(seen, x, 0.0) for x in (part.keys_BKSH, part.values_BKSH))
+        cleaned.append(LayerCache(keys, values))
+    return cleaned
 
 
-def cleaned(layer: LayerCache, mask_BTS: torch.Tensor) -> LayerCache:
-    """The layer with zeros where no query looks, for 0 times NaN is NaN."""
-    seen = torch.any(mask_BTS, dim=1)[:, None, :, None]
-    return LayerCache(
-        torch.where(seen, layer.keys_BKSH, 0.0), torch.where(seen, layer.values_BKSH, 0.0)
-    )
+def _columns(parts: Sequence[LayerCache]) -> list[slice]:
+    """Return which of the columns each part holds."""
+    sizes = [part.keys_BKSH.shape[2] for part in parts]
+    ends = itertools.accumulate(sizes)
+    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
-def _score(q_BKQTH: torch.Tensor, keys_BKSH: torch.Tensor) -> torch.Tensor:
-    """Products of queries and keys, (B, K, Q, T, S)."""
+def _scores(q_BKQTH: torch.Tensor, keys_BKSH: torch.Tensor) -> torch.Tensor:
+    """Multiply queries by keys, (B, K, Q, T, S)."""
     # twin: XLA takes keys that it has to swap at half the speed; BLAS swaps them as it reads.
     Q, T = q_BKQTH.shape[2:4]
     return (q_BKQTH.flatten(2, 3) @ torch.swapaxes(keys_BKSH, 2, 3)).unflatten(2, (Q, T))
 
 
-def _mixed(weights_BKQTS: torch.Tensor, values_BKSH: torch.Tensor) -> torch.Tensor:
-    """Products of weights and values, (B, K, Q, T, H)."""
+def _products(weights_BKQTS: torch.Tensor, values_BKSH: torch.Tensor) -> torch.Tensor:
+    """Multiply weights by values, (B, K, Q, T, H)."""
     Q, T = weights_BKQTS.shape[2:4]
     return (weights_BKQTS.flatten(2, 3) @ values_BKSH).unflatten(2, (Q, T))

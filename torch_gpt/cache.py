@@ -9,15 +9,16 @@ at and beyond a row's length is garbage that no query can see; the next append o
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
 from torch_gpt.config import GPTConfig
-from torch_gpt.positions import NOWHERE, Placement, read
 
-EXACT_TOKENS = 16  # of each call in which every token's numbers are the same to the last bit
+if TYPE_CHECKING:
+    from torch_gpt.metadata import AttentionMetadata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,48 +34,41 @@ class LayerCache:
         default_factory=list, init=False, repr=False, compare=False
     )
 
-    def append(
-        self, keys_BKTH: torch.Tensor, values_BKTH: torch.Tensor, placement: Placement
-    ) -> "LayerCache":
-        """This layer with new tokens in their slots; padding is not written.
+    def append(self, new: "LayerCache", metadata: "AttentionMetadata") -> "LayerCache":
+        """Return this layer with the new tokens in their slots; padding is not written.
 
         Args:
-            keys_BKTH: keys of the new tokens.
-            values_BKTH: values of the new tokens.
-            placement: where each token goes.
+            new: keys and values of the new tokens.
+            metadata: where each token goes.
         """
         # twin: jax makes the value cheap by donation at the jit site; torch by ownership: the
         # newest handle writes in place past its own length, where no older handle can see, and
         # a stale handle copies first.
         keys_BKSH, values_BKSH = self.keys_BKSH, self.values_BKSH
-        if self._must_copy() or not self._take_claim(placement.lengths_B):
+        if self._must_copy() or not self._take_claim(metadata.lengths_B):
             keys_BKSH, values_BKSH = keys_BKSH.clone(), values_BKSH.clone()
-        if placement.filled and not placement.padded:
-            end = placement.rungs[-1]
-            start = end - keys_BKTH.shape[2]
-            keys_BKSH[:, :, start:end] = keys_BKTH
-            values_BKSH[:, :, start:end] = values_BKTH
+        if metadata.all_valid and not metadata.padded:
+            end = metadata.longest
+            start = end - new.keys_BKSH.shape[2]
+            keys_BKSH[:, :, start:end] = new.keys_BKSH
+            values_BKSH[:, :, start:end] = new.values_BKSH
         else:
-            if placement.padded:
-                rows, steps = torch.nonzero(placement.slots_BT != NOWHERE, as_tuple=True)
-            else:
-                rows, steps = (
-                    torch.arange(n, device=keys_BKTH.device) for n in placement.slots_BT.shape
-                )
-                rows, steps = rows[:, None], steps[None, :]
-            slots = placement.slots_BT[rows, steps]
-            keys_BKSH[rows, :, slots] = keys_BKTH[rows, :, steps].to(keys_BKSH.dtype)
-            values_BKSH[rows, :, slots] = values_BKTH[rows, :, steps].to(values_BKSH.dtype)
-        return LayerCache(keys_BKSH, values_BKSH)._owned(placement.ends_B)
+            rows, steps = metadata.written_tokens()
+            slots = metadata.slots_BT[rows, steps]
+            keys_BKSH[rows, :, slots] = new.keys_BKSH[rows, :, steps].to(keys_BKSH.dtype)
+            values_BKSH[rows, :, slots] = new.values_BKSH[rows, :, steps].to(values_BKSH.dtype)
+        return LayerCache(keys_BKSH, values_BKSH)._owned(metadata.ends_B)
 
     def _owned(self, lengths: torch.Tensor) -> "LayerCache":
-        """This handle with the right to write behind these lengths; for its maker alone."""
+        """Give this handle the right to write after these lengths; for its maker alone."""
         self._claim.append(lengths)
         return self
 
     def _must_copy(self) -> bool:
-        """True where a write in place could reach a backward graph, or slots that were allocated
-        in an inference mode now over."""
+        """Tell whether a write in place could spoil a backward graph, or is not allowed.
+
+        Slots that were allocated in an inference mode cannot be written outside of it.
+        """
         inference = not torch.compiler.is_compiling() and self.keys_BKSH.is_inference()
         if inference and not torch.is_inference_mode_enabled():
             return True
@@ -82,7 +76,7 @@ class LayerCache:
         return torch.is_grad_enabled() or held
 
     def _take_claim(self, lengths_B: torch.Tensor) -> bool:
-        """True for the first append behind the lengths that the claim goes with."""
+        """Spend the claim; True for the first append after the lengths that it goes with."""
         try:
             if self._claim[0] is not lengths_B:
                 return False
@@ -94,7 +88,12 @@ class LayerCache:
 
 @dataclasses.dataclass(frozen=True)
 class CacheBytes:
-    """Memory of one cache: what its slots take, and the part of it that holds tokens."""
+    """Memory of one cache in bytes.
+
+    Attributes:
+        allocated: of all slots.
+        valid: of the slots that hold tokens.
+    """
 
     allocated: int
     valid: int
@@ -110,14 +109,10 @@ class KVCache:
     Attributes:
         layers: one LayerCache per block, all of the same shape.
         lengths_B: valid slots of each row. Moves in one place, `GPT.hidden`, once per call.
-        exact: whether a token's numbers are the same to the last bit, in whatever calls it and the
-            tokens before it came. Every call then takes EXACT_TOKENS tokens, padded, and reads all
-            slots, so it costs more.
     """
 
     layers: tuple[LayerCache, ...]
     lengths_B: torch.Tensor
-    exact: bool = False
 
     @classmethod
     def empty(
@@ -127,9 +122,8 @@ class KVCache:
         capacity: int,
         dtype: str | None = None,
         device: torch.device | None = None,
-        exact: bool = False,
     ) -> "KVCache":
-        """A cache of length 0 in every row.
+        """Allocate a cache of length 0 in every row.
 
         Args:
             config: the model whose keys and values it will hold.
@@ -137,7 +131,6 @@ class KVCache:
             capacity: S, slots allocated per row.
             dtype: of keys and values, by name; the model's own when None.
             device: where they live; the framework's default when None.
-            exact: see the class.
 
         Raises:
             ValueError: when there would be no row or no slot.
@@ -158,7 +151,7 @@ class KVCache:
             )._owned(lengths_B)
             for _ in range(config.num_layers)
         )
-        return cls(layers, lengths_B, exact)
+        return cls(layers, lengths_B)
 
     @property
     def batch_size(self) -> int:
@@ -172,25 +165,30 @@ class KVCache:
 
     @property
     def num_bytes(self) -> CacheBytes:
-        """Bytes of keys and values: 2 * L * B * K * S * H * itemsize, and those of valid slots."""
+        """Bytes of keys and values, 2 * L * B * K * S * H * itemsize, and those of valid slots."""
         allocated = sum(2 * layer.keys_BKSH.nbytes for layer in self.layers)
         slot = allocated // (self.batch_size * self.capacity)
-        return CacheBytes(allocated, slot * int(np.sum(read(self.lengths_B))))
+        return CacheBytes(allocated, slot * int(np.sum(host_values(self.lengths_B))))
 
-    def check_room(
+    def check_capacity(
         self,
         num_tokens: int,
         counts_B: torch.Tensor | None = None,
         context_length: int | None = None,
     ) -> None:
-        """Refuses new tokens that would not fit.
+        """Refuse new tokens that would not fit.
+
+        Args:
+            num_tokens: T, new tokens of a row.
+            counts_B: real ones among them; None for T.
+            context_length: of the model; None for no limit but the capacity.
 
         Raises:
             ValueError: when a row would grow past the capacity, or past `context_length`.
         """
         # twin: lengths traced by jax.jit cannot be read; a row that overflows gets NaN logits.
-        lengths_B = read(self.lengths_B)
-        counts_B = np.asarray([num_tokens]) if counts_B is None else read(counts_B)
+        lengths_B = host_values(self.lengths_B)
+        counts_B = np.asarray([num_tokens]) if counts_B is None else host_values(counts_B)
         if lengths_B is None or counts_B is None:
             return
         totals_B = lengths_B + counts_B
@@ -209,29 +207,29 @@ class KVCache:
             )
 
     def truncate(self, lengths_B: torch.Tensor) -> "KVCache":
-        """This cache cut back to `lengths_B` tokens per row.
+        """Cut this cache back to `lengths_B` tokens per row.
 
         Raises:
             ValueError: when a new length is negative or beyond the row's own.
         """
         lengths_B = torch.as_tensor(lengths_B, device=self.lengths_B.device).long().clone()
-        old_B, new_B = read(self.lengths_B), read(lengths_B)
+        old_B, new_B = host_values(self.lengths_B), host_values(lengths_B)
         if old_B is not None and new_B is not None:
             if new_B.shape != old_B.shape or np.any(new_B < 0) or np.any(new_B > old_B):
                 raise ValueError(
                     f"KVCache.truncate: lengths {old_B.tolist()} to {new_B.tolist()}. Each row "
                     "can only be cut, to no less than 0. Give one length per row."
                 )
-        return KVCache(self.layers, lengths_B, self.exact)
+        return KVCache(self.layers, lengths_B)
 
     def select(self, rows_R: torch.Tensor) -> "KVCache":
-        """A cache of the given rows, in that order; a row may be taken more than once.
+        """Return a cache of the given rows, in that order; a row may be taken more than once.
 
         Raises:
             ValueError: when a row does not exist.
         """
         rows_R = torch.as_tensor(rows_R, device=self.lengths_B.device).long()
-        chosen_R = read(rows_R)
+        chosen_R = host_values(rows_R)
         if chosen_R is not None and (np.any(chosen_R < 0) or np.any(chosen_R >= self.batch_size)):
             raise ValueError(
                 f"KVCache.select: rows {chosen_R.tolist()} of a cache of {self.batch_size}. Rows "
@@ -242,10 +240,10 @@ class KVCache:
             LayerCache(layer.keys_BKSH[rows_R], layer.values_BKSH[rows_R])._owned(lengths_R)
             for layer in self.layers
         )
-        return KVCache(layers, lengths_R, self.exact)
+        return KVCache(layers, lengths_R)
 
     def grow(self, capacity: int) -> "KVCache":
-        """This cache with `capacity` slots per row; nothing it holds changes.
+        """Return this cache with `capacity` slots per row; nothing it holds changes.
 
         Raises:
             ValueError: when that is less than it has.
@@ -262,7 +260,7 @@ class KVCache:
             )._owned(self.lengths_B)
             for layer in self.layers
         )
-        return KVCache(layers, self.lengths_B, self.exact)
+        return KVCache(layers, self.lengths_B)
 
 
 def _pad_slots(x_BKSH: torch.Tensor, extra: int) -> torch.Tensor:
@@ -270,12 +268,12 @@ def _pad_slots(x_BKSH: torch.Tensor, extra: int) -> torch.Tensor:
     return torch.cat([x_BKSH, x_BKSH.new_zeros(B, K, extra, H)], dim=2)
 
 
+def host_values(array: torch.Tensor) -> np.ndarray | None:
+    """Return the values of a small array on the host; None where a compiler traces it."""
+    return None if torch.compiler.is_compiling() else array.detach().cpu().numpy()
+
+
 pytree.register_dataclass(
     LayerCache, field_names=["keys_BKSH", "values_BKSH"], drop_field_names=["_claim"]
 )
-pytree.register_pytree_node(
-    KVCache,
-    lambda cache: ([cache.layers, cache.lengths_B], cache.exact),
-    lambda children, exact: KVCache(*children, exact),
-    serialized_type_name="torch_gpt.KVCache",
-)
+pytree.register_dataclass(KVCache)

@@ -1,8 +1,14 @@
-"""The layers that a model is built of, with weights from our generator. Read beside
-flax_gpt/layers.py.
+"""The layers that a model is built of, with weights from our generator.
 
-Dimension key: B batch, T new tokens, D embed dim.
+Read beside flax_gpt/layers.py.
+
+Dimension key: B batch, T new tokens, D embed dim, F mlp dim.
 """
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,11 +19,16 @@ from torch_gpt import random
 from torch_gpt.config import GPTConfig
 
 
+def identity(x: torch.Tensor) -> torch.Tensor:
+    """Return the argument, in place of a part that a model does not have."""
+    return x
+
+
 class RMSNormPlusOne(nn.RMSNorm):
     """An RMS norm that multiplies by 1 + its weight, so that a weight of 0 changes nothing."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Norms the last axis, in float32 at least."""
+        """Norm the last axis, in float32 at least."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean_square = torch.mean(torch.square(wide), dim=-1, keepdim=True)
         scale = 1.0 + self.weight.to(wide.dtype)
@@ -25,7 +36,7 @@ class RMSNormPlusOne(nn.RMSNorm):
 
 
 def dropout(x: torch.Tensor, rate: float, key: torch.Tensor | None) -> torch.Tensor:
-    """Zeroes elements with probability `rate` and scales up the rest; does nothing without a key.
+    """Zero elements with probability `rate` and scale up the rest; do nothing without a key.
 
     By hand, because the frameworks' own layers draw from different generators.
     """
@@ -35,24 +46,70 @@ def dropout(x: torch.Tensor, rate: float, key: torch.Tensor | None) -> torch.Ten
     return torch.where(kept, x / (1.0 - rate), 0.0)
 
 
-def activate(config: GPTConfig, x: torch.Tensor) -> torch.Tensor:
-    """The MLP's nonlinear function of each number."""
-    if config.activation == "silu":
-        return F.silu(x)
-    if config.activation == "gelu_bloom":
-        return x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1.0 + 0.044715 * x * x)))
-    return F.gelu(x, approximate="tanh" if config.activation == "gelu_tanh" else "none")
+def dropping(rate: float, key: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return `dropout` with these arguments; `identity` where it would do nothing."""
+    if key is None or rate == 0.0:
+        return identity
+    return functools.partial(dropout, rate=rate, key=key)
 
 
-def norm(config: GPTConfig, width: int | None = None) -> nn.LayerNorm | nn.RMSNorm:
-    """The config's norm over the last axis, D wide or as given; variance in two passes."""
-    options = dict(eps=config.norm_epsilon, dtype=parameter_dtype(config))
-    width = config.embed_dim if width is None else width
-    if config.norm == "layer":
-        return nn.LayerNorm(width, **options)
-    if config.norm == "rms":
-        return nn.RMSNorm(width, **options)
-    layer = RMSNormPlusOne(width, **options)
+@dataclasses.dataclass(frozen=True)
+class Activation:
+    """The nonlinear function between the two maps of an MLP.
+
+    Attributes:
+        function: of each number.
+    """
+
+    function: Callable[[torch.Tensor], torch.Tensor]
+
+    def __call__(self, up: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """Apply it to the first map's output."""
+        return self.function(up)
+
+
+@dataclasses.dataclass(frozen=True)
+class GatedActivation(Activation):
+    """The function of a third map, which multiplies the first. Shazeer, 2020."""
+
+    def __call__(self, up: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """Apply it to the gate, and multiply."""
+        return self.function(gate) * up
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """Compute x times the normal distribution function of x."""
+    return F.gelu(x, approximate="none")
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """Compute the approximation of `gelu` that GPT-2 has."""
+    return F.gelu(x, approximate="tanh")
+
+
+def gelu_bloom(x: torch.Tensor) -> torch.Tensor:
+    """Compute `gelu_tanh` with its constant cut to eight digits, as BLOOM has it."""
+    return x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1.0 + 0.044715 * x * x)))
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """Compute x times the logistic function of x."""
+    return F.silu(x)
+
+
+def layer_norm(config: GPTConfig, width: int) -> nn.LayerNorm:
+    """Make a norm by mean and variance over the last axis; the variance in two passes."""
+    return nn.LayerNorm(width, **_norm_options(config))
+
+
+def rms_norm(config: GPTConfig, width: int) -> nn.RMSNorm:
+    """Make a norm by the root of the mean square over the last axis."""
+    return nn.RMSNorm(width, **_norm_options(config))
+
+
+def rms_norm_plus_one(config: GPTConfig, width: int) -> RMSNormPlusOne:
+    """Make an RMS norm that multiplies by 1 + its weight, which starts at 0."""
+    layer = RMSNormPlusOne(width, **_norm_options(config))
     nn.init.zeros_(layer.weight)
     return layer
 
@@ -65,7 +122,7 @@ def linear(
     key: torch.Tensor | None,
     bias: bool = True,
 ) -> nn.Linear:
-    """The native linear layer with weights from our generator and biases of zero."""
+    """Make the native linear layer with weights from our generator and biases of zero."""
     options = dict(dtype=parameter_dtype(config), device=torch.get_default_device())
     layer = skip_init(nn.Linear, in_dim, out_dim, bias=bias, **options)
     with torch.no_grad():
@@ -78,7 +135,7 @@ def linear(
 def embedding(
     config: GPTConfig, num_rows: int, key: torch.Tensor | None, width: int | None = None
 ) -> nn.Embedding:
-    """The native embedding table, D wide or as given, with weights from our generator."""
+    """Make the native embedding table, D wide or as given, with weights from our generator."""
     width = config.embed_dim if width is None else width
     options = dict(dtype=parameter_dtype(config), device=torch.get_default_device())
     table = skip_init(nn.Embedding, num_rows, width, **options)
@@ -90,7 +147,7 @@ def embedding(
 def initial(
     config: GPTConfig, shape: tuple[int, ...], std: float, key: torch.Tensor | None
 ) -> torch.Tensor:
-    """Normal numbers of the given standard deviation; zeros without a key.
+    """Draw normal numbers of the given standard deviation; zeros without a key.
 
     In the 16-bit types they are those of float32, rounded.
     """
@@ -102,13 +159,16 @@ def initial(
 
 
 def residual_std(config: GPTConfig) -> float:
-    """Smaller for the two maps per block that add to the stream, so that its variance does not
-    grow with depth. GPT-2 report, 2019, section 2.3."""
+    """Return the standard deviation of the two maps per block that add to the residual stream.
+
+    It is smaller, so that the stream's variance does not grow with depth. GPT-2 report, 2019,
+    section 2.3.
+    """
     return config.init_std / (2 * config.num_layers) ** 0.5
 
 
 def parameter_dtype(config: GPTConfig) -> torch.dtype:
-    """The framework's dtype of that name.
+    """Return the framework's dtype of the config's name.
 
     Raises:
         ValueError: where the framework would silently compute in another one.
@@ -118,5 +178,9 @@ def parameter_dtype(config: GPTConfig) -> torch.dtype:
 
 
 def split_or_none(key: torch.Tensor | None, num: int) -> list[torch.Tensor | None]:
-    """`num` keys from one, or as many Nones from None."""
+    """Split a key into `num`; return as many Nones for None."""
     return [None] * num if key is None else list(random.split(key, num))
+
+
+def _norm_options(config: GPTConfig) -> dict[str, Any]:
+    return dict(eps=config.norm_epsilon, dtype=parameter_dtype(config))

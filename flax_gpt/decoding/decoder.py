@@ -1,10 +1,11 @@
-"""Prefill and step as they run fast: weights laid out, programs compiled, a cache that grows.
+"""Prefill and step made fast: weights laid out, programs compiled, a cache that grows.
 
 Read beside torch_gpt/decoding/decoder.py.
 
 Dimension key: B batch, T prompt tokens, V vocab.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +14,30 @@ import jax
 import numpy as np
 from flax import nnx
 
-from flax_gpt.cache import KVCache
+from flax_gpt.cache import KVCache, host_values
 from flax_gpt.config import GPTConfig
-from flax_gpt.decode import decode_step, prefill
+from flax_gpt.decode import decode_step, prefill, score_uncached
 from flax_gpt.decoding.packing import PackedGPT, pack
 from flax_gpt.model import GPT
-from flax_gpt.positions import read
 
-_LEAST_ROOM = 256  # slots; a smaller cache saves nothing
+_SMALLEST_CAPACITY = 256  # slots; a smaller cache saves nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The pure functions that a decoder runs, all on caches of one type.
+
+    Attributes:
+        empty: allocates a cache, as `KVCache.empty`.
+        prefill: appends prompts, as `decode.prefill`.
+        decode_step: appends one token per row, as `decode.decode_step`.
+        score_uncached: scores whole sequences, as `decode.score_uncached`.
+    """
+
+    empty: Callable[..., Any]
+    prefill: Callable[..., Any]
+    decode_step: Callable[..., Any]
+    score_uncached: Callable[..., Any]
 
 
 class Decoder:
@@ -34,7 +51,10 @@ class Decoder:
     Attributes:
         model: the same function, with its weights laid out.
         config: of the model.
+        steps: what it runs.
     """
+
+    steps = Steps(KVCache.empty, prefill, decode_step, score_uncached)
 
     # twin: jax compiles a program for each batch size, capacity and prompt length rounded up; torch
     # runs operation by operation on a CPU, and on a GPU replays a graph of a step.
@@ -49,8 +69,13 @@ class Decoder:
 
     @property
     def extra_bytes(self) -> int:
-        """Memory of the weights that it holds beside the model's own."""
+        """Bytes of the weights that it holds beside the model's own."""
         return self.model.extra_bytes if isinstance(self.model, PackedGPT) else 0
+
+    @staticmethod
+    def num_compilations() -> int:
+        """Return how many programs the decoders of this process have compiled."""
+        return _program()._cache_size()
 
     def prefill(
         self,
@@ -58,19 +83,17 @@ class Decoder:
         counts_B: jax.Array | None = None,
         capacity: int | None = None,
         chunk: int | None = None,
-        exact: bool = False,
     ) -> tuple[jax.Array, KVCache]:
-        """Reads prompts into a new cache; see `decode.prefill`.
+        """Append prompts to a new cache; see `decode.prefill`.
 
         Args:
             tokens_BT: prompts, padded on the right.
             counts_B: real tokens per prompt; None for T.
-            capacity: slots of the cache; None for room as `room_for` has it.
+            capacity: slots of the cache; None for those of `capacity_for`.
             chunk: tokens of a pass; None for all.
-            exact: see `KVCache`.
 
         Returns:
-            Logits (B, V) behind each prompt, and the cache.
+            Logits (B, V) after each prompt, and the cache.
 
         Raises:
             ValueError: for prompts that do not fit.
@@ -79,29 +102,31 @@ class Decoder:
         batch_size, num_tokens = tokens_BT.shape
         counts_B = np.full(batch_size, num_tokens) if counts_B is None else np.asarray(counts_B)
         longest = int(counts_B.max())
-        capacity = capacity or room_for(longest + 1, self.config)
+        capacity = capacity or capacity_for(longest + 1, self.config)
         if longest > min(capacity, self.config.context_length):
             raise ValueError(
                 f"Decoder.prefill: {longest} tokens, capacity {capacity}, context_length "
                 f"{self.config.context_length}. A prompt fits into both. Cut it or make more room."
             )
-        length = room_for(num_tokens, self.config, least=1)
+        length = capacity_for(num_tokens, self.config, least=1)
         padded = np.zeros((batch_size, length), np.int32)
         padded[:, : min(num_tokens, length)] = tokens_BT[:, :length]
-        static = capacity, chunk, exact
+        static = capacity, chunk, self.steps
         logits_BV, cache = self.run(_prefill, padded, counts_B.astype(np.int32), static=static)
         self._known = cache.lengths_B, longest
         return logits_BV, cache
 
-    def step(self, tokens_B: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """Appends one token per row and scores the next; see `decode_step`.
+    def advance(self, tokens_B: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+        """Append one token per row and score the next. Consumes its cache: use the one returned.
+
+        `decode_step` is the same as a pure function, which leaves its cache as it was.
 
         Args:
             tokens_B: the tokens to append.
-            cache: doubled when it is full. Not to be used again: the longer one has its memory.
+            cache: doubled when it is full. Not to be used again, its memory is that of the result.
 
         Returns:
-            Logits (B, V), and the cache with the tokens in it.
+            Logits (B, V), and the cache with the tokens appended.
 
         Raises:
             ValueError: when a row would outgrow the context.
@@ -110,13 +135,13 @@ class Decoder:
         longest = self._longest(cache) + 1
         if longest > self.config.context_length:
             raise ValueError(
-                f"Decoder.step: {longest - 1} tokens + 1 new = {longest} > context_length "
+                f"Decoder.advance: {longest - 1} tokens + 1 new = {longest} > context_length "
                 f"{self.config.context_length}. Positions end there. Truncate the cache "
                 "or build a longer context."
             )
         if longest > cache.capacity:
-            cache = cache.grow(room_for(longest, self.config))
-        logits_BV, cache = self.run(decode_step, tokens_B, state=cache)
+            cache = cache.grow(capacity_for(longest, self.config))
+        logits_BV, cache = self.run(self.steps.decode_step, tokens_B, state=cache)
         self._known = cache.lengths_B, longest
         return logits_BV, cache
 
@@ -127,13 +152,16 @@ class Decoder:
         state: Any = None,
         static: tuple[Any, ...] = (),
     ) -> Any:
-        """What a function makes of the model, compiled once for every size.
+        """Call a function on the model, compiled once for every size of its operands.
 
         Args:
             function: called with the model, the operands, the state and the static arguments.
             operands: arrays, or trees of them.
-            state: one more, which gives its memory to the result.
+            state: one more operand, which gives its memory to the result.
             static: arguments that the program is compiled for.
+
+        Returns:
+            The function's result.
         """
         return _program()(*self._arguments(function, operands, state, static))
 
@@ -144,7 +172,17 @@ class Decoder:
         state: Any = None,
         static: tuple[Any, ...] = (),
     ) -> jax.stages.Compiled:
-        """The program that `run` runs, to look into; of arrays, shapes and dtypes are enough."""
+        """Return the compiled program that `run` would execute.
+
+        Args:
+            function: see `run`.
+            operands: likewise; `jax.ShapeDtypeStruct`s may stand for arrays.
+            state: likewise.
+            static: likewise.
+
+        Returns:
+            The program, with its text and its costs.
+        """
         return _program().lower(*self._arguments(function, operands, state, static)).compile()
 
     def _arguments(
@@ -158,19 +196,21 @@ class Decoder:
         return function, self._graphdef, self._tree, static, self._leaves, operands, state
 
     def _longest(self, cache: KVCache) -> int:
-        """Tokens in the longest row; asks the device only for a cache that it has not made last."""
+        """Return the longest row's length; ask the device only for a cache made elsewhere."""
         lengths_B, longest = self._known
-        return longest if lengths_B is cache.lengths_B else int(np.max(read(cache.lengths_B)))
+        return (
+            longest if lengths_B is cache.lengths_B else int(np.max(host_values(cache.lengths_B)))
+        )
 
 
-def room_for(num_tokens: int, config: GPTConfig, least: int = _LEAST_ROOM) -> int:
-    """The capacity for so many tokens within the context: a power of two, so that there are few."""
+def capacity_for(num_tokens: int, config: GPTConfig, least: int = _SMALLEST_CAPACITY) -> int:
+    """Return a capacity for `num_tokens` within the context: a power of two, so there are few."""
     return min(max(1 << (num_tokens - 1).bit_length(), least), config.context_length)
 
 
 @functools.cache
 def _program() -> Callable[..., Any]:
-    """`Decoder.run` under one `jax.jit` for all functions and sizes.
+    """Return `Decoder.run` under one `jax.jit` for all functions and sizes.
 
     XLA on a CPU copies what it will overwrite unless told to look whether anyone still reads it.
     """
@@ -204,7 +244,7 @@ def _prefill(
     counts_B: jax.Array,
     capacity: int,
     chunk: int | None,
-    exact: bool,
+    steps: Steps,
 ) -> tuple[jax.Array, KVCache]:
-    cache = KVCache.empty(model.config, len(counts_B), capacity, exact=exact)
-    return prefill(model, tokens_BT, cache, counts_B, chunk)
+    cache = steps.empty(model.config, len(counts_B), capacity)
+    return steps.prefill(model, tokens_BT, cache, counts_B, chunk)

@@ -14,25 +14,24 @@ import numpy as np
 
 from flax_gpt import random
 from flax_gpt.cache import KVCache
-from flax_gpt.decode import decode_step, last, prefill
-from flax_gpt.decoding.decoder import Decoder, room_for
+from flax_gpt.decoding.decoder import Decoder, Steps, capacity_for
 from flax_gpt.decoding.sampling import GREEDY, Sampling, filter_logits, widened
 from flax_gpt.model import GPT
 
-NO_TOKEN = -1  # fills a generated row behind its stop
-_WORTH_PACKING = 128  # new tokens; laying weights out takes as long as it saves in so many
+NO_TOKEN = -1  # fills a generated row after its stop
+_WORTH_PACKING = 128  # new tokens; laying weights out takes as long as it saves in these
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What `generate` wrote.
+    """Tokens that `generate` wrote.
 
     Attributes:
-        tokens_BG: the new tokens; NO_TOKEN behind a row's stop.
+        tokens_BG: the new tokens; NO_TOKEN after a row's stop.
         counts_B: new tokens per row, the stop among them.
         margins_BG: by how much a token's score beat the second best, which tells near-ties. Scores
             are logits, and where tokens are drawn what `filter_logits` gives, with noise; inf for a
-            token that was the only one left, NaN behind a row's stop.
+            token that was the only one left, NaN after a row's stop.
     """
 
     tokens_BG: jax.Array
@@ -49,18 +48,18 @@ def generate(
     use_cache: bool = True,
     sampling: Sampling = GREEDY,
     key: jax.Array | None = None,
-    exact: bool = False,
 ) -> Generation:
-    """Continues each prompt with the most likely token, or with one drawn from the likely.
+    """Continue each prompt with the most likely token, or with one drawn from the likely.
 
     Ties go to the lowest id in both twins, which is what makes equal tokens a fair demand. A row
-    ends behind its first stop id; the call ends when every row has, or after `max_new_tokens`.
+    ends after its first stop id; the call ends when every row has, or after `max_new_tokens`.
 
     The noise in a draw comes from the key, the row and the number of the token in this call. Other
     rows, padding, the cache and the dtype of the model do not change it.
 
     Args:
-        model: or a Decoder, which serves many calls.
+        model: or a Decoder, which serves many calls; with a `BatchInvariantDecoder` every number is
+            the same to the last bit with and without the cache.
         tokens_BT: prompts, padded on the right; `right_pad` converts padding on the left.
         max_new_tokens: G.
         counts_B: real tokens per prompt; None for T.
@@ -68,7 +67,9 @@ def generate(
         use_cache: False computes every token from the whole sequence, as the reference.
         sampling: how a token is chosen from its logits; the most likely one when not given.
         key: draws the tokens, so each call needs its own; None when nothing is drawn.
-        exact: every number is the same to the last bit with and without the cache; see `KVCache`.
+
+    Returns:
+        The new tokens, how many they are, and by how much each was chosen.
 
     Raises:
         ValueError: on empty prompts, ids outside the vocabulary, more tokens than the context
@@ -85,19 +86,20 @@ def generate(
     # twin: jax compiles the whole loop, once for all that need as much room; torch takes one step
     # after the other.
     # The last token is chosen and not appended.
-    capacity = room_for(int(counts_B.max()) + max_new_tokens - 1, model.config)
+    capacity = capacity_for(int(counts_B.max()) + max_new_tokens - 1, model.config)
     if use_cache:
-        logits_BV, state = decoder.prefill(tokens_BT, counts_B, capacity, exact=exact)
+        logits_BV, state = decoder.prefill(tokens_BT, counts_B, capacity)
     else:
         sequences_BS = np.zeros((batch_size, capacity), np.int32)
         sequences_BS[:, :num_tokens] = tokens_BT[:, :capacity]
         state = jnp.asarray(sequences_BS), jnp.asarray(counts_B, jnp.int32)
-        logits_BV = decoder.run(_read, state, static=(exact,))
+        logits_BV = decoder.run(_score, state, static=(decoder.steps,))
     # Rounded up as well: no row ever chooses NO_TOKEN.
     stop_ids = np.asarray(stop_ids, np.int32).reshape(-1)
     stop_ids = np.pad(stop_ids, (0, -len(stop_ids) % 4), constant_values=NO_TOKEN)
     operands = logits_BV, stop_ids, key, np.int32(max_new_tokens)
-    tokens_BS, margins_BS, _ = decoder.run(_loop, *operands, state=state, static=(sampling, exact))
+    static = sampling, decoder.steps
+    tokens_BS, margins_BS, _ = decoder.run(_loop, *operands, state=state, static=static)
     tokens_BG, margins_BG = tokens_BS[:, :max_new_tokens], margins_BS[:, :max_new_tokens]
     return Generation(
         tokens_BG, jnp.sum(tokens_BG != NO_TOKEN, axis=1, dtype=jnp.int32), margins_BG
@@ -105,7 +107,7 @@ def generate(
 
 
 def right_pad(tokens_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Moves padding to the right: the door for Hugging Face tokenizers' left padding.
+    """Convert left-padded batches, as Hugging Face tokenizers make them, to right-padded ones.
 
     Args:
         tokens_BT: rows padded on either side.
@@ -129,14 +131,9 @@ def right_pad(tokens_BT: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.
     return tokens_BT, jnp.asarray(real_BT.sum(axis=1), jnp.int32)
 
 
-def _read(model: GPT, state: tuple[jax.Array, jax.Array], exact: bool) -> jax.Array:
-    """Logits behind all of the sequences, from nothing but the tokens."""
-    sequences_BS, lengths_B = state
-    if exact:
-        cache = KVCache.empty(model.config, *sequences_BS.shape, exact=True)
-        return prefill(model, sequences_BS, cache, lengths_B)[0]
-    x_BTD, _ = model.hidden(sequences_BS, None, lengths_B)
-    return model.unembed(last(x_BTD, lengths_B))[:, 0]
+def _score(model: GPT, state: tuple[jax.Array, jax.Array], steps: Steps) -> jax.Array:
+    """Score the next token of sequences of some lengths, from nothing but the tokens."""
+    return steps.score_uncached(model, *state)
 
 
 def _loop(
@@ -147,32 +144,32 @@ def _loop(
     max_new_tokens: jax.Array,
     state: KVCache | tuple[jax.Array, jax.Array],
     sampling: Sampling,
-    exact: bool,
+    steps: Steps,
 ) -> tuple[jax.Array, jax.Array, KVCache | tuple[jax.Array, jax.Array]]:
-    """All of `generate` behind the prompts, on the device.
+    """Run all of `generate` after the prompts, on the device.
 
     Args:
-        logits_BV: behind the prompts.
+        logits_BV: after the prompts.
         state: the cache, or the sequences and their lengths.
 
     Returns:
         Tokens and margins, and the state at the end, which has the memory of the one given.
     """
-    cached = isinstance(state, KVCache)
+    cached = not isinstance(state, tuple)
     num_slots = state.capacity if cached else state[0].shape[1]
     B = logits_BV.shape[0]
     rows_B = jnp.arange(B)
 
     def extend(tokens_B, state):
-        """Logits behind one more token per row."""
+        """Append one token per row and score the next."""
         if cached:
-            return decode_step(model, tokens_B, state)
+            return steps.decode_step(model, tokens_B, state)
         sequences_BS, lengths_B = state
         state = sequences_BS.at[rows_B, lengths_B].set(tokens_B), lengths_B + 1
-        return _read(model, state, exact), state
+        return _score(model, state, steps), state
 
     def choose(step, logits_BV, ended_B, tokens_BS, margins_BS):
-        """Chooses the next token of each row and writes it down; says which rows have ended."""
+        """Choose the next token of each row, write it down, and note which rows have ended."""
         scores_BV = widened(logits_BV)
         if sampling.temperature > 0.0:
             left_BV = filter_logits(logits_BV, sampling)
@@ -211,7 +208,7 @@ def _check_prompts(
     sampling: Sampling,
     key: jax.Array | None,
 ) -> np.ndarray:
-    """counts_B on the host, after all that can be wrong with a request has been looked for."""
+    """Return counts_B on the host, or refuse the request with all that is wrong with it."""
     tokens_BT = np.asarray(tokens_BT)
     if tokens_BT.ndim != 2 or 0 in tokens_BT.shape:
         raise ValueError(

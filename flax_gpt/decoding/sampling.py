@@ -52,7 +52,7 @@ GREEDY = Sampling(temperature=0.0)
 
 
 def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """The logits that a token is drawn from: divided by the temperature, what is dropped at -inf.
+    """Divide logits by the temperature, and set those that a filter drops to -inf.
 
     Every filter keeps the head of one ranking, in which of equal logits the lower id comes first.
 
@@ -86,5 +86,5 @@ def filter_logits(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def widened(x: jax.Array) -> jax.Array:
-    """Scores in float32 at least: 16 bits make ties of what was none."""
+    """Cast scores to float32 at least: 16 bits make ties of what was none."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -34,7 +34,7 @@ from parity.bench.machine import (
 from parity.bench.names import DECODERS, DTYPES
 from parity.bench.pairs import StepPairs, pair_steps
 from parity.bench.ratios import HANDLE, ratios
-from parity.bench.result import CacheAccount, DecodeBench, DecodeCell, Decoding, Tie
+from parity.bench.result import DecodeBench, DecodeCell, Decoding, Tie
 from parity.bench.roofline import BytesMoved
 from parity.bench.scaling import ScalingFit, fit_exponent
 from parity.frameworks.flax.scope import jax_scope
@@ -49,8 +49,6 @@ TWIN_STEPS = "flax step", "torch step"
 SEED = 0  # of weights and prompts
 # Slots of a small and of a large cache, and how many of them hold tokens.
 CAPACITIES, VALID = (256, 8192), 128
-# Without a cache a token is a whole prefill, so a round is as short as it can be.
-_UNCACHED_STEPS = 1
 # A round has fewer steps where it would take longer than this, in seconds, and a decoder sits out
 # the rounds after its total, but not the first ones.
 _ROUND_S = 2.5
@@ -193,23 +191,26 @@ def _twins(config: flax_gpt.GPTConfig, devices: Devices) -> TwinModels:
     return TwinModels(twin, TorchTwin.build(config, devices.torch, leaves=leaves.items()))
 
 
-@dataclasses.dataclass
 class _Entry:
-    """A decoder that has run once, and what is known of it so far."""
+    """A decoder that has run once, and what is known of it so far.
 
-    decoder: Decoder
-    first: Decoding  # without rounds yet
-    num_steps: int
-    tokens_BG: np.ndarray
-    rounds_s: list[float] = dataclasses.field(default_factory=list)
-    ties: dict[tuple[int, int], Tie] = dataclasses.field(default_factory=dict)
-    num_compiled: int = 0
-    spent_s: float = 0.0
+    Args:
+        decoder: which has read the prompt.
+        first: what is known of it.
+        num_steps: of its rounds.
+        tokens_BG: that it has written.
+    """
+
+    def __init__(self, decoder: Decoder, first: Decoding, num_steps: int, tokens_BG: np.ndarray):
+        self.decoder, self.num_steps, self.tokens_BG = decoder, num_steps, tokens_BG
+        self._first, self._num_compiled, self.spent_s = first, 0, 0.0
+        self._rounds_s: list[float] = []
+        self._ties: dict[tuple[int, int], Tie] = {}
 
     def compare(self, reference: Reference, tokens_BG: np.ndarray) -> None:
         """Compare tokens, and keep where they differ by a tie."""
         for tie in reference.compare(self.decoder.name, tokens_BG):
-            self.ties[tie.row, tie.number] = tie
+            self._ties[tie.row, tie.number] = tie
 
     def time_round(self, reference: Reference) -> None:
         """Take one turn, whose tokens are compared again."""
@@ -217,19 +218,19 @@ class _Entry:
         with Compilations() as compilations:
             found = self.decoder.timed_steps(self.num_steps)
         self.spent_s += time.perf_counter() - start
-        self.num_compiled += compilations.count
-        self.rounds_s.append(found.seconds / self.num_steps)
+        self._num_compiled += compilations.count
+        self._rounds_s.append(found.seconds / self.num_steps)
         self.compare(reference, found.tokens_BG)
 
     def result(self) -> Decoding:
         """Return everything that is known."""
         return dataclasses.replace(
-            self.first,
+            self._first,
             steps_per_round=self.num_steps,
-            rounds_s=tuple(self.rounds_s),
+            rounds_s=tuple(self._rounds_s),
             tokens_compared=self.tokens_BG.size,
-            ties=tuple(self.ties.values()),
-            programs_compiled_after_warm_up=self.num_compiled,
+            ties=tuple(self._ties.values()),
+            programs_compiled_after_warm_up=self._num_compiled,
         )
 
 
@@ -255,46 +256,36 @@ class _Decoders:
         return torch_in_place(self.torch_step)
 
     def make(self, name: str) -> Decoder:
-        """Make a decoder.
-
-        Raises:
-            Unavailable: if it cannot run here.
-        """
-        match name:
-            case "flax step":
-                return self.flax_step
-            case "flax loop":
-                return FlaxLoop(self.flax_step)
-            case "flax uncached":
-                return Uncached(self._twins.flax, self._task)
-            case "flax naive":
-                return flax_naive(self._twins.flax.model, self.flax_step)
-            case "torch step":
-                return self.torch_step
-            case "torch uncached":
-                return Uncached(self._twins.torch, self._task)
-            case "torch in place":
-                return self.torch_in_place
-        return self._peers.make(name, self._task)
+        """Make a decoder; `Unavailable` if it cannot run here."""
+        makers: dict[str, Callable[[], Decoder]] = {
+            "flax step": lambda: self.flax_step,
+            "flax loop": lambda: FlaxLoop(self.flax_step),
+            "flax uncached": lambda: Uncached(self._twins.flax, self._task),
+            "flax naive": lambda: flax_naive(self._twins.flax.model, self.flax_step),
+            "torch step": lambda: self.torch_step,
+            "torch uncached": lambda: Uncached(self._twins.torch, self._task),
+            "torch in place": lambda: self.torch_in_place,
+        }
+        return makers.get(name, lambda: self._peers.make(name, self._task))()
 
     def set_up(self, name: str) -> _Entry:
-        """Make a decoder and run it once, watching memory and compilation.
-
-        Raises:
-            Unavailable: if it cannot run here.
-        """
+        """Make a decoder and run it once, watching memory and compilation; raises as `make`."""
         pid = self._peers.worker(name).pid if name.split()[0] in LIBRARIES else None
         with MemoryGrowth(self._task.device, pid) as memory:
             decoder = self.make(name)
             with Compilations() as reading:
                 decoder.prefill()
-            uncached = decoder.form == "uncached"
-            num_steps = _UNCACHED_STEPS if uncached else self._task.num_steps
+            # Without a cache a token is a whole prefill, so a round is as short as it can be.
+            num_steps = 1 if decoder.form == "uncached" else self._task.num_steps
             with Compilations() as writing:
                 warm = decoder.timed_steps(num_steps)
         compile_s = writing.seconds if name.startswith("flax") else None
-        prefills_s = _prefills(decoder) if decoder.reads_prompt else ()
-        if not uncached:
+        prefills_s: list[float] = []
+        while decoder.reads_prompt and len(prefills_s) < PREFILLS and sum(prefills_s) < PREFILLS_S:
+            start = time.perf_counter()
+            decoder.prefill()
+            prefills_s.append(time.perf_counter() - start)
+        if decoder.form != "uncached":
             few = min(2, num_steps)
             step_s = decoder.timed_steps(few).seconds / few
             if name == "torch step" and self._task.device.type != "cpu":
@@ -308,21 +299,11 @@ class _Decoders:
             form=decoder.form,
             compile_s=compile_s,
             prefill_compile_s=reading.seconds if reading.count else None,
-            prefills_s=prefills_s,
+            prefills_s=tuple(prefills_s),
             memory_bytes=memory.num_bytes,
             extra_weight_bytes=decoder.extra_weight_bytes,
         )
         return _Entry(decoder, first, num_steps, warm.tokens_BG)
-
-
-def _prefills(decoder: Decoder) -> tuple[float, ...]:
-    """Time a few more readings of the prompt, in seconds."""
-    found: list[float] = []
-    while len(found) < PREFILLS and sum(found) < PREFILLS_S:
-        start = time.perf_counter()
-        decoder.prefill()
-        found.append(time.perf_counter() - start)
-    return tuple(found)
 
 
 def _time_cell(
@@ -352,12 +333,10 @@ def _time_cell(
         except Unavailable as error:
             absent[name] = Decoding(name=name, unavailable=str(error))
     progress(agreeing, 1.0)
-    cache_layers = (
-        _account("flax", task, decoders.flax_step.cache),
-        _account("torch", task, decoders.torch_step.cache),
-    )
-    program = step_program(decoders.flax_step)
+    caches = {"flax": decoders.flax_step.cache, "torch": decoders.torch_step.cache}
+    layers = {name: _account(name, task, cache) for name, cache in caches.items()}
     keys_BKSH = decoders.flax_step.cache.layers[0].keys_BKSH
+    copies = remade_caches(step_program(decoders.flax_step).as_text(), keys_BKSH.shape)
     timed = [entries[name] for name in options.names if name in entries]
     rates = _time_rounds(
         timed, reference, options.rounds, bandwidth, lambda done: progress(timing, done)
@@ -376,9 +355,9 @@ def _time_cell(
         prompt_length=task.prompt_length,
         bytes_moved=_bytes_moved(task),
         agreement=agreement,
-        cache_layers=cache_layers,
+        cache_layers=layers,
         handle=handle,
-        cache_copies=len(remade_caches(program.as_text(), keys_BKSH.shape)),
+        cache_copies=len(copies),
     )
 
 
@@ -409,7 +388,7 @@ def _time_rounds(
 
 def _account(
     framework: str, task: DecodeTask, cache: flax_gpt.KVCache | torch_gpt.KVCache
-) -> CacheAccount:
+) -> dict[str, int]:
     """Count the bytes of a cache after the prompt, and check them by the formula.
 
     Raises:
@@ -424,11 +403,11 @@ def _account(
             f"{given[1]} valid, by its own account; 2 B K S H x itemsize in {layers} layers is "
             f"{formula[0]:.0f} and {formula[1]:.0f}. One of them is wrong. Look into num_bytes."
         )
-    num_slots = min(cache.capacity, task.config.context_length)
     package = flax_gpt if framework == "flax" else torch_gpt
-    sizes, _, _ = package.positions.reach(num_slots, cache.lengths_B)
+    sizes, _ = package.fast_attention.slots_to_read(cache.capacity, task.prompt_length)
     read = int(moved.layer_cache(sizes[-1]))
-    return CacheAccount(framework, cache.capacity, given[0] // layers, given[1] // layers, read)
+    found = {"allocated": given[0] // layers, "valid": given[1] // layers, "read": read}
+    return {"capacity": cache.capacity} | found
 
 
 def _pair_capacities(

@@ -149,25 +149,6 @@ class Agreement:
     distinct: int
 
 
-@dataclasses.dataclass(frozen=True)
-class CacheAccount:
-    """Bytes of one layer of a twin's cache after the prompt; all layers are alike.
-
-    Attributes:
-        framework: whose cache.
-        capacity: slots per row.
-        allocated: bytes of all slots: 2 B K S H x itemsize.
-        valid: bytes of the slots that hold tokens.
-        read: bytes of the slots that the first step reads.
-    """
-
-    framework: str
-    capacity: int
-    allocated: int
-    valid: int
-    read: int
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeCell(Rounds[Decoding]):
     """All decoders after one prompt, one cell of the grid.
@@ -179,7 +160,8 @@ class DecodeCell(Rounds[Decoding]):
         prompt_length: tokens of a row at its beginning.
         bytes_moved: that a step must read.
         agreement: of the twins.
-        cache_layers: of either twin's cache.
+        cache_layers: by twin, capacity in slots per row of a layer of its cache, and the bytes of
+            all slots (2 B K S H x itemsize), of valid ones, and of those that the first step reads.
         handle: steps of torch's handle beside those in place; None if one of them is missing.
         cache_copies: cache-shaped arrays that flax's compiled step allocates.
     """
@@ -190,7 +172,7 @@ class DecodeCell(Rounds[Decoding]):
     prompt_length: int
     bytes_moved: BytesMoved
     agreement: Agreement
-    cache_layers: tuple[CacheAccount, ...]
+    cache_layers: Mapping[str, Mapping[str, int]]
     handle: StepPairs | None = None
     cache_copies: int = 0
 

@@ -152,11 +152,11 @@ def _cell_notes(cell: DecodeCell) -> Iterator[str]:
         f"{_megabytes(cell.bytes_moved.cache(cell.prompt_length))} of valid cache and up; read "
         f"bandwidth in GB/s: {', '.join(rates)}"
     )
-    for layer in cell.cache_layers:
+    for name, layer in cell.cache_layers.items():
+        allocated, valid, read = (_megabytes(layer[x]) for x in ("allocated", "valid", "read"))
         yield (
-            f"{layer.framework} cache: {layers} x {_megabytes(layer.allocated)} allocated "
-            f"({layer.capacity} slots), {_megabytes(layer.valid)} valid, {_megabytes(layer.read)} "
-            "read per step; 2 B K S H x itemsize, which num_bytes confirms"
+            f"{name} cache: {layers} x {allocated} allocated ({layer['capacity']} slots), {valid} "
+            f"valid, {read} read per step; 2 B K S H x itemsize, which num_bytes confirms"
         )
     ties = (
         f"; {x.name}: {len(x.ties)} tied ({max(tie.gap for tie in x.ties):.1e} apart)"

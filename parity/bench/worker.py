@@ -6,7 +6,6 @@ work take cores from threads that have some: beside CTranslate2, a step of torch
 """
 
 import contextlib
-import dataclasses
 import importlib
 import multiprocessing
 import signal
@@ -18,6 +17,8 @@ import torch
 from parity.bench.decoders.protocol import Decoder, TimedTokens
 from parity.bench.machine import Unavailable
 from parity.system.memory import hand_back_freed_memory
+
+_ATTRIBUTES = "name", "form", "ran", "reads_prompt", "extra_weight_bytes"
 
 
 class Worker:
@@ -51,36 +52,30 @@ class Worker:
         self._process.join()
 
     def make(self, kind: Callable[..., Decoder], *arguments: object) -> "RemoteDecoder":
-        """Make a decoder in the process; its class and arguments are pickled.
-
-        Raises:
-            Unavailable: if the class raises it.
-            ValueError: with the message of any other exception.
-        """
-        answer = self.ask("make", kind, *arguments)
-        assert isinstance(answer, tuple)
-        return RemoteDecoder(self, *answer)
+        """Make a decoder in the process; its class and arguments are pickled; raises as `ask`."""
+        number, attributes = self.ask(_make, kind, *arguments)
+        return RemoteDecoder(self, number, attributes)
 
     def clear(self) -> None:
         """Drop all decoders and return their memory to the system."""
-        self.ask("clear")
+        self.ask(_clear)
 
-    def ask(self, what: str, *arguments: object) -> object:
-        """Return the answer of the process.
+    def ask(self, function: Callable, *arguments: object):
+        """Call a function there, with the decoders and the arguments, and return its result.
 
         Raises:
-            Unavailable: if it was raised there.
+            Unavailable: if the function raises it.
             ValueError: for any other exception there, and if the process has ended.
         """
-        self.send(what, *arguments)
+        self.send(function, *arguments)
         return self._receive()
 
-    def send(self, what: str, *arguments: object) -> None:
-        """Send a request without waiting for its answer."""
+    def send(self, function: Callable, *arguments: object) -> None:
+        """Call a function without waiting for its result."""
         with contextlib.suppress(BrokenPipeError):  # `_receive` says why
-            self._connection.send((what, *arguments))
+            self._connection.send((function, *arguments))
 
-    def _receive(self) -> object:
+    def _receive(self):
         try:
             answer, error = self._connection.recv()
         except (EOFError, ConnectionResetError):
@@ -95,27 +90,26 @@ class Worker:
         return answer
 
 
-@dataclasses.dataclass(frozen=True)
 class RemoteDecoder:
-    """The decoder of a number in a worker; see `Decoder`."""
+    """A decoder in a worker, by its number there; see `Decoder`."""
 
-    _worker: Worker
-    _number: int
     name: str
     form: str
     ran: str
     reads_prompt: bool
     extra_weight_bytes: int | None
 
+    def __init__(self, worker: Worker, number: int, attributes: dict[str, object]):
+        self._worker, self._number = worker, number
+        vars(self).update(attributes)
+
     def prefill(self) -> None:
         """Read the prompt and wait."""
-        self._worker.ask("prefill", self._number)
+        self._worker.ask(_prefill, self._number)
 
     def timed_steps(self, num_steps: int) -> TimedTokens:
         """Append tokens to the prompt, timed in the process."""
-        found = self._worker.ask("timed_steps", self._number, num_steps)
-        assert isinstance(found, TimedTokens)
-        return found
+        return self._worker.ask(_timed_steps, self._number, num_steps)
 
 
 def _serve(connection: Connection, library: str, num_threads: int) -> None:
@@ -127,9 +121,9 @@ def _serve(connection: Connection, library: str, num_threads: int) -> None:
     decoders: list[Decoder] = []
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            what, *arguments = connection.recv()
+            function, *arguments = connection.recv()
             try:
-                answer = _answer(decoders, what, arguments)
+                answer = function(decoders, *arguments)
             except Unavailable as error:
                 connection.send((None, error))
             except Exception as error:  # of any class, which may not survive pickling
@@ -138,18 +132,19 @@ def _serve(connection: Connection, library: str, num_threads: int) -> None:
                 connection.send((answer, None))
 
 
-def _answer(decoders: list[Decoder], what: str, arguments: list) -> object:
-    match what, arguments:
-        case "make", [kind, *rest]:
-            decoders.append(kind(*rest))
-            made = decoders[-1]
-            described = made.name, made.form, made.ran, made.reads_prompt, made.extra_weight_bytes
-            return len(decoders) - 1, *described
-        case "prefill", [number]:
-            return decoders[number].prefill()
-        case "timed_steps", [number, num_steps]:
-            return decoders[number].timed_steps(num_steps)
-        case "clear", []:
-            decoders.clear()
-            return hand_back_freed_memory()
-    raise ValueError(what)
+def _make(decoders: list[Decoder], kind: Callable[..., Decoder], *arguments: object):
+    decoders.append(kind(*arguments))
+    return len(decoders) - 1, {name: getattr(decoders[-1], name) for name in _ATTRIBUTES}
+
+
+def _prefill(decoders: list[Decoder], number: int) -> None:
+    decoders[number].prefill()
+
+
+def _timed_steps(decoders: list[Decoder], number: int, num_steps: int) -> TimedTokens:
+    return decoders[number].timed_steps(num_steps)
+
+
+def _clear(decoders: list[Decoder]) -> None:
+    decoders.clear()
+    hand_back_freed_memory()

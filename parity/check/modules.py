@@ -1,11 +1,10 @@
 """Check your own two modules: a PyTorch module, a Flax NNX module and what to call both with."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Generic, TypedDict, TypeVar, Unpack
+from typing import TypedDict, Unpack
 
-import optax
 import torch
 from flax import nnx
 
@@ -14,9 +13,10 @@ from parity.check.levels.names import DTYPES, LEVELS
 from parity.check.metrics import max_abs, size_of
 from parity.check.pair_session import PairSession
 from parity.frameworks.flax.leaves import flax_leaves
-from parity.frameworks.flax.module import flax_spec
+from parity.frameworks.flax.module import FlaxUse, flax_spec
+from parity.frameworks.spec import BY_DEFAULT
 from parity.frameworks.torch.leaves import torch_leaves
-from parity.frameworks.torch.module import largest_learning_rate, torch_spec
+from parity.frameworks.torch.module import TorchUse, largest_learning_rate, torch_spec
 from parity.pair.inputs import as_inputs
 from parity.pair.pair import Pair
 from parity.report import Report
@@ -25,28 +25,6 @@ from parity.system.import_target import in_a_line
 from parity.weights.infer import infer_rules
 from parity.weights.rules import Rules
 from parity.weights.weight_map import resolve
-
-Optimizer = TypeVar("Optimizer")
-
-
-@dataclasses.dataclass(frozen=True)
-class ModuleUse(Generic[Optimizer]):
-    """How one module is called, scored and trained, where the defaults do not fit.
-
-    Attributes:
-        call: (module, *inputs) to outputs; `module(*inputs)` when None.
-        loss: (module, *inputs) to a scalar; a fixed random projection of the outputs when None.
-        optimizer: for torch a function of parameters to an optimizer, for flax an optax
-            transformation; AdamW with the same constants when None.
-    """
-
-    call: Callable[..., object] | None = None
-    loss: Callable[..., Any] | None = None
-    optimizer: Optimizer | None = None
-
-
-TorchUse = ModuleUse[Callable[[Any], torch.optim.Optimizer]]
-FlaxUse = ModuleUse[optax.GradientTransformation]
 
 
 class PairOptions(TypedDict, total=False):
@@ -108,8 +86,8 @@ def pair_of(
     inputs: object,
     *,
     rules: Rules | Path | str = "auto",
-    torch: TorchUse = ModuleUse(),
-    flax: FlaxUse = ModuleUse(),
+    torch: TorchUse = BY_DEFAULT,
+    flax: FlaxUse = BY_DEFAULT,
     weights: str = "random",
     seed: int = 0,
 ) -> Pair:

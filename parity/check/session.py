@@ -58,7 +58,7 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         """Return a runner of each model in a dtype."""
 
     def runs(self, dtype: str) -> tuple[Flax_co, Torch_co]:
-        """Return the runners of both models in a dtype; those of another free their memory."""
+        """Return runners of both models in a dtype; those of another dtype free their memory."""
         if dtype != self._dtype:
             self.release()
             self._dtype = dtype

@@ -131,7 +131,7 @@ class _Flax:
             return self.read([*self._ids, token], False)
         with self._scope():
             tokens_1 = jnp.asarray([token], jnp.int32)
-            logits_1V, self._cache = self._decoder.step(tokens_1, self._cache)
+            logits_1V, self._cache = self._decoder.advance(tokens_1, self._cache)
         return logits_1V
 
     def scores(self, logits_1V: jax.Array, step: int) -> np.ndarray:
@@ -165,7 +165,7 @@ class _Torch:
         if not self._use_cache:
             return self.read([*self._ids, token], False)
         tokens_1 = torch.tensor([token], device=self._device)
-        logits_1V, self._cache = self._decoder.step(tokens_1, self._cache)
+        logits_1V, self._cache = self._decoder.advance(tokens_1, self._cache)
         return logits_1V
 
     @torch.no_grad()

@@ -24,10 +24,10 @@ from parity.cli import (
     precision,
     record,
     self_test,
-    threads,
     train,
 )
 from parity.cli.options import unwrapped
+from parity.system.threads import use_passive_threads
 
 app = typer.Typer(
     add_completion=False,
@@ -47,7 +47,7 @@ def main() -> None:
         sys.exit(2)
 
 
-threads.sleep()
+use_passive_threads()
 
 
 def _version(wanted: bool) -> None:

@@ -7,7 +7,6 @@ import typer
 from rich.console import Console
 
 from parity.bench.names import DECODERS, DTYPES
-from parity.cli import threads
 from parity.cli.options import (
     PRESETS,
     Device,
@@ -17,6 +16,7 @@ from parity.cli.options import (
     unwrapped,
     write_output,
 )
+from parity.system.threads import use_spinning_threads
 
 if TYPE_CHECKING:
     from parity.bench.result import DecodeBench, TrainBench
@@ -106,7 +106,7 @@ def decode(
         dtypes = _words("--dtype", dtype, DTYPES)
         names = _words("--only", only, DECODERS) if only is not None else DECODERS
         left_out = _words("--without", without, DECODERS) if without is not None else ()
-        threads.spin()
+        use_spinning_threads()
         with errors.status("loading jax and torch"):
             from flax_gpt import GPTConfig
             from parity.bench.decode import DecodeOptions, bench_decode

@@ -1,12 +1,16 @@
 """`parity bugs exercise` and `parity bugs grade`: a GPT with bugs to find, and its grader."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from parity.cli.options import check_outputs, in_one_line
+
+if TYPE_CHECKING:
+    from parity.exercise import Grade
+    from parity.report import Report
 
 
 def exercise(
@@ -24,8 +28,8 @@ def exercise(
     """Write a small GPT with bugs in it, to find and to fix.
 
     The folder stands alone: a model, a training loop that learns one sentence by heart, a loop that
-    generates, a KV cache to be built in afterwards, tests that run, and the task in words. The same
-    level and seed plant the same bugs in both frameworks.
+    generates, a KV cache to be built in afterwards, tests that run, and the task. The same level
+    and seed plant the same bugs in both frameworks.
 
     Exit codes: 0 written, 2 usage error.
 
@@ -96,7 +100,9 @@ def grade(
     raise typer.Exit(max(code, min(report.exit_code, 1)) if report else code)
 
 
-def _show(console: Console, grades: list, report, hint: int, two: bool) -> None:
+def _show(
+    console: Console, grades: "list[Grade]", report: "Report | None", hint: int, two: bool
+) -> None:
     for found in grades:
         console.print(found)
         for line in found.hints(hint):
@@ -107,8 +113,8 @@ def _show(console: Console, grades: list, report, hint: int, two: bool) -> None:
         console.print("Whether the two are one function is asked when both are without bugs.")
 
 
-def _write(name: str, grades: list, report) -> None:
-    """The grades, and the report where there is one, as one document."""
+def _write(name: str, grades: "list[Grade]", report: "Report | None") -> None:
+    """Write the grades, and the report where there is one, as one document."""
     import json
 
     from parity.system.files import write_atomically

@@ -1,14 +1,15 @@
-"""`parity check`: are the two twins the same function?"""
+"""`parity check`: are two models the same function, the twins or two of your own?"""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
+from parity.check.levels.names import DTYPES, LEVELS
 from parity.cli.options import (
-    PRESETS,
     Data,
     Device,
     Task,
@@ -19,12 +20,11 @@ from parity.cli.options import (
 )
 from parity.cli.record import only_one
 from parity.system.memory import return_freed_memory_at_once
+from parity.twins.names import PRESETS
 
 if TYPE_CHECKING:
+    from parity.pair.pair import Pair
     from parity.report import Report
-
-# The names of parity.check.check.LEVELS; a test holds them equal.
-LEVELS = "weights", "logits", "gradients", "optimizer", "trajectory", "cache", "tokens"
 
 
 def check(
@@ -56,12 +56,12 @@ def check(
         str | None,
         typer.Option(
             help="What to call both with: an array, a tuple of arrays, several such in a dict, or "
-            "a function of a NumPy random generator that gives one of these."
+            "a function of a NumPy random generator that returns one of these."
         ),
     ] = None,
     rules: Annotated[
         str,
-        typer.Option(help="Which weight is which: a rules file, or auto to find out."),
+        typer.Option(help="Which weight is which: a rules file, or auto to infer it."),
     ] = "auto",
     save_rules: Annotated[
         str | None,
@@ -77,7 +77,7 @@ def check(
     task: Task = "next-token",
     level: Annotated[
         list[str] | None,
-        typer.Option(help=f"Climb only this level; repeat for more: {', '.join(LEVELS)}."),
+        typer.Option(help=f"Run only this level; repeat for more: {', '.join(LEVELS)}."),
     ] = None,
     dtype: Annotated[
         str, typer.Option(help="float64 decides; float64,float32 also judges float32 by it.")
@@ -90,7 +90,7 @@ def check(
         int | None,
         typer.Option(
             min=1,
-            help="Tokens to generate behind each of four prompts. Default: 256, or half of a "
+            help="Tokens to generate after each of four prompts. Default: 256, or half of a "
             "checkpoint's context where that is less.",
         ),
     ] = None,
@@ -112,15 +112,15 @@ def check(
 ) -> None:
     """Prove that a Flax model and a PyTorch model are the same function: the twins, or yours.
 
-    Both get the same random weights, or those of a checkpoint, and climb these levels; a failure
-    blocks the rest, and is located and explained.
+    Both get the same random weights, or those of a checkpoint, and go through these levels; a
+    failure blocks the rest, and is located and explained.
 
     [bold]weights[/]     each leaf used once, bit for bit, matrices right way round
     [bold]logits[/]      equal outputs: full context, padding, repetition, one token
     [bold]gradients[/]   equal gradients by leaf
     [bold]optimizer[/]   equal updates and moments over four AdamW steps
     [bold]trajectory[/]  equal losses over --steps training steps
-    [bold]cache[/]       reading in ragged pieces equals reading at once
+    [bold]cache[/]       reading in ragged chunks equals reading at once
     [bold]tokens[/]      equal tokens: flax, torch, cached, uncached, greedy, sampled
 
     Training runs with warm-up, cosine, clipping, a decay mask, label smoothing, accumulation over
@@ -147,20 +147,40 @@ def check(
     with in_one_line(errors):
         check_outputs(files)
         dtypes = tuple(name.strip() for name in dtype.split(","))
-        if dtypes not in (("float64",), ("float64", "float32")):
+        if dtypes not in (DTYPES[:1], DTYPES):
             raise ValueError(f"--dtype {dtype}: choose float64 or float64,float32.")
         if unknown := set(level or ()) - set(LEVELS):
             raise ValueError(f"--level {min(unknown)}: no such level. Choose {', '.join(LEVELS)}.")
         levels = [name for name in LEVELS if not level or name in level]
         own = {"--torch": torch, "--flax": flax, "--inputs": inputs}
+        of_twins = preset != "tiny" or task != "next-token"
+        text = _Text(data, dropout, tokens, seed)
         return_freed_memory_at_once()
         if golden is not None:
-            others = {"--data": data, "--checkpoint": checkpoint, "--inputs": inputs,
-                      "--save-rules": save_rules}  # fmt: skip
-            report = _check_golden(errors, golden, torch, flax, rules, levels, others)
+            others = {"--data": data, "--checkpoint": checkpoint, "--inputs": inputs}
+            others |= {"--save-rules": save_rules}
+            report = _check_golden(errors, golden, own, rules, levels, others)
         else:
-            make = _pair(errors, own, rules, save_rules, checkpoint, preset, task, data, dropout,
-                         tokens, seed)  # fmt: skip
+            if any(own.values()):
+                if checkpoint is not None or data is not None or of_twins:
+                    raise ValueError(
+                        "--torch and --flax with --checkpoint, --data, --preset or --task: those "
+                        "are of the twins. Leave one or the other out."
+                    )
+                make = _own_pair(own, rules, seed)
+            elif rules != "auto" or save_rules is not None:
+                raise ValueError(
+                    "--rules: the twins have their own. Give --torch, --flax and --inputs."
+                )
+            elif checkpoint is None:
+                make = _preset_pair(preset, task, text)
+            elif of_twins:
+                raise ValueError(
+                    f"--checkpoint {checkpoint} with --preset or --task: a checkpoint has sizes of "
+                    "its own and predicts the next token. Leave the others out."
+                )
+            else:
+                make = _checkpoint_pair(errors, checkpoint, text)
             pair, report = _run(
                 errors,
                 make,
@@ -169,41 +189,44 @@ def check(
                 dtypes=dtypes,
                 seed=seed,
                 steps=steps,
-                evidence=html is not None,
+                plot_data=html is not None,
             )
             write_output(save_rules, pair.rules.to_toml)
         Console(stderr="-" in files.values()).print(report)
         write_output(json, report.to_json)
         write_output(markdown, report.to_markdown)
-        write_output(html, report.to_html)
+        write_output(html, lambda: _page(report))
     raise typer.Exit(report.exit_code)
 
 
-def _pair(
-    errors: Console, own, rules, save_rules, checkpoint, preset, task, data, dropout, tokens, seed
-) -> Callable:
-    """Makes the pair that the options speak of, when frameworks are loaded."""
-    if any(own.values()):
-        if checkpoint is not None or data is not None or preset != "tiny" or task != "next-token":
-            raise ValueError(
-                "--torch and --flax with --checkpoint, --data, --preset or --task: those are of "
-                "the twins. Leave one or the other out."
-            )
-        return _own_pair(own, rules, seed)
-    if rules != "auto" or save_rules is not None:
-        raise ValueError("--rules: the twins have their own. Give --torch, --flax and --inputs.")
-    if checkpoint is None:
-        return _twins(data, preset, task, dropout, tokens, seed)
-    if preset != "tiny" or task != "next-token":
-        raise ValueError(
-            f"--checkpoint {checkpoint} with --preset or --task: a checkpoint has sizes of "
-            "its own and predicts the next token. Leave the others out."
-        )
-    return _checkpoint_pair(errors, checkpoint, data, dropout, tokens, seed)
+@dataclasses.dataclass(frozen=True)
+class _Text:
+    """What the twins read and write.
+
+    Attributes:
+        data: a text file; None for Python's own language reference.
+        dropout: in training.
+        tokens: to generate after each prompt; None for the default.
+        seed: of passages and weights.
+    """
+
+    data: Path | None
+    dropout: float
+    tokens: int | None
+    seed: int
 
 
-def _own_pair(own: dict[str, str | None], rules: str, seed: int) -> Callable:
-    """Makes the pair of a user's modules, when frameworks are loaded."""
+def _own_pair(own: Mapping[str, str | None], rules: str, seed: int) -> "Callable[[], Pair]":
+    """Return a function that makes the pair of a user's modules, once frameworks are loaded.
+
+    Args:
+        own: targets by option.
+        rules: a rules file, or auto.
+        seed: of the inputs.
+
+    Raises:
+        ValueError: when one is missing or there is no such rules file.
+    """
     if missing := [option for option, target in own.items() if target is None]:
         raise ValueError(
             f"{' and '.join(missing)}: missing. A pair is two modules and what to call them with. "
@@ -212,7 +235,7 @@ def _own_pair(own: dict[str, str | None], rules: str, seed: int) -> Callable:
     if rules != "auto" and not Path(rules).is_file():
         raise ValueError(f"--rules {rules}: no such file. Give a rules file, or auto.")
 
-    def make():
+    def make() -> "Pair":
         from flax import nnx
         from torch import nn
 
@@ -236,40 +259,48 @@ def _own_pair(own: dict[str, str | None], rules: str, seed: int) -> Callable:
     return make
 
 
-def _checkpoint_pair(errors: Console, checkpoint, data, dropout, tokens, seed) -> Callable:
-    """Makes the twins of a checkpoint, when frameworks are loaded."""
-    check_data(data)
+def _checkpoint_pair(errors: Console, checkpoint: str, text: _Text) -> "Callable[[], Pair]":
+    """Return a function that makes the twins of a checkpoint, once frameworks are loaded."""
+    check_data(text.data)
 
-    def make():
+    def make() -> "Pair":
         from parity.checkpoints import folder_of, open_checkpoint, pair_of
         from parity.pair.text import Corpus
 
         weights = open_checkpoint(folder_of(checkpoint))
         for note in weights.notes:
             errors.print(note, style="yellow", highlight=False, soft_wrap=True)
-        corpus = Corpus.load(data)
-        return pair_of(weights, corpus, dropout=dropout, seed=seed, max_new_tokens=tokens)
+        corpus, tokens = Corpus.load(text.data), text.tokens
+        return pair_of(weights, corpus, dropout=text.dropout, seed=text.seed, max_new_tokens=tokens)
 
     return make
 
 
-def _twins(data, preset, task, dropout, tokens, seed) -> Callable:
-    """Makes the twins of a preset, when frameworks are loaded."""
-    check_data(data)
+def _preset_pair(preset: str, task: str, text: _Text) -> "Callable[[], Pair]":
+    """Return a function that makes the twins of a preset, once frameworks are loaded."""
+    check_data(text.data)
 
-    def make():
+    def make() -> "Pair":
         from parity.pair.text import Corpus
         from parity.twins.pair import preset_config, twins
 
-        corpus = Corpus.load(data)
-        config = preset_config(corpus, preset, dropout=dropout)
-        return twins(corpus, config, task=task, seed=seed, max_new_tokens=tokens or 256)
+        corpus = Corpus.load(text.data)
+        config = preset_config(corpus, preset, dropout=text.dropout)
+        tokens = text.tokens or 256
+        return twins(corpus, config, task=task, seed=text.seed, max_new_tokens=tokens)
 
     return make
 
 
-def _run(errors: Console, make: Callable, device: str, *, levels: list[str], **options):
-    """The pair and its report, with a live progress line on the error stream."""
+def _run(
+    errors: Console,
+    make: "Callable[[], Pair]",
+    device: str,
+    *,
+    levels: Sequence[str],
+    **options: object,
+) -> "tuple[Pair, Report]":
+    """Return the pair and its report; show a live progress line on the error stream."""
     with errors.status("loading jax and torch"):
         from parity.check.check import check as run
         from parity.system.devices import choose_devices
@@ -282,22 +313,26 @@ def _run(errors: Console, make: Callable, device: str, *, levels: list[str], **o
         return pair, run(pair, levels=levels, devices=devices, progress=progress, **options)
 
 
+def _page(report: "Report") -> str:
+    from parity.report.page import page  # jinja2 waits until a page is wanted
+
+    return page(report)
+
+
 def _check_golden(
     errors: Console,
     golden: Path,
-    torch: str | None,
-    flax: str | None,
+    own: Mapping[str, str | None],
     rules: str,
-    levels: list[str],
-    others: dict[str, object],
+    levels: Sequence[str],
+    others: Mapping[str, object],
 ) -> "Report":
     """Check a module against a golden, with a live progress line on the error stream.
 
     Args:
         errors: the error stream.
         golden: the file.
-        torch: target of a PyTorch module.
-        flax: target of a Flax module.
+        own: targets by option.
         rules: a rules file, or auto where none is given.
         levels: to run.
         others: options that must not be given beside it.
@@ -310,7 +345,7 @@ def _check_golden(
             f"--golden {golden} with {', '.join(given)}: a golden has inputs and weights of its "
             "own. Leave the others out."
         )
-    name, target = only_one("check --golden", torch, flax)
+    name, target = only_one("check --golden", own["--torch"], own["--flax"])
     from parity.golden import check, read, weight_rules
     from parity.golden.target import build_module
     from parity.system.progress import interruptible, shown

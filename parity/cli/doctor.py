@@ -2,13 +2,12 @@
 
 import contextlib
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from parity.cli.options import check_outputs, in_one_line
+from parity.cli.options import check_outputs, in_one_line, write_output
 
 
 def doctor(
@@ -53,8 +52,8 @@ def doctor(
 
     The function gives a torch.nn.Module or a flax.nnx.Module that maps tokens (B, T) to logits (B,
     T, V), alone, first in a tuple, or as `.logits`. Models of transformers bring their loss, cache
-    and generation with them; for others, return a parity.doctor.torch_patient or flax_patient that
-    says how to reach yours, and more can be asked.
+    and generation with them; for others, return a subclass of
+    parity.doctor.TorchModel or FlaxModel that says how to reach yours, and more can be asked.
 
     About twenty questions are put in the order of a disciplined debugging session: the loss of
     fresh weights, causality, positions, batches, padding, the loss and its shift, the gradient, one
@@ -76,9 +75,8 @@ def doctor(
         check_outputs({"--json": json, "--html": html})
         with errors.status("loading jax and torch"):
             from parity.doctor import DETECTORS, examine
-            from parity.doctor.loading import load_patient
+            from parity.doctor.loading import load_model
             from parity.system.devices import pinned_precision
-            from parity.system.files import write_atomically
             from parity.system.progress import interruptible, shown
 
         names = [detector.name for detector in DETECTORS]
@@ -102,7 +100,7 @@ def doctor(
             interruptible(show) as progress,
             pinned_precision(),
         ):
-            patient = load_patient(
+            model = load_model(
                 target,
                 loss,
                 trained=trained,
@@ -111,13 +109,9 @@ def doctor(
                 ignore_index=ignore_index,
             )
             found = examine(
-                patient, detectors=chosen, stop_early=not all_questions, progress=progress
+                model, detectors=chosen, stop_early=not all_questions, progress=progress
             )
         Console(stderr=json == "-").print(found)
-        if json == "-":
-            typer.echo(found.to_json(), nl=False)
-        elif json is not None:
-            write_atomically(Path(json), found.to_json())
-        if html is not None:
-            write_atomically(Path(html), found.to_html())
+        write_output(json, found.to_json)
+        write_output(html, found.to_html)
     raise typer.Exit(found.exit_code)

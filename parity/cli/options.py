@@ -1,4 +1,4 @@
-"""Options that several commands share, and how each of them ends: in one line, with a code."""
+"""Options that several commands share, and how each command ends: in one line, with a code."""
 
 import contextlib
 import inspect
@@ -6,16 +6,17 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-# The names of flax_gpt.PRESETS, parity.twins.TASKS and parity.training.precision.DTYPES; a test
-# holds them equal.
-PRESETS = "tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"
-TASKS = "next-token", "token-class", "sequence-class"
-DTYPES = "float64", "float32", "bfloat16", "float16"
+from parity.twins.names import DTYPES, FRAMEWORKS, PRESETS
+
+if TYPE_CHECKING:
+    from parity.pair.text import Corpus
+    from parity.training import RunConfig
+    from parity.twins.twin import Constants
 
 Data = Annotated[
     Path | None,
@@ -39,26 +40,24 @@ Device = Annotated[str, typer.Option(help="auto (GPUs if both frameworks have on
 
 
 def unwrapped(command: Callable) -> str:
-    """A command's docstring with the lines of each paragraph joined, but not those of a table."""
+    """Return a command's docstring with the lines of each paragraph joined, except in tables."""
     paragraphs = inspect.cleandoc(command.__doc__).split("\n\n")
     return "\n\n".join(x if x.startswith("[") else x.replace("\n", " ") for x in paragraphs)
 
 
 @contextlib.contextmanager
 def in_one_line(errors: Console, interrupted: str = "nothing was written") -> Iterator[None]:
-    """Bad input ends with one line and exit code 2, an interrupt with one line and 130.
+    """End bad input with one line and exit code 2, an interrupt with one line and 130.
 
     Args:
         errors: the error stream.
-        interrupted: what an interrupt leaves behind, in words.
+        interrupted: describes what an interrupt leaves.
     """
     try:
         yield
     except (ValueError, OSError) as error:
-        errors.print(
-            f"parity: {error}", style="red", markup=False, highlight=False, emoji=False,
-            soft_wrap=True,
-        )  # fmt: skip
+        text = f"parity: {error}"
+        errors.print(text, style="red", markup=False, highlight=False, emoji=False, soft_wrap=True)
         raise typer.Exit(2) from error
     except KeyboardInterrupt:
         errors.print(f"parity: interrupted, {interrupted}.", style="red", soft_wrap=True)
@@ -70,7 +69,7 @@ def in_one_line(errors: Console, interrupted: str = "nothing was written") -> It
 
 
 def check_data(data: Path | None) -> None:
-    """Refuses a text that is not there before anything heavy is loaded.
+    """Refuse a text that does not exist, before anything heavy is loaded.
 
     Raises:
         ValueError: when there is no such file.
@@ -80,7 +79,7 @@ def check_data(data: Path | None) -> None:
 
 
 def check_outputs(files: dict[str, str | None]) -> None:
-    """Refuses output files, by option, that could not be written after all the work.
+    """Refuse output files, by option, that could not be written after all the work.
 
     Raises:
         ValueError: for a folder, or a file in a folder that does not exist.
@@ -96,61 +95,70 @@ def check_outputs(files: dict[str, str | None]) -> None:
 
 
 def write_output(name: str | None, text: Callable[[], str]) -> None:
-    """Writes a text where an option asked for it: nowhere, standard output for -, or a file."""
+    """Write a text where an option asks for it: nowhere, standard output for -, or a file."""
     from parity.system.files import write_atomically
 
-    if name == "-":
+    if str(name) == "-":
         typer.echo(text(), nl=False)
     elif name is not None:
         write_atomically(Path(name), text())
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuses a type that there is not.
+    """Refuse an unknown dtype.
 
     Raises:
-        ValueError: with those that there are.
+        ValueError: with the known ones.
     """
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: there are {', '.join(DTYPES)}. Choose from them.")
 
 
-def run_config(corpus, preset, constants, dropout, rows, width, seed, *, dtype, **fields):
-    """A run's config, with every clash of numbers found before the work begins.
+def run_config(
+    corpus: "Corpus", preset: str, model: "Constants", training: "Constants", **fields: object
+) -> "RunConfig":
+    """Return the config of a run, after a look for numbers that clash.
+
+    Args:
+        corpus: the text to learn from.
+        preset: size of the twins.
+        model: fields of GPTConfig that differ from the preset.
+        training: fields of TrainConfig.
+        fields: of RunConfig, rows and width among them.
 
     Raises:
         ValueError: for what cannot be trained.
     """
-    import dataclasses
-
     from flax_gpt import TrainConfig
     from parity.training import RunConfig
     from parity.twins.pair import preset_config
 
-    model = preset_config(corpus, preset, dropout=dropout, dtype=dtype)
-    training = TrainConfig(**constants)
-    if width > model.context_length:
+    run = RunConfig.of(
+        corpus,
+        model=preset_config(corpus, preset, **model),
+        training=TrainConfig(**training),
+        **fields,
+    )
+    parts = run.training.accumulation_steps
+    if run.width > run.model.context_length:
         raise ValueError(
-            f"--width {width} > context length {model.context_length} of {preset}. A row fits into "
-            "the context. Choose a smaller one."
+            f"--width {run.width} > context length {run.model.context_length} of {preset}. A row "
+            "fits into the context. Choose a smaller one."
         )
-    if rows % training.accumulation_steps:
+    if run.rows % parts:
         raise ValueError(
-            f"--batch-size {rows} in {training.accumulation_steps} parts. Parts have the same "
-            "number of rows. Choose an --accumulate that divides the batch."
+            f"--batch-size {run.rows} in {parts} parts. Parts have the same number of rows. Choose "
+            "an --accumulate that divides the batch."
         )
-    return RunConfig.of(
-        corpus, model=dataclasses.asdict(model), training=dataclasses.asdict(training), rows=rows,
-        width=width, seed=seed, **fields,
-    )  # fmt: skip
+    return run
 
 
 def frameworks(only: str | None) -> tuple[str, ...]:
-    """The twins that --only leaves.
+    """Return the frameworks that --only leaves.
 
     Raises:
-        ValueError: for a framework that there is not.
+        ValueError: for an unknown framework.
     """
-    if only not in (None, "flax", "torch"):
+    if only not in (None, *FRAMEWORKS):
         raise ValueError(f"--only {only}: there are flax and torch. Choose one or leave it out.")
-    return ("flax", "torch") if only is None else (only,)
+    return FRAMEWORKS if only is None else (only,)

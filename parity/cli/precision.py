@@ -7,7 +7,6 @@ import typer
 from rich.console import Console
 
 from parity.cli.options import (
-    DTYPES,
     Data,
     Device,
     Dropout,
@@ -21,6 +20,7 @@ from parity.cli.options import (
     in_one_line,
     run_config,
 )
+from parity.twins.names import DTYPES
 
 
 def precision(
@@ -38,7 +38,7 @@ def precision(
     seed: Seed = 0,
     device: Device = "auto",
 ) -> None:
-    """Train both twins in several types and judge each by its distance from float64.
+    """Train both twins in several dtypes and judge each by its distance from float64.
 
     Rounding differs between frameworks and neither is more right, so what counts is the ratio of
     the two errors: 1 is a fair draw, and beyond 4 one side computes in another way.
@@ -57,12 +57,6 @@ def precision(
             check_dtype(name)
         if out.exists() and not out.is_dir():
             raise ValueError(f"--out {out}: that is a file. Name a folder.")
-        constants = dict(
-            learning_rate=learning_rate,
-            schedule="cosine",
-            warmup_steps=steps // 20,
-            total_steps=steps,
-        )
         with errors.status("loading jax and torch"):
             from parity.pair.text import Corpus
             from parity.system.devices import choose_devices
@@ -74,24 +68,31 @@ def precision(
             devices = choose_devices(device)
             corpus = Corpus.load(data)
             config = run_config(
-                corpus, preset, constants, dropout, batch_size, width, seed,
-                dtype="float64",
-            )  # fmt: skip
+                corpus,
+                preset,
+                dict(dropout=dropout, dtype="float64"),
+                dict(
+                    learning_rate=learning_rate,
+                    schedule="cosine",
+                    warmup_steps=steps // 20,
+                    total_steps=steps,
+                ),
+                rows=batch_size,
+                width=width,
+                seed=seed,
+            )
         out.mkdir(parents=True, exist_ok=True)
         from parity.system.progress import interruptible, shown
 
         with shown(errors, dtypes) as show, interruptible(show) as progress:
             report = precision_report(config, corpus, devices, steps, dtypes, progress)
-        write_atomically(out / "precision.json", as_line(report))
+        write_atomically(out / "precision.json", as_line(report.to_dict()))
         draw_precision(out / "precision.png", report)
-        console = Console()
-        gap, verdict = report["float64_gap"], report["verdicts"]["float64"]
-        console.print(f"float64: gap between the losses {gap:.1e}: {verdict}", highlight=False)
-        for name in dtypes[1:]:
-            ratio, verdict = report["ratios"][name][-1], report["verdicts"][name]
-            line = (
-                f"{name}: error of flax_gpt over that of torch_gpt {ratio:.2f}, allowed 0.25 to 4"
-            )
-            console.print(f"{line}: {verdict}", highlight=False, soft_wrap=True)
-        console.print(f"wrote {out / 'precision.png'} and precision.json", soft_wrap=True)
-    raise typer.Exit(0 if report["verdict"] == "PASS" else 1)
+        console, verdicts = Console(highlight=False, soft_wrap=True), report.verdicts
+        gap = f"gap between the losses {report.float64_gap:.1e}"
+        console.print(f"float64: {gap}: {verdicts['float64']}")
+        for name, ratios in report.ratios.items():
+            ratio = f"error of flax_gpt over that of torch_gpt {ratios[-1]:.2f}, allowed 0.25 to 4"
+            console.print(f"{name}: {ratio}: {verdicts[name]}")
+        console.print(f"wrote {out / 'precision.png'} and precision.json")
+    raise typer.Exit(0 if report.verdict == "PASS" else 1)

@@ -27,7 +27,7 @@ def self_test(
         str | None, typer.Option(help="Write the table to this file; - for standard output.")
     ] = None,
 ) -> None:
-    """Plant faults in the twins and in five ports, and see what the check makes of each.
+    """Plant faults in the twins and in five ports, and see how the check judges each.
 
     Every fault must be detected, 95 % of them located at the module and step where they were
     planted, 80 % called by their cause and none by another; and clean pairs must raise no alarm. It

@@ -1,13 +1,13 @@
 """`parity train`: the twins trained side by side."""
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from parity.cli.options import (
-    DTYPES,
     Data,
     Device,
     Dropout,
@@ -23,10 +23,87 @@ from parity.cli.options import (
     in_one_line,
     run_config,
 )
+from parity.twins.names import DTYPES
+
+if TYPE_CHECKING:
+    from parity.pair.text import Corpus
+    from parity.training import Run, RunConfig, Trainers
+    from parity.twins.twin import Constants
 
 # The names of flax_gpt.config.SCHEDULES; a test holds them equal.
 SCHEDULES = "constant", "linear", "cosine"
 _TARGET = 0.01  # nats per token of a batch that is learned by heart
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """The options of `parity train`, by the names of its parameters."""
+
+    out: Path
+    data: Path | None
+    preset: str
+    steps: int
+    only: str | None
+    dtype: str
+    batch_size: int
+    width: int
+    learning_rate: float
+    schedule: str
+    warmup: int | None
+    weight_decay: float
+    decay_all: bool
+    clip: float
+    label_smoothing: float
+    accumulate: int
+    dropout: float
+    seed: int
+    overfit_one_batch: bool
+    save_every: int
+    device: str
+
+    def check(self) -> None:
+        """Refuse what can be refused before anything heavy is loaded.
+
+        Raises:
+            ValueError: for options that are unknown or exclude each other.
+        """
+        frameworks(self.only)
+        check_dtype(self.dtype)
+        check_data(self.data)
+        if self.overfit_one_batch and (self.label_smoothing or self.dropout):
+            raise ValueError(
+                "--overfit-one-batch with --label-smoothing or --dropout: a batch cannot be "
+                "learned by heart through either. Leave them out."
+            )
+
+    def run_config(self, corpus: "Corpus") -> "RunConfig":
+        """Return the config of the run; one batch is learned at a constant rate without decay."""
+        narrow = self.dtype in ("bfloat16", "float16")
+        schedule = "constant" if self.overfit_one_batch else self.schedule
+        warmup = 0 if self.overfit_one_batch else self.steps // 20
+        training: Constants = dict(
+            learning_rate=self.learning_rate,
+            schedule=schedule,
+            warmup_steps=warmup if self.warmup is None else self.warmup,
+            total_steps=None if schedule == "constant" else self.steps,
+            weight_decay=0.0 if self.overfit_one_batch else self.weight_decay,
+            decay_all=self.decay_all,
+            clip_norm=self.clip or None,
+            label_smoothing=self.label_smoothing,
+            accumulation_steps=self.accumulate,
+            compute_dtype=self.dtype if narrow else None,
+        )
+        return run_config(
+            corpus,
+            self.preset,
+            dict(dropout=self.dropout, dtype="float32" if narrow else self.dtype),
+            training,
+            rows=self.batch_size,
+            width=self.width,
+            seed=self.seed,
+            frameworks=frameworks(self.only),
+            one_batch=self.overfit_one_batch,
+        )
 
 
 def train(
@@ -76,14 +153,14 @@ def train(
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     device: Device = "auto",
 ) -> None:
-    """Train both twins side by side on the same batches, and watch that they stay one function.
+    """Train both twins side by side on the same batches, and check that they stay one function.
 
     The folder gets config.json, metrics.jsonl (a line per step), checkpoints (the newest two) and,
     at the end, curves.png. Ctrl-C writes a checkpoint; the same command goes on from it, bit for
     bit. A tenth of the text is held out, and both are judged on it at the end.
 
-    Exit codes: 0 trained, 1 the twins parted further than rounding explains (judged in float64 and
-    float32) or the one batch was not learned, 2 bad input or numbers that are not finite, 130
+    Exit codes: 0 trained, 1 the twins diverged further than rounding explains (judged in float64
+    and float32) or the one batch was not learned, 2 bad input or numbers that are not finite, 130
     interrupted.
 
     Examples:
@@ -94,68 +171,49 @@ def train(
 
     parity train --out runs/c --overfit-one-batch --only torch
     """
+    options = TrainOptions(**locals())
     errors = Console(stderr=True)
     with in_one_line(errors, "the run goes on from its newest checkpoint"):
-        twins = frameworks(only)
-        check_dtype(dtype)
-        check_data(data)
-        if overfit_one_batch:
-            if label_smoothing or dropout:
-                raise ValueError(
-                    "--overfit-one-batch with --label-smoothing or --dropout: a batch cannot be "
-                    "learned by heart through either. Leave them out."
-                )
-            schedule, warmup, weight_decay = "constant", warmup or 0, 0.0
-        narrow = dtype in ("bfloat16", "float16")
-        constants = dict(
-            learning_rate=learning_rate,
-            schedule=schedule,
-            warmup_steps=steps // 20 if warmup is None else warmup,
-            total_steps=None if schedule == "constant" else steps,
-            weight_decay=weight_decay,
-            decay_all=decay_all,
-            clip_norm=clip or None,
-            label_smoothing=label_smoothing,
-            accumulation_steps=accumulate,
-            compute_dtype=dtype if narrow else None,
-        )
+        options.check()
         with errors.status("loading jax and torch"):
             from parity.pair.text import Corpus
             from parity.system.devices import choose_devices
+            from parity.training import Run, Trainers
 
-            devices = choose_devices(device)
-            corpus = Corpus.load(data)
-            config = run_config(
-                corpus, preset, constants, dropout, batch_size, width, seed,
-                dtype="float32" if narrow else dtype,
-                frameworks=twins,
-                one_batch=overfit_one_batch,
-            )  # fmt: skip
-        failed = _train(errors, out, corpus, config, devices, steps, save_every)
+            devices = choose_devices(options.device)
+            corpus = Corpus.load(options.data)
+            config = options.run_config(corpus)
+        learn, held_out = corpus.split()
+        run = Run.start(options.out, config)
+        trainers = Trainers(config, devices)
+        last = _train(errors, run, learn, trainers, options)
+        failed = _report(run, learn, held_out, trainers, last)
     raise typer.Exit(1 if failed else 0)
 
 
 def _train(
-    errors: Console, out: Path, corpus, config, devices, steps: int, save_every: int
-) -> bool:
-    """Trains with a live line; whether it failed."""
+    errors: Console, run: "Run", learn: "Corpus", trainers: "Trainers", options: TrainOptions
+) -> int:
+    """Train with a live line; return the number of the last step."""
     from parity.system.progress import stoppable, watched
-    from parity.training import NonFinite, Run, Trainers, draw_training, evaluate, parted, train
+    from parity.training import NonFinite
+    from parity.training import train as train_run
 
-    learn, held_out = corpus.split()
-    run = Run.start(out, config)
-    trainers = Trainers(config, devices)
-    console = Console(highlight=False, soft_wrap=True)
-    before = run.checkpoints()
+    before, steps = run.checkpoints(), options.steps
     if before and before[-1][0]:
         errors.print(f"goes on from step {before[-1][0]}", style="dim", highlight=False)
-    target = _TARGET if config.one_batch else None
     try:
         with watched(errors, steps) as watch, stoppable() as stopped:
-            last = train(
-                run, learn, trainers, steps, save_every=save_every, target=target, watch=watch,
+            last = train_run(
+                run,
+                learn,
+                trainers,
+                steps,
+                save_every=options.save_every,
+                target=_TARGET if options.overfit_one_batch else None,
+                watch=watch,
                 stopped=stopped,
-            )  # fmt: skip
+            )
             interrupted = stopped()
     except NonFinite as error:
         errors.print(f"parity: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
@@ -168,12 +226,22 @@ def _train(
             soft_wrap=True,
         )
         raise typer.Exit(130)
+    return last
+
+
+def _report(
+    run: "Run", learn: "Corpus", held_out: "Corpus", trainers: "Trainers", last: int
+) -> bool:
+    """Draw the curves and print how the run ended; return whether it failed."""
+    from parity.training import draw_training, evaluate, judge_gap
+
+    console, config = Console(highlight=False, soft_wrap=True), run.config
     metrics, failed = run.metrics(last), False
     draw_training(run.path / "curves.png", metrics, f"{config.source}, {last} steps")
     for name, loss in metrics[-1]["losses"].items():
         skipped = sum(not row["applied"][name] for row in metrics)
-        words = f", {skipped} steps skipped by loss scaling" if skipped else ""
-        console.print(f"{name}_gpt: loss {loss:.6f} at step {last}{words}")
+        note = f", {skipped} steps skipped by loss scaling" if skipped else ""
+        console.print(f"{name}_gpt: loss {loss:.6f} at step {last}{note}")
     if config.one_batch:
         failed = not max(metrics[-1]["losses"].values()) < _TARGET
         outcome = f"not learned: the loss is not below {_TARGET} after" if failed else "learned in"
@@ -186,10 +254,10 @@ def _train(
                 f"{found['perplexity']:.4f}, accuracy {found['accuracy']:.4f} over "
                 f"{found['tokens']:,} tokens"
             )
-    is_bug, words = parted(run, learn, trainers)
-    if words:
-        judged = config.training["compute_dtype"] is None
+    is_bug, gap = judge_gap(run, learn, trainers)
+    if gap:
+        judged = config.training.compute_dtype is None
         style = "bold red" if is_bug else "green" if judged else "yellow"
-        console.print(f"largest gap between the losses {words}", style=style)
+        console.print(f"largest gap between the losses {gap}", style=style)
     console.print(f"wrote {run.path}: curves.png, metrics.jsonl, checkpoints")
     return failed or is_bug

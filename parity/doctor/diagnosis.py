@@ -46,19 +46,19 @@ class Diagnosis:
 
     @property
     def fired(self) -> tuple[str, ...]:
-        """Names of the detectors that saw something wrong, in the order they were asked."""
+        """Return the detectors that saw something wrong, by name, in the order of the questions."""
         return tuple(x.detector.name for x in self.answers if x.finding.verdict is Verdict.FAIL)
 
     @property
     def exit_code(self) -> int:
-        """0 nothing wrong was seen, 1 something was, 2 nothing could be asked."""
+        """Return 0 if nothing wrong was seen, 1 if something was, 2 if nothing could be asked."""
         if self.fired:
             return 1
         return 0 if any(x.finding.verdict is Verdict.PASS for x in self.answers) else 2
 
     @property
     def summary(self) -> str:
-        """The outcome in a line."""
+        """Return the outcome in a line."""
         asked = sum(x.finding.verdict in (Verdict.PASS, Verdict.FAIL) for x in self.answers)
         if not asked:
             return "Nothing could be asked."
@@ -67,7 +67,7 @@ class Diagnosis:
         return f"Nothing wrong in {asked} answers. What no question asks, no answer tells."
 
     def to_json(self) -> str:
-        """Everything, for machines."""
+        """Return everything as JSON."""
         document = {
             "schema": 1,
             "name": self.name,
@@ -89,7 +89,7 @@ class Diagnosis:
         return to_json(document, indent=2)
 
     def to_html(self) -> str:
-        """One page without anything from elsewhere."""
+        """Return a page that loads nothing from elsewhere."""
         return render("parity.doctor", "diagnosis.html.jinja", diagnosis=self)
 
     def __rich__(self) -> RenderableType:
@@ -122,7 +122,7 @@ class Diagnosis:
 
 
 def _advice(answer: Answer) -> list[RenderableType]:
-    """What was found, why it matters and what to try."""
+    """Render what was found, why it matters and what to try."""
     lines = (answer.finding.sentence, answer.detector.matters, answer.detector.remedy)
     words = "seen", "why it matters", "try next"
     body = Text()
@@ -139,21 +139,21 @@ def examine(
     stop_early: bool = True,
     progress: Callable[[str, float], None] = lambda name, fraction: None,
 ) -> Diagnosis:
-    """Puts the questions to a language model, one after the other.
+    """Ask a language model the questions, one after the other.
 
     Args:
         model: under examination.
         detectors: the questions, in order.
-        stop_early: leaves out what an earlier failure has made meaningless.
-        progress: told the name of the question and the fraction done.
+        stop_early: leave out what an earlier failure has made meaningless.
+        progress: called with the name of the question and the fraction done.
     """
     answers: list[Answer] = []
     failed: list[str] = []
     for number, detector in enumerate(detectors):
         progress(detector.name, number / len(detectors))
         blockers = [name for name in detector.after if name in failed] if stop_early else []
-        if stop_early and failed[:1] == ["initial-loss"] and not _finite_start(answers[0]):
-            blockers = ["initial-loss"]
+        if stop_early and failed[:1] == ["initial-loss"] and answers[0].finding.value is None:
+            blockers = ["initial-loss"]  # its logits were no numbers
         start = time.perf_counter()
         if blockers:
             finding = Finding(Verdict.BLOCKED, f"Means nothing while {blockers[0]} fails.")
@@ -165,8 +165,3 @@ def examine(
             failed.append(detector.name)
         answers.append(Answer(detector, finding, time.perf_counter() - start))
     return Diagnosis(model.name, model.framework, model.num_params, tuple(answers))
-
-
-def _finite_start(first: Answer) -> bool:
-    """Whether the first question got numbers at all."""
-    return first.finding.value is not None

@@ -18,9 +18,9 @@ from flax import nnx
 from parity.doctor.model import LanguageModel, Score, Trainer
 from parity.doctor.sizes import find_position_table, find_sizes, logits_of
 from parity.frameworks.capture import leaves_of
-from parity.frameworks.flax.capture import _wrapped_calls as wrapped_calls
+from parity.frameworks.flax.capture import wrapped_calls as wrapped_calls
 from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
-from parity.frameworks.flax.module import FlaxTrainer, flax_program
+from parity.frameworks.flax.module import FlaxTrainer, compile_step
 from parity.frameworks.flax.purity import flax_in
 from parity.frameworks.flax.scope import Scoped, jax_scope
 from parity.frameworks.leaves import Leaves, dotted
@@ -162,7 +162,7 @@ class FlaxModel(LanguageModel):
 
         optimizer = optax.adamw(rate, weight_decay=0.0)
         with self.scope():
-            program = flax_program(loss, optimizer)
+            program = compile_step(loss, optimizer)
             return Scoped(FlaxTrainer(nnx.clone(self.module), program, optimizer), self.scope)
 
     def dropout_losses(self, tokens_BT: np.ndarray) -> tuple[float, float] | None:
@@ -205,7 +205,8 @@ class FlaxModel(LanguageModel):
             direction_V = np.random.default_rng(0).normal(size=logits_TTV.shape[-1])
             # Row t of a batch of copies asks for position t: one backward pass answers for all.
             rows = jnp.arange(T)
-            return jnp.sum(logits_TTV[rows, rows] * jnp.asarray(direction_V, logits_TTV.dtype))
+            direction_V = jnp.asarray(direction_V, logits_TTV.dtype)
+            return jnp.sum(logits_TTV[rows, rows] * direction_V[None])
 
         def _is_equal(inputs: jax.Array) -> bool:
             traced = isinstance(inputs, jax.core.Tracer)  # inside the model's own jit

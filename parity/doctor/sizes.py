@@ -1,4 +1,4 @@
-"""What a model does not say in so many words: its sizes, and where in its output the logits are."""
+"""Find a model's vocabulary size, context length and logits when they are not given."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 # Where models keep their sizes, and what they call them.
 _PLACES = "config", "cfg", "args", "params", "hparams"
 _CONTEXTS = (
-    "context_length", "n_positions", "max_position_embeddings", "block_size", "max_seq_len",
-    "max_seq_length", "n_ctx", "seq_len",
-)  # fmt: skip
+    *("context_length", "n_positions", "max_position_embeddings", "block_size"),
+    *("max_seq_len", "max_seq_length", "n_ctx", "seq_len"),
+)
 
 FEWEST_IDS, SHORTEST = 5, 10  # with fewer, healthy models fail
 
 
 class NotLogits(ValueError):
-    """A call gave something else than logits."""
+    """A call that returns something else than logits."""
 
 
 def find_sizes(
@@ -23,7 +23,7 @@ def find_sizes(
     context_length: int | None,
     embeddings: Mapping[str, int],
 ) -> tuple[int, int]:
-    """Vocabulary and context of a model: as given, as its config says, or as its tables do.
+    """Find the vocabulary and context of a model: given, in its config, or by its tables.
 
     Args:
         module: that may say so itself, or in its `config`.
@@ -60,7 +60,7 @@ def find_sizes(
 
 
 def _said(module: Any, names: tuple[str, ...]) -> int | None:
-    """The first of some sizes that a module knows."""
+    """Return the first of these sizes that a module knows."""
     for place in (*(getattr(module, place, None) for place in _PLACES), module):
         for name in names:
             found = place.get(name) if isinstance(place, Mapping) else getattr(place, name, None)
@@ -77,8 +77,7 @@ def _is_position(name: str) -> bool:
 def find_position_table(
     leaves: Mapping[str, Any], embeddings: Mapping[str, int], vocab_size: int
 ) -> str | None:
-    """The leaf that has a row for each position: an embedding of something else than tokens, or a
-    matrix whose name says so.
+    """Find the leaf with a row per position: an embedding of no tokens, or so named.
 
     Args:
         leaves: all weights by name.
@@ -92,7 +91,7 @@ def find_position_table(
 
 
 def logits_of(output: Any, shape: tuple[int, int], vocab_size: int) -> Any:
-    """The logits (B, T, V) in what a call gave: itself, its field `logits`, or its first item.
+    """Return the logits (B, T, V) of an output: itself, its field `logits`, or its first item.
 
     Raises:
         NotLogits: when there is nothing of that shape.
@@ -105,11 +104,11 @@ def logits_of(output: Any, shape: tuple[int, int], vocab_size: int) -> Any:
         output = output[0]
     found = tuple(getattr(output, "shape", ()))
     if len(found) != 3 or found[:2] != tuple(shape) or found[2] < vocab_size:
-        call = "model(tokens, tokens)[0]" if found[:2] == (shape[0], 1) else "..."
+        call = "module(tokens, tokens)[0]" if found[:2] == (shape[0], 1) else "..."
         raise NotLogits(
             f"doctor: tokens of shape {tuple(shape)} gave {type(output).__name__}{list(found)}. A "
             f"language model gives logits (B, T, {vocab_size}), alone, first in a tuple, or as "
-            "`logits`. Wrap the model, or return torch_patient(model, forward=lambda model, tokens,"
-            f" counts: {call}), or flax_patient, of parity.doctor."
+            "`logits`. Wrap the model, or return a subclass of parity.doctor.TorchModel or "
+            f"FlaxModel in which `forward(self, module, tokens, counts)` returns {call}."
         )
     return output[..., :vocab_size]

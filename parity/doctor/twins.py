@@ -1,6 +1,5 @@
 """The two twins under examination, and copies of them with a bug in."""
 
-import copy
 import dataclasses
 import math
 from collections.abc import Iterator
@@ -16,10 +15,10 @@ import flax_gpt
 from parity.doctor.flax import FlaxModel
 from parity.doctor.model import AdamW, LanguageModel, Score, Trainer
 from parity.doctor.torch import TorchModel
-from parity.frameworks.flax.scope import Scoped, jax_scope
+from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import cast
-from parity.twins.flax import FlaxTrainer
-from parity.twins.torch import TorchTrainer
+from parity.twins.flax import FlaxTwin as FlaxHandle
+from parity.twins.torch import TorchTwin as TorchHandle
 
 # Sizes that all differ, and dropout that only a call with a key may switch on.
 CONFIG = flax_gpt.GPTConfig(
@@ -205,7 +204,7 @@ class TorchTwin(_Twin, TorchModel):
         return cache.layers[0].keys_BKSH.requires_grad
 
     def _trainer(self, constants: dict[str, Any], seed: int | None = None) -> Trainer:
-        return TorchTrainer(self.package, copy.deepcopy(self.module), constants, seed=seed)
+        return TorchHandle(self.module, self.package).copy().trainer(constants, seed=seed)
 
 
 class FlaxTwin(_Twin, FlaxModel):
@@ -219,14 +218,12 @@ class FlaxTwin(_Twin, FlaxModel):
         with self.scope():
             for length in lengths:
                 self.package.generate(self.module, jnp.zeros((1, length), jnp.int32), 2)
-                counts.append(self.package.decoder._program()._cache_size())
+                counts.append(self.package.decoding.decoder._program()._cache_size())
         # What the first length needs, a program that reads and one that continues, counts as one.
         return 1 + counts[-1] - counts[0]
 
     def _trainer(self, constants: dict[str, Any], seed: int | None = None) -> Trainer:
-        with self.scope():
-            trainer = FlaxTrainer(self.package, self.module, constants, seed=seed)
-            return Scoped(trainer, self.scope)
+        return FlaxHandle(self.module, self.package).trainer(constants, seed=seed)
 
 
 def cosine_rates(

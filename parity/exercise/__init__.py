@@ -3,9 +3,9 @@
     write_starter("todo", "torch", level=4, seed=7)
     grade("todo").open
 
-A starter is written from the right files in `torch/` or `flax/` with some of `plants.py` in them.
-Grading runs it in a process of its own (`sandbox.py`), where the files of `inside/` have it do what
-`grade.py` then compares with right and wrong starters.
+A starter is a copy of the right files in `torch/` or `flax/` with some bugs of `plants.toml` in it.
+Grading runs it in a process of its own (`sandbox.py`), where `inside/` watches it stage by stage;
+`grade.py` compares the numbers with those of right and wrong starters.
 """
 
 from parity.exercise.grade import Grade, grade

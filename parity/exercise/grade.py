@@ -1,12 +1,12 @@
-"""Grades a starter by what it does, never by how it is written.
+"""Grade a starter by what it does, never by how it is written.
 
 A starter is watched in stages that do not depend on each other: each stage is given right code
-and fixed weights for everything else. What comes out is compared with what the right starter
-gives, and with what it gives with any choice of the planted bugs. The choice that gives the
+and fixed weights for everything else. Its numbers are compared with those of the right starter, and
+with those of the right starter with any choice of the planted bugs. The choice that gives the
 student's numbers is what is still open, so every way to write a right solution is right.
 
-What is right or wrong is the same function in both frameworks, and so the numbers to compare with
-come from the PyTorch templates, whichever framework the student writes.
+Right and wrong starters are the same functions in both frameworks, so the numbers to compare with
+come from the PyTorch templates, whichever framework the student uses.
 """
 
 import dataclasses
@@ -14,7 +14,6 @@ import functools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich import box
@@ -22,7 +21,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from parity.exercise.inside import driver, torch_stages
+from parity.exercise.inside import driver, in_torch
+from parity.exercise.inside.probes import Values
+from parity.exercise.inside.stages import run_stage
 from parity.exercise.plants import (
     CATEGORIES,
     MISHAPS,
@@ -36,7 +37,7 @@ from parity.exercise.plants import (
     subsets,
 )
 from parity.exercise.sandbox import Outcome, observe
-from parity.exercise.starter import TOLD, read_exercise
+from parity.exercise.starter import CATEGORIES_NAMED, read_exercise
 
 # Relative, for numbers above 1. Two right starters agree to 1e-12. A softmax in float32, which
 # jax's own attention has even in float64, is off by 1.2e-6; another epsilon in the last norm, the
@@ -67,11 +68,11 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class Breakage:
-    """Something that was right in the starter and is not any more.
+    """Something that was right in the starter and no longer is.
 
     Attributes:
         stage: where it shows.
-        detail: what is seen.
+        detail: what was seen.
     """
 
     stage: str
@@ -80,11 +81,11 @@ class Breakage:
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One demand on the cache.
+    """One check of the cache.
 
     Attributes:
         name: in a word or two.
-        passed: whether it is met; None where that could not be seen.
+        passed: whether it holds; None where that could not be seen.
         detail: what was seen.
     """
 
@@ -99,7 +100,7 @@ class Part2:
 
     Attributes:
         state: not begun, passed, failed, or blocked while the forward pass is not right.
-        checks: what was demanded.
+        checks: in the order in which they ran.
     """
 
     state: str
@@ -108,14 +109,14 @@ class Part2:
 
 @dataclasses.dataclass(frozen=True)
 class Grade:
-    """What became of the bugs of one folder. Prints as a table.
+    """The bugs of one folder, and which are fixed. Prints as a table.
 
     Attributes:
         framework: flax or torch.
         level: how many bugs were planted.
         seed: of their choice.
         findings: one per planted bug.
-        broken: what is wrong that was right.
+        broken: what was right and is wrong now.
         part_2: the cache.
     """
 
@@ -138,7 +139,7 @@ class Grade:
 
     @property
     def unclear(self) -> tuple[Plant, ...]:
-        """Planted bugs that cannot be told apart from what was broken in the same place."""
+        """Planted bugs that cannot be distinguished from a breakage of the same stage."""
         return self._in("unclear")
 
     @property
@@ -148,12 +149,12 @@ class Grade:
 
     @property
     def exit_code(self) -> int:
-        """0 for no open bug, 1 for some, or for something broken."""
+        """0 for no open bug, 1 for open bugs or a breakage."""
         right = len(self.fixed) == len(self.findings) and not self.broken
         return 0 if right and self.part_2.state in ("not begun", "passed") else 1
 
     def hints(self, number: int) -> tuple[str, ...]:
-        """Up to three hints for each bug that is not fixed, from vague to clear."""
+        """Return up to three hints for each bug that is not fixed, from vague to clear."""
         return tuple(
             f"bug {finding.number}, hint {count}: {hint}"
             for finding in self.findings
@@ -162,7 +163,7 @@ class Grade:
         )
 
     def to_json(self) -> str:
-        """The grade in schema 1. What an open bug is, it does not say."""
+        """Return the grade as JSON, schema 1. It does not name open bugs."""
         document = {
             "schema": 1,
             "framework": self.framework,
@@ -170,7 +171,7 @@ class Grade:
             "seed": self.seed,
             "exit_code": self.exit_code,
             "bugs": [
-                {"number": finding.number, "state": finding.state, **self._told(finding)}
+                {"number": finding.number, "state": finding.state, **self._public(finding)}
                 for finding in self.findings
             ],
             "broken": [dataclasses.asdict(breakage) for breakage in self.broken],
@@ -179,13 +180,13 @@ class Grade:
         return json.dumps(document, indent=1) + "\n"
 
     def __rich__(self) -> RenderableType:
-        """One row per bug; then what was broken, and the cache."""
+        """Return a row per bug, then breakages and the cache."""
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         for column in ("bug", "state", "about"):
             table.add_column(column)
         for finding in self.findings:
-            told = self._told(finding)
-            about = told.get("title") or told.get("about") or ""
+            public = self._public(finding)
+            about = public.get("title") or public.get("about") or ""
             table.add_row(
                 str(finding.number), Text(finding.state, _COLOURS[finding.state]), Text(about)
             )
@@ -200,12 +201,12 @@ class Grade:
     def _in(self, state: str) -> tuple[Plant, ...]:
         return tuple(finding.plant for finding in self.findings if finding.state == state)
 
-    def _told(self, finding: Finding) -> dict[str, str]:
-        """What may be said of a bug: all of it once it is fixed."""
+    def _public(self, finding: Finding) -> dict[str, str]:
+        """Return what a student may know of a bug: all of it once it is fixed."""
         plant = finding.plant
         if finding.state == "fixed":
             return {"id": plant.id, "title": plant.title, "answer": plant.answer}
-        return {"about": CATEGORIES[plant.category]} if self.level <= TOLD else {}
+        return {"about": CATEGORIES[plant.category]} if self.level <= CATEGORIES_NAMED else {}
 
     def _summary(self) -> str:
         counts = [
@@ -230,10 +231,13 @@ _COLOURS = {
 
 
 def grade(folder: Path | str) -> Grade:
-    """Runs a student's folder in the sandbox and judges what it did.
+    """Run a student's folder in the sandbox and judge what it does.
+
+    Returns:
+        The grade.
 
     Raises:
-        ValueError: when `write_starter` did not write the folder.
+        ValueError: `write_starter` did not write the folder.
     """
     exercise = read_exercise(folder)
     outcomes = observe(Path(folder), exercise.framework, solved(exercise.framework), _WATCHED)
@@ -248,7 +252,7 @@ def judge(
     plants: tuple[Plant, ...],
     outcomes: Mapping[str, Outcome],
 ) -> Grade:
-    """The grade that the outcomes of all stages deserve.
+    """Judge the outcomes of all stages.
 
     Args:
         framework: of the starter.
@@ -256,6 +260,9 @@ def judge(
         seed: of the exercise.
         plants: the bugs that were planted.
         outcomes: by stage.
+
+    Returns:
+        The grade.
     """
     verdicts = {
         stage: _decide(stage, outcomes[stage], tuple(x for x in plants if x.stage == stage))
@@ -289,7 +296,7 @@ def judge(
 
 @dataclasses.dataclass(frozen=True)
 class _Verdict:
-    """Of one stage: its open bugs, None when they cannot be told; and what else is wrong."""
+    """Of one stage: its open bugs, None when they are unclear; and what else is wrong."""
 
     open: tuple[Plant, ...] | None
     broken: str = ""
@@ -305,7 +312,7 @@ class _Verdict:
 
 
 def _decide(stage: str, outcome: Outcome, here: tuple[Plant, ...]) -> _Verdict:
-    """Which bugs explain what a stage gave."""
+    """Find the bugs that explain the values of a stage."""
     if outcome.values is None:
         return _Verdict(None, outcome.error or "gave nothing")
     if (found := _explanation(stage, outcome.values, subsets(here))) is not None:
@@ -319,30 +326,30 @@ def _decide(stage: str, outcome: Outcome, here: tuple[Plant, ...]) -> _Verdict:
 
 
 def _explanation(
-    stage: str, values: Mapping[str, Any], choices: Iterable[tuple[Plant, ...]]
+    stage: str, values: Values, choices: Iterable[tuple[Plant, ...]]
 ) -> tuple[Plant, ...] | None:
-    """The choice of bugs that gives what was seen, the first of equals; None if none does."""
+    """Return the choice of bugs with the values of a stage, the first of equals; None for none."""
     found = [(max(gaps(stage, values, expected(stage, x)).values()), x) for x in choices]
     gap, choice = min(found, key=lambda pair: pair[0], default=(np.inf, ()))
     return choice if gap <= 1.0 else None
 
 
 @functools.cache
-def expected(stage: str, plants: tuple[Plant, ...] = ()) -> dict[str, Any]:
-    """What a starter with those bugs, and no others, gives in a stage."""
-    with torch_stages.scope():
+def expected(stage: str, plants: tuple[Plant, ...] = ()) -> Values:
+    """Return the values of a stage for a starter with some bugs and no others."""
+    with in_torch.scope():
         modules = driver.loaded(mutated_files("torch", plants))
-        return driver.run_stage(stage, torch_stages, modules, driver.loaded(solved("torch")))
+        return run_stage(stage, in_torch, modules, driver.loaded(solved("torch")))
 
 
-def gaps(stage: str, values: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, float]:
-    """By name, the largest difference between what was seen and wanted, in units of its bound."""
+def gaps(stage: str, values: Values, wanted: Values) -> dict[str, float]:
+    """Return the largest difference between values and wanted ones, by name, over its bound."""
     if set(values) != set(wanted):
         return {"the names of what it gave": np.inf}
     return {name: _gap(stage, values[name], wanted[name]) for name in wanted}
 
 
-def _gap(stage: str, value: Any, wanted: Any) -> float:
+def _gap(stage: str, value: object, wanted: object) -> float:
     try:
         found_N, wanted_N = np.asarray(value, np.float64), np.asarray(wanted, np.float64)
     except (ValueError, TypeError):
@@ -356,8 +363,8 @@ def _gap(stage: str, value: Any, wanted: Any) -> float:
     return float(np.nanmax(np.abs(found_N - wanted_N) / bound_N, initial=0.0))
 
 
-def _difference(stage: str, values: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """The first thing that is not as it should be, with numbers."""
+def _difference(stage: str, values: Values, wanted: Values) -> str:
+    """Describe the first value that differs, with numbers."""
     by_name = gaps(stage, values, wanted)
     name = next(name for name, gap in by_name.items() if not gap <= 1.0)
     if name not in wanted:
@@ -377,7 +384,7 @@ def _difference(stage: str, values: Mapping[str, Any], wanted: Mapping[str, Any]
 
 
 def _part_2(outcome: Outcome, forward_is_right: bool) -> Part2:
-    """What is to be said of the cache."""
+    """Judge the cache."""
     if outcome.values is None:
         return Part2("failed", (Check("ran", False, outcome.error or "gave nothing"),))
     if not outcome.values["begun"]:

@@ -1,7 +1,7 @@
-"""The exercise's own proof: a Flax starter and a PyTorch starter, both mended, are one function.
+"""The proof of the exercise: a Flax and a PyTorch starter, both repaired, are one function.
 
-Both folders are loaded into one process of the sandbox, where `parity check` compares them as it
-would any other pair. What comes back is the report.
+Both folders are loaded into one process of the sandbox, where `parity check` compares them like any
+other pair. The report comes back as JSON.
 """
 
 import contextlib
@@ -10,18 +10,17 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 
 import parity
 from parity.check.check import check
 from parity.exercise import sandbox
-from parity.exercise.inside import driver
+from parity.exercise.inside import driver, in_flax, in_torch
+from parity.exercise.inside.probes import Array, Model, Starter, Values, logits_of
 from parity.exercise.plants import files
 from parity.exercise.starter import read_exercise
 from parity.frameworks.flax.leaves import flax_leaves
@@ -45,10 +44,16 @@ _LARGEST_REPORT = 16 << 20
 
 
 def check_two(folders: Sequence[Path]) -> dict[str, Path]:
-    """Exercise folders by framework.
+    """Sort exercise folders by framework.
+
+    Args:
+        folders: one or two.
+
+    Returns:
+        The folders by framework.
 
     Raises:
-        ValueError: when one is no exercise, or two are of the same framework.
+        ValueError: one is no exercise, or two are of the same framework.
     """
     found = [(read_exercise(folder).framework, Path(folder)) for folder in folders]
     if len(dict(found)) < len(found):
@@ -60,7 +65,7 @@ def check_two(folders: Sequence[Path]) -> dict[str, Path]:
 
 
 def prove(flax_folder: Path | str, torch_folder: Path | str) -> Report:
-    """Checks two starters against each other, in float64.
+    """Check two starters against each other, in float64.
 
     Bugs that both have are no difference: grade them first.
 
@@ -73,12 +78,12 @@ def prove(flax_folder: Path | str, torch_folder: Path | str) -> Report:
         too where both have part 2.
 
     Raises:
-        ValueError: when one of the two cannot be loaded.
+        ValueError: one of the two cannot be loaded.
     """
     with sandbox.workspace(Path(flax_folder), Path(torch_folder)) as (folder, copies):
         job, result = folder / "job.json", folder / "report.json"
-        told = {"flax": str(copies[0]), "torch": str(copies[1]), "result": str(result)}
-        job.write_text(json.dumps(told), encoding="utf-8")
+        paths = {"flax": str(copies[0]), "torch": str(copies[1]), "result": str(result)}
+        job.write_text(json.dumps(paths), encoding="utf-8")
         root = str(Path(parity.__file__).parents[1])
         code = (
             f"import sys; sys.path.insert(0, {root!r})\n"
@@ -95,7 +100,7 @@ def prove(flax_folder: Path | str, torch_folder: Path | str) -> Report:
 
 
 def main(job_file: str) -> None:
-    """What `prove` runs in the sandbox."""
+    """Check two starters, in the sandbox."""
     driver.limit(sandbox.LIMITS)
     job = json.loads(Path(job_file).read_text(encoding="utf-8"))
     jax.config.update("jax_disable_most_optimizations", True)  # compiles twice as fast
@@ -107,27 +112,18 @@ def main(job_file: str) -> None:
     Path(job["result"]).write_text(report.to_json(), encoding="utf-8")
 
 
-def pair(flax: Any, torch_modules: Any) -> Pair:
-    """Two starters as a pair for the check, of the size and with the sentence of the exercise.
-
-    Args:
-        flax: the modules model, cache, train and generate of the Flax starter, as attributes.
-        torch_modules: those of the PyTorch starter.
-    """
+def pair(flax_starter: Starter, torch_starter: Starter) -> Pair:
+    """Make the pair of two starters, of the size and with the sentence of the exercise."""
     right = driver.loaded(files("torch"))
     tokens = np.array(right.train.encode(right.train.SENTENCE), np.int32)
     tokens = tokens.reshape(right.train.ROWS, -1)
     width = tokens.shape[1]
-    sizes = dict(
-        vocab_size=len(right.train.VOCABULARY), context_length=width, embed_dim=32, num_layers=2,
-        num_heads=4, mlp_dim=96,
-    )  # fmt: skip
-    cached = _has_cache(flax, jnp.asarray, sizes) and _has_cache(
-        torch_modules, lambda x: torch.from_numpy(x).long(), sizes
-    )
+    sizes = dict(context_length=width, embed_dim=32, num_layers=2, num_heads=4, mlp_dim=96)
+    sizes["vocab_size"] = len(right.train.VOCABULARY)
+    cached = _has_cache(flax_starter, in_flax, sizes) and _has_cache(torch_starter, in_torch, sizes)
     return Pair(
-        flax=_flax_side(flax, sizes, cached),
-        torch=_torch_side(torch_modules, sizes, cached),
+        flax=_spec("the Flax starter", flax_starter, in_flax, flax_leaves, sizes, cached),
+        torch=_spec("the PyTorch starter", torch_starter, in_torch, torch_leaves, sizes, cached),
         rules=TWINS,
         probes={
             "the sentence": Batch((tokens,)),
@@ -143,28 +139,17 @@ def pair(flax: Any, torch_modules: Any) -> Pair:
     )
 
 
-def _flax_side(modules: Any, sizes: dict[str, int], cached: bool) -> ModelSpec:
-    def ids(tokens: np.ndarray) -> Any:
-        return jnp.asarray(tokens, jnp.int32)
+def _spec(
+    name: str,
+    modules: Starter,
+    framework: ModuleType,
+    leaves: Callable[[Model], Leaves],
+    sizes: dict[str, int],
+    cached: bool,
+) -> ModelSpec:
+    """Describe one starter to the check."""
 
-    def trained(model: Any, tokens: np.ndarray, num_steps: int) -> list[float]:
-        return modules.train.train(model, ids(tokens), num_steps, LEARNING_RATE)
-
-    return ModelSpec(
-        name="the Flax starter",
-        build=lambda dtype: modules.model.GPT(modules.model.Config(**sizes), seed=0),
-        forward=_logits,
-        loss=lambda model, tokens: modules.train.next_token_loss(_logits(model, tokens), tokens),
-        trainer=lambda model, num_steps: _Trainer(model, num_steps, trained, flax_leaves),
-        decoder=(lambda model: _Decoder(modules, model, ids)) if cached else None,
-    )
-
-
-def _torch_side(modules: Any, sizes: dict[str, int], cached: bool) -> ModelSpec:
-    def ids(tokens: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.array(tokens)).long()
-
-    def build(dtype: str) -> torch.nn.Module:
+    def build(dtype: str) -> Model:
         before = torch.get_default_dtype()
         torch.set_default_dtype(getattr(torch, dtype))
         try:
@@ -172,66 +157,65 @@ def _torch_side(modules: Any, sizes: dict[str, int], cached: bool) -> ModelSpec:
         finally:
             torch.set_default_dtype(before)
 
-    def trained(model: Any, tokens: np.ndarray, num_steps: int) -> list[float]:
-        return modules.train.train(model, ids(tokens), num_steps, LEARNING_RATE)
+    def trained(model: Model, tokens: np.ndarray, num_steps: int) -> list[float]:
+        return modules.train.train(model, framework.ids(tokens), num_steps, LEARNING_RATE)
 
     return ModelSpec(
-        name="the PyTorch starter",
+        name=name,
         build=build,
         forward=_logits,
         loss=lambda model, tokens: modules.train.next_token_loss(_logits(model, tokens), tokens),
-        trainer=lambda model, num_steps: _Trainer(model, num_steps, trained, torch_leaves),
-        decoder=(lambda model: _Decoder(modules, model, ids)) if cached else None,
+        trainer=lambda model, num_steps: _Trainer(model, num_steps, trained, leaves),
+        decoder=(lambda model: _Decoder(modules, model, framework)) if cached else None,
     )
 
 
-def _logits(model: Any, tokens: Any, counts: Any = None) -> Any:
-    """Without the cache that a model may give too; padding is on the right, where none looks."""
-    found = model(tokens)
-    return found[0] if isinstance(found, tuple) else found
+def _logits(model: Model, tokens: Array, counts: Array = None) -> Array:
+    """Return logits; padding is on the right, where no token looks."""
+    return logits_of(model(tokens))
 
 
 class _Trainer:
-    """A whole training of one batch as the steps that the check asks for."""
+    """A whole training on one batch as the steps that the check asks for."""
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         num_steps: int,
-        trained: Callable[[Any, np.ndarray, int], list[float]],
-        leaves: Callable[[Any], Leaves],
+        trained: Callable[[Model, np.ndarray, int], list[float]],
+        leaves: Callable[[Model], Leaves],
     ):
         self._model, self._num_steps = model, num_steps
         self._trained, self._leaves = trained, leaves
         self._losses: Iterator[float] | None = None
 
     def step(self, tokens: np.ndarray) -> float:
-        """The loss before the next step."""
+        """Return the loss before the next step."""
         if self._losses is None:
             self._losses = iter(self._trained(self._model, tokens, self._num_steps))
         return float(next(self._losses, np.nan))
 
     def parameters(self) -> Leaves:
-        """The weights after the last step."""
+        """Return the weights after the last step."""
         return self._leaves(self._model)
 
 
 class _Decoder:
     """Reading in pieces and greedy tokens, row by row: a starter's cache has one length."""
 
-    def __init__(self, modules: Any, model: Any, ids: Callable[[np.ndarray], Any]):
-        self._modules, self._model, self._ids = modules, model, ids
+    def __init__(self, modules: Starter, model: Model, framework: ModuleType):
+        self._modules, self._model, self._framework = modules, model, framework
 
     def chunks(self, calls: Sequence[tuple[np.ndarray, np.ndarray]], _: int) -> list[np.ndarray]:
-        """Logits of each call (tokens (1, T), counts (1,)), one cache through all of them."""
+        """Return the logits of each call (tokens (1, T), counts (1,)), with one cache for all."""
         cache = self._modules.cache.KVCache.empty(self._model.config, 1)
         found = []
         for tokens, (count,) in calls:
             out, start = np.zeros((*tokens.shape, self._model.config.vocab_size)), 0
             while start < count:  # in two widths only, for jax compiles each
                 stop = start + (_PIECE if count - start >= _PIECE else 1)
-                logits, cache = self._model(self._ids(tokens[:, start:stop]), cache)
-                out[:, start:stop] = _numpy(logits)
+                logits, cache = self._model(self._framework.ids(tokens[:, start:stop]), cache)
+                out[:, start:stop] = self._framework.array(logits)
                 start = stop
             found.append(out)
         return found
@@ -239,34 +223,31 @@ class _Decoder:
     def generate(
         self, tokens: np.ndarray, counts: np.ndarray, max_new_tokens: int, use_cache: bool
     ) -> np.ndarray:
-        """Greedy tokens (B, G)."""
+        """Return greedy tokens (B, G)."""
         generate = self._modules.generate
         call = generate.generate_cached if use_cache else generate.generate
+        ids, array = self._framework.ids, self._framework.array
         rows = [
-            _numpy(call(self._model, self._ids(row[None, :count]), max_new_tokens))[0, count:]
+            array(call(self._model, ids(row[None, :count]), max_new_tokens))[0, count:]
             for row, count in zip(tokens, counts, strict=True)
         ]
         return np.stack(rows).astype(np.int32)
 
 
-def _numpy(x: Any) -> np.ndarray:
-    return x.detach().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
-
-
-def _has_cache(modules: Any, ids: Callable[[np.ndarray], Any], sizes: dict[str, int]) -> bool:
+def _has_cache(modules: Starter, framework: ModuleType, sizes: dict[str, int]) -> bool:
     model = modules.model.GPT(modules.model.Config(**sizes), seed=0)
     try:
-        modules.generate.generate_cached(model, ids(np.zeros((1, 1), np.int32)), 1)
+        modules.generate.generate_cached(model, framework.ids(np.zeros((1, 1), np.int32)), 1)
     except NotImplementedError:
         return False
     return True
 
 
-def _imported(folder: Path) -> SimpleNamespace:
-    """A folder's modules, out of the way of the other folder's, which have the same names."""
+def _imported(folder: Path) -> Starter:
+    """Import a folder's files, apart from another folder's files of the same names."""
     sys.path.insert(0, str(folder))
     try:
-        return SimpleNamespace(**{name: importlib.import_module(name) for name in driver.NAMES})
+        return Starter(**{name: importlib.import_module(name) for name in driver.NAMES})
     finally:
         sys.path.remove(str(folder))
         for name, module in list(sys.modules.items()):
@@ -274,16 +255,16 @@ def _imported(folder: Path) -> SimpleNamespace:
                 del sys.modules[name]
 
 
-def _report(document: dict[str, Any]) -> Report:
-    """The report that `Report.to_json` wrote."""
+def _report(document: Values) -> Report:
+    """Read what `Report.to_json` wrote."""
 
-    def number(value: Any) -> Any:
+    def number(value: object) -> object:
         with contextlib.suppress(ValueError):
             return float(value) if isinstance(value, str) else value
         return value
 
-    def record(fields: dict[str, Any]) -> Record:
-        wide = {name: number(fields[name]) for name in ("value", "bound", "noise")}
+    def record(fields: Values) -> Record:
+        wide: Values = {name: number(fields[name]) for name in ("value", "bound", "noise")}
         return Record(**(fields | wide | {"verdict": Verdict(fields["verdict"])}))
 
     levels = tuple(

@@ -1,4 +1,4 @@
-"""Runs a student's code in a process of its own, with limits, and reads what it did there.
+"""Run a student's code in a process of its own, with limits, and read what it did there.
 
 This limits accidents: endless loops, a full memory or disk, a crash, a call of `sys.exit`, a
 changed global. It is no security boundary. The code runs as the same user on the same files and
@@ -18,9 +18,9 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from parity.exercise import inside
+from parity.exercise.inside.probes import Values
 
 STAGE_SECONDS = 60.0  # the slowest right stage, part 2 in Flax, takes ten on a slow core
 START_SECONDS = 120.0  # to load a framework from a cold disk
@@ -42,14 +42,14 @@ _LARGEST_RESULT = 64 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What one stage gave.
+    """The result of one stage.
 
     Attributes:
         values: plain numbers by name; None when it did not come to an end.
         error: how it ended then, in one line.
     """
 
-    values: dict[str, Any] | None
+    values: Values | None
     error: str | None = None
 
 
@@ -60,7 +60,7 @@ def observe(
     stages: Sequence[str],
     stage_seconds: float = STAGE_SECONDS,
 ) -> dict[str, Outcome]:
-    """Runs stages on a copy of a student's folder.
+    """Run stages on a copy of a student's folder.
 
     Args:
         folder: with the student's files; only Python files of its top level are copied.
@@ -73,7 +73,7 @@ def observe(
         An outcome for every stage: a stage that kills its process costs the others nothing.
 
     Raises:
-        ValueError: when the sandbox itself does not start.
+        ValueError: the sandbox itself does not start.
     """
     found: dict[str, Outcome] = {}
     with workspace(folder) as (place, (copy,)):
@@ -111,7 +111,7 @@ def observe(
 
 @contextlib.contextmanager
 def workspace(*folders: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """A temporary folder, and in it copies of the Python files of students' folders."""
+    """Make a temporary folder with copies of the Python files of students' folders."""
     with tempfile.TemporaryDirectory(prefix="exercise-") as name:
         place = Path(name).resolve()
         copies = [place / f"starter_{number}" for number in range(len(folders))]
@@ -124,7 +124,7 @@ def workspace(*folders: Path) -> Iterator[tuple[Path, list[Path]]]:
 
 
 def _driver_code(job: Path) -> str:
-    """Loads `inside` as a package of its own: nothing else of parity is imported there."""
+    """Return code that loads `inside` as a package of its own, without the rest of parity."""
     folder = Path(inside.__file__).parent
     return (
         "import importlib.util as util, sys\n"
@@ -138,7 +138,7 @@ def _driver_code(job: Path) -> str:
 
 
 def run(code: str, place: Path, patience: float, events: Path | None = None) -> str:
-    """Runs code in a process of its own until its end, or until it has been silent for too long.
+    """Run code in a process of its own until its end, or until it has been silent for too long.
 
     The code sets its own resource limits, by `inside.driver.limit`.
 
@@ -193,8 +193,8 @@ def run(code: str, place: Path, patience: float, events: Path | None = None) -> 
     return f"the process ended with exit code {process.returncode}: {said[:300]}".rstrip(": ")
 
 
-def _read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines that are whole."""
+def _read_events(path: Path) -> Iterator[Values]:
+    """Yield the events of complete lines."""
     if not path.exists() or path.stat().st_size > _LARGEST_RESULT:
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""Writes the exercise: a folder with a broken starter, its tests, and the task in words."""
+"""Write the exercise: a folder with a broken starter, its tests and the task."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from parity.faults.edit import FRAMEWORKS
 from parity.system.files import write_atomically
 
 RECORD = ".exercise.json"
-TOLD = 4  # the highest level whose categories the task names
+CATEGORIES_NAMED = 4  # the highest level whose categories the task names
 
 _NUMBERS = "no bugs", "one bug", *(
     f"{word} bugs" for word in ("two", "three", "four", "five", "six", "seven", "eight")
@@ -27,7 +27,7 @@ _FLOAT64 = {
 
 @dataclasses.dataclass(frozen=True)
 class Exercise:
-    """What a folder holds: enough to know its bugs again."""
+    """The choices that determine the bugs of a folder."""
 
     framework: str
     level: int
@@ -35,16 +35,16 @@ class Exercise:
 
 
 def write_starter(folder: Path | str, framework: str, level: int, seed: int) -> None:
-    """Writes a starter with bugs into a new or empty folder.
+    """Write a starter with bugs into a new or empty folder.
 
     Args:
-        folder: where to.
+        folder: to write to.
         framework: flax or torch.
         level: how many bugs.
         seed: of the choice of bugs.
 
     Raises:
-        ValueError: for a framework or level that there is not, or a folder that holds something.
+        ValueError: there is no such framework or level, or the folder is not empty.
     """
     folder = Path(folder)
     if framework not in FRAMEWORKS:
@@ -71,10 +71,13 @@ def write_starter(folder: Path | str, framework: str, level: int, seed: int) -> 
 
 
 def read_exercise(folder: Path | str) -> Exercise:
-    """What `write_starter` wrote into a folder.
+    """Read the record that `write_starter` left in a folder.
+
+    Returns:
+        The choices.
 
     Raises:
-        ValueError: when it is no such folder.
+        ValueError: the folder has no such record.
     """
     path = Path(folder) / RECORD
     try:
@@ -101,18 +104,18 @@ def read_exercise(folder: Path | str) -> Exercise:
 
 
 def _task(exercise: Exercise) -> str:
-    """The README of a starter."""
+    """Return the README of a starter."""
     template = Path(__file__).with_name("starter_readme.md").read_text(encoding="utf-8")
     count = _NUMBERS[exercise.level]
     one = exercise.level == 1
     about = "".join(f"- {CATEGORIES[category]}\n" for category in ORDER[: exercise.level])
-    told = f"{'It is about' if one else 'They are about'}\n\n{about}"
-    untold = "They may be anywhere in `model.py`, `train.py` and `generate.py`."
+    named = f"{'It is about' if one else 'They are about'}\n\n{about}"
+    unnamed = "They may be anywhere in `model.py`, `train.py` and `generate.py`."
     return string.Template(template).substitute(
         count=count,
         what=f"there {'is' if one else 'are'} {count}",
         where=f"There {'is' if one else 'are'} {count}. "
-        + (told if exercise.level <= TOLD else untold),
+        + (named if exercise.level <= CATEGORIES_NAMED else unnamed),
         needs=_NEEDS[exercise.framework],
         float64=_FLOAT64[exercise.framework],
         level=exercise.level,

@@ -9,11 +9,12 @@ import dataclasses
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 
 ArrayT = TypeVar("ArrayT")
+ValueT = TypeVar("ValueT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,10 +146,13 @@ def leaves_of(value: object) -> Iterator[object]:
         yield from leaves_of(child)
 
 
-def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+def map_leaves(value: ValueT, change: Callable[[object], object]) -> ValueT:
     """Apply `change` to what nested tuples, lists and dicts hold; other containers stay."""
-    if type(value) in (tuple, list):
-        return type(value)(map_leaves(x, change) for x in value)
-    if type(value) is dict:
-        return {key: map_leaves(x, change) for key, x in value.items()}
-    return change(value)
+    mapped: object
+    if isinstance(value, tuple | list) and type(value) in (tuple, list):
+        mapped = type(value)(map_leaves(x, change) for x in value)
+    elif isinstance(value, dict) and type(value) is dict:
+        mapped = {key: map_leaves(x, change) for key, x in value.items()}
+    else:
+        mapped = change(value)
+    return cast(ValueT, mapped)

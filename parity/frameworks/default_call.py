@@ -1,7 +1,6 @@
 """Defaults for calling a module, reducing its output to a scalar loss and training it."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -10,7 +9,7 @@ import numpy as np
 LEARNING_RATE, BETA1, BETA2, EPSILON, WEIGHT_DECAY = 1e-3, 0.9, 0.95, 1e-8, 0.1
 
 
-def plain_call(module: Callable[..., Any], *inputs: object) -> Any:
+def plain_call(module: Callable[..., object], *inputs: object) -> object:
     """Return `module(*inputs)`."""
     return module(*inputs)
 

@@ -5,13 +5,13 @@ What works with a single framework, as goldens do, asks here, so that the other 
 
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar, Unpack, cast
+from typing import Protocol, TypeVar, cast
 
 import numpy as np
 
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import LiveRunner
-from parity.frameworks.spec import ModelSpec, SpecOptions
+from parity.frameworks.spec import ModelSpec, ModuleUse
 
 NAMES = "flax", "torch"
 
@@ -29,39 +29,31 @@ class Handle(Protocol):
     NAME: str
     MODULE: type
 
-    def spec(self, module: Any, **options: Unpack[SpecOptions]) -> ModelSpec[Any, Any]:
-        """Describe a module."""
+    def spec(self, module: object, use: ModuleUse) -> ModelSpec:
+        """Return the spec of a module."""
 
     def seeded(self, seed: int, build: Callable[[], Built]) -> Built:
         """Return what a function builds, with the framework's own generator at a seed."""
 
-    def initial_leaves(self, spec: ModelSpec[Any, Any], dtype: str) -> Leaves:
+    def initial_leaves(self, spec: ModelSpec, dtype: str) -> Leaves:
         """Return the weights that a model is built with, on the CPU."""
 
-    def code_leaves(self, module: Any) -> tuple[str, ...]:
+    def code_leaves(self, module: object) -> tuple[str, ...]:
         """Name the leaves that belong to the code, such as masks and tables of angles."""
 
-    def runner(
-        self, spec: ModelSpec[Any, Any], weights: Mapping[str, np.ndarray]
-    ) -> LiveRunner[Any]:
+    def runner(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> LiveRunner:
         """Return a runner in float64 on the CPU."""
 
-    def learning_rate(self, module: Any, optimizer: Any) -> float:
+    def learning_rate(self, module: object, optimizer: object) -> float:
         """Return the largest learning rate of an optimizer, or of the default where it is None.
 
         Raises:
             ValueError: for an optimizer that does not reveal it.
         """
 
-    def versions(self) -> dict[str, str]:
-        """Return the versions of the packages that compute."""
-
-    def num_threads(self) -> int:
-        """Return the number of threads that share the work."""
-
 
 def handle(name: str) -> Handle:
-    """Import a framework.
+    """Return a framework, which is imported for it.
 
     Raises:
         ValueError: when the framework cannot be imported here.
@@ -75,7 +67,7 @@ def handle(name: str) -> Handle:
 
 
 def handle_of(module: object) -> Handle:
-    """Import the framework that a module belongs to.
+    """Return the framework that a module belongs to.
 
     Raises:
         ValueError: for anything but a module.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 ModuleT = TypeVar("ModuleT")
 ArrayT = TypeVar("ArrayT")
+OptimizerT = TypeVar("OptimizerT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +57,20 @@ class ModelSpec(Generic[ModuleT, ArrayT]):
     decoder: Callable[[ModuleT], Decoder] | None = None
 
 
-class SpecOptions(TypedDict, total=False):
-    """How a module is called, scored and trained, where a user says so.
+@dataclasses.dataclass(frozen=True)
+class ModuleUse(Generic[ArrayT, OptimizerT]):
+    """How one module is called, scored and trained, where the defaults do not fit.
 
     Attributes:
-        call: (module, *inputs) to outputs; `module(*inputs)` by default.
-        loss: (module, *inputs) to a scalar; the outputs times fixed random numbers by default.
-        optimizer: for torch a function of the parameters, for Flax an optax transformation; AdamW
-            by default.
+        call: (module, *inputs) to outputs; `module(*inputs)` when None.
+        loss: (module, *inputs) to a scalar; a fixed random projection of the outputs when None.
+        optimizer: for torch a function of parameters to an optimizer, for Flax an optax
+            transformation; AdamW with the same constants when None.
     """
 
-    call: Callable[..., object] | None
-    loss: Callable[..., Any] | None
-    optimizer: Any
+    call: Callable[..., object] | None = None
+    loss: Callable[..., ArrayT] | None = None
+    optimizer: OptimizerT | None = None
+
+
+BY_DEFAULT: ModuleUse = ModuleUse()

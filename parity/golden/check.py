@@ -8,21 +8,20 @@ import functools
 import platform
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Unpack
-
-import numpy as np
 
 from parity.check.levels import gradients, logits, optimizer, trajectory
 from parity.check.levels.completeness import every_leaf_once
+from parity.check.levels.names import LEVELS
 from parity.check.levels.run import Progress, run_levels
 from parity.check.metrics import different_bits, largest
 from parity.check.session import Session
-from parity.frameworks.handle import Handle, handle_of
-from parity.frameworks.spec import SpecOptions
+from parity.frameworks.handle import handle_of
+from parity.frameworks.spec import BY_DEFAULT, ModuleUse
 from parity.golden.file import Golden, read
 from parity.golden.session import GoldenSession
 from parity.report import Divergence, Report
 from parity.report.record import Record, Verdict, abstain, judge
+from parity.system.devices import num_threads, versions
 from parity.weights.rules import Rules
 
 _PHASES = {"weights": "weights", "logits": "forward", "gradients": "backward"}
@@ -30,12 +29,12 @@ _PHASES = {"weights": "weights", "logits": "forward", "gradients": "backward"}
 
 def check(
     golden: Golden | Path | str,
-    module: Any,
+    module: object,
     *,
     rules: Rules | Path | str | None = None,
+    use: ModuleUse = BY_DEFAULT,
     levels: Iterable[str] | None = None,
     progress: Progress = lambda level, fraction: None,
-    **options: Unpack[SpecOptions],
 ) -> Report:
     """Compare a module with a golden in float64; the other framework need not be installed.
 
@@ -45,10 +44,9 @@ def check(
         golden: or its file.
         module: a torch.nn.Module or a flax.nnx.Module; it is not changed.
         rules: the weight map or its file; None for a golden of the module's own framework.
+        use: how it is called, and how it is scored and trained if the golden was so.
         levels: names of levels; all by default.
         progress: called with a level's name and the fraction of it that is done.
-        options: `call`, and `loss` and `optimizer` where the golden was recorded with them; see
-            `SpecOptions`.
 
     Returns:
         A report as of any check.
@@ -60,7 +58,7 @@ def check(
         golden = read(Path(golden))
     here = handle_of(module)
     rules = weight_rules(rules, golden, here.NAME)
-    session = GoldenSession(golden, here, module, here.spec(module, **options), rules)
+    session = GoldenSession(golden, here, module, here.spec(module, use), rules)
     wanted = set(LEVELS if levels is None else levels)
     if unknown := wanted - set(LEVELS):
         raise ValueError(
@@ -68,11 +66,11 @@ def check(
         )
     chosen = {
         level: (records, functools.partial(_locate, level))
-        for level, records in LEVELS.items()
+        for level, records in zip(LEVELS, _RECORDS, strict=True)
         if level in wanted
     }
     finished, divergence = run_levels(chosen, session, progress)
-    return Report(_environment(golden, here), session.about(), finished, divergence)
+    return Report(_environment(golden, here.NAME), session.about(), finished, divergence)
 
 
 def _weights(session: GoldenSession) -> Iterator[Record]:
@@ -108,28 +106,26 @@ def _not_recorded(level: str) -> Callable[[Session], Iterator[Record]]:
     return lambda session: iter([abstain(level, "a golden is of outputs and training alone")])
 
 
-# The names of parity.check.check.LEVELS, which imports both frameworks; a test holds them equal.
-LEVELS: dict[str, Callable[[GoldenSession], Iterable[Record]]] = {
-    "weights": _weights,
-    "logits": _in_float64(logits.records),
-    "gradients": _in_float64(gradients.records),
-    "optimizer": _in_float64(optimizer.records),
-    "trajectory": _in_float64(trajectory.records),
-    "cache": _not_recorded("cache"),
-    "tokens": _not_recorded("tokens"),
-}
+_RECORDS: tuple[Callable[[GoldenSession], Iterable[Record]], ...] = (
+    _weights,
+    *(_in_float64(x.records) for x in (logits, gradients, optimizer, trajectory)),
+    _not_recorded("cache"),
+    _not_recorded("tokens"),
+)
 
 
 def _locate(level: str, session: GoldenSession, records: list[Record]) -> Divergence:
     """Return what diverges first; no module's name, for a golden holds no outputs of modules."""
-    bad = next(record for record in records if record.verdict is Verdict.FAIL)
+    failed = [record for record in records if record.verdict is Verdict.FAIL]
+    bad = failed[0]
+    assert bad.value is not None, "what fails has a value"
     where, detail = bad.where or bad.name, bad.note or ""
     if level == "logits":
         where = session.runner.name
         detail = f"On {bad.name}. A check of both models as they run names the module."
     elif level == "gradients":
-        failed = {x.name: x.value for x in records if x.verdict is Verdict.FAIL}
-        where = "loss" if "loss" in failed else bad.where or largest(failed)
+        gaps = {x.name: x.value for x in failed if x.value is not None}
+        where = "loss" if "loss" in gaps else bad.where or largest(gaps)
         detail = f"In {len(failed)} of {len(records)} records the gradients differ, most there."
     elif level in ("optimizer", "trajectory"):
         detail = f"Seen in {bad.name}; all steps before agree."
@@ -162,9 +158,9 @@ def weight_rules(rules: Rules | Path | str | None, golden: Golden, framework: st
     )
 
 
-def _environment(golden: Golden, here: Handle) -> dict[str, str | int]:
+def _environment(golden: Golden, framework: str) -> dict[str, str | int]:
     """Return what can change a digit: here, and where the golden was recorded."""
     there = {x: f"{version} (recorded)" for x, version in golden.versions.items()}
-    local = {"python": platform.python_version(), "numpy": np.__version__} | here.versions()
-    device = {"devices": f"{here.NAME} on cpu", "precision": "highest"}
-    return there | local | device | {"threads": here.num_threads()}
+    place = {"devices": f"{framework} on cpu", "precision": "highest"}
+    here = {"python": platform.python_version()} | versions(framework) | place
+    return there | here | {"threads": num_threads(framework)}

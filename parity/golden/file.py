@@ -1,4 +1,4 @@
-"""A golden as one safetensors file: everything that one side computed, all floats in float64."""
+"""A golden as one safetensors file: all that one model computed, all floats in float64."""
 
 import dataclasses
 import json
@@ -32,16 +32,16 @@ class State:
 
 @dataclasses.dataclass(frozen=True)
 class Golden:
-    """What one side computed.
+    """What one model computed.
 
     Attributes:
         framework: flax or torch.
-        model: what the report calls it.
-        versions: of what computed it.
+        model: its name in the report.
+        versions: of the packages that computed it.
         seed: of weights and inputs.
-        learning_rate: the largest of the optimizer, the unit in which single updates are judged.
+        learning_rate: the largest of the optimizer, in units of which single updates are judged.
         weights: under test.
-        probes: named inputs; the first is the one for gradients.
+        probes: named inputs; gradients are taken on the first.
         outputs: by probe.
         loss: on the first probe.
         gradients: of that loss, by leaf.
@@ -69,7 +69,7 @@ class Golden:
     purity: Mapping[str, Purity]
 
     def write(self, path: Path) -> None:
-        """Writes the file, whole or not at all; equal goldens are equal bytes.
+        """Write the file, whole or not at all; equal goldens are equal bytes.
 
         Raises:
             ValueError: for results that are not finite, against which nothing can be checked.
@@ -93,15 +93,21 @@ class Golden:
 
     def _about(self) -> dict[str, Any]:
         return {
-            "kind": KIND, "schema": SCHEMA, "framework": self.framework, "model": self.model,
-            "versions": dict(self.versions), "seed": self.seed,
+            "kind": KIND,
+            "schema": SCHEMA,
+            "framework": self.framework,
+            "model": self.model,
+            "versions": dict(self.versions),
+            "seed": self.seed,
             "learning_rate": self.learning_rate,
             "probes": {name: len(batch.inputs) for name, batch in self.probes.items()},
             "batches": [len(batch.inputs) for batch in self.batches],
-            "states": len(self.states), "weights": list(self.weights),
-            "gradients": list(self.gradients), "moments": list(self.states[0].first),
+            "states": len(self.states),
+            "weights": list(self.weights),
+            "gradients": list(self.gradients),
+            "moments": list(self.states[0].first),
             "purity": {name: dataclasses.asdict(found) for name, found in self.purity.items()},
-        }  # fmt: skip
+        }
 
     def _tensors(self) -> Leaves:
         named = {"weights": self.weights, "gradient": self.gradients, "final": self.final}
@@ -122,10 +128,10 @@ class Golden:
 
 
 def read(path: Path) -> Golden:
-    """The golden that `Golden.write` wrote.
+    """Return the golden in a file of `Golden.write`.
 
     Raises:
-        ValueError: for a file that is not there, truncated, of another kind or schema, or without
+        ValueError: for a file that is missing, truncated, of another kind or schema, or without
             all of its tensors in their shapes; in one line.
     """
     try:
@@ -159,7 +165,7 @@ def read(path: Path) -> Golden:
 
 
 class _Tensors:
-    """Tensors of a file by name, each asked for once, and what is wrong with them."""
+    """Tensors of a file by name, each to be read once, and the problems found."""
 
     def __init__(self, found: Leaves):
         self._left = dict(found)
@@ -171,7 +177,7 @@ class _Tensors:
         self.problems: list[str] = []
 
     def get(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-        """A tensor; an empty one that is a problem if it is not there in that shape."""
+        """Return a tensor, or note a problem and return an empty one if its shape is another."""
         if name not in self._left:
             self.problems.append(f"{name} is missing")
             return np.zeros(0)
@@ -182,14 +188,15 @@ class _Tensors:
         return tensor
 
     def leaves(self, group: str, names: list[str]) -> Leaves:
-        """Tensors of a group, each in the shape of the weights of its name."""
+        """Return the tensors of a group, each in the shape of the weights of its name."""
         return {name: self.get(f"{group}/{name}", self._shapes.get(name)) for name in names}
 
     def batch(self, group: str, num_inputs: int) -> Batch:
+        """Return the inputs of a group."""
         return Batch(tuple(self.get(f"{group}/input/{place}") for place in range(num_inputs)))
 
     def require_all(self, path: Path) -> None:
-        """Refuses a file with problems, or with tensors that nobody asked for."""
+        """Refuse a file with problems, or with tensors that were not read."""
         problems = self.problems + [f"{name} is unknown" for name in self._left]
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""

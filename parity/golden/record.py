@@ -1,7 +1,6 @@
 """Run one module and keep what it computes."""
 
 from collections.abc import Mapping
-from typing import Any, Unpack
 
 import numpy as np
 
@@ -10,23 +9,24 @@ from parity.frameworks.handle import Handle, handle_of
 from parity.frameworks.leaves import Leaves, copied
 from parity.frameworks.protocols import Runner
 from parity.frameworks.purity import Purity
-from parity.frameworks.spec import Batch, ModelSpec, SpecOptions
+from parity.frameworks.spec import BY_DEFAULT, Batch, ModelSpec, ModuleUse
 from parity.golden.file import Golden, State
 from parity.pair.inputs import as_inputs
+from parity.system.devices import versions
 from parity.weights.randomize import randomized
 
 
 def record(
-    module: Any,
+    module: object,
     inputs: object,
     *,
+    use: ModuleUse = BY_DEFAULT,
     learning_rate: float | None = None,
     weights: str = "random",
     seed: int = 0,
     steps: int = OPTIMIZER_STEPS,
-    **options: Unpack[SpecOptions],
 ) -> Golden:
-    """Record what a module computes in float64: outputs, gradients, a few steps of its optimizer.
+    """Return what a module computes in float64: outputs, gradients, some steps of its optimizer.
 
         record(net, np.ones((2, 3, 8))).write(Path("net.safetensors"))
 
@@ -36,13 +36,13 @@ def record(
         module: a torch.nn.Module or a flax.nnx.Module.
         inputs: what to call it with: an array, a tuple of arrays, several such by name, or a
             function of a NumPy random generator that gives one of these, called for every batch.
+        use: how it is called, scored and trained.
         learning_rate: the largest of the optimizer, in units of which single updates are judged;
             needed for an optimizer of optax, which does not reveal it.
         weights: random, as in a check, for initial ones hide forgotten biases and norms; or own
             for those that the module has.
         seed: of the weights and of the inputs' generator.
         steps: of training.
-        options: `call`, `loss` and `optimizer`, see `SpecOptions`.
 
     Raises:
         ValueError: for a module, inputs or numbers that cannot be used.
@@ -56,7 +56,7 @@ def record(
         )
     calls = as_inputs(inputs, seed)
     here = handle_of(module)
-    spec = here.spec(module, **options)
+    spec = here.spec(module, use)
     runner = here.runner(spec, _weights(here, module, spec, weights, seed))
     under_test, probe = runner.leaves(), next(iter(calls.probes.values()))
     loss, gradients = runner.gradients(probe)
@@ -69,9 +69,9 @@ def record(
     return Golden(
         framework=here.NAME,
         model=spec.name,
-        versions={"numpy": np.__version__} | here.versions(),
+        versions=versions(here.NAME),
         seed=seed,
-        learning_rate=learning_rate or here.learning_rate(module, options.get("optimizer")),
+        learning_rate=learning_rate or here.learning_rate(module, use.optimizer),
         weights=under_test,
         probes=calls.probes,
         outputs={name: runner.outputs(batch) for name, batch in calls.probes.items()},
@@ -85,9 +85,7 @@ def record(
     )
 
 
-def _weights(
-    here: Handle, module: Any, spec: ModelSpec[Any, Any], weights: str, seed: int
-) -> Leaves:
+def _weights(here: Handle, module: object, spec: ModelSpec, weights: str, seed: int) -> Leaves:
     """Return the weights to load: random ones in all that training moves, or the module's own."""
     if weights == "own":
         return here.initial_leaves(spec, "float64")

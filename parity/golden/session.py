@@ -1,7 +1,7 @@
 """A module that runs beside one that was recorded, as the levels see them."""
 
 import functools
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from parity.check.session import Session
 from parity.frameworks.handle import NAMES, Handle
@@ -35,14 +35,14 @@ class GoldenSession(Session):
         self,
         golden: Golden,
         here: Handle,
-        module: Any,
-        spec: ModelSpec[Any, Any],
+        module: object,
+        spec: ModelSpec,
         rules: Rules | None,
     ):
         def not_run(*args: object) -> NoReturn:
             raise ValueError("a golden is not run")
 
-        replay = ModelSpec(name_of(golden), not_run, not_run, not_run, trainer=not_run)
+        replay: ModelSpec = ModelSpec(name_of(golden), not_run, not_run, not_run, trainer=not_run)
         self._module_is_flax = rules is None or golden.framework == "torch"
         flax, torch = (spec, replay) if self._module_is_flax else (replay, spec)
         pair = Pair(
@@ -88,7 +88,7 @@ class GoldenSession(Session):
         return self.weight_map.to_flax(self.golden.weights)
 
     @functools.cached_property
-    def runner(self) -> LiveRunner[Any]:
+    def runner(self) -> LiveRunner:
         """The module, with the recorded weights."""
         if self._is_alike:
             weights = dict(self.golden.weights)
@@ -108,7 +108,7 @@ class GoldenSession(Session):
         move = self.weight_map.to_torch if self._module_is_flax else self.weight_map.to_flax
         return move(found)
 
-    def about(self) -> dict[str, Any]:
+    def about(self) -> dict[str, object]:
         """Describe both models for the report."""
         other = NAMES[1 - NAMES.index(self._here.NAME)]
         weights = self.golden.weights if self.golden.framework == "flax" else self._own

@@ -1,12 +1,10 @@
 """The module that a command line names, in the only framework that it needs."""
 
-from typing import Any
-
 from parity.frameworks.handle import handle
 from parity.system.import_target import built, load_attribute
 
 
-def build_module(framework: str, target: str, seed: int) -> Any:
+def build_module(framework: str, target: str, seed: int) -> object:
     """Return the module that a target such as `net.py:build` stands for.
 
     Args:

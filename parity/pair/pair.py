@@ -1,12 +1,13 @@
-"""What the harness may ask of a pair of models. Nothing here knows the twins.
+"""Two models that claim to be one function.
 
-The two sides have the same fields and their runs the same methods; what passes between them and the
-levels is NumPy. A third-party pair is checked by filling in the fields.
+Nothing here knows the twins: a pair of other models is checked by filling in the fields.
 """
+
+from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,39 +15,44 @@ from parity.frameworks.leaves import Leaves
 from parity.frameworks.spec import Batch, ModelSpec
 from parity.weights.rules import Rules
 
+if TYPE_CHECKING:
+    import jax
+    import torch
+    from flax import nnx
+
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
     """Two models that claim to be one function, and the inputs that put the claim to the test.
 
     Attributes:
-        flax: the Flax NNX side.
-        torch: the PyTorch side.
+        flax: the Flax NNX model.
+        torch: the PyTorch model.
         rules: the weight map.
-        probes: named inputs for logits and gradients; the first is the one for gradients.
-        training_batch: the batch of a training step, by its number; `loss` takes it too.
-        learning_rate: the largest of both trainers, the unit in which single updates are judged.
+        probes: named inputs for logits and gradients; gradients are taken on the first.
+        training_batch: number of a training step to its inputs, which `loss` takes too.
+        learning_rate: the largest of both trainers, in units of which single updates are judged.
         prompts: tokens (B, T) and counts (B,) to continue greedily; None without a decoder.
-        new_tokens: how many to generate behind each prompt.
-        sampling: settings to draw tokens with, as the decoders know them, temperature among them;
-            None for a pair that is not to be sampled from.
+        new_tokens: tokens to generate after each prompt.
+        sampling: settings to draw tokens with, as the decoders take them, temperature among them;
+            None for a pair that is not sampled from.
         sequences: tokens (B, T) and counts (B,) to read in chunks; None without a decoder.
-        config: what the report says of the models.
-        leaves: the flax side's weights under test; None for random ones, which hide nothing.
-        pure: whether a float64 run must be in float64 throughout. False for modules of others,
-            which may hold an operation that is not: then float64 says less, and that is said.
+        config: of the models, for the report.
+        leaves: the Flax model's weights under test; None for random ones, which hide nothing.
+        pure: whether a float64 run must be in float64 throughout. False for foreign modules: where
+            one is not, float64 proves less, and the report says so.
     """
 
-    flax: ModelSpec
-    torch: ModelSpec
+    flax: ModelSpec[nnx.Module, jax.Array]
+    torch: ModelSpec[torch.nn.Module, torch.Tensor]
     rules: Rules
     probes: Mapping[str, Batch]
     training_batch: Callable[[int], Batch]
     learning_rate: float = 1e-3
     prompts: tuple[np.ndarray, np.ndarray] | None = None
     new_tokens: int = 0
-    sampling: Mapping[str, Any] | None = None
+    sampling: Mapping[str, float] | None = None
     sequences: tuple[np.ndarray, np.ndarray] | None = None
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    config: Mapping[str, object] = dataclasses.field(default_factory=dict)
     leaves: Leaves | None = None
     pure: bool = True

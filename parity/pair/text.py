@@ -22,7 +22,7 @@ class Corpus:
 
     @classmethod
     def load(cls, path: Path | None = None) -> "Corpus":
-        """Reads a UTF-8 file, or the language reference that comes with every CPython.
+        """Return the text of a UTF-8 file, or the language reference that comes with every CPython.
 
         Raises:
             ValueError: when the file cannot be read, is not text, or is too short to learn from.
@@ -43,7 +43,7 @@ class Corpus:
 
     @classmethod
     def from_text(cls, text: str, source: str) -> "Corpus":
-        """Numbers the characters of a text.
+        """Return a text with its characters numbered in sorted order.
 
         Raises:
             ValueError: for fewer than 1,000 characters or fewer than two different ones.
@@ -59,35 +59,35 @@ class Corpus:
 
     @classmethod
     def from_ids(cls, ids: np.ndarray, source: str) -> "Corpus":
-        """Ids that somebody else has made; nobody can say which characters they are."""
+        """Return a corpus of given ids, whose characters are unknown."""
         return cls(source, "", np.asarray(ids, np.int32))
 
     def split(self, held_out: float = 0.1) -> tuple["Corpus", "Corpus"]:
-        """The front of the text to learn from, and its end to be judged by."""
+        """Return the beginning of the text, to train on, and its end, to evaluate on."""
         cut = int(len(self.ids) * (1.0 - held_out))
         front, end = (dataclasses.replace(self, ids=x) for x in (self.ids[:cut], self.ids[cut:]))
         return front, end
 
     def pieces(self, length: int, most: int) -> np.ndarray:
-        """Passages (N, length) from end to end; at most `most` of them, evenly spread.
+        """Return at most `most` adjacent passages (N, length), evenly spread.
 
-        A text shorter than one passage gives one, read around its end.
+        A text shorter than one passage gives one that wraps around its end.
         """
         num = max(len(self.ids) // length, 1)
         kept = np.unique(np.linspace(0, num - 1, min(num, most)).astype(int))
         return self.ids[(kept[:, None] * length + np.arange(length)) % len(self.ids)]
 
     def windows(self, num: int, length: int, *seed: int) -> np.ndarray:
-        """`num` passages of `length` tokens from random places, the same ones for the same seed.
+        """Return passages (num, length) from random places, the same ones for the same seed.
 
-        A text shorter than a passage is read around its end.
+        A text shorter than a passage wraps around its end.
         """
         starts = np.random.default_rng(seed).integers(0, len(self.ids), num)
         return self.ids[(starts[:, None] + np.arange(length)) % len(self.ids)]
 
 
 def encode(vocabulary: str, text: str) -> np.ndarray:
-    """The ids of a text, int32.
+    """Return the ids of a text, int32.
 
     Raises:
         ValueError: for an empty text or characters that the vocabulary does not have.
@@ -103,5 +103,5 @@ def encode(vocabulary: str, text: str) -> np.ndarray:
 
 
 def decode(vocabulary: str, ids: np.ndarray) -> str:
-    """The text of ids."""
+    """Return the text of ids."""
     return "".join(vocabulary[index] for index in ids)

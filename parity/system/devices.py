@@ -1,14 +1,20 @@
-"""Where the two frameworks run, at what precision, and a fingerprint of both."""
+"""Where the frameworks run, at what precision, and a fingerprint of the machine."""
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
 import importlib.metadata
+import os
 import platform
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import jax
-import numpy as np
-import torch
+if TYPE_CHECKING:
+    import jax
+    import torch
+
+_PACKAGES = {"flax": ("jax", "flax"), "torch": ("torch",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +25,21 @@ class Devices:
     torch: torch.device
 
     def __str__(self) -> str:
+        import torch
+
         name = torch.cuda.get_device_name(self.torch) if self.torch.type == "cuda" else "cpu"
         return f"flax on {self.flax.device_kind}, torch on {name}"
 
 
 def choose_devices(wanted: str) -> Devices:
-    """The devices of `--device`: auto takes GPUs when both frameworks have one.
+    """Return the devices for `--device`; auto takes GPUs when both frameworks have one.
 
     Raises:
         ValueError: for a GPU that one of the frameworks does not have, or an unknown word.
     """
+    import jax
+    import torch
+
     if wanted not in ("auto", "cpu", "cuda"):
         raise ValueError(f"--device {wanted}: there are auto, cpu and cuda. Choose one of them.")
     have_torch, have_flax = torch.cuda.is_available(), bool(_jax_gpus())
@@ -44,6 +55,8 @@ def choose_devices(wanted: str) -> Devices:
 
 
 def _jax_gpus() -> list[jax.Device]:
+    import jax
+
     try:
         return jax.devices("gpu")
     except RuntimeError:  # this is how jax says that there is no such platform
@@ -52,7 +65,10 @@ def _jax_gpus() -> list[jax.Device]:
 
 @contextlib.contextmanager
 def pinned_precision() -> Iterator[None]:
-    """Full float32 products in both frameworks: jax defaults to TF32 on recent GPUs."""
+    """Use full float32 products in both frameworks: jax defaults to TF32 on recent GPUs."""
+    import jax
+    import torch
+
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
@@ -64,15 +80,22 @@ def pinned_precision() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
+def versions(*frameworks: str) -> dict[str, str]:
+    """Return the versions of NumPy and of the packages of some frameworks."""
+    packages = [package for framework in frameworks for package in _PACKAGES[framework]]
+    return {package: importlib.metadata.version(package) for package in (*packages, "numpy")}
+
+
+def num_threads(framework: str) -> int:
+    """Return the number of threads that share the work of a framework."""
+    if framework == "flax":
+        return os.cpu_count() or 1
+    import torch
+
+    return torch.get_num_threads()
+
+
 def fingerprint(devices: Devices) -> dict[str, str | int]:
-    """Everything about this machine that can change a digit."""
-    return {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "flax": importlib.metadata.version("flax"),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "devices": str(devices),
-        "precision": "highest",
-        "threads": torch.get_num_threads(),
-    }
+    """Return everything about this machine that can change a digit."""
+    place = {"devices": str(devices), "precision": "highest", "threads": num_threads("torch")}
+    return {"python": platform.python_version()} | versions("flax", "torch") | place

@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, data: str | bytes) -> None:
-    """Writes beside `path` and renames, so that nobody ever finds half a file there.
+    """Write beside `path` and rename, so that there is never half a file.
 
-    Whatever ends the process on the way, what was there before stays as it was.
+    If the process ends on the way, what was there before stays as it was.
 
     Raises:
         OSError: when the folder or the disk does not take it.
@@ -35,5 +35,5 @@ def write_atomically(path: Path, data: str | bytes) -> None:
 
 
 def unfinished(path: Path) -> str:
-    """How the name of a file begins while it is written; a killed process leaves one."""
+    """Return how the name of a file begins while it is written; a killed process leaves one."""
     return f".{path.name}."

@@ -1,15 +1,16 @@
-"""What a name on the command line stands for: `package.module:name` or `folder/file.py:name`."""
+"""The objects that `package.module:name` and `folder/file.py:name` stand for."""
 
 import importlib
 import importlib.util
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
 def load_attribute(target: str) -> Any:
-    """What `package.module:name` or `folder/file.py:name` stands for.
+    """Return what `package.module:name` or `folder/file.py:name` stands for.
 
     Raises:
         ValueError: when there is no such module or name, or the module does not import.
@@ -27,9 +28,7 @@ def load_attribute(target: str) -> Any:
         if folder not in sys.path:
             sys.path.insert(0, folder)
     try:
-        module = (
-            _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-        )
+        module = _from_file(place) if place.endswith(".py") else importlib.import_module(place)
     except (Exception, SystemExit) as error:
         raise ValueError(
             f"{target}: importing {place} raised {type(error).__name__}: {in_a_line(error)}"
@@ -40,7 +39,12 @@ def load_attribute(target: str) -> Any:
 
 
 def built(target: str, found: Any, kinds: tuple[type, ...]) -> Any:
-    """What a target gives: itself if it is one of these kinds or no function, else its result.
+    """Return what a target found, or the result of calling it if it is a function.
+
+    Args:
+        target: as the user wrote it.
+        found: of `load_attribute`.
+        kinds: types that are not called.
 
     Raises:
         ValueError: when the function raises.
@@ -54,13 +58,14 @@ def built(target: str, found: Any, kinds: tuple[type, ...]) -> Any:
 
 
 def in_a_line(error: BaseException) -> str:
-    """The first line of what an exception says."""
+    """Return the first line of an exception's message."""
     return (str(error).strip().splitlines() or ["no message"])[0][:200]
 
 
-def _from_file(path: Path) -> Any:
-    # Not by its own name, which may be that of a module that somebody else needs.
-    spec = importlib.util.spec_from_file_location(f"examined_{path.stem}", path)
+def _from_file(path: str) -> ModuleType:
+    # Not by its own name, which may be that of another module.
+    spec = importlib.util.spec_from_file_location(f"examined_{Path(path).stem}", path)
+    assert spec is not None and spec.loader is not None  # of every file that ends in .py
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

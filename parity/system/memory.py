@@ -1,4 +1,4 @@
-"""Memory that nobody uses any more."""
+"""Reduce memory use: return freed memory, keep arrays on disk."""
 
 import contextlib
 import ctypes
@@ -6,7 +6,7 @@ import gc
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
@@ -15,32 +15,40 @@ LARGE = 10_000_000  # numbers, from where on memory is worth more than time
 _MMAP_THRESHOLD = -3  # its number in malloc.h
 
 
-def is_large(arrays: Iterable[Any]) -> bool:
-    """Whether a model of these weights is one that memory is saved for."""
+class Sized(Protocol):
+    """An array of either framework or of NumPy."""
+
+    @property
+    def size(self) -> int:
+        """The number of its elements."""
+
+
+def is_large(arrays: Iterable[Sized]) -> bool:
+    """Whether a model of these weights is worth saving memory for."""
     return sum(array.size for array in arrays) > LARGE
 
 
 def hand_back_freed_memory() -> None:
-    """Frees what nobody refers to, and asks the C library to give it back; only glibc can."""
+    """Collect garbage and ask the C library to return freed memory; only glibc can."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def return_freed_memory_at_once() -> None:
-    """From now on whatever takes a megabyte goes back as soon as it is freed; only with glibc.
+    """From now on return every allocation of a megabyte or more when it is freed; only with glibc.
 
-    It otherwise keeps up to 32 MB apiece, in a heap that such pieces leave full of holes: in a
-    check of gpt2, half a gigabyte. To be called before there are any, by who owns the process.
+    glibc otherwise keeps up to 32 MB apiece, in a heap that such allocations leave full of holes:
+    in a check of gpt2, half a gigabyte. Call it before there are any, in the main program.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
 
 
 def on_disk(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Copies in files that go when the copies do, for what is not needed soon.
+    """Return copies in temporary files, which vanish with the copies.
 
-    Where there is no room for them, the arrays themselves.
+    Where the disk has no room for one, the array itself stands in its place.
     """
     return {name: _on_disk(array) for name, array in leaves.items()}
 

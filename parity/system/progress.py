@@ -1,9 +1,9 @@
-"""Tells a person how far a check is: a live line on a terminal, a line per level in a log."""
+"""Progress of a command: a live line on a terminal, a line per step in a log; and interrupts."""
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
@@ -15,10 +15,37 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+# A level's name and the fraction of it that is done.
+Show = Callable[[str, float], None]
+
+
+class TrainingStep(Protocol):
+    """What one training step gives to show; mappings are by framework."""
+
+    @property
+    def step(self) -> int:
+        """Its number, from 1."""
+
+    @property
+    def losses(self) -> Mapping[str, float]:
+        """Losses before the update."""
+
+    @property
+    def gradient_norms(self) -> Mapping[str, float]:
+        """Norms before clipping."""
+
+    @property
+    def rates(self) -> Mapping[str, float]:
+        """Tokens per second; 0 while unknown."""
+
+    @property
+    def gap(self) -> float:
+        """Largest difference between two losses so far."""
+
 
 @contextlib.contextmanager
-def shown(console: Console, levels: Sequence[str]) -> Iterator[Callable[[str, float], None]]:
-    """Yields the function to call with the name of one of `levels` and its fraction done."""
+def shown(console: Console, levels: Sequence[str]) -> Iterator[Show]:
+    """Yield the function to call with one of `levels` and its fraction done."""
     names = [f"{level} ({number} of {len(levels)})" for number, level in enumerate(levels, 1)]
     labels = dict(zip(levels, names, strict=True))
     if not console.is_terminal:
@@ -42,41 +69,14 @@ def shown(console: Console, levels: Sequence[str]) -> Iterator[Callable[[str, fl
 
 
 @contextlib.contextmanager
-def interruptible(progress: Callable[[str, float], None]) -> Iterator[Callable[[str, float], None]]:
-    """Yields `progress`, which raises KeyboardInterrupt if an interrupt came since.
-
-    Python drops an interrupt that arrives inside a garbage collection, where jax has a callback, so
-    that Ctrl-C would now and then do nothing.
-    """
-    came: list[int] = []
-
-    def interrupt(number: int, _) -> None:
-        came.append(number)
-        raise KeyboardInterrupt
-
-    def checked(level: str, fraction: float) -> None:
-        if came:
-            raise KeyboardInterrupt
-        progress(level, fraction)
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield checked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def watched(console: Console, num_steps: int) -> Iterator[Callable[[Any], None]]:
-    """Yields the function to call with every `Reading` of a training."""
+def watched(console: Console, num_steps: int) -> Iterator[Callable[[TrainingStep], None]]:
+    """Yield the function to call with every step of a training."""
     if not console.is_terminal:
 
-        def log(reading: Any) -> None:
-            if reading.step == 1 or reading.step % max(num_steps // 10, 1) == 0:
-                console.print(
-                    f"step {reading.step}/{num_steps}  {_words(reading)}", style="dim",
-                    highlight=False, soft_wrap=True,
-                )  # fmt: skip
+        def log(taken: TrainingStep) -> None:
+            if taken.step == 1 or taken.step % max(num_steps // 10, 1) == 0:
+                line = f"step {taken.step}/{num_steps}  {_numbers(taken)}"
+                console.print(line, style="dim", highlight=False, soft_wrap=True)
 
         yield log
         return
@@ -84,36 +84,67 @@ def watched(console: Console, num_steps: int) -> Iterator[Callable[[Any], None]]
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
         task = bar.add_task("compiling", total=num_steps)
 
-        def show(reading: Any) -> None:
-            words = f"{reading.step}/{num_steps}  {_words(reading)}"
-            bar.update(task, description=words, completed=reading.step)
+        def show(taken: TrainingStep) -> None:
+            line = f"{taken.step}/{num_steps}  {_numbers(taken)}"
+            bar.update(task, description=line, completed=taken.step)
 
         yield show
 
 
-def _words(reading: Any) -> str:
-    """Loss, gradient norm and speed of each framework, and the gap between them."""
+def _numbers(taken: TrainingStep) -> str:
+    """Format loss, gradient norm and speed of each framework, and the gap between them."""
     sides = [
-        f"{name} {loss:.4f} |g| {reading.gradient_norms[name]:.2f}"
-        + (f" {reading.rates[name]:,.0f} tok/s" if reading.rates[name] else "")
-        for name, loss in reading.losses.items()
+        f"{name} {loss:.4f} |g| {taken.gradient_norms[name]:.2f}"
+        + (f" {taken.rates[name]:,.0f} tok/s" if taken.rates[name] else "")
+        for name, loss in taken.losses.items()
     ]
-    gap = [f"gap {reading.gap:.1e}"] if len(reading.losses) > 1 else []
+    gap = [f"gap {taken.gap:.1e}"] if len(taken.losses) > 1 else []
     return "  ".join(sides + gap)
 
 
 @contextlib.contextmanager
-def stoppable() -> Iterator[Callable[[], bool]]:
-    """Yields a question: has the user asked to stop? A second Ctrl-C does not wait for it."""
-    came: list[int] = []
+def interruptible(progress: Show) -> Iterator[Show]:
+    """Yield `progress`, which raises KeyboardInterrupt if an interrupt came before.
 
-    def ask(number: int, _) -> None:
+    Python drops an interrupt that arrives inside a garbage collection, where jax has a callback, so
+    that Ctrl-C would now and then do nothing.
+    """
+
+    def interrupt(came: list[int]) -> None:
+        raise KeyboardInterrupt
+
+    def checked(level: str, fraction: float) -> None:
         if came:
             raise KeyboardInterrupt
-        came.append(number)
+        progress(level, fraction)
 
-    before = signal.signal(signal.SIGINT, ask)
-    try:
+    with _on_interrupt(interrupt) as came:
+        yield checked
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[Callable[[], bool]]:
+    """Yield a function that is true once the user has asked to stop; a second Ctrl-C raises."""
+
+    def ask(came: list[int]) -> None:
+        if len(came) > 1:
+            raise KeyboardInterrupt
+
+    with _on_interrupt(ask) as came:
         yield lambda: bool(came)
+
+
+@contextlib.contextmanager
+def _on_interrupt(react: Callable[[list[int]], None]) -> Iterator[list[int]]:
+    """Yield the interrupts so far, which every new one joins before `react` is called with them."""
+    came: list[int] = []
+
+    def interrupt(number: int, _: object) -> None:
+        came.append(number)
+        react(came)
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield came
     finally:
         signal.signal(signal.SIGINT, before)

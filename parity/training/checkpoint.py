@@ -1,4 +1,4 @@
-"""One checkpoint is one safetensors file: written beside and renamed, read with suspicion."""
+"""A checkpoint is one safetensors file: written beside and renamed, checked when it is read."""
 
 import json
 import struct
@@ -16,16 +16,16 @@ FORMAT = "parity-checkpoint-1"
 
 
 def write_checkpoint(path: Path, states: Mapping[str, Leaves], about: Mapping[str, str]) -> None:
-    """Writes the states of trainers, by the name of their framework.
+    """Write the states of trainers, by framework.
 
     Args:
-        path: where to; its folder exists.
+        path: of the file; its folder exists.
         states: arrays by name, for each framework.
-        about: words to find again in the file.
+        about: text to keep in the file, by name.
 
     Raises:
         ValueError: for numbers that are not finite, which must not outlive the run.
-        OSError: when the disk does not take it.
+        OSError: when the disk refuses it.
     """
     tensors = {f"{side}/{name}": x for side, state in states.items() for name, x in state.items()}
     _check_finite(path, tensors)
@@ -33,7 +33,7 @@ def write_checkpoint(path: Path, states: Mapping[str, Leaves], about: Mapping[st
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Leaves], dict[str, str]]:
-    """The states and words that `write_checkpoint` wrote.
+    """Return the states and the text that `write_checkpoint` wrote.
 
     Raises:
         ValueError: for a file that is truncated, of another kind, or holds numbers that are not
@@ -66,10 +66,9 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Leaves], dict[str, str]]:
 
 def _check_finite(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     for name, tensor in tensors.items():
-        bad = 0
-        if np.issubdtype(tensor.dtype, np.floating):
-            bad = int(np.count_nonzero(~np.isfinite(tensor)))
-        if bad:
+        if not np.issubdtype(tensor.dtype, np.floating):
+            continue
+        if bad := int(np.count_nonzero(~np.isfinite(tensor))):
             raise ValueError(
                 f"checkpoint {path}: {bad} of {tensor.size} numbers in {name} are not finite. "
                 "Nothing can be trained from them. Go back to the checkpoint before."

@@ -1,27 +1,30 @@
-"""Pictures of trainings: the losses, and how far they are apart."""
+"""Figures of trainings: the losses, and how far apart they are."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from parity.check.bounds import LOSS
+from parity.check import bounds
 from parity.report.figures import plain, save
+from parity.training.precision import PrecisionReport
+from parity.training.run import Row
 
 # A gap of zero has no place on a log axis; it is drawn at the rounding of a loss near 1.
 _FLOOR = 1e-17
 _COLOURS = {"flax": "#1b6ca8", "torch": "#d1495b"}
+_DTYPE_COLOURS = "#222222", "#1b6ca8", "#d1495b", "#edae49"
 
 
-def draw_training(path: Path, metrics: Sequence[Mapping[str, Any]], title: str) -> None:
-    """Both loss curves, and below them their gap between the bounds of float64 and float32.
+def draw_training(path: Path, metrics: Sequence[Row], title: str) -> None:
+    """Draw both loss curves, and below them their gap between the bounds of float64 and float32.
 
     Args:
         path: of the PNG.
-        metrics: a row per step: step, losses by framework.
-        title: over the picture.
+        metrics: a row per step.
+        title: of the figure.
     """
     steps = np.array([row["step"] for row in metrics])
     curves = {
@@ -36,64 +39,68 @@ def draw_training(path: Path, metrics: Sequence[Mapping[str, Any]], title: str) 
     axes[0].set_title(title, fontsize=10)
     axes[0].legend(frameon=False)
     if rows == 2:
-        gap = np.abs(curves["flax"] - curves["torch"])
-        axes[1].plot(steps, np.maximum(gap, _FLOOR), ".", color="#444444", markersize=3)
-        for name, bound in reversed(LOSS.items()):
-            axes[1].axhline(bound, color="#888888", linewidth=0.9, linestyle=":")
-            axes[1].annotate(
-                f"bound in {name}", (1.0, bound), xycoords=("axes fraction", "data"), ha="right",
-                va="bottom", fontsize=8, color="#555555",
-            )  # fmt: skip
-        if np.any(gap == 0.0):
-            axes[1].annotate(
-                "equal to the last bit", (1.0, _FLOOR), xycoords=("axes fraction", "data"),
-                ha="right", va="bottom", fontsize=8, color="#555555",
-            )  # fmt: skip
-        axes[1].set_yscale("log")
-        axes[1].set_ylim(
-            _FLOOR / 3, max(1e-3, 10 * np.max(gap, initial=0.0, where=np.isfinite(gap)))
-        )
-        axes[1].set_ylabel("gap between the losses")
+        _draw_gap(axes[1], steps, np.abs(curves["flax"] - curves["torch"]))
     axes[-1].set_xlabel("step")
     plain(axes)
     save(figure, path)
 
 
-def draw_precision(path: Path, report: Mapping[str, Any]) -> None:
-    """Loss curves in every type, their distance from float64, and the ratio of the two twins'.
+def draw_precision(path: Path, report: PrecisionReport) -> None:
+    """Draw losses in every dtype, their distance from float64, and the ratio of the twins'.
 
     Args:
         path: of the PNG.
-        report: what `precision_report` returned.
+        report: of the trainings.
     """
     figure = Figure(figsize=(8, 9), layout="constrained")
-    axes = figure.subplots(3, 1, sharex=True)
-    steps = 1 + np.arange(report["steps"])
-    colours = dict(
-        zip(report["curves"], ("#222222", "#1b6ca8", "#d1495b", "#edae49"), strict=False)
-    )
-    for dtype, curves in report["curves"].items():
+    losses, errors, ratios = axes = figure.subplots(3, 1, sharex=True)
+    truth = report.curves["float64"]
+    steps = 1 + np.arange(len(truth["flax"]))
+    for (dtype, curves), colour in zip(report.curves.items(), _DTYPE_COLOURS, strict=False):
         for name, style in (("flax", "-"), ("torch", "--")):
-            loss = np.array(curves[name], float)
-            axes[0].plot(steps, loss, style, color=colours[dtype], linewidth=1.2,
-                         label=f"{dtype}, {name}_gpt")  # fmt: skip
+            line = dict(color=colour, label=f"{dtype}, {name}_gpt")
+            losses.plot(steps, curves[name], style, linewidth=1.2, **line)
             if dtype != "float64":
-                error = np.abs(loss - np.array(report["curves"]["float64"][name], float))
-                axes[1].plot(steps, np.maximum(error, _FLOOR), style, color=colours[dtype],
-                             linewidth=0.9, label=f"{dtype}, {name}_gpt")  # fmt: skip
-        if dtype != "float64":
-            ratio = np.array(report["ratios"][dtype], float)
-            axes[2].plot(steps, ratio, color=colours[dtype], linewidth=1.2, label=dtype)
-    axes[0].set_ylabel("loss, nats per token")
-    axes[0].set_title("The same weights and batches in every type", fontsize=10)
-    axes[1].set_yscale("log")
-    axes[1].set_ylabel("distance from float64")
-    axes[2].set_yscale("log", base=2)
-    for bound in (report["bound"], 1 / report["bound"]):
-        axes[2].axhline(bound, color="#888888", linewidth=0.9, linestyle=":")
-    axes[2].axhline(1.0, color="#bbbbbb", linewidth=0.9)
-    axes[2].set_ylabel("error of flax / error of torch")
-    axes[2].set_xlabel("step")
-    axes[0].legend(frameon=False, fontsize=8, ncol=2)
+                error = np.abs(np.array(curves[name]) - np.array(truth[name]))
+                errors.plot(steps, np.maximum(error, _FLOOR), style, linewidth=0.9, **line)
+    for (dtype, ratio), colour in zip(report.ratios.items(), _DTYPE_COLOURS[1:], strict=False):
+        ratios.plot(steps, ratio, color=colour, linewidth=1.2, label=dtype)
+    losses.set_ylabel("loss, nats per token")
+    losses.set_title("The same weights and batches in every type", fontsize=10)
+    losses.legend(frameon=False, fontsize=8, ncol=2)
+    errors.set_yscale("log")
+    errors.set_ylabel("distance from float64")
+    ratios.set_yscale("log", base=2)
+    for bound in (bounds.RATIO, 1 / bounds.RATIO):
+        ratios.axhline(bound, color="#888888", linewidth=0.9, linestyle=":")
+    ratios.axhline(1.0, color="#bbbbbb", linewidth=0.9)
+    ratios.set_ylabel("error of flax / error of torch")
+    ratios.set_xlabel("step")
     plain(axes)
     save(figure, path)
+
+
+def _draw_gap(axis: Axes, steps: np.ndarray, gap: np.ndarray) -> None:
+    """Draw the gap of two loss curves on a log axis, with its bounds."""
+    axis.plot(steps, np.maximum(gap, _FLOOR), ".", color="#444444", markersize=3)
+    for dtype, bound in bounds.LOSS.items():
+        axis.axhline(bound, color="#888888", linewidth=0.9, linestyle=":")
+        _note(axis, f"bound in {dtype}", bound)
+    if np.any(gap == 0.0):
+        _note(axis, "equal to the last bit", _FLOOR)
+    axis.set_yscale("log")
+    axis.set_ylim(_FLOOR / 3, max(1e-3, 10 * np.max(gap, initial=0.0, where=np.isfinite(gap))))
+    axis.set_ylabel("gap between the losses")
+
+
+def _note(axis: Axes, text: str, height: float) -> None:
+    """Write a text above a height, at the right edge."""
+    axis.annotate(
+        text,
+        (1.0, height),
+        xycoords=("axes fraction", "data"),
+        ha="right",
+        va="bottom",
+        fontsize=8,
+        color="#555555",
+    )

@@ -1,18 +1,20 @@
-"""Where the numbers of a training step first leave the range."""
+"""Find the tensor of a training step that is the first not to be finite."""
 
-from types import ModuleType
+import dataclasses
 
 import numpy as np
 
-import flax_gpt
-import torch_gpt
 from parity.frameworks.capture import Trace
 from parity.frameworks.flax.runner import FlaxRunner
 from parity.frameworks.leaves import Leaves
-from parity.frameworks.spec import Batch, ModelSpec
+from parity.frameworks.spec import Batch
 from parity.frameworks.torch.runner import TorchRunner
 from parity.system.devices import Devices
 from parity.training.run import RunConfig
+from parity.twins.both import HANDLES
+from parity.twins.pair import spec
+
+_RUNNERS = {"flax": FlaxRunner, "torch": TorchRunner}
 
 
 def first_non_finite(
@@ -22,13 +24,13 @@ def first_non_finite(
     inputs: tuple[np.ndarray, ...],
     devices: Devices,
 ) -> str:
-    """The first tensor of a step that holds a number that is not finite, in words.
+    """Name the first tensor of a step that holds a number that is not finite.
 
-    Looks at the weights, then at every module's output on the way forward, then at the gradients
-    on the way back. Without dropout, so that a mask cannot hide it.
+    Looks at the weights, then at every module's output in the forward pass, then at the gradients
+    from the last module to the first. Without dropout, so that a mask cannot hide it.
 
     Args:
-        config: the run's.
+        config: of the run.
         framework: flax or torch.
         parameters: weights before the step.
         inputs: of the step.
@@ -37,12 +39,11 @@ def first_non_finite(
     for name, leaf in parameters.items():
         if not np.all(np.isfinite(leaf)):
             return f"the weight {name}"
-    dtype = config.training["compute_dtype"] or config.model["dtype"]
-    if framework == "flax":
-        run = FlaxRunner(_side(flax_gpt, config), parameters, dtype, devices.flax)
-    else:
-        run = TorchRunner(_side(torch_gpt, config), parameters, dtype, devices.torch)
-    batch = Batch(inputs)
+    model = spec(
+        HANDLES[framework], config.model, constants=lambda _: dataclasses.asdict(config.training)
+    )
+    dtype = config.training.compute_dtype or config.model.dtype
+    run = _RUNNERS[framework](model, parameters, dtype, getattr(devices, framework))
     order: dict[str, int] = {}
     bad_outputs: list[str] = []
 
@@ -51,22 +52,12 @@ def first_non_finite(
         if not np.all(np.isfinite(trace.output.astype(np.float64))):
             bad_outputs.append(trace.path or "the model")
 
-    run.traces(batch, look)
+    run.traces(Batch(inputs), look)
     if bad_outputs:
-        return f"the output of {bad_outputs[0]} on the way forward"
-    _, gradients = run.gradients(batch)
+        return f"the output of {bad_outputs[0]} in the forward pass"
+    _, gradients = run.gradients(Batch(inputs))
     bad = [x for x, leaf in gradients.items() if not np.all(np.isfinite(leaf.astype(np.float64)))]
     if bad:
         last = max(bad, key=lambda leaf: order.get(leaf.rpartition(".")[0], -1))
         return f"the gradient of {last}"
     return "the loss or the norm of the gradient, whose parts are finite"
-
-
-def _side(package: ModuleType, config: RunConfig) -> ModelSpec:
-    """A twin as the harness runs it."""
-    return ModelSpec(
-        name=package.__name__,
-        build=lambda dtype: package.GPT(package.GPTConfig(**config.model | {"dtype": dtype})),
-        forward=lambda model, tokens: model(tokens)[0],
-        loss=lambda model, tokens: package.next_token_loss(model(tokens)[0], tokens).mean,
-    )

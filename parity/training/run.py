@@ -1,4 +1,4 @@
-"""A run is a folder: what was asked for, a line per step, and checkpoints."""
+"""A run is a folder: its config, a line per step, and checkpoints."""
 
 import contextlib
 import dataclasses
@@ -9,29 +9,40 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, Self, TypedDict
 
+from flax_gpt import GPTConfig, TrainConfig
 from parity.frameworks.leaves import Leaves
 from parity.pair.text import Corpus
 from parity.report.json import to_json
 from parity.system.files import unfinished, write_atomically
 from parity.training.checkpoint import read_checkpoint, write_checkpoint
+from parity.twins.names import FRAMEWORKS
 
-FRAMEWORKS = "flax", "torch"
 _KEPT = 2  # checkpoints: the newest, and the one before it in case that is damaged
 _FILES = "config.json", "metrics.jsonl", "curves.png"
 
 
+class Row(TypedDict):
+    """What a line of metrics.jsonl says of a step; by framework, but for the gap."""
+
+    step: int
+    losses: dict[str, float]
+    gradient_norms: NotRequired[dict[str, float]]
+    applied: NotRequired[dict[str, bool]]
+    gap: float
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides a run's numbers.
+    """Everything that decides the numbers of a run.
 
     Attributes:
         source: where the text came from.
         text: digest of its ids.
         vocabulary: its characters, by id.
-        model: fields of GPTConfig.
-        training: fields of TrainConfig.
+        model: sizes of both twins.
+        training: of both twins.
         rows: B of a batch.
         width: T of a batch.
         seed: of weights, batches and dropout.
@@ -42,8 +53,8 @@ class RunConfig:
     source: str
     text: str
     vocabulary: str
-    model: Mapping[str, Any]
-    training: Mapping[str, Any]
+    model: GPTConfig
+    training: TrainConfig
     rows: int
     width: int
     seed: int
@@ -51,32 +62,32 @@ class RunConfig:
     one_batch: bool = False
 
     @classmethod
-    def of(cls, corpus: Corpus, **fields) -> "RunConfig":
-        """A config for a text."""
+    def of(cls, corpus: Corpus, **fields: object) -> Self:
+        """Return the config for a text, with its other fields given by name."""
         text = hashlib.sha256(corpus.ids.tobytes()).hexdigest()
         return cls(source=corpus.source, text=text, vocabulary=corpus.vocabulary, **fields)
 
     @property
     def digest(self) -> str:
-        """Tells runs apart; where the text lies does not matter."""
+        """Hash of all fields but `source`: where the text lies does not matter."""
         fields = dataclasses.asdict(self) | {"source": ""}
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 class Run:
-    """A run's folder.
+    """The folder of a run.
 
     Attributes:
         path: the folder.
-        config: what the run is.
+        config: of the run.
     """
 
     def __init__(self, path: Path, config: RunConfig):
         self.path, self.config = path, config
 
     @classmethod
-    def start(cls, path: Path, config: RunConfig) -> "Run":
-        """Makes the folder, or goes on with a run of the same config in it.
+    def start(cls, path: Path, config: RunConfig) -> Self:
+        """Make the folder, or go on with a run of the same config in it.
 
         Raises:
             ValueError: when the folder holds another run or something else.
@@ -106,8 +117,8 @@ class Run:
         return cls(path, config)
 
     @classmethod
-    def open(cls, path: Path) -> "Run":
-        """A run that exists.
+    def open(cls, path: Path) -> Self:
+        """Open a run that exists.
 
         Raises:
             ValueError: when the folder holds none, or its config cannot be read.
@@ -122,6 +133,8 @@ class Run:
             if fields.pop("schema") != 1:
                 raise ValueError("schema is not 1")
             fields["frameworks"] = tuple(fields["frameworks"])
+            fields["model"] = GPTConfig(**fields["model"])
+            fields["training"] = TrainConfig(**fields["training"])
             return cls(path, RunConfig(**fields))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -131,7 +144,7 @@ class Run:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other processes from training in the folder, and clears what dead ones left.
+        """Keep other processes from training in the folder, and delete what dead ones left.
 
         Raises:
             ValueError: when another process is training here.
@@ -150,12 +163,12 @@ class Run:
             yield
 
     def checkpoints(self) -> list[tuple[int, Path]]:
-        """Steps and files of the checkpoints, oldest first."""
+        """Return steps and files of the checkpoints, oldest first."""
         found = ((re.fullmatch(r"step-(\d+)\.safetensors", x.name), x) for x in self.path.iterdir())
         return sorted((int(match[1]), path) for match, path in found if match)
 
     def save(self, step: int, states: Mapping[str, Leaves]) -> Path:
-        """Writes a checkpoint, then removes all but the newest two."""
+        """Write a checkpoint, then delete all but the newest two."""
         path = self.path / f"step-{step:06d}.safetensors"
         write_checkpoint(path, states, {"run": self.config.digest, "step": str(step)})
         for _, old in self.checkpoints()[:-_KEPT]:
@@ -163,7 +176,7 @@ class Run:
         return path
 
     def load(self) -> tuple[int, dict[str, Leaves]] | None:
-        """Step and states of the newest checkpoint; None where there is none.
+        """Return step and states of the newest checkpoint; None where there is none.
 
         Raises:
             ValueError: for a checkpoint that cannot be read or belongs to another run.
@@ -180,11 +193,11 @@ class Run:
             )
         return int(about["step"]), states
 
-    def metrics(self, last: int | None = None) -> list[dict[str, Any]]:
-        """What was measured, a dictionary per step; a line that was cut off ends it.
+    def metrics(self, last: int | None = None) -> list[Row]:
+        """Return what was measured at each step, up to the first line that is cut off.
 
         Args:
-            last: the step up to which there must be one for every step, and no more are wanted.
+            last: the last step to return; every step up to it must be there.
 
         Raises:
             ValueError: when a step up to `last` is missing.
@@ -208,7 +221,7 @@ class Run:
         return rows
 
     def cut_metrics(self, step: int) -> None:
-        """Forgets what was measured behind a step, because it will be measured again.
+        """Delete what was measured after a step, because it will be measured again.
 
         Raises:
             ValueError: when a step up to it is missing.
@@ -216,30 +229,29 @@ class Run:
         write_atomically(self.path / "metrics.jsonl", "".join(map(as_line, self.metrics(step))))
 
 
-def as_line(row: Mapping[str, Any]) -> str:
-    """A row of the metrics; JSON has no number for what is not finite, so that becomes null."""
+def as_line(row: Mapping[str, object]) -> str:
+    """Return a line of JSON, which has no number for what is not finite: that becomes null."""
     return to_json(row, indent=None, as_null=True)
 
 
 def _number(value: float | None) -> float:
-    """What `as_line` wrote as null, read back."""
+    """Return NaN for what `as_line` wrote as null."""
     return math.nan if value is None else value
 
 
-def _difference(present: RunConfig, wanted: RunConfig) -> str:
-    """The first fields that differ, in words."""
+def _difference(present: RunConfig, given: RunConfig) -> str:
+    """Describe the first fields that differ."""
 
-    def flat(config: RunConfig) -> dict[str, Any]:
+    def flat(config: RunConfig) -> dict[str, object]:
         fields = dataclasses.asdict(config)
         model, training = fields.pop("model"), fields.pop("training")
         return fields | model | training
 
-    ours, theirs = flat(present), flat(wanted)
+    ours, theirs = flat(present), flat(given)
     changed = [x for x in ours if ours[x] != theirs.get(x) and x != "source"]
-    words = [f"{x} {_short(ours[x])}, not {_short(theirs.get(x))}" for x in changed[:3]]
-    return "; ".join(words)
+    return "; ".join(f"{x} {_short(ours[x])}, not {_short(theirs.get(x))}" for x in changed[:3])
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = str(value)
     return text if len(text) <= 20 else text[:12] + "..."

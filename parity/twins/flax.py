@@ -73,6 +73,7 @@ class FlaxTwin:
 
     name = "flax_gpt"
     framework = "flax"
+    original = flax_gpt
 
     def __init__(
         self, model: flax_gpt.GPT, package: ModuleType | None = None, compiled: bool = True
@@ -172,7 +173,7 @@ class FlaxTwin:
     ) -> tuple[np.ndarray, flax_gpt.KVCache]:
         """See `Twin`."""
         if self.compiled:  # a program cannot look at lengths
-            cache.check_room(tokens_BT.shape[1], _ints(counts_B))
+            cache.check_capacity(tokens_BT.shape[1], _ints(counts_B))
         logits_BTV, cache = self._call(_ints(tokens_BT), cache, _ints(counts_B))
         return np.asarray(logits_BTV), cache
 
@@ -302,7 +303,7 @@ class FlaxStream:
         self._ids.append(token)
         self._num_drawn += 1
         if self._use_cache:
-            logits_1V, self._cache = self._decoder.step(_ints([token]), self._cache)
+            logits_1V, self._cache = self._decoder.advance(_ints([token]), self._cache)
             self._score(logits_1V)
         else:
             self._prefill()

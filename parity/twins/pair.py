@@ -131,8 +131,8 @@ def twins(
         counts = [length, length - 1, length // 3, 1]
         sequences = corpus.windows(4, length, seed, 3), np.array(counts, np.int32)
     return Pair(
-        flax=_spec(FlaxTwin, flax_package, config, task, dropout_seed),
-        torch=_spec(TorchTwin, torch_package, config, task, dropout_seed),
+        flax=spec(FlaxTwin, config, task, dropout_seed, package=flax_package),
+        torch=spec(TorchTwin, config, task, dropout_seed, package=torch_package),
         rules=TWINS if decodes else CLASSIFIERS,
         probes=_probes(corpus, config, task, seed),
         training_batch=lambda step: training_batch(corpus, rows, width, task, seed, step),
@@ -146,15 +146,26 @@ def twins(
     )
 
 
-def _spec(
+def spec(
     twin: type[FlaxTwin] | type[TorchTwin],
-    package: ModuleType,
     config: flax_gpt.GPTConfig,
-    task: str,
-    dropout_seed: int | None,
+    task: str = "next-token",
+    dropout_seed: int | None = None,
+    constants: Callable[[int], Constants] = training,
+    package: ModuleType | None = None,
 ) -> ModelSpec:
-    """Return how the harness builds, calls and trains one twin, or a changed copy of it."""
-    score, smoothing = task_of(package, task), training(1)["label_smoothing"]
+    """Return how the harness builds, calls and trains a twin.
+
+    Args:
+        twin: the class of its handle.
+        config: its sizes.
+        task: one of `TASKS`.
+        dropout_seed: None for no dropout.
+        constants: a number of steps to fields of TrainConfig.
+        package: a changed copy of the twin; the twin itself when None.
+    """
+    package = package or twin.original
+    score, smoothing = task_of(package, task), constants(1)["label_smoothing"]
 
     def build(dtype: str) -> flax_gpt.GPT | torch_gpt.GPT:
         sizes = package.GPTConfig(**dataclasses.asdict(config) | {"dtype": dtype})
@@ -180,7 +191,7 @@ def _spec(
         forward=forward,
         loss=loss,
         trainer=lambda model, num_steps: twin(model, package).trainer(
-            training(num_steps), task, dropout_seed
+            constants(num_steps), task, dropout_seed
         ),
         decoder=(lambda model: twin(model, package)) if task == "next-token" else None,
     )

@@ -50,6 +50,7 @@ class TorchTwin:
 
     name = "torch_gpt"
     framework = "torch"
+    original = torch_gpt
 
     def __init__(self, model: torch_gpt.GPT, package: ModuleType | None = None):
         self.model, self.package = model, package or torch_gpt
@@ -252,7 +253,7 @@ class TorchStream:
         self._ids.append(token)
         self._num_drawn += 1
         if self._use_cache:
-            logits_1V, self._cache = self._decoder.step(self._ints([token]), self._cache)
+            logits_1V, self._cache = self._decoder.advance(self._ints([token]), self._cache)
             self._score(logits_1V)
         else:
             self._prefill()
@@ -359,11 +360,17 @@ class TorchTrainer:
         self._state = dataclasses.replace(state, key=key, step=int(saved["step"]))
 
 
+def flax_named(leaves: Leaves) -> Leaves:
+    """Return leaves of torch_gpt under flax_gpt's names and in its layouts."""
+    links = links_of(TWINS, leaves)
+    return {name: x for link in links for name, x in link.to_flax(leaves).items()}
+
+
 def _torch_named(
     leaves: Iterable[tuple[str, np.ndarray]], names: Iterable[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield leaves of flax_gpt under torch_gpt's names and in its layouts."""
-    links = {link.flax: link for link in links_of(TWINS, list(names))}
+    links = {link.flax: link for link in links_of(TWINS, tuple(names))}
     for name, leaf in leaves:
         link = links.get((name,))
         yield from link.to_torch({name: leaf}).items() if link else [(name, leaf)]

@@ -97,11 +97,15 @@ class Twin(Decoder, Protocol[ModelT, CacheT]):
     Attributes:
         name: of the package.
         framework: flax or torch.
+        original: the twin's package.
+        package: that of the model: the original, or a changed copy.
         model: the GPT, or a classifier around one, which cannot decode.
     """
 
     name: str
     framework: str
+    original: ModuleType
+    package: ModuleType
     model: ModelT
 
     @classmethod

@@ -1,4 +1,4 @@
-"""A file of one module's weights as a file of its port's."""
+"""Convert a file of one module's weights into a file of its port's."""
 
 from pathlib import Path
 
@@ -25,9 +25,9 @@ def convert_file(
     to: str,
     rules: Rules | None = None,
 ) -> int:
-    """Writes the weights of a safetensors file under the names and in the layouts of the port.
+    """Write the weights of a safetensors file under the names and in the layouts of the port.
 
-    Bit for bit, in the types of the file. The modules are asked for names and shapes alone.
+    Bit for bit, in the dtypes of the file. The modules give names and shapes alone.
 
     Args:
         source: with every weight of the other framework's module, and nothing else.
@@ -38,10 +38,10 @@ def convert_file(
         rules: the weight map; inferred by names when None.
 
     Returns:
-        How many tensors were written.
+        The number of tensors written.
 
     Raises:
-        ValueError: for a file that is not what it should be, or rules that do not fit.
+        ValueError: for a file without exactly these weights, or rules that do not fit.
     """
     port, original = torch_leaves(torch_module), flax_leaves(flax_module)
     weight_map = resolve(rules or infer_rules(torch_module, flax_module), port, original)
@@ -57,9 +57,9 @@ def convert_file(
         if name in wanted and leaf.shape != wanted[name].shape
     ]
     if problems:
-        side = "torch" if to == "flax" else "flax"
+        of = "torch" if to == "flax" else "flax"
         raise ValueError(
-            f"{source}: {'; '.join(problems)}. The file has the {side} module's weights. Give that "
+            f"{source}: {'; '.join(problems)}. The file has the {of} module's weights. Give that "
             "file or mend the module."
         )
     if to == "flax":

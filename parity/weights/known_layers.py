@@ -1,9 +1,12 @@
-"""The layers that come with the frameworks: how their leaves lie, and what each does alone."""
+"""The frameworks' own layers: how their leaves lie, and what each leaf does alone."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
@@ -14,13 +17,13 @@ from parity.weights.layouts import Layout, Shape, joined_shape
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """What a layer says about one of its leaves.
+    """A leaf and the layer that owns it.
 
     Attributes:
         kind: of the layer: linear, embedding, norm, batch norm, convolution or transposed
-            convolution; parameter or buffer for a leaf of no layer that is known here.
+            convolution; parameter or buffer for a leaf of no known layer.
         role: of the leaf in it: weight, bias, mean or var.
-        layout: of the leaf, if the other framework's lies in its plain way.
+        layout: of the leaf, if the other framework's has its usual layout.
         shape: of the joined form, alike in both frameworks.
         part: of the layer, where it holds several of a kind, as a recurrent one does.
     """
@@ -35,8 +38,6 @@ class Leaf:
 Act = Callable[[np.ndarray], np.ndarray]
 _WINDOWS = torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d
 _CONVOLUTIONS = {3: "conv1d", 4: "conv2d", 5: "conv3d"}
-
-
 _TORCH_KINDS = {
     "embedding": torch.nn.Embedding,
     "norm": torch.nn.LayerNorm | torch.nn.RMSNorm | torch.nn.GroupNorm,
@@ -61,7 +62,7 @@ _WINDOW_LAYOUTS = {
 
 
 def torch_leaf(module: torch.nn.Module, name: str) -> Leaf | None:
-    """What a module says about a leaf; None for a count or a mask, which is no weight."""
+    """Describe a leaf of a module; None for a count or a mask, which is no weight."""
     tensor = module.state_dict()[name]
     shape = tuple(tensor.shape)
     if not tensor.is_floating_point():
@@ -88,7 +89,7 @@ def torch_leaf(module: torch.nn.Module, name: str) -> Leaf | None:
 
 
 def flax_leaf(module: nnx.Module, name: str) -> Leaf:
-    """What a module says about a leaf."""
+    """Describe a leaf of a module."""
     variable = getattr(module, name) if not isinstance(module, nnx.List) else module[int(name)]
     shape = tuple(variable[...].shape)
     kind = next((k for k, types in _FLAX_KINDS.items() if isinstance(module, types)), "")
@@ -101,7 +102,7 @@ def flax_leaf(module: nnx.Module, name: str) -> Leaf:
         layout = Layout.HEADS_OUT if len(module.out_features) == 2 else Layout.HEADS_IN
     elif isinstance(module, nnx.LinearGeneral) and len(shape) == 2 and role == "bias":
         layout = Layout.FLAT
-    elif kind == "transposed convolution" and role == "weight":
+    elif isinstance(module, nnx.ConvTranspose) and role == "weight":
         turned = module.transpose_kernel
         layout = Layout.CONV_TRANSPOSE_KERNEL if turned else Layout.CONV_TRANSPOSE
     joined = joined_shape(shape, layout, "flax")
@@ -111,20 +112,20 @@ def flax_leaf(module: nnx.Module, name: str) -> Leaf:
 
 
 def torch_action(module: torch.nn.Module, leaf: str) -> Act | None:
-    """What a leaf does to rows (N, in), to ids (N,), or for a convolution to (N, *space, in).
+    """Return what a leaf does to rows (N, in), to ids (N,), or in a convolution to (N, *space, in).
 
-    Outputs come last. A bias takes part; the caller removes it by what is done to zeros.
+    Outputs come last. A bias is added; the caller subtracts the output for zeros.
 
     Args:
         module: the one that owns the leaf.
         leaf: its name in it.
 
     Returns:
-        None where there is no way known to run it alone.
+        None where the leaf cannot be run alone.
     """
-    parameter = getattr(module, leaf, None)
+    parameter: torch.Tensor = getattr(module, leaf)
     if isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward:
-        return _on_arrays(lambda x: x @ parameter.T, parameter)  # what is added is its own matter
+        return _on_arrays(lambda x: x @ parameter.T, parameter)  # a subclass may add anything
     if _is_linear(module) or isinstance(module, torch.nn.Embedding):
         return _on_arrays(module, parameter)
     if isinstance(module, torch.nn.MultiheadAttention) or (
@@ -137,48 +138,54 @@ def torch_action(module: torch.nn.Module, leaf: str) -> Act | None:
 
 
 def flax_action(module: nnx.Module, leaf: str) -> Act | None:
-    """The same of a flax leaf, in the scope of the caller's types."""
+    """Return the same for a flax leaf, to be run in the caller's `jax_scope`."""
     if isinstance(module, nnx.Linear) and type(module).__call__ is not nnx.Linear.__call__:
         return lambda x: np.asarray(x @ module.kernel[...])
     if isinstance(module, nnx.Linear | nnx.Embed):
-        return lambda x: np.asarray(module(x))
+        return lambda x: np.asarray(module(jnp.asarray(x)))
     if isinstance(module, nnx.LinearGeneral):
-        return lambda x: np.asarray(module(x.reshape(len(x), *module.in_features))).reshape(
-            len(x), -1
-        )
+        shape = module.in_features
+
+        def act(x: np.ndarray) -> np.ndarray:
+            return np.asarray(module(jnp.asarray(x.reshape(-1, *shape)))).reshape(len(x), -1)
+
+        return act
     if isinstance(module, nnx.Conv):
         kernel = module.kernel[...]
         window = "XYZ"[: kernel.ndim - 2]
         names = f"N{window}C", f"{window}IO", f"N{window}C"
-        return lambda x: np.asarray(
-            jax.lax.conv_general_dilated(
-                x, kernel, (1,) * len(window), "VALID", dimension_numbers=names,
-                feature_group_count=module.feature_group_count,
-            )
-        )  # fmt: skip
+        convolve = functools.partial(
+            jax.lax.conv_general_dilated,
+            window_strides=(1,) * len(window),
+            padding="VALID",
+            dimension_numbers=names,
+            feature_group_count=module.feature_group_count,
+        )
+        return lambda x: np.asarray(convolve(jnp.asarray(x), kernel))
     return None
 
 
 def flax_input(module: nnx.Module, rng: np.random.Generator) -> np.ndarray:
-    """An input for `flax_action` of a module, in float64 or of ids."""
+    """Draw an input for `flax_action` of a module, in float64 or of ids."""
     if isinstance(module, nnx.Embed):
         return np.arange(min(module.num_embeddings, 64), dtype=np.int64)
     if isinstance(module, nnx.Conv):
         window = module.kernel.shape[:-2]
         return rng.normal(size=(2, *(size + 1 for size in window), module.in_features))
-    return rng.normal(size=(3, int(np.prod(module.in_features))))
+    return rng.normal(size=(3, int(np.prod(cast(nnx.Linear, module).in_features))))
 
 
 def flax_owner(module: nnx.Module, leaf: str) -> tuple[nnx.Module, str]:
-    """The module that owns a leaf, and the leaf's name in it."""
+    """Return the module that owns a leaf, and the leaf's name in it."""
     *path, name = leaf.split(".")
+    owner: Any = module
     for step in path:
-        module = module[int(step)] if step.isdigit() else getattr(module, step)
-    return module, name
+        owner = owner[int(step)] if step.isdigit() else getattr(owner, step)
+    return owner, name
 
 
 def torch_owner(module: torch.nn.Module, leaf: str) -> tuple[torch.nn.Module, str]:
-    """The module that owns a leaf, and the leaf's name in it."""
+    """Return the module that owns a leaf, and the leaf's name in it."""
     path, _, name = leaf.rpartition(".")
     return module.get_submodule(path), name
 
@@ -188,11 +195,11 @@ def _is_linear(module: torch.nn.Module) -> bool:
 
 
 def _is_conv1d(module: torch.nn.Module) -> bool:
-    """Whether it is transformers' linear layer of GPT-2, whose weight is (in, out)."""
+    """Whether this is transformers' linear layer of GPT-2, whose weight is (in, out)."""
     return type(module).__name__ == "Conv1D" and not isinstance(module, torch.nn.Conv1d)
 
 
-def _on_arrays(function: Callable, parameter: torch.Tensor) -> Act:
+def _on_arrays(function: Callable[[torch.Tensor], torch.Tensor], parameter: torch.Tensor) -> Act:
     def act(x: np.ndarray) -> np.ndarray:
         with torch.no_grad():
             return to_numpy(function(from_numpy(x).to(parameter.device)))

@@ -1,7 +1,7 @@
-"""How leaves of one framework lie in the other: the same numbers in another order.
+"""How a leaf of one framework lies in the other: the same numbers in another order.
 
-In between lies the *joined* form, flax's order of axes with all heads in one axis. Outputs come
-last in it, so leaves that are fused in one framework and apart in the other are side by side.
+Between the two is the *joined* form: flax's order of axes, with all heads in one axis. Outputs come
+last in it, so that leaves that are fused in one framework and apart in the other are side by side.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ class Layout(enum.StrEnum):
     # the same with transpose_kernel=True: (in, out, *window) is (*window, out, in)
     CONV_TRANSPOSE_KERNEL = "conv_transpose_kernel"
     HEADS_OUT = "heads_out"  # (heads * width, in) is (in, heads, width): query, key, value
-    HEADS_IN = "heads_in"  # (out, heads * width) is (heads, width, out): the way out
+    HEADS_IN = "heads_in"  # (out, heads * width) is (heads, width, out): the output projection
     FLAT = "flat"  # (heads * width) is (heads, width): biases
 
 
@@ -38,7 +38,7 @@ class Link:
         torch: their names; one, unless flax fuses several.
         flax: theirs; one, unless torch fuses several.
         layout: how one lies in the other.
-        heads: fused leaves alternate head by head, in so many heads; 1 for one behind the other.
+        heads: number of heads by which fused leaves alternate; 1 for one after the other.
     """
 
     torch: tuple[str, ...]
@@ -52,17 +52,14 @@ class Link:
     def to_torch(
         self, leaves: Mapping[str, np.ndarray], shapes: Mapping[str, Shape] | None = None
     ) -> Leaves:
-        """The torch leaves, of the flax leaves.
+        """Return the torch leaves.
 
         Args:
             leaves: of flax, by name.
             shapes: of torch's leaves by name, needed where there are several.
         """
         joined = join([from_flax(leaves[name], self.layout) for name in self.flax], self.heads)
-        widths = [0]
-        if len(self.torch) > 1:
-            widths = [joined_shape(shapes[x], self.layout, "torch")[-1] for x in self.torch]
-        parts = _split(joined, widths, self.heads)
+        parts = _split(joined, self._widths(self.torch, shapes, "torch"), self.heads)
         return {
             name: np.array(as_torch(part, self.layout), order="C", copy=None)
             for name, part in zip(self.torch, parts, strict=True)
@@ -71,7 +68,7 @@ class Link:
     def to_flax(
         self, leaves: Mapping[str, np.ndarray], shapes: Mapping[str, Shape] | None = None
     ) -> Leaves:
-        """The flax leaves, of the torch leaves.
+        """Return the flax leaves.
 
         Args:
             leaves: of torch, by name.
@@ -79,10 +76,7 @@ class Link:
                 of their own.
         """
         joined = join([from_torch(leaves[name], self.layout) for name in self.torch], self.heads)
-        widths = [0]
-        if len(self.flax) > 1:
-            widths = [joined_shape(shapes[x], self.layout, "flax")[-1] for x in self.flax]
-        parts = _split(joined, widths, self.heads)
+        parts = _split(joined, self._widths(self.flax, shapes, "flax"), self.heads)
         return {
             name: np.array(
                 as_flax(part, self.layout, shapes[name] if shapes else part.shape),
@@ -92,8 +86,16 @@ class Link:
             for name, part in zip(self.flax, parts, strict=True)
         }
 
+    def _widths(
+        self, names: tuple[str, ...], shapes: Mapping[str, Shape] | None, framework: str
+    ) -> list[int]:
+        if len(names) == 1:
+            return [0]
+        assert shapes is not None, f"{self}: to split a leaf needs shapes"
+        return [joined_shape(shapes[x], self.layout, framework)[-1] for x in names]
+
     def misfits(self, torch: Mapping[str, np.ndarray], flax: Mapping[str, np.ndarray]) -> list[str]:
-        """What keeps the link from working, in words: dtypes, axes, shapes."""
+        """Describe what keeps the link from working: dtypes, axes or shapes."""
         leaves, parts = [torch[x] for x in self.torch], [flax[x] for x in self.flax]
         ours, theirs = ", ".join(self.torch), ", ".join(self.flax)
         noun = "torch leaf" if len(leaves) == 1 else "torch leaves"
@@ -117,13 +119,14 @@ class Link:
         return [f"{noun} {ours} is {list(leaves[0].shape)}, flax {theirs} makes {shape}"]
 
     def torch_shape(self, shapes: Mapping[str, Shape]) -> Shape:
-        """The shape of the torch leaf that flax leaves of these shapes make, where it is one."""
+        """Return the shape of the torch leaf, where it is one, for flax leaves of these shapes."""
         made = _side_by_side([joined_shape(shapes[x], self.layout, "flax") for x in self.flax])
+        assert made is not None, f"{self} is no link of a resolved weight map"
         return as_torch(np.broadcast_to(np.int8(0), made), self.layout).shape
 
 
 def from_flax(leaf: np.ndarray, layout: Layout) -> np.ndarray:
-    """The joined form of a flax leaf, as a view."""
+    """Return the joined form of a flax leaf, as a view."""
     match layout:
         case Layout.HEADS_OUT:
             return leaf.reshape(leaf.shape[0], -1)
@@ -135,13 +138,13 @@ def from_flax(leaf: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def as_flax(joined: np.ndarray, layout: Layout, shape: Shape) -> np.ndarray:
-    """A flax leaf of that shape from its joined form, as a view."""
+    """Return a flax leaf of that shape from its joined form, as a view."""
     heads = layout in (Layout.HEADS_OUT, Layout.HEADS_IN, Layout.FLAT)
     return joined.reshape(shape) if heads else joined
 
 
 def from_torch(leaf: np.ndarray, layout: Layout) -> np.ndarray:
-    """The joined form of a torch leaf, as a view."""
+    """Return the joined form of a torch leaf, as a view."""
     window = range(2, leaf.ndim)
     match layout:
         case Layout.TRANSPOSED | Layout.HEADS_OUT | Layout.HEADS_IN:
@@ -154,7 +157,7 @@ def from_torch(leaf: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def as_torch(joined: np.ndarray, layout: Layout) -> np.ndarray:
-    """A torch leaf from its joined form, as a view."""
+    """Return a torch leaf from its joined form, as a view."""
     window = range(joined.ndim - 2)
     match layout:
         case Layout.TRANSPOSED | Layout.HEADS_OUT | Layout.HEADS_IN:
@@ -167,7 +170,7 @@ def as_torch(joined: np.ndarray, layout: Layout) -> np.ndarray:
 
 
 def has_axes(layout: Layout, torch_axes: int, flax_axes: int) -> bool:
-    """Whether leaves with so many axes can lie in each other this way."""
+    """Whether leaves with these numbers of axes can lie in each other this way."""
     match layout:
         case Layout.SAME:
             return torch_axes == flax_axes
@@ -181,20 +184,20 @@ def has_axes(layout: Layout, torch_axes: int, flax_axes: int) -> bool:
 
 
 def joined_shape(shape: Shape, layout: Layout, framework: str) -> Shape:
-    """The shape of the joined form of a leaf of "torch" or "flax"."""
+    """Return the shape of the joined form of a leaf of "torch" or "flax"."""
     blank = np.broadcast_to(np.int8(0), shape)
     return (from_torch if framework == "torch" else from_flax)(blank, layout).shape
 
 
 def _side_by_side(shapes: Sequence[Shape]) -> Shape | None:
-    """The shape of arrays joined along the last axis; None when they do not line up."""
+    """Return the shape of arrays joined along the last axis; None when they do not line up."""
     if len({shape[:-1] for shape in shapes}) > 1:
         return None
     return (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
 
 
 def join(parts: Sequence[np.ndarray], heads: int) -> np.ndarray:
-    """Parts side by side; with heads, that of the first head of each, then the second's."""
+    """Join parts along the last axis: the first head of each, then the second of each, and on."""
     if len(parts) == 1:
         return parts[0]
     by_head = [part.reshape(*part.shape[:-1], heads, -1) for part in parts]
@@ -202,7 +205,7 @@ def join(parts: Sequence[np.ndarray], heads: int) -> np.ndarray:
 
 
 def _split(joined: np.ndarray, widths: Sequence[int], heads: int) -> list[np.ndarray]:
-    """The parts, each `widths` wide, that `join` put side by side."""
+    """Return the parts, each `widths` wide, that `join` put side by side."""
     if len(widths) == 1:
         return [joined]
     by_head = joined.reshape(*joined.shape[:-1], heads, -1)

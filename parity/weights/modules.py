@@ -1,4 +1,4 @@
-"""Which module of one model is which of the other, by the weights below it."""
+"""Find which module of one model is which of the other, by the weights below it."""
 
 import torch
 from flax import nnx
@@ -13,11 +13,11 @@ _CONTAINERS = torch.nn.ModuleList | torch.nn.ModuleDict
 def module_map(
     torch_module: torch.nn.Module, flax_module: nnx.Module, weights: WeightMap
 ) -> dict[str, str]:
-    """Torch paths of the flax modules that do the same work, by flax path; "" for the models.
+    """Return the torch path of each flax module that has a counterpart; "" for the models.
 
-    Two modules are one when the same links of the weight map lie below them. Several in a row may
-    hold the same weights, one inside the other; these are paired from the outside in. A module
-    without weights is paired with one of the same name in the same place.
+    Two modules correspond when the same links of the weight map lie below them. Nested modules that
+    hold the same weights are paired from the outside in. A module without weights is paired with
+    one of the same name in the same place.
     """
     torch_paths = [
         path for path, part in torch_module.named_modules() if not isinstance(part, _CONTAINERS)
@@ -44,7 +44,7 @@ def module_map(
 
 
 def _by_content(paths: list[str], links: list[tuple[str, ...]]) -> dict[frozenset[int], list[str]]:
-    """Paths by the links all of whose leaves lie below them, from the outside in."""
+    """Group paths by the links all of whose leaves lie below them, from the outside in."""
     below: dict[str, set[int]] = {path: set() for path in paths}
     for number, leaves in enumerate(links):
         owners = [set(_ancestors(leaf)) for leaf in leaves]
@@ -57,7 +57,7 @@ def _by_content(paths: list[str], links: list[tuple[str, ...]]) -> dict[frozense
 
 
 def _ancestors(leaf: str) -> list[str]:
-    """Paths of the modules that a leaf lies in, the model itself among them."""
+    """Return the paths of the modules that a leaf lies in, the model among them."""
     parts = leaf.split(".")[:-1]
     return [".".join(parts[:end]) for end in range(len(parts) + 1)]
 

@@ -6,12 +6,11 @@ from parity.frameworks.leaves import Leaves
 
 
 def randomized(leaves: Leaves, seed: int) -> Leaves:
-    """New numbers for every leaf, so that each one matters.
+    """Return new numbers for every leaf.
 
     Matrices are drawn with the deviation that keeps a signal's size, 1 / sqrt(shorter side), and
-    arrays with more axes as if all but the longest were one;
-    vectors keep their value (zero biases, unit norms) and get noise of 0.2. A variance stays
-    positive, and what is no float, as a count, stays as it is.
+    arrays with more axes as if all but the longest were one. Vectors keep their value (zero biases,
+    unit norms) and get noise of 0.2. A variance stays positive, and integers stay as they are.
     """
     rng = np.random.default_rng(seed)
     drawn = {}

@@ -1,8 +1,8 @@
 """The weight map as data: which torch leaf is which flax leaf, and in what layout.
 
-A rule is one line for one kind of leaf, used in both directions. `*` stands for any part of one
-name between dots; the n-th star of one side is the n-th of the other. `{a,b,c}` lists leaves that
-the other side keeps fused, side by side along the output axis. As a file:
+A rule is one line for one kind of leaf, used in both directions. `*` stands for anything between
+two dots; the n-th star of one pattern is the n-th of the other. `{a,b,c}` lists leaves that the
+other model keeps fused, side by side along the output axis. As a file:
 
     ignored = ["blocks.*.mask"]
 
@@ -36,7 +36,7 @@ class Rule:
         torch: pattern of torch leaves.
         flax: pattern of flax leaves.
         layout: how one lies in the other.
-        heads: fused leaves alternate head by head, in so many heads; 1 for one behind the other.
+        heads: number of heads by which fused leaves alternate; 1 for one after the other.
         optional: whether it may match nothing.
     """
 
@@ -50,11 +50,11 @@ class Rule:
         return f"{self.torch} <-> {self.flax} ({self.layout})"
 
     def links(self, torch_names: Collection[str]) -> Iterator[Link]:
-        """Which flax leaves these torch leaves are, as far as the rule is about them."""
+        """Yield links of the torch leaves that the rule matches."""
         return self._links(torch_names, self.torch)
 
     def links_of_flax(self, flax_names: Collection[str]) -> Iterator[Link]:
-        """Which torch leaves these flax leaves are, as far as the rule is about them."""
+        """Yield links of the flax leaves that the rule matches."""
         return self._links(flax_names, self.flax)
 
     def _links(self, names: Collection[str], pattern: str) -> Iterator[Link]:
@@ -63,7 +63,7 @@ class Rule:
             found = re.fullmatch(_regex(alternative), name)
             if found is not None and found.groups() not in seen:
                 seen.add(found.groups())
-                torch, flax = (_filled(side, found.groups()) for side in (self.torch, self.flax))
+                torch, flax = (_filled(x, found.groups()) for x in (self.torch, self.flax))
                 yield Link(torch, flax, self.layout, self.heads)
 
 
@@ -87,10 +87,13 @@ class Rules:
 
     @classmethod
     def load(cls, path: Path) -> "Rules":
-        """Reads a rules file.
+        """Read a rules file.
+
+        Returns:
+            The rules.
 
         Raises:
-            ValueError: for a file that is not there or is no rules file, in one line.
+            ValueError: for a file that is missing or invalid, in one line.
         """
         try:
             return cls.parse(path.read_text(encoding="utf-8"))
@@ -101,10 +104,10 @@ class Rules:
 
     @classmethod
     def parse(cls, text: str) -> "Rules":
-        """Reads the text of a rules file.
+        """Return the rules in the text of a rules file.
 
         Raises:
-            ValueError: for what is none.
+            ValueError: for invalid text.
         """
         try:
             document = tomllib.loads(text)
@@ -124,7 +127,7 @@ class Rules:
             ) from error
 
     def to_toml(self) -> str:
-        """The rules as a file that `load` reads."""
+        """Return the text of a file that `load` reads."""
         parts = []
         if self.ignored:
             parts.append(f"ignored = {json.dumps(self.ignored)}")
@@ -144,11 +147,11 @@ class Rules:
 
 
 def _fields(rule: dict[str, Any]) -> dict[str, Any]:
-    """A rule of a file, checked: a pattern that is no text would fail much later."""
-    for side in ("torch", "flax"):
-        if not isinstance(rule.get(side), str):
-            raise ValueError(f"a rule without {side}")
-    stars = [rule[side].count("*") for side in ("torch", "flax")]
+    """Return a checked rule of a file: a pattern that is no text would fail much later."""
+    for framework in ("torch", "flax"):
+        if not isinstance(rule.get(framework), str):
+            raise ValueError(f"a rule without {framework}")
+    stars = [rule[framework].count("*") for framework in ("torch", "flax")]
     if stars[0] != stars[1]:
         raise ValueError(f"{rule['torch']} and {rule['flax']} have {stars[0]} and {stars[1]} stars")
     return rule | {"layout": Layout(rule.get("layout", "same"))}
@@ -161,7 +164,7 @@ def _regex(pattern: str) -> str:
 
 
 def _filled(pattern: str, stars: tuple[str, ...]) -> tuple[str, ...]:
-    """The names that a pattern stands for, its stars replaced."""
+    """Return the names that a pattern stands for, its stars replaced."""
     left = iter(stars)
     return tuple(_alternatives(re.sub(r"\*", lambda _: next(left), pattern)))
 

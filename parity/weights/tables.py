@@ -5,6 +5,8 @@ import dataclasses
 from parity.weights.layouts import Layout
 from parity.weights.rules import Rule, Rules
 
+_LINEAR = Layout.TRANSPOSED
+
 TWINS = Rules(
     (
         Rule("*_embedding.weight", "*_embedding.embedding"),
@@ -12,31 +14,19 @@ TWINS = Rules(
         Rule("embedding_norm.bias", "embedding_norm.bias", optional=True),
         Rule("blocks.*.norm_*.weight", "blocks.*.norm_*.scale"),
         Rule("blocks.*.norm_*.bias", "blocks.*.norm_*.bias", optional=True),
-        *(
-            Rule(
-                f"blocks.*.attention.{name}.weight",
-                f"blocks.*.attention.{name}.kernel",
-                Layout.TRANSPOSED,
-            )
-            for name in ("query", "key", "value", "out")
-        ),
+        Rule("blocks.*.attention.query.weight", "blocks.*.attention.query.kernel", _LINEAR),
+        Rule("blocks.*.attention.key.weight", "blocks.*.attention.key.kernel", _LINEAR),
+        Rule("blocks.*.attention.value.weight", "blocks.*.attention.value.kernel", _LINEAR),
+        Rule("blocks.*.attention.out.weight", "blocks.*.attention.out.kernel", _LINEAR),
         Rule("blocks.*.attention.*.bias", "blocks.*.attention.*.bias", optional=True),
-        *(
-            Rule(
-                f"blocks.*.attention.{name}_norm.weight",
-                f"blocks.*.attention.{name}_norm.scale",
-                optional=True,
-            )
-            for name in ("query", "key")
-        ),
-        Rule("blocks.*.mlp.*.weight", "blocks.*.mlp.*.kernel", Layout.TRANSPOSED),
+        Rule("blocks.*.attention.*_norm.weight", "blocks.*.attention.*_norm.scale", optional=True),
+        Rule("blocks.*.mlp.*.weight", "blocks.*.mlp.*.kernel", _LINEAR),
         Rule("blocks.*.mlp.*.bias", "blocks.*.mlp.*.bias", optional=True),
         Rule("norm.weight", "norm.scale"),
         Rule("norm.bias", "norm.bias", optional=True),
-        Rule("head.weight", "head.kernel", Layout.TRANSPOSED, optional=True),
+        Rule("head.weight", "head.kernel", _LINEAR, optional=True),
     )
 )
-
 
 # The twins' classifiers: the GPT, and a linear head on it.
 CLASSIFIERS = Rules(
@@ -45,11 +35,10 @@ CLASSIFIERS = Rules(
             dataclasses.replace(rule, torch=f"gpt.{rule.torch}", flax=f"gpt.{rule.flax}")
             for rule in TWINS.rules
         ),
-        Rule("head.weight", "head.kernel", Layout.TRANSPOSED),
+        Rule("head.weight", "head.kernel", _LINEAR),
         Rule("head.bias", "head.bias"),
     )
 )
-
 
 # transformers' GPT2LMHeadModel, whose Conv1D keeps (in, out) and fuses query, key and value.
 HF_GPT2 = Rules(

@@ -1,4 +1,4 @@
-"""Moves weights between the frameworks by rules: strict, in both directions, bit for bit."""
+"""Move weights between the frameworks by rules: strict, in both directions, bit for bit."""
 
 import torch
 from flax import nnx
@@ -12,20 +12,28 @@ from parity.weights.weight_map import WeightMap, resolve
 def transplant(
     source: torch.nn.Module | nnx.Module, target: torch.nn.Module | nnx.Module, rules: Rules
 ) -> WeightMap:
-    """Copies all weights of one model into its port in the other framework.
+    """Copy all weights of one model into its port in the other framework.
 
     Returns:
-        The map by which they went.
+        The resolved rules.
 
     Raises:
-        TransplantError: unless every leaf on both sides is used exactly once and fits; the target
+        TransplantError: unless every leaf of both models is used exactly once and fits; the target
             is then as it was.
+        ValueError: unless there is one model of each framework.
     """
-    if isinstance(source, nnx.Module):
-        weight_map = resolve(rules, torch_leaves(target), flax_leaves(source))
-        kept = {name: torch_leaves(target)[name] for name in weight_map.ignored}
+    if isinstance(source, nnx.Module) and isinstance(target, torch.nn.Module):
+        present = torch_leaves(target)
+        weight_map = resolve(rules, present, flax_leaves(source))
+        kept = {name: present[name] for name in weight_map.ignored}
         load_torch(target, weight_map.to_torch(flax_leaves(source)) | kept)
-    else:
+    elif isinstance(source, torch.nn.Module) and isinstance(target, nnx.Module):
         weight_map = resolve(rules, torch_leaves(source), flax_leaves(target))
         load_flax(target, weight_map.to_flax(torch_leaves(source)))
+    else:
+        kinds = " into ".join(type(module).__name__ for module in (source, target))
+        raise ValueError(
+            f"transplant: {kinds}. Weights move between a torch.nn.Module and a flax.nnx.Module. "
+            "Give one of each."
+        )
     return weight_map

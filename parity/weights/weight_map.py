@@ -1,4 +1,4 @@
-"""Rules applied to the leaves of two models: which is which, with nothing left over."""
+"""Rules resolved for two models: which leaf is which, with nothing left over."""
 
 import dataclasses
 from collections import Counter
@@ -28,7 +28,7 @@ class TransplantError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class WeightMap:
-    """Rules resolved for one pair of models: the proof that every leaf is used exactly once.
+    """Rules resolved for two models, so that every leaf is used exactly once.
 
     Attributes:
         links: which leaves are which.
@@ -45,9 +45,9 @@ class WeightMap:
     flax_shapes: Mapping[str, Shape]
 
     def to_torch(self, leaves: Mapping[str, np.ndarray]) -> Leaves:
-        """Torch leaves from flax leaves: weights, or anything shaped like them, as gradients.
+        """Return torch leaves for flax leaves: weights, or what is shaped like them, as gradients.
 
-        What is not there, as the gradient of a running mean, is left out.
+        A leaf that is missing, as the gradient of a running mean is, is left out.
         """
         moved: Leaves = {}
         for link in self.links:
@@ -56,18 +56,18 @@ class WeightMap:
         return moved | {a: moved[original] for a, original in self.ties if original in moved}
 
     def to_flax(self, leaves: Mapping[str, np.ndarray]) -> Leaves:
-        """Flax leaves from torch leaves, as `to_torch`."""
+        """Return flax leaves for torch leaves, as `to_torch`."""
         return dict(self.flax_leaves(leaves))
 
     def flax_leaves(self, leaves: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-        """The same one after the other, so that they need not all be there at once."""
+        """Yield what `to_flax` returns, so that the leaves need not all exist at once."""
         for link in self.links:
             if all(name in leaves for name in link.torch):
                 yield from link.to_flax(leaves, self.flax_shapes).items()
 
 
 def links_of(rules: Rules, torch_names: Collection[str]) -> Iterator[Link]:
-    """The links of torch leaves by their names alone; `resolve` is what proves that they fit."""
+    """Yield the links of torch leaves by their names alone, without a proof that they fit."""
     for rule in rules.rules:
         yield from rule.links(torch_names)
 
@@ -75,7 +75,10 @@ def links_of(rules: Rules, torch_names: Collection[str]) -> Iterator[Link]:
 def resolve(
     rules: Rules, torch_leaves: Mapping[str, np.ndarray], flax_leaves: Mapping[str, np.ndarray]
 ) -> WeightMap:
-    """Applies the rules to the leaves of two models.
+    """Apply rules to the leaves of two models.
+
+    Returns:
+        The links in the order of the torch model, which is the one that people read.
 
     Raises:
         TransplantError: unless every leaf on both sides is used exactly once and fits.
@@ -91,13 +94,18 @@ def resolve(
     links: list[Link] = []
     for link in found:
         ours, theirs = ", ".join(link.torch), ", ".join(link.flax)
-        absent = [name for name in link.torch if name not in mapped]
-        problems += [f"flax leaf {theirs} wants torch leaf {x}, which does not exist"
-                     for x in absent]  # fmt: skip
-        lacking = [name for name in link.flax if name not in flax_leaves]
-        problems += [f"torch leaf {ours} wants flax leaf {x}, which does not exist"
-                     for x in lacking]  # fmt: skip
-        if not absent and not lacking and all(uses[name] == 1 for name in link.torch):
+        missing = [
+            f"flax leaf {theirs} wants torch leaf {name}, which does not exist"
+            for name in link.torch
+            if name not in mapped
+        ]
+        missing += [
+            f"torch leaf {ours} wants flax leaf {name}, which does not exist"
+            for name in link.flax
+            if name not in flax_leaves
+        ]
+        problems += missing
+        if not missing and all(uses[name] == 1 for name in link.torch):
             links.append(link)
     taken = Counter(name for link in links for name in link.flax)
     problems += [
@@ -118,7 +126,6 @@ def resolve(
         problems += link.misfits(torch_leaves, flax_leaves)
     if problems:
         raise TransplantError(problems)
-    # In the order of the torch model, which is the one that people read.
     place = {name: number for number, name in enumerate(torch_leaves)}
     return WeightMap(
         tuple(sorted(links, key=lambda link: place[link.torch[0]])),

@@ -158,15 +158,16 @@ def test_a_compiled_decoder_writes_what_the_model_writes_without_a_cache(twins, 
 
 
 @pytest.mark.parametrize("name", ["rotary", "alibi", "t5"])
-def test_an_exact_cache_gives_the_same_bits_for_every_kind_of_position(twins, name):
+def test_a_batch_invariant_cache_gives_the_same_bits_for_every_kind_of_position(twins, name):
     tokens = tokens_of()[:1]
     for gpt, model in pair_of(twins, **cell(name, "GQA", "window")):
         found = []
         for cuts in ((T,), (5, 1, 11)):
-            cache, start = gpt.package.KVCache.empty(model.config, 1, S, exact=True), 0
+            cache, start = gpt.package.BatchInvariantCache.empty(model.config, 1, S), 0
             for width in cuts:
                 part = gpt.ints(tokens[:, start : start + width])
-                logits, cache = gpt.package.prefill(model, part, cache)
+                module = gpt.package.decoding.batch_invariant
+                logits, cache = module.prefill(model, part, cache)
                 start += width
             found.append(gpt.numpy(logits))
         np.testing.assert_array_equal(*found)
@@ -177,73 +178,21 @@ def test_a_query_head_reads_the_kv_head_of_its_group(gpt):
     model = gpt.model(**(SIZES | dict(num_kv_heads=2, num_layers=1)))
     cache = gpt.package.KVCache.empty(model.config, 1, S)
     _, cache = model(gpt.ints(tokens_of()[:1]), cache)
-    heard, mix = [], gpt.package.attention.mix
+    heard = []
 
-    def overheard(weights, parts):
-        mixed = mix(weights, parts)
-        heard.append((gpt.numpy(weights), gpt.numpy(mixed)))
-        return mixed
+    def recording(q_BKQTH, new, past, metadata, drop):
+        values, layer = gpt.package.attention.attend(q_BKQTH, new, past, metadata, drop)
+        heard.append(gpt.numpy(values))
+        return values, layer
 
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(gpt.package.model, "mix", overheard)
-        model(gpt.ints(tokens_of()[:1]))
-    ((weights_BKQTS, mixed_BKQTH),) = heard
-    assert weights_BKQTS.shape == (1, 2, 3, T, T)
+    model.with_attend(recording)(gpt.ints(tokens_of()[:1]))
+    ((weights_BNTS,), (found_BKQTH,)) = model.attention_maps(gpt.ints(tokens_of()[:1])), heard
+    weights_BNTS = gpt.numpy(weights_BNTS)
+    assert weights_BNTS.shape == (1, 6, T, T) and found_BKQTH.shape == (1, 2, 3, T, 4)
     values_BKSH = gpt.numpy(cache.layers[0].values_BKSH)[:, :, :T]
     for head in range(6):
-        expected = weights_BKQTS[:, head // 3, head % 3] @ values_BKSH[:, head // 3]
-        np.testing.assert_allclose(mixed_BKQTH[:, head // 3, head % 3], expected, atol=BOUND)
-
-
-@pytest.mark.parametrize("heads", [1, 2, 3, 5, 6, 8, 12, 16])
-def test_alibi_slopes_fall_by_one_factor_and_fill_up_from_the_next_power(gpt, heads):
-    slopes = gpt.package.relative.slopes(heads)
-    power = 2 ** int(np.log2(heads))
-    assert slopes.shape == (heads,) and len(set(slopes)) == heads
-    np.testing.assert_allclose(slopes[:power], [2 ** (-8 * n / power) for n in range(1, power + 1)])
-    twice = [2 ** (-8 * n / (2 * power)) for n in range(1, 2 * power + 1)]
-    np.testing.assert_allclose(slopes[power:], twice[0::2][: heads - power])
-
-
-def test_t5_buckets_are_exact_for_near_tokens_and_logarithmic_for_far_ones(gpt):
-    config = gpt.config(positions="t5")
-    buckets = gpt.package.relative.buckets(config)
-    assert buckets[:16].tolist() == list(range(16)) and buckets[-1] == 31
-    assert np.all(np.diff(buckets) >= 0) and set(buckets) == set(range(32))
-    # Raffel et al.: distance 16 * 8 ** (n / 16) begins the nth of the logarithmic ones.
-    assert [int(np.argmax(buckets == 16 + n)) for n in (1, 8, 15)] == [19, 46, 113]
-
-
-def test_t5_scores_and_slopes_are_those_of_transformers(gpt):
-    import torch
-    from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
-    from transformers.models.t5.modeling_t5 import T5Attention
-
-    buckets = gpt.package.relative.buckets(gpt.config(positions="t5"))
-    theirs = T5Attention._relative_position_bucket(-torch.arange(129), bidirectional=False)
-    np.testing.assert_array_equal(buckets, theirs.numpy())
-    for heads in (1, 2, 3, 5, 6, 8, 12, 20):
-        theirs = np.ravel(_get_alibi_slopes(heads, "cpu").numpy())
-        np.testing.assert_allclose(gpt.package.relative.slopes(heads), theirs, rtol=1e-6)
-
-
-def test_a_turn_changes_no_length_and_only_distances_matter(gpt):
-    """q at p and k at s multiply to what they do at p + 3 and s + 3."""
-    config = gpt.config(positions="rotary", head_dim=8, num_heads=1)
-    rng = np.random.default_rng(0)
-    q, k = (gpt.floats(rng.standard_normal((1, 5, 1, 8))) for _ in range(2))
-    rotary = gpt.package.rotary
-
-    def product(shift):
-        turn = rotary.rotation(config, gpt.ints(np.arange(5)[None] + shift))
-        turned = [gpt.numpy(rotary.rotate(x, turn))[0, :, 0] for x in (q, k)]
-        np.testing.assert_allclose(
-            np.linalg.norm(turned[0], axis=-1), np.linalg.norm(gpt.numpy(q)[0, :, 0], axis=-1)
-        )
-        return turned[0] @ turned[1].T
-
-    np.testing.assert_allclose(product(0), product(3), atol=1e-13)
-    assert np.abs(product(0) - gpt.numpy(q)[0, :, 0] @ gpt.numpy(k)[0, :, 0].T).max() > 0.1
+        expected = weights_BNTS[:, head] @ values_BKSH[:, head // 3]
+        np.testing.assert_allclose(found_BKQTH[:, head // 3, head % 3], expected, atol=BOUND)
 
 
 def test_a_row_that_overflows_under_jit_is_nan_without_a_position_table():

@@ -512,32 +512,6 @@ def test_bytes_count_every_slot_and_the_valid_ones(gpt, dtype, itemsize):
     assert empty.num_bytes.valid == 0
 
 
-def test_what_is_read_follows_the_length(gpt):
-    def reach(lengths, num_slots=5000):
-        return gpt.package.positions.reach(num_slots, gpt.ints(lengths))
-
-    # jax the lowest rung of a ladder that reaches the longest row, torch to its end.
-    flax = gpt.name == "flax"
-    assert reach((0, 0)) == (((0,), 0, True) if flax else ((1,), 0, False))
-    assert reach((7, 2)) == (((256,) if flax else (7,)), 0, False)
-    assert reach((256, 256)) == ((256,), 0, True)
-    assert reach((257, 3)) == (((512,) if flax else (257,)), 0, False)
-    assert reach((4097, 4100)) == (((5000,) if flax else (4100,)), 0, False)
-    assert reach((5000, 5000)) == ((5000,), 0, True)
-
-
-def test_a_compiled_program_climbs_the_ladder(twins):
-    flax, _ = twins
-
-    def rung(lengths_B):
-        rungs, number, filled = flax.package.positions.reach(5000, lengths_B)
-        assert rungs == (0, 256, 512, 1024, 2048, 4096, 5000) and not filled
-        return jnp.asarray(rungs)[number]
-
-    for length, expected in ((0, 0), (1, 256), (256, 256), (257, 512), (4097, 5000)):
-        assert int(jax.jit(rung)(flax.ints((length, 0, length)))) == expected
-
-
 # --- a cache is a tree of arrays ---
 
 

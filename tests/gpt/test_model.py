@@ -186,7 +186,7 @@ def test_a_norm_does_not_lose_the_variance_in_a_large_mean(gpt):
     # The mean of squares minus the square of the mean would be off in the third digit here.
     x = 1e6 + np.random.default_rng(0).normal(size=(B, T, 15))
     expected = (x - x.mean(axis=2, keepdims=True)) / np.sqrt(x.var(axis=2, keepdims=True) + 1e-5)
-    found = gpt.package.model.norm(gpt.config())(gpt.floats(x))
+    found = gpt.package.build.norm(gpt.config())(gpt.floats(x))
     np.testing.assert_allclose(gpt.numpy(found), expected, rtol=0, atol=1e-8)
 
 
@@ -241,7 +241,8 @@ def test_every_place_that_gpt_2_drops_at_has_a_mask_of_its_own(gpt, monkeypatch)
         model(gpt.ints(tokens_of()), None, None, key)
         return used
 
-    monkeypatch.setattr(gpt.package.model, "dropout", recording)
+    for module in (gpt.package.model, gpt.package.layers):
+        monkeypatch.setattr(module, "dropout", recording)
     found = (jax.jit(keys) if gpt.name == "flax" else keys)(gpt.random.key(7))
     # Once for the embeddings; per block the attention weights and the two residual branches.
     assert len(found) == 1 + 3 * gpt.config().num_layers

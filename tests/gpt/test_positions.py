@@ -1,140 +1,73 @@
-"""Where tokens stand and what they see, against a loop that asks each slot in turn."""
+"""The kinds of positions, each against its definition."""
 
-import hypothesis
-import hypothesis.strategies as st
+import dataclasses
+
 import numpy as np
 import pytest
 
-B, T, S = 3, 5, 13
-
-examples = hypothesis.settings(
-    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
-)
+KINDS = dict(learned="Learned", rotary="Rotary", alibi="Alibi", t5="T5", none="NoPositions")
 
 
-def sees(slot: int, step: int, length: int, count: int) -> bool:
-    """Whether the query at `step` of a call may see a slot: the past, and real tokens up to it."""
-    if slot < length:
-        return True
-    arrived = slot - length
-    return arrived <= step and arrived < count
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_is_a_value_that_a_compiler_can_compare(gpt, name):
+    config = gpt.config(positions=name, head_dim=4)
+    found = gpt.package.build.positions(config)
+    assert type(found).__name__ == KINDS[name]
+    assert found == gpt.package.build.positions(config)
+    assert hash(found) == hash(gpt.package.build.positions(config))
+    assert [found] != [
+        gpt.package.build.positions(gpt.config(positions=x, head_dim=4)) for x in KINDS if x != name
+    ][:1]
 
 
-def place(gpt, num_tokens, num_slots, lengths, counts=None, **options):
-    """The twin's placement on the host."""
-    placement = gpt.package.positions.place(
-        num_tokens,
-        num_slots,
-        gpt.ints(lengths),
-        None if counts is None else gpt.ints(counts),
-        **options,
-    )
-    return {name: gpt.numpy(array) for name, array in vars(placement).items()}
+@pytest.mark.parametrize("heads", [1, 2, 3, 5, 6, 8, 12, 16])
+def test_alibi_slopes_fall_by_one_factor_and_fill_up_from_the_next_power(gpt, heads):
+    slopes = gpt.package.positions.alibi_slopes(heads)
+    power = 2 ** int(np.log2(heads))
+    assert slopes.shape == (heads,) and len(set(slopes)) == heads
+    np.testing.assert_allclose(slopes[:power], [2 ** (-8 * n / power) for n in range(1, power + 1)])
+    twice = [2 ** (-8 * n / (2 * power)) for n in range(1, 2 * power + 1)]
+    np.testing.assert_allclose(slopes[power:], twice[0::2][: heads - power])
 
 
-def seen_slots(gpt, placement, num_slots):
-    """The mask by the slots that its columns stand for, (B, T, S)."""
-    mask = placement["mask_BTS"]
-    if gpt.name == "torch":  # has written by then
-        return np.pad(mask, ((0, 0), (0, 0), (0, num_slots - mask.shape[2])))
-    rows, num_tokens, _ = mask.shape
-    past = placement["rungs"][-1]
-    seen = np.zeros((rows, num_tokens, num_slots), bool)
-    seen[:, :, :past] = mask[:, :, :past]
-    for b, t in np.argwhere(np.broadcast_to(placement["real_BT"], (rows, num_tokens))):
-        slot = np.broadcast_to(placement["slots_BT"], (rows, num_tokens))[b, t]
-        seen[b, :, slot] |= mask[b, :, past + t]
-    return seen
+def test_t5_buckets_are_exact_for_near_tokens_and_logarithmic_for_far_ones(gpt):
+    buckets = gpt.package.positions.t5_buckets(32, 128)
+    assert buckets[:16].tolist() == list(range(16)) and buckets[-1] == 31
+    assert np.all(np.diff(buckets) >= 0) and set(buckets) == set(range(32))
+    # Raffel et al.: distance 16 * 8 ** (n / 16) begins the nth of the logarithmic ones.
+    assert [int(np.argmax(buckets == 16 + n)) for n in (1, 8, 15)] == [19, 46, 113]
 
 
-@pytest.mark.parametrize("num_tokens", [1, T])
-@examples
-@hypothesis.given(data=st.data())
-def test_a_query_sees_the_past_and_the_real_tokens_up_to_itself(gpt, num_tokens, data):
-    lengths = data.draw(st.lists(st.integers(0, S - T), min_size=B, max_size=B))
-    counts = data.draw(st.lists(st.integers(0, num_tokens), min_size=B, max_size=B))
-    placement = place(gpt, num_tokens, S, lengths, counts)
-    expected = [
-        [[sees(s, t, lengths[b], counts[b]) for s in range(S)] for t in range(num_tokens)]
-        for b in range(B)
-    ]
-    np.testing.assert_array_equal(seen_slots(gpt, placement, S), expected)
+def test_t5_scores_and_slopes_are_those_of_transformers(gpt):
+    import torch
+    from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
+    from transformers.models.t5.modeling_t5 import T5Attention
+
+    buckets = gpt.package.positions.t5_buckets(32, 128)
+    theirs = T5Attention._relative_position_bucket(-torch.arange(129), bidirectional=False)
+    np.testing.assert_array_equal(buckets, theirs.numpy())
+    for heads in (1, 2, 3, 5, 6, 8, 12, 20):
+        theirs = np.ravel(_get_alibi_slopes(heads, "cpu").numpy())
+        np.testing.assert_allclose(gpt.package.positions.alibi_slopes(heads), theirs, rtol=1e-6)
 
 
-@examples
-@hypothesis.given(data=st.data())
-def test_real_tokens_stand_behind_the_past_and_padding_stands_nowhere(gpt, data):
-    lengths = data.draw(st.lists(st.integers(0, S - T), min_size=B, max_size=B))
-    counts = data.draw(st.lists(st.integers(0, T), min_size=B, max_size=B))
-    placement = place(gpt, T, S, lengths, counts)
-    nowhere = gpt.package.positions.NOWHERE
-    for b in range(B):
-        for t in range(T):
-            is_real = t < counts[b]
-            assert placement["real_BT"][b, t] == is_real
-            assert placement["slots_BT"][b, t] == (lengths[b] + t if is_real else nowhere)
-            assert placement["positions_BT"][b, t] == (lengths[b] + t if is_real else 0)
+def test_a_turn_changes_no_length_and_only_distances_matter(gpt):
+    """q at p and k at s multiply to what they do at p + 3 and s + 3."""
+    config = gpt.config(positions="rotary", head_dim=8, num_heads=1)
+    rng = np.random.default_rng(0)
+    q, k = (gpt.floats(rng.standard_normal((1, 5, 1, 8))) for _ in range(2))
+    positions = gpt.package.build.positions(config)
 
+    def product(shift):
+        tokens = gpt.ints(np.zeros((1, 5)))
+        metadata = gpt.package.metadata.attention_metadata(tokens, None, None, 5)
+        places = gpt.ints(np.arange(5)[None] + shift)
+        metadata = positions.prepare(dataclasses.replace(metadata, positions_BT=places), None)
+        turned = [gpt.numpy(positions.rotate(x, metadata))[0, :, 0] for x in (q, k)]
+        np.testing.assert_allclose(
+            np.linalg.norm(turned[0], axis=-1), np.linalg.norm(gpt.numpy(q)[0, :, 0], axis=-1)
+        )
+        return turned[0] @ turned[1].T
 
-def test_padding_is_never_seen(gpt):
-    lengths, counts = [2, 0, 7], [3, 1, 0]
-    mask = seen_slots(gpt, place(gpt, T, S, lengths, counts), S)
-    for b, (length, count) in enumerate(zip(lengths, counts, strict=True)):
-        assert not mask[b, :, length + count :].any()
-        assert mask[b, -1].sum() == length + count
-
-
-def test_without_counts_every_token_is_real(gpt):
-    given = place(gpt, T, S, [2, 0, 7], [T, T, T])
-    assert given.pop("padded")
-    found = place(gpt, T, S, [2, 0, 7])
-    assert not found.pop("padded")
-    for name, array in found.items():
-        np.testing.assert_array_equal(np.broadcast_to(array, given[name].shape), given[name])
-
-
-def test_a_single_token_builds_a_single_row(gpt):
-    placement = place(gpt, 1, S, [2, 0, 7])
-    mask = placement["mask_BTS"]
-    # Slots and the token, or slots as far as the longest row with the token in it.
-    assert mask.shape == (B, 1, S + 1 if gpt.name == "flax" else 8)
-    np.testing.assert_array_equal(mask.sum(axis=2), [[3], [1], [8]])
-
-
-@examples
-@hypothesis.given(data=st.data())
-def test_what_is_said_to_be_all_seen_is(gpt, data):
-    num_tokens = data.draw(st.integers(1, 2))
-    same = data.draw(st.booleans())
-    longest = data.draw(st.integers(0, S - 2))
-    lengths = [longest] * B if same else [longest, 0, longest]
-    window = data.draw(st.integers(1, S + 2))
-    placement = gpt.package.positions.place(num_tokens, S, gpt.ints(lengths))
-    narrow = gpt.package.positions.windowed(placement, window)
-    for each in (placement, narrow):
-        assert not each.all_seen or gpt.numpy(each.mask_BTS).all()
-    if gpt.name == "torch":  # jax reads a rung, which is rarely full
-        uniform = same or longest == 0
-        assert placement.all_seen == (num_tokens == 1 and uniform)
-        assert narrow.all_seen == (placement.all_seen and longest + 1 < window)
-
-
-def test_a_sequence_that_starts_here_has_one_causal_mask_for_all_rows(gpt):
-    placement = place(gpt, T, T, [0], cached=False)
-    np.testing.assert_array_equal(placement["mask_BTS"], [np.tri(T, dtype=bool)])
-    np.testing.assert_array_equal(placement["positions_BT"], [range(T)])
-
-
-def test_no_cache_has_the_slot_nowhere(gpt):
-    # An index is a 32-bit number, and no cache and no position table reaches this far.
-    assert gpt.package.positions.NOWHERE == np.iinfo(np.int32).max
-
-
-def test_a_real_token_without_a_slot_has_no_position_either(gpt):
-    nowhere = gpt.package.positions.NOWHERE
-    placement = place(gpt, T, S, [S - 2, 0, S], [T, T, 1])
-    overflowed = np.zeros((B, T), bool)
-    overflowed[0, 2:], overflowed[2, 0] = True, True
-    assert (placement["positions_BT"][overflowed] == nowhere).all()
-    assert (placement["slots_BT"][overflowed] == nowhere).all()
-    assert (placement["positions_BT"][~overflowed] < S).all()
+    np.testing.assert_allclose(product(0), product(3), atol=1e-13)
+    assert np.abs(product(0) - gpt.numpy(q)[0, :, 0] @ gpt.numpy(k)[0, :, 0].T).max() > 0.1

@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flax_gpt.training import optimizer as flax_optimizer
+from torch_gpt.training import optimizer as torch_optimizer
+
 B, T = 4, 11
 NUM_BATCHES = 16
 ROUNDOFF = {"bfloat16": 2.0**-9, "float16": 2.0**-12}  # half the gap between 1 and the next number

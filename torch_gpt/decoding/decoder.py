@@ -1,24 +1,42 @@
-"""Prefill and step as they run fast: weights laid out, programs compiled, a cache that grows.
+"""Prefill and step made fast: weights laid out, programs compiled, a cache that grows.
 
 Read beside flax_gpt/decoding/decoder.py.
 
 Dimension key: B batch, T prompt tokens, V vocab.
 """
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-from torch_gpt.cache import KVCache, LayerCache
+from torch_gpt.cache import KVCache, LayerCache, host_values
 from torch_gpt.config import GPTConfig
-from torch_gpt.decode import decode_step, prefill
+from torch_gpt.decode import decode_step, prefill, score_uncached
 from torch_gpt.decoding.packing import PackedGPT, pack
 from torch_gpt.model import GPT
-from torch_gpt.positions import read
 
-_LEAST_ROOM = 256  # slots; a smaller cache saves nothing
+_SMALLEST_CAPACITY = 256  # slots; a smaller cache saves nothing
+
+
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """The pure functions that a decoder runs, all on caches of one type.
+
+    Attributes:
+        empty: allocates a cache, as `KVCache.empty`.
+        prefill: appends prompts, as `decode.prefill`.
+        decode_step: appends one token per row, as `decode.decode_step`.
+        score_uncached: scores whole sequences, as `decode.score_uncached`.
+    """
+
+    empty: Callable[..., Any]
+    prefill: Callable[..., Any]
+    decode_step: Callable[..., Any]
+    score_uncached: Callable[..., Any]
 
 
 class Decoder:
@@ -32,7 +50,10 @@ class Decoder:
     Attributes:
         model: the same function, with its weights laid out.
         config: of the model.
+        steps: what it runs.
     """
+
+    steps = Steps(KVCache.empty, prefill, decode_step, score_uncached)
 
     # twin: jax compiles a program for each batch size, capacity and prompt length rounded up; torch
     # runs operation by operation on a CPU, and on a GPU replays a graph of a step.
@@ -46,8 +67,13 @@ class Decoder:
 
     @property
     def extra_bytes(self) -> int:
-        """Memory of the weights that it holds beside the model's own."""
+        """Bytes of the weights that it holds beside the model's own."""
         return self.model.extra_bytes if isinstance(self.model, PackedGPT) else 0
+
+    @staticmethod
+    def num_compilations() -> int:
+        """Return how many programs the decoders of this process have compiled."""
+        return _Replay.num_compiled
 
     def prefill(
         self,
@@ -55,19 +81,17 @@ class Decoder:
         counts_B: torch.Tensor | None = None,
         capacity: int | None = None,
         chunk: int | None = None,
-        exact: bool = False,
     ) -> tuple[torch.Tensor, KVCache]:
-        """Reads prompts into a new cache; see `decode.prefill`.
+        """Append prompts to a new cache; see `decode.prefill`.
 
         Args:
             tokens_BT: prompts, padded on the right.
             counts_B: real tokens per prompt; None for T.
-            capacity: slots of the cache; None for room as `room_for` has it.
+            capacity: slots of the cache; None for those of `capacity_for`.
             chunk: tokens of a pass; None for all.
-            exact: see `KVCache`.
 
         Returns:
-            Logits (B, V) behind each prompt, and the cache.
+            Logits (B, V) after each prompt, and the cache.
 
         Raises:
             ValueError: for prompts that do not fit.
@@ -77,27 +101,28 @@ class Decoder:
         if counts_B is not None:
             counts_B = torch.as_tensor(counts_B, device=self._device).long()
         longest = num_tokens if counts_B is None else int(counts_B.max())
-        capacity = capacity or room_for(longest + 1, self.config)
+        capacity = capacity or capacity_for(longest + 1, self.config)
         if longest > min(capacity, self.config.context_length):
             raise ValueError(
                 f"Decoder.prefill: {longest} tokens, capacity {capacity}, context_length "
                 f"{self.config.context_length}. A prompt fits into both. Cut it or make more room."
             )
-        device = self._device
-        cache = KVCache.empty(self.config, batch_size, capacity, device=device, exact=exact)
-        logits_BV, cache = prefill(self.model, tokens_BT, cache, counts_B, chunk)
+        cache = self.steps.empty(self.config, batch_size, capacity, device=self._device)
+        logits_BV, cache = self.steps.prefill(self.model, tokens_BT, cache, counts_B, chunk)
         self._known = cache.lengths_B, longest
         return logits_BV, cache
 
-    def step(self, tokens_B: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, KVCache]:
-        """Appends one token per row and scores the next; see `decode_step`.
+    def advance(self, tokens_B: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, KVCache]:
+        """Append one token per row and score the next. Consumes its cache: use the one returned.
+
+        `decode_step` is the same as a pure function, which leaves its cache as it was.
 
         Args:
             tokens_B: the tokens to append.
-            cache: doubled when it is full. Not to be used again: the longer one has its memory.
+            cache: doubled when it is full. Not to be used again, its memory is that of the result.
 
         Returns:
-            Logits (B, V), and the cache with the tokens in it.
+            Logits (B, V), and the cache with the tokens appended.
 
         Raises:
             ValueError: when a row would outgrow the context.
@@ -106,14 +131,14 @@ class Decoder:
         longest = self._longest(cache) + 1
         if longest > self.config.context_length:
             raise ValueError(
-                f"Decoder.step: {longest - 1} tokens + 1 new = {longest} > context_length "
+                f"Decoder.advance: {longest - 1} tokens + 1 new = {longest} > context_length "
                 f"{self.config.context_length}. Positions end there. Truncate the cache "
                 "or build a longer context."
             )
         if longest > cache.capacity:
-            cache = cache.grow(room_for(longest, self.config))
-        if self._device.type == "cpu" or cache.exact:
-            logits_BV, cache = decode_step(self.model, tokens_B, cache)
+            cache = cache.grow(capacity_for(longest, self.config))
+        if self._device.type == "cpu" or self.steps is not Decoder.steps:
+            logits_BV, cache = self.steps.decode_step(self.model, tokens_B, cache)
         else:
             if self._replay is None or not self._replay.can_take(cache):
                 self._replay = _Replay(self.model, cache)
@@ -122,13 +147,15 @@ class Decoder:
         return logits_BV, cache
 
     def _longest(self, cache: KVCache) -> int:
-        """Tokens in the longest row; asks the device only for a cache that it has not made last."""
+        """Return the longest row's length; ask the device only for a cache made elsewhere."""
         lengths_B, longest = self._known
-        return longest if lengths_B is cache.lengths_B else int(np.max(read(cache.lengths_B)))
+        return (
+            longest if lengths_B is cache.lengths_B else int(np.max(host_values(cache.lengths_B)))
+        )
 
 
-def room_for(num_tokens: int, config: GPTConfig, least: int = _LEAST_ROOM) -> int:
-    """The capacity for so many tokens within the context: a power of two, so that there are few."""
+def capacity_for(num_tokens: int, config: GPTConfig, least: int = _SMALLEST_CAPACITY) -> int:
+    """Return a capacity for `num_tokens` within the context: a power of two, so there are few."""
     return min(max(1 << (num_tokens - 1).bit_length(), least), config.context_length)
 
 
@@ -137,15 +164,21 @@ class _Replay:
 
     A graph reads and writes the same memory every time, so the buffers stay where they are, and
     the caches that it returns are views of them. It goes on from the last of these. Any other is
-    copied in first, which is only allowed when nobody can see the buffers any more.
+    copied in first, which is only allowed when no other cache sees the buffers any more.
 
     Args:
         model: on its device.
         cache: of the batch size, capacity and dtype to come.
         backend: of torch.compile.
+
+    Attributes:
+        num_compiled: steps that this process has compiled.
     """
 
+    num_compiled = 0
+
     def __init__(self, model: GPT, cache: KVCache, backend: str = "inductor"):
+        _Replay.num_compiled += 1
         self._model = model
         self._tokens_B = torch.zeros_like(cache.lengths_B)
         self._lengths_B = torch.zeros_like(cache.lengths_B)
@@ -165,13 +198,13 @@ class _Replay:
             self._run = _captured(self._run)
 
     def can_take(self, cache: KVCache) -> bool:
-        """Whether a step from there would harm no other cache."""
+        """Tell whether a step from this cache would harm no other one."""
         if cache.layers[0].keys_BKSH.shape != self._keys[0].shape:
             return False
         return cache.lengths_B is self._newest() or self._view() is None
 
     def __call__(self, tokens_B: torch.Tensor, cache: KVCache) -> tuple[torch.Tensor, KVCache]:
-        """See `decode_step`; the cache must be one that it can take, with room."""
+        """Compute `decode_step`; the cache must be one that it can take, with a free slot."""
         if cache.lengths_B is self._newest():
             layers = cache.layers
         else:
@@ -198,14 +231,14 @@ def _step(
     keys: Sequence[torch.Tensor],
     values: Sequence[torch.Tensor],
 ) -> torch.Tensor:
-    """`decode_step` on buffers that it may write to."""
+    """Compute `decode_step` on buffers that it may write to."""
     pairs = zip(keys, values, strict=True)
     layers = tuple(LayerCache(*pair)._owned(lengths_B) for pair in pairs)
     return decode_step(model, tokens_B, KVCache(layers, lengths_B))[0]
 
 
 def _captured(run: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """The same work as one CUDA graph, whose result is always in the same place."""
+    """Return the same work as one CUDA graph, whose result is always in the same place."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

@@ -14,25 +14,24 @@ from torch.nn import functional as F
 
 from torch_gpt import random
 from torch_gpt.cache import KVCache
-from torch_gpt.decode import last, prefill
-from torch_gpt.decoding.decoder import Decoder, room_for
+from torch_gpt.decoding.decoder import Decoder, capacity_for
 from torch_gpt.decoding.sampling import GREEDY, Sampling, filter_logits, widened
 from torch_gpt.model import GPT
 
-NO_TOKEN = -1  # fills a generated row behind its stop
-_WORTH_PACKING = 8  # new tokens; laying weights out takes as long as it saves in so many
+NO_TOKEN = -1  # fills a generated row after its stop
+_WORTH_PACKING = 8  # new tokens; laying weights out takes as long as it saves in these
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """What `generate` wrote.
+    """Tokens that `generate` wrote.
 
     Attributes:
-        tokens_BG: the new tokens; NO_TOKEN behind a row's stop.
+        tokens_BG: the new tokens; NO_TOKEN after a row's stop.
         counts_B: new tokens per row, the stop among them.
         margins_BG: by how much a token's score beat the second best, which tells near-ties. Scores
             are logits, and where tokens are drawn what `filter_logits` gives, with noise; inf for a
-            token that was the only one left, NaN behind a row's stop.
+            token that was the only one left, NaN after a row's stop.
     """
 
     tokens_BG: torch.Tensor
@@ -49,18 +48,18 @@ def generate(
     use_cache: bool = True,
     sampling: Sampling = GREEDY,
     key: torch.Tensor | None = None,
-    exact: bool = False,
 ) -> Generation:
-    """Continues each prompt with the most likely token, or with one drawn from the likely.
+    """Continue each prompt with the most likely token, or with one drawn from the likely.
 
     Ties go to the lowest id in both twins, which is what makes equal tokens a fair demand. A row
-    ends behind its first stop id; the call ends when every row has, or after `max_new_tokens`.
+    ends after its first stop id; the call ends when every row has, or after `max_new_tokens`.
 
     The noise in a draw comes from the key, the row and the number of the token in this call. Other
     rows, padding, the cache and the dtype of the model do not change it.
 
     Args:
-        model: or a Decoder, which serves many calls.
+        model: or a Decoder, which serves many calls; with a `BatchInvariantDecoder` every number is
+            the same to the last bit with and without the cache.
         tokens_BT: prompts, padded on the right; `right_pad` converts padding on the left.
         max_new_tokens: G.
         counts_B: real tokens per prompt; None for T.
@@ -68,7 +67,9 @@ def generate(
         use_cache: False computes every token from the whole sequence, as the reference.
         sampling: how a token is chosen from its logits; the most likely one when not given.
         key: draws the tokens, so each call needs its own; None when nothing is drawn.
-        exact: every number is the same to the last bit with and without the cache; see `KVCache`.
+
+    Returns:
+        The new tokens, how many they are, and by how much each was chosen.
 
     Raises:
         ValueError: on empty prompts, ids outside the vocabulary, more tokens than the context
@@ -85,23 +86,23 @@ def generate(
     # twin: jax compiles the whole loop, once for all that need as much room; torch takes one step
     # after the other.
     # The last token is chosen and not appended.
-    capacity = room_for(int(counts_B.max()) + max_new_tokens - 1, model.config)
+    capacity = capacity_for(int(counts_B.max()) + max_new_tokens - 1, model.config)
     device = decoder.model.token_embedding.weight.device
     if use_cache:
-        logits_BV, state = decoder.prefill(tokens_BT, counts_B, capacity, exact=exact)
+        logits_BV, state = decoder.prefill(tokens_BT, counts_B, capacity)
     else:
         sequences_BS = F.pad(tokens_BT.to(device).long(), (0, capacity - num_tokens))
         state = sequences_BS, torch.as_tensor(counts_B, device=device).long()
-        logits_BV = _read(decoder.model, state, exact)
+        logits_BV = decoder.steps.score_uncached(decoder.model, *state)
     stop_ids = torch.as_tensor(stop_ids, device=device).long().reshape(-1)
     key = None if key is None else key.to(device)
     operands = logits_BV, stop_ids, key, max_new_tokens
-    tokens_BG, margins_BG, _ = _loop(decoder, *operands, state, sampling, exact)
+    tokens_BG, margins_BG, _ = _loop(decoder, *operands, state, sampling)
     return Generation(tokens_BG, torch.sum(tokens_BG != NO_TOKEN, dim=1), margins_BG)
 
 
 def right_pad(tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Moves padding to the right: the door for Hugging Face tokenizers' left padding.
+    """Convert left-padded batches, as Hugging Face tokenizers make them, to right-padded ones.
 
     Args:
         tokens_BT: rows padded on either side.
@@ -128,18 +129,6 @@ def right_pad(tokens_BT: torch.Tensor, mask_BT: torch.Tensor) -> tuple[torch.Ten
 
 
 @torch.no_grad()
-def _read(model: GPT, state: tuple[torch.Tensor, torch.Tensor], exact: bool) -> torch.Tensor:
-    """Logits behind all of the sequences, from nothing but the tokens."""
-    sequences_BS, lengths_B = state
-    if exact:
-        device = sequences_BS.device
-        cache = KVCache.empty(model.config, *sequences_BS.shape, device=device, exact=True)
-        return prefill(model, sequences_BS, cache, lengths_B)[0]
-    x_BTD, _ = model.hidden(sequences_BS[:, : int(lengths_B.max())], None, lengths_B)
-    return model.unembed(last(x_BTD, lengths_B))[:, 0]
-
-
-@torch.no_grad()
 def _loop(
     decoder: Decoder,
     logits_BV: torch.Tensor,
@@ -148,32 +137,31 @@ def _loop(
     max_new_tokens: int,
     state: KVCache | tuple[torch.Tensor, torch.Tensor],
     sampling: Sampling,
-    exact: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, KVCache | tuple[torch.Tensor, torch.Tensor]]:
-    """All of `generate` behind the prompts, on the device.
+    """Run all of `generate` after the prompts, on the device.
 
     Args:
-        logits_BV: behind the prompts.
+        logits_BV: after the prompts.
         state: the cache, or the sequences and their lengths.
 
     Returns:
         Tokens and margins, and the state at the end, which has the memory of the one given.
     """
-    cached = isinstance(state, KVCache)
+    cached = not isinstance(state, tuple)
     B, device = logits_BV.shape[0], logits_BV.device
     rows_B = torch.arange(B, device=device)
 
     def extend(tokens_B, state):
-        """Logits behind one more token per row."""
+        """Append one token per row and score the next."""
         if cached:
-            return decoder.step(tokens_B, state)
+            return decoder.advance(tokens_B, state)
         sequences_BS, lengths_B = state
         sequences_BS[rows_B, lengths_B] = tokens_B
         state = sequences_BS, lengths_B + 1
-        return _read(decoder.model, state, exact), state
+        return decoder.steps.score_uncached(decoder.model, *state), state
 
     def choose(step, logits_BV, ended_B, tokens_BG, margins_BG):
-        """Chooses the next token of each row and writes it down; says which rows have ended."""
+        """Choose the next token of each row, write it down, and note which rows have ended."""
         scores_BV = widened(logits_BV)
         if sampling.temperature > 0.0:
             left_BV = filter_logits(logits_BV, sampling)
@@ -206,7 +194,7 @@ def _check_prompts(
     sampling: Sampling,
     key: torch.Tensor | None,
 ) -> np.ndarray:
-    """counts_B on the host, after all that can be wrong with a request has been looked for."""
+    """Return counts_B on the host, or refuse the request with all that is wrong with it."""
     tokens_BT = np.asarray(torch.as_tensor(tokens_BT).cpu())
     if tokens_BT.ndim != 2 or 0 in tokens_BT.shape:
         raise ValueError(

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from torch_gpt import rotary
+from torch_gpt import fast_attention
 from torch_gpt.cache import LayerCache
-from torch_gpt.model import GPT, Attention
-from torch_gpt.positions import Placement
+from torch_gpt.metadata import AttentionMetadata
+from torch_gpt.model import GPT, Attention, copied
 
 
 class PackedLinear(nn.Module):
@@ -51,7 +51,7 @@ class PackedLinear(nn.Module):
         return 0 if self._packed is None else self._num_bytes
 
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
-        """The map of every token, (B, T, O)."""
+        """Map every token, (B, T, O)."""
         B, T, num_inputs = x_BTI.shape
         if self._packed is not None:
             options = self._bias_O, "none", [], ""
@@ -97,11 +97,12 @@ class PackedAttention(Attention):
         self.extra_bytes = 0 if self.qkv.extra_bytes else weight_OI.nbytes
         self.out = _packed(attention.out, batch_size)
         self.query_norm, self.key_norm = attention.query_norm, attention.key_norm
+        self.positions, self.attend = attention.positions, attention.attend
         self._sizes = [linear.out_features for linear in inside]
         self._head_width = attention.query.out_features // attention.num_heads
 
     def project(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values of every token."""
+        """Return queries, keys and values of every token."""
         B, T, _ = x_BTD.shape
         parts = self.qkv(x_BTD).split_with_sizes(self._sizes, dim=-1)
         q_BTNH, k_BTKH, v_BTKH = (part.view(B, T, -1, self._head_width) for part in parts)
@@ -110,28 +111,26 @@ class PackedAttention(Attention):
     def forward(
         self,
         x_BTD: torch.Tensor,
-        placement: Placement,
+        metadata: AttentionMetadata,
         layer: LayerCache | None = None,
         key: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, LayerCache | None]:
-        """See `Attention`; one token per row that sees all that is held goes the short way."""
-        if layer is None or not placement.all_seen or placement.bias_BKQTS is not None:
-            return super().forward(x_BTD, placement, layer, key)
-        # The axis of one token can stand behind the heads as well as before them.
+        """Compute `Attention`; in fewer operations for one token per row that sees all slots."""
+        short = layer is not None and metadata.all_seen and metadata.bias_BKQTS is None
+        if not short or self.attend is not fast_attention.attend:
+            return super().forward(x_BTD, metadata, layer, key)
+        # The axis of one token can stand after the heads as well as before them.
         B, K = x_BTD.shape[0], self.num_kv_heads
         queries, keys, values = self.qkv(x_BTD).split_with_sizes(self._sizes, dim=-1)
         q_BKQH = queries.view(B, K, -1, self._head_width)
         k_BKTH, v_BKTH = keys.view(B, K, 1, -1), values.view(B, K, 1, -1)
-        if self.query_norm is not None:
-            q_BKQH, k_BKTH = self.query_norm(q_BKQH), self.key_norm(k_BKTH)
-        if placement.turn is not None:
-            q_BKQH = rotary.rotate(q_BKQH, placement.turn)
-            k_BKTH = rotary.rotate(k_BKTH, placement.turn)
-        layer = layer.append(k_BKTH, v_BKTH, placement)
-        keys_BKSH = layer.keys_BKSH[:, :, : placement.rungs[-1]].to(q_BKQH.dtype)
-        values_BKSH = layer.values_BKSH[:, :, : placement.rungs[-1]].to(q_BKQH.dtype)
-        mixed_BKQH = F.scaled_dot_product_attention(q_BKQH, keys_BKSH, values_BKSH)
-        return self.out(mixed_BKQH.reshape(B, 1, -1)), layer
+        q_BKQH = self.positions.rotate(self.query_norm(q_BKQH), metadata)
+        k_BKTH = self.positions.rotate(self.key_norm(k_BKTH), metadata)
+        layer = layer.append(LayerCache(k_BKTH, v_BKTH), metadata)
+        keys_BKSH = layer.keys_BKSH[:, :, : metadata.longest].to(q_BKQH.dtype)
+        values_BKSH = layer.values_BKSH[:, :, : metadata.longest].to(q_BKQH.dtype)
+        values_BKQH = F.scaled_dot_product_attention(q_BKQH, keys_BKSH, values_BKSH)
+        return self.out(values_BKQH.reshape(B, 1, -1)), layer
 
 
 class PackedGPT(GPT):
@@ -146,15 +145,9 @@ class PackedGPT(GPT):
     """
 
     def __init__(self, model: GPT, batch_size: int):
-        nn.Module.__init__(self)
+        vars(self).update(vars(copied(model)))
         shared = {id(x): x for x in (*model.parameters(), model.config)}
-        self.config = model.config
-        self.token_embedding = model.token_embedding
-        self.position_embedding = model.position_embedding
-        self.distance_embedding = model.distance_embedding
-        self.embedding_norm = model.embedding_norm
         self.blocks = copy.deepcopy(model.blocks, shared)
-        self.norm = model.norm
         for block in self.blocks:
             block.attention = PackedAttention(block.attention, batch_size)
             for name, linear in list(block.mlp.named_children()):
@@ -172,7 +165,15 @@ class PackedGPT(GPT):
 
 
 def pack(model: GPT, batch_size: int) -> GPT:
-    """The model for steps of so many rows: itself where no other layout is known to be faster."""
+    """Lay a model out for steps of `batch_size` rows, where that is known to be faster.
+
+    Args:
+        model: itself returned where no other layout is known to be faster.
+        batch_size: rows of a step.
+
+    Returns:
+        The same function.
+    """
     if isinstance(model, PackedGPT) or model.token_embedding.weight.device.type != "cpu":
         return model
     return PackedGPT(model, batch_size)

@@ -51,7 +51,7 @@ GREEDY = Sampling(temperature=0.0)
 
 
 def filter_logits(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """The logits that a token is drawn from: divided by the temperature, what is dropped at -inf.
+    """Divide logits by the temperature, and set those that a filter drops to -inf.
 
     Every filter keeps the head of one ranking, in which of equal logits the lower id comes first.
 
@@ -85,5 +85,5 @@ def filter_logits(logits_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:
-    """Scores in float32 at least: 16 bits make ties of what was none."""
+    """Cast scores to float32 at least: 16 bits make ties of what was none."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

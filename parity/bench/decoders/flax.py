@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 import flax_gpt
-from flax_gpt.decoding.decoder import room_for
+from flax_gpt.decoding.decoder import capacity_for
 from parity.bench.decoders.protocol import Arrays, DecodeTask, TimedTokens, noise_like
 from parity.bench.decoders.twins import OtherStep, TwinStep
 
@@ -46,15 +46,15 @@ FLAX = Arrays(
 
 
 def flax_step(model: flax_gpt.GPT, task: DecodeTask, capacity: int | None = None) -> FlaxStep:
-    """Return flax_gpt.Decoder.step as a decoder."""
-    ran = "Decoder.step in a Python loop: one compiled program per step, its cache donated"
+    """Return flax_gpt.Decoder.advance as a decoder."""
+    ran = "Decoder.advance in a Python loop: one compiled program per step, its cache donated"
     decoder = flax_gpt.Decoder(model, task.batch_size)
     return TwinStep(FLAX, decoder, task, ran, capacity)
 
 
 def flax_naive(model: flax_gpt.GPT, reader: FlaxStep) -> OtherStep:
     """Return flax_gpt.decode_step under a plain `jax.jit`, as people first write it."""
-    graphdef, parameters = nnx.split(model)
+    graphdef, parameters = nnx.split(model.with_attend(flax_gpt.attention.attend))
 
     def step(
         parameters: nnx.State, token_B: jax.Array, cache: flax_gpt.KVCache
@@ -62,7 +62,10 @@ def flax_naive(model: flax_gpt.GPT, reader: FlaxStep) -> OtherStep:
         return flax_gpt.decode_step(nnx.merge(graphdef, parameters), token_B, cache)
 
     program = jax.jit(step, donate_argnums=2)
-    ran = "decode_step under jax.jit, its cache donated; no compiler option, no packed weights"
+    ran = (
+        "decode_step with the defining attention, over the whole capacity, under jax.jit with its "
+        "cache donated; no compiler option, no packed weights"
+    )
     return OtherStep(
         "flax naive", ran, reader, lambda x, cache, _: program(parameters, x, cache), 0
     )
@@ -114,7 +117,7 @@ class _PrefilledDecoder(flax_gpt.Decoder):
 
     def read(self) -> None:
         """Read the prompt into a cache of the capacity that `generate` wants for a full round."""
-        capacity = room_for(self._task.context, self.config)
+        capacity = capacity_for(self._task.context, self.config)
         logits_BV, cache = super().prefill(self._task.prompt_BT, capacity=capacity)
         cache = _with_noise(cache, self._task.prompt_length)
         self._read = jax.block_until_ready((logits_BV, cache))

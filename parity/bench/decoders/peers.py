@@ -121,19 +121,11 @@ class Transformers:
             "from one streamed token to the last"
         )
         self._static, self._device, self._context = static, task.device, task.context
-        self._config = GPT2Config(
-            vocab_size=config.vocab_size,
-            n_positions=task.context + 1,
-            n_embd=config.embed_dim,
-            n_layer=config.num_layers,
-            n_head=config.num_heads,
-            n_inner=config.mlp_dim,
-            activation_function="gelu_new",
-            layer_norm_epsilon=config.norm_epsilon,
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
+        sizes = {"vocab_size": config.vocab_size, "n_positions": task.context + 1}
+        sizes |= {"n_embd": config.embed_dim, "n_layer": config.num_layers}
+        sizes |= {"n_head": config.num_heads, "n_inner": config.mlp_dim}
+        tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
+        self._config = GPT2Config(layer_norm_epsilon=config.norm_epsilon, **sizes, **tokens)
         with torch.device("meta"):  # nothing is drawn that would be written over
             self._model = GPT2LMHeadModel(self._config).to(getattr(torch, config.dtype)).eval()
         self._model.to_empty(device="cpu").tie_weights()
@@ -163,7 +155,6 @@ class Transformers:
         else:
             self._cache = DynamicCache(config=self._config)
         self._generate(1)
-        self._wait()
 
     def timed_steps(self, num_steps: int) -> TimedTokens:
         """Truncate the cache to all but the last prompt token and call `generate`.
@@ -178,12 +169,13 @@ class Transformers:
         else:
             for layer in self._cache.layers:
                 layer.cumulative_length.fill_(held)
-        self._wait()
         clock = self._generate(num_steps + 1)
         return TimedTokens(np.stack(clock.tokens, axis=1), clock.times[-1] - clock.times[0])
 
     def _generate(self, num_tokens: int) -> "_Clock":
         clock = _Clock()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         with torch.no_grad():
             self._model.generate(
                 self._prompt_BT,
@@ -193,10 +185,6 @@ class Transformers:
                 streamer=clock,
             )
         return clock
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 class _Clock:
@@ -297,12 +285,9 @@ def _write_ctranslate2(leaves: Leaves, config: flax_gpt.GPTConfig, folder: Path)
     """
     from ctranslate2.specs import common_spec, transformer_spec
 
-    spec = transformer_spec.TransformerDecoderModelSpec.from_config(
-        config.num_layers,
-        config.num_heads,
-        pre_norm=True,
-        activation=common_spec.Activation.GELUTanh,
-    )
+    gelu = common_spec.Activation.GELUTanh
+    sizes = config.num_layers, config.num_heads
+    spec = transformer_spec.TransformerDecoderModelSpec.from_config(*sizes, True, gelu)
     decoder = spec.decoder
     decoder.scale_embeddings = False
     table_VD = leaves["token_embedding.embedding"]

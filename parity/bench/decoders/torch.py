@@ -44,9 +44,9 @@ TORCH = Arrays(
 
 
 def torch_step(model: torch_gpt.GPT, task: DecodeTask, capacity: int | None = None) -> TorchStep:
-    """Return torch_gpt.Decoder.step as a decoder."""
+    """Return torch_gpt.Decoder.advance as a decoder."""
     how = "eager" if task.device.type == "cpu" else "one compiled graph per step"
-    ran = f"Decoder.step in a Python loop, {how}; the newest handle writes in place"
+    ran = f"Decoder.advance in a Python loop, {how}; the newest handle writes in place"
     decoder = torch_gpt.Decoder(model, task.batch_size)
     return TwinStep(TORCH, decoder, task, ran, capacity)
 

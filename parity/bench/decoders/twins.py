@@ -26,12 +26,12 @@ class TwinDecoder(Protocol[Cache, Array]):
     def prefill(self, tokens_BT: np.ndarray, *, capacity: int | None = None) -> tuple[Array, Cache]:
         """Read prompts into a new cache."""
 
-    def step(self, token_B: Array, cache: Cache) -> tuple[Array, Cache]:
+    def advance(self, token_B: Array, cache: Cache) -> tuple[Array, Cache]:
         """Append one token per row and score the next."""
 
 
 class TwinStep(Generic[Cache, Array]):
-    """A twin's Decoder.step in a Python loop, with the choice on the device.
+    """A twin's Decoder.advance in a Python loop, with the choice on the device.
 
     Args:
         arrays: operations of its framework.
@@ -81,7 +81,7 @@ class TwinStep(Generic[Cache, Array]):
 
     def advance(self, state: State[Cache, Array]) -> State[Cache, Array]:
         """Start one step."""
-        logits_BV, cache = self.decoder.step(state.token_B, state.cache)
+        logits_BV, cache = self.decoder.advance(state.token_B, state.cache)
         return State(cache, self.arrays.greedy(logits_BV), state.length + 1)
 
     def wait(self, state: State[Cache, Array]) -> None:
@@ -99,7 +99,7 @@ class TwinStep(Generic[Cache, Array]):
         cache = self.start().cache
         for token_B in tokens_BG.T[:-1]:
             tokens = self.arrays.tokens(token_B, self.task.device)
-            logits_BV, cache = self.decoder.step(tokens, cache)
+            logits_BV, cache = self.decoder.advance(tokens, cache)
             yield self.arrays.on_host(logits_BV)
 
     def _after_prompt(self) -> tuple[Array, Cache]:

@@ -3,7 +3,6 @@
 import dataclasses
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -77,7 +76,7 @@ def _uses(
     stops, reads, others = [], [], []
 
     def look(place: int, operation: Operation) -> Operation:
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: object, **kwargs: object) -> object:
             if name_of(operation) in ("detach", "detach_"):
                 stops.append((place, None, named("a gradient through", operation)))
             for index, x in enumerate(args):

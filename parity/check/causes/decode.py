@@ -1,6 +1,6 @@
-"""Why decoding parts: torch's decoder again, with one place of its code done in another way.
+"""Find the cause of a different decode by re-running torch's decoder with one place changed.
 
-A place runs in every layer and at every token, and is changed in all of these alike.
+A place of its code runs in every layer and at every token, and is changed in all of these alike.
 """
 
 import contextlib
@@ -18,26 +18,27 @@ import torch
 from parity.check.causes.operations import alternatives, common_sizes
 from parity.check.causes.replay import Done, Operation, named, place_of_caller, watched
 from parity.check.locate import float64_gap
-from parity.check.session import Session
+from parity.check.pair_session import PairSession
 from parity.frameworks.capture import leaves_of
+from parity.frameworks.protocols import Calls
 from parity.frameworks.torch.leaves import to_numpy
 from parity.report import Divergence
 
-# Seconds to look for a cause; the twins of the self-test take up to 16 where nothing else runs.
-_PATIENCE = 60.0
+# To look for a cause; the twins of the self-test take up to 16 where nothing else runs.
+_SECONDS = 60.0
 
 _INDEXING = {"__getitem__", "__setitem__"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where an operation is asked for, the same in every layer and call.
+    """Where an operation is called, the same in every layer and call.
 
     Attributes:
         name: of the operation.
         line: file and line.
         code: the instruction.
-        number: how often one call of a module had been there before, as for queries and keys.
+        number: how often one call of a module was there before, as for queries and keys.
     """
 
     name: str
@@ -46,21 +47,19 @@ class Place:
     number: int
 
 
-# What is done at a place, given the arguments and the latest results of others; None for itself.
+# (operation, latest results by place, *args, **kwargs) to the replaced result of a place.
 Instead = Callable[..., Any]
-Latest = Mapping[Place, Any]
-Calls = Sequence[tuple[np.ndarray, np.ndarray]]
+Latest = Mapping[Place, object]
 
 
-def explained_chunks(
-    session: Session, found: Divergence, calls: Calls, capacity: int
+def explain_chunks(
+    session: PairSession, found: Divergence, calls: Calls, capacity: int
 ) -> Divergence:
-    """The divergence of a sequence read in pieces, with its cause if one change makes torch do
-    what flax does.
+    """Return the divergence of a chunked sequence, with its cause if one change makes torch match.
 
     Args:
         session: the pair.
-        found: the module where cached and uncached part.
+        found: the module where cached and uncached diverge.
         calls: tokens (B, T) and counts (B,) of each.
         capacity: of the cache.
     """
@@ -74,14 +73,18 @@ def explained_chunks(
 
     replay = _Decoding(port.module, lambda: port.decoder().chunks(calls, capacity))
     early = _early(calls, targets) if len(replay.outputs) == len(calls) else None
-    guilty = session.modules.get(found.where, found.where)
-    return dataclasses.replace(found, cause=_cause(replay, matches, guilty, early))
+    divergent = session.modules.get(found.where, found.where)
+    return dataclasses.replace(found, cause=_cause(replay, matches, divergent, early))
 
 
-def explained_tokens(
-    session: Session, found: Divergence, tokens: np.ndarray, counts: np.ndarray, use_cache: bool
+def explain_tokens(
+    session: PairSession,
+    found: Divergence,
+    tokens: np.ndarray,
+    counts: np.ndarray,
+    use_cache: bool,
 ) -> Divergence:
-    """The divergence of greedy tokens with its cause, as above.
+    """Return the divergence of greedy tokens, with its cause if one change makes torch match.
 
     Args:
         session: the pair.
@@ -100,14 +103,14 @@ def explained_tokens(
 
 def _cause(
     replay: "_Decoding",
-    matches: Callable[[Any], bool],
-    guilty: str,
+    matches: Callable[[object], bool],
+    divergent: str,
     early: Callable[[int, np.ndarray], bool] | None = None,
 ) -> str | None:
-    """The first change after which the decode matches, in words; the guilty module's come first."""
+    """Describe the first change that makes the decode match; the divergent module's come first."""
     start = time.perf_counter()
-    for words, place, instead in _attempts(replay, guilty):
-        if time.perf_counter() - start > _PATIENCE:
+    for words, place, instead in _attempts(replay, divergent):
+        if time.perf_counter() - start > _SECONDS:
             return None
         written = replay.run(place, instead, early)
         if written is not None and matches(written):
@@ -115,9 +118,9 @@ def _cause(
     return None
 
 
-def _attempts(replay: "_Decoding", guilty: str) -> Iterator[tuple[str, Place, Instead]]:
-    """Every change of one place, in words; what people mix up before what merely fits."""
-    own = [place for place, path in replay.paths.items() if _kind(path) == _kind(guilty)]
+def _attempts(replay: "_Decoding", divergent: str) -> Iterator[tuple[str, Place, Instead]]:
+    """Yield every change of one place with a description; common mistakes come first."""
+    own = [place for place, path in replay.paths.items() if _kind(path) == _kind(divergent)]
     places = own + [place for place in replay.done if place not in own]
     sizes = common_sizes(list(replay.done.values()))
     for place in places:
@@ -139,9 +142,9 @@ def _attempts(replay: "_Decoding", guilty: str) -> Iterator[tuple[str, Place, In
 
 
 def _alternative(number: int, sizes: Sequence[int]) -> Instead:
-    """The alternative of that number of whichever operation it is asked to do."""
+    """Replace any operation by its alternative of that number."""
 
-    def instead(operation: Operation, latest: Latest, *args: Any, **kwargs: Any) -> Any:
+    def instead(operation: Operation, latest: Latest, *args: object, **kwargs: object) -> object:
         done = Done(operation, args, kwargs, "", operation(*args, **kwargs))
         found = itertools.islice(alternatives(done, sizes), number, None)
         other = next(found, (None, None))[1]
@@ -151,7 +154,7 @@ def _alternative(number: int, sizes: Sequence[int]) -> Instead:
 
 
 def _of_rows(done: Done) -> Iterator[tuple[str, Instead]]:
-    """What only a batch with rows of many lengths shows."""
+    """Yield mistakes that only a batch with rows of different lengths shows."""
     result = done.result
     if isinstance(result, torch.Tensor) and not result.is_floating_point():
         if result.ndim and result.shape[0] > 1 and result.dtype != torch.bool:
@@ -164,7 +167,7 @@ def _of_rows(done: Done) -> Iterator[tuple[str, Instead]]:
 
 
 def _indices(done: Done) -> Iterator[tuple[str, Instead]]:
-    """One place further on, or back."""
+    """Shift each integer index by one, forwards or back."""
     index = done.args[1] if isinstance(done.args[1], tuple) else (done.args[1],)
     for axis, part in enumerate(index):
         if not isinstance(part, torch.Tensor) or part.dtype not in (torch.int32, torch.int64):
@@ -179,7 +182,7 @@ def _indices(done: Done) -> Iterator[tuple[str, Instead]]:
 
 
 def _arguments(place: Place, replay: "_Decoding") -> Iterator[tuple[str, Instead]]:
-    """What another place gave last, as one of the arguments."""
+    """Use the latest result of another place as one of the arguments."""
     done = replay.done[place]
     for index, argument in enumerate(done.args):
         if not isinstance(argument, torch.Tensor):
@@ -198,7 +201,7 @@ def _arguments(place: Place, replay: "_Decoding") -> Iterator[tuple[str, Instead
 
 
 def _sums(place: Place, replay: "_Decoding") -> Iterator[tuple[str, Instead]]:
-    """What another place gave last, added: a bias that is forgotten."""
+    """Add the latest result of another place, such as a forgotten bias."""
     result = replay.done[place].result
     if not isinstance(result, torch.Tensor) or not result.is_floating_point() or result.ndim < 3:
         return
@@ -214,19 +217,19 @@ def _sums(place: Place, replay: "_Decoding") -> Iterator[tuple[str, Instead]]:
 
 
 class _Decoding:
-    """A decode that can be made again.
+    """A decode that can be repeated with one place changed.
 
     Args:
-        module: that is decoded with.
-        decode: does it and gives arrays.
+        module: the model.
+        decode: decodes with it and returns arrays.
 
     Attributes:
-        done: by place, the operation as it was first done.
-        paths: by place, the module that it was first done by.
-        outputs: of the module's calls.
+        done: by place, the operation as it first ran.
+        paths: by place, the module in which it first ran.
+        outputs: of the model's calls.
     """
 
-    def __init__(self, module: torch.nn.Module, decode: Callable[[], Any]):
+    def __init__(self, module: torch.nn.Module, decode: Callable[[], object]):
         self._module, self._decode = module, decode
         self.done: dict[Place, Done] = {}
         self.paths: dict[Place, str] = {}
@@ -244,7 +247,7 @@ class _Decoding:
             decode()
 
     def fitting(self, tensor: torch.Tensor) -> Iterator[tuple[Place, Done]]:
-        """Places that gave something which might have stood where a tensor did."""
+        """Yield places whose result could stand in for a tensor."""
         for place, done in self.done.items():
             if isinstance(done.result, torch.Tensor) and _fit(done.result, tensor):
                 if done.result is not tensor:
@@ -255,21 +258,19 @@ class _Decoding:
         place: Place,
         instead: Instead,
         early: Callable[[int, np.ndarray], bool] | None = None,
-    ) -> Any:
-        """What the decode gives with a place done in another way; None if it cannot be done.
+    ) -> object:
+        """Return the decode's arrays with one place changed; None if it raises or is given up.
 
         Args:
-            place: the one.
-            instead: what to do there.
-            early: whether the output of a call, by its number, is worth going on for.
+            place: to change.
+            instead: its replacement.
+            early: (number of a call, its output) to whether it is worth going on.
         """
         try:
             with self._watched(place, instead, None, early), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about what is tried, not about the user's code
                 return self._decode()
-        except _Parted:
-            return None
-        except Exception:  # shapes that do not fit, say: then it was not that
+        except (_Diverged, Exception):  # shapes that do not fit, say: then it was not that
             return None
 
     @contextlib.contextmanager
@@ -280,9 +281,9 @@ class _Decoding:
         look: Callable[[Place, str, Done], None] | None,
         early: Callable[[int, np.ndarray], bool] | None,
     ) -> Iterator[None]:
-        """While the decode runs, modules say that they do and operations may be changed."""
+        """Run a block with operations passed to `look` or replaced, and calls passed to `early`."""
         stack: list[tuple[str, Counter]] = []
-        latest: dict[Place, Any] = {}
+        latest: dict[Place, object] = {}
         count = itertools.count()
 
         def change(_: int, operation: Operation) -> Operation | None:
@@ -295,7 +296,7 @@ class _Decoding:
             place = Place(getattr(operation, "__name__", ""), line, code, seen[code])
             seen[code] += 1
 
-            def passing(*args: Any, **kwargs: Any) -> Any:
+            def passing(*args: object, **kwargs: object) -> object:
                 if place == changed:
                     return instead(operation, latest, *args, **kwargs)
                 result = latest[place] = operation(*args, **kwargs)
@@ -308,15 +309,15 @@ class _Decoding:
         handles = []
         for path, module in self._module.named_modules():
 
-            def enter(*_: Any, path=path) -> None:
+            def enter(*_: object, path=path) -> None:
                 stack.append((path, Counter()))
 
-            def leave(module: torch.nn.Module, args: tuple, output: Any, path=path) -> None:
+            def leave(module: torch.nn.Module, args: tuple, output: object, path=path) -> None:
                 stack.pop()
                 if not path and early is not None:
                     arrays = [x for x in leaves_of(output) if isinstance(x, torch.Tensor)]
                     if not early(next(count), to_numpy(arrays[0])):
-                        raise _Parted
+                        raise _Diverged
 
             handles.append(module.register_forward_pre_hook(enter))
             handles.append(module.register_forward_hook(leave))
@@ -328,12 +329,12 @@ class _Decoding:
                 handle.remove()
 
 
-class _Parted(BaseException):
-    """A call gave what it should not, so the rest need not be looked at."""
+class _Diverged(BaseException):
+    """A call has a wrong output, so the rest need not run."""
 
 
 def _early(calls: Calls, targets: Sequence[np.ndarray]) -> Callable[[int, np.ndarray], bool]:
-    """Whether a call of the model gave what it should."""
+    """Return whether a call of the model has the right output, as a function of its number."""
 
     def early(number: int, output: np.ndarray) -> bool:
         if number >= len(calls):
@@ -344,13 +345,13 @@ def _early(calls: Calls, targets: Sequence[np.ndarray]) -> Callable[[int, np.nda
 
 
 def _real(call: tuple[np.ndarray, np.ndarray], output: np.ndarray) -> np.ndarray:
-    """The outputs of tokens that are no padding."""
+    """Return the outputs of real tokens."""
     tokens, counts = call
     return output[np.arange(tokens.shape[1]) < counts[:, None]]
 
 
 def _fit(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether one can stand where the other does, or for all its rows."""
+    """Whether one tensor can stand in for the other, or for all its rows."""
     sizes = zip(a.shape, b.shape, strict=False)
     return (
         a.dtype == b.dtype
@@ -361,11 +362,11 @@ def _fit(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _writes(name: str) -> bool:
-    """Whether an operation changes what it is given, so that it must not be done twice."""
+    """Whether an operation mutates its arguments and so must not run twice."""
     inside = name.startswith("__i") and name.endswith("__")
     return inside or name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
 
 
 def _kind(path: str) -> str:
-    """The path of a module without the numbers of layers."""
+    """Return the path of a module with `*` for numbers of layers."""
     return ".".join("*" if part.isdecimal() else part for part in path.split("."))

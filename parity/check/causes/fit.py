@@ -1,6 +1,6 @@
-"""Least squares where rounding is the only error, so that a number comes with what it may be off.
+"""Least squares with error bounds, for data whose only error is rounding.
 
-A model either explains what was measured down to rounding or it is not the model.
+A model either explains its data down to rounding or it is not the model.
 """
 
 import dataclasses
@@ -8,17 +8,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-EPSILON = float(np.finfo(np.float64).eps)
-# A model explains numbers that it leaves this many times their rounding of. Right models leave less
-# than one time; the smallest wrong one, an epsilon of 1e-8 in the wrong place, leaves 1e5 times.
-_ROOM = 16.0
-# Two numbers differ when they are this many times their errors apart.
-_SURE = 100.0
+from parity.check.bounds import EPSILON, FIT_APART, FIT_RESIDUAL
 
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """A number that was read off, and how far it may be off."""
+    """A fitted number and its largest error."""
 
     value: float
     error: float = 0.0
@@ -29,8 +24,8 @@ class Number:
         return not self.differs(Number(0.0))
 
     def differs(self, other: "Number") -> bool:
-        """Whether no rounding can have made these two of one."""
-        return abs(self.value - other.value) > _SURE * (self.error + other.error)
+        """Whether rounding alone cannot explain the difference of two numbers."""
+        return abs(self.value - other.value) > FIT_APART * (self.error + other.error)
 
     def __mul__(self, other: "Number") -> "Number":
         error = abs(self.value) * other.error + abs(other.value) * self.error
@@ -43,7 +38,7 @@ class Number:
         return Number(value, (self.error + abs(value) * other.error) / abs(other.value))
 
     def root(self) -> "Number":
-        """The square root; that of 0 for a number that rounding has made negative."""
+        """Return the square root; that of 0 for a number that rounding has made negative."""
         root = max(self.value, 0.0) ** 0.5
         return Number(root, self.error / (2.0 * root) if root else self.error**0.5)
 
@@ -83,7 +78,7 @@ class Solution:
 
 
 def solve(equations: Sequence[Equations]) -> Solution | None:
-    """The unknowns that all leaves and steps agree on; None if they leave more than rounding.
+    """Solve for unknowns on which all leaves and steps agree; None if more than rounding is left.
 
     A leaf's own terms are projected out of its equations, and what is left of them is compressed to
     as many rows as it has unknowns, both by orthogonal steps, so that no digit is lost to squares.
@@ -94,16 +89,16 @@ def solve(equations: Sequence[Equations]) -> Solution | None:
     num_steps = 1 + max(e.step for e in equations)
     num_shared, num_by_step = len(equations[0].shared), len(equations[0].by_step)
     width = num_shared + num_by_step * num_steps
-    parts = []
+    blocks = []
     for e in equations:
         rows = np.linalg.qr(_without_own(e), mode="r")
-        part = np.zeros((len(rows), width + 1))
+        block = np.zeros((len(rows), width + 1))
         start = num_shared + num_by_step * e.step
-        part[:, :num_shared] = rows[:, :num_shared]
-        part[:, start : start + num_by_step] = rows[:, num_shared:-1]
-        part[:, -1] = rows[:, -1]
-        parts.append(part)
-    system = np.concatenate(parts)
+        block[:, :num_shared] = rows[:, :num_shared]
+        block[:, start : start + num_by_step] = rows[:, num_shared:-1]
+        block[:, -1] = rows[:, -1]
+        blocks.append(block)
+    system = np.concatenate(blocks)
     matrix, target = system[:, :-1], system[:, -1]
     sizes = np.linalg.norm(matrix, axis=0)
     if len(system) < width or not np.any(sizes):
@@ -114,7 +109,7 @@ def solve(equations: Sequence[Equations]) -> Solution | None:
     singular = np.maximum(singular, EPSILON * singular[0])
     inverse = right.T / singular
     found = inverse @ (left.T @ target) / sizes
-    noise = explained(norm(matrix @ found - target), equations)
+    noise = residual_noise(norm(matrix @ found - target), equations)
     if noise is None:
         return None
     errors = np.linalg.norm(inverse, axis=1) / sizes * noise
@@ -126,20 +121,20 @@ def solve(equations: Sequence[Equations]) -> Solution | None:
     return Solution(tuple(numbers[:num_shared]), steps)
 
 
-def explained(residual: float, equations: Sequence[Equations]) -> float | None:
-    """The norm of the noise, as large as it was seen to be; None for a residual beyond rounding."""
+def residual_noise(residual: float, equations: Sequence[Equations]) -> float | None:
+    """Return max(residual, expected rounding noise); None if the residual exceeds rounding."""
     noise = norm([e.noise for e in equations])
-    return max(residual, noise) if residual <= _ROOM * noise else None
+    return max(residual, noise) if residual <= FIT_RESIDUAL * noise else None
 
 
-def part_along(array: np.ndarray, weights: np.ndarray, noise: float) -> Number:
-    """How many times the weights are in an array whose rounding has the norm `noise`."""
+def share_along(array: np.ndarray, weights: np.ndarray, noise: float) -> Number:
+    """Return how many times the weights are in an array whose rounding has the norm `noise`."""
     size = norm(weights)
     return Number(float(array @ weights) / size**2, noise / size) if size else Number(0.0, np.inf)
 
 
 def constant_of(numbers: Sequence[Number], factors: np.ndarray) -> Number | None:
-    """The constant that makes these numbers of the factors, or None if there is none."""
+    """Return the constant that times the factors is these numbers; None if there is none."""
     values, errors = (np.array([getattr(x, name) for x in numbers]) for name in ("value", "error"))
     size = float(factors @ factors)
     if not size or not np.all(np.isfinite(errors)):
@@ -151,12 +146,12 @@ def constant_of(numbers: Sequence[Number], factors: np.ndarray) -> Number | None
 
 
 def norm(array: np.ndarray | Sequence[float]) -> float:
-    """The Euclidean norm."""
+    """Return the Euclidean norm."""
     return float(np.linalg.norm(array))
 
 
 def _without_own(e: Equations) -> np.ndarray:
-    """All terms and the target, as columns, without their parts along the leaf's own terms."""
+    """Return all terms and the target as columns, orthogonal to the leaf's own terms."""
     columns = np.stack([*e.shared, *e.by_step, e.target], axis=1)
     if not e.own:
         return columns

@@ -1,6 +1,6 @@
-"""Other ways to do an operation: what people mix up, by the operation's name.
+"""Alternatives to an operation: what people mix up, by the operation's name.
 
-Each alternative is tried on the guilty module alone. In float64 the right one leaves nothing but
+Each alternative is tried on the divergent module alone. In float64 the right one leaves nothing but
 rounding, and a wrong one leaves 1e-5 or more, so what matches is the cause.
 """
 
@@ -17,6 +17,7 @@ from parity.check.causes.replay import Done
 from parity.frameworks.capture import leaves_of
 
 Instead = Callable[..., Any]
+Found = Iterator[tuple[str, Instead]]
 
 _SIZES = 8
 _EPSILONS = 1e-5, 1e-6, 1e-8, 1e-12, 1e-3, 1e-7, 0.0, torch.finfo(torch.float32).eps
@@ -30,136 +31,149 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "sigmoid": torch.sigmoid,
     "no activation": lambda x: x,
 }
-_ACTIVATING = {"gelu", "relu", "silu", "tanh", "sigmoid", "hardswish", "leaky_relu", "elu", "mish"}
 _COMPARISONS = {"lt": torch.le, "le": torch.lt, "gt": torch.ge, "ge": torch.gt}
-_OTHERS = {"and", "or", "size", "dim", "numel", "stride"}
 _INTEGRAL = {"arange", "add", "sub", "cumsum", "radd", "rsub", "where"}
 _SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 
 
-def alternatives(done: Done, sizes: Collection[int]) -> Iterator[tuple[str, Instead]]:
-    """Other ways to do one operation, each in words and as what to call in its place.
+def alternatives(done: Done, sizes: Collection[int]) -> Found:
+    """Yield alternatives to one operation, each with a description and what to call instead.
 
     Args:
         done: the operation.
-        sizes: of axes, which scales are made of.
+        sizes: of axes, of which scales are made.
     """
-    operation, args, kwargs, full = done.operation, done.args, done.kwargs, done.name
-    if full in _OTHERS:
-        return
-    if full in _INTEGRAL and _is_integral(done.result):
-        for shift in (1, -1):
-            yield (
-                f"{'numbers' if full == 'arange' else 'the result'} {shift:+d}",
-                lambda *a, s=shift, **k: operation(*a, **k) + s,
-            )
-        if full == "add" and all(isinstance(x, torch.Tensor) for x in args[:2]):
-            yield "x in place of x + y", lambda x, y, **k: x
-    elif full in ("argmax", "argmin"):
-        other = {"argmax": torch.argmin, "argmin": torch.argmax}[full]
-        yield f"{other.__name__} in place of {full}", lambda *a, **k: other(*a, **k)
-    elif full in _ACTIVATING:
-        yield from _activations()
-    elif "norm" in full:
-        yield from _norms(operation, full, args, kwargs)
-    elif full in ("var", "std", "var_mean"):
-        flipped = 0 if kwargs.get("unbiased", kwargs.get("correction", 1)) else 1
-        words = "an unbiased variance" if flipped else "a biased variance"
-        kept = {k: v for k, v in kwargs.items() if k not in ("unbiased", "correction")}
-        yield words, lambda *a, **k: operation(*_without_flags(a), **kept, correction=flipped)
-    elif full == "linear":
-        yield from _linear(args, kwargs)
-    elif full in ("conv1d", "conv2d", "conv3d"):
-        yield from _convolution(operation, *args, **kwargs)
-    elif full in ("softmax", "log_softmax"):
-        yield from _softmax(operation, args, kwargs, sizes)
-    elif full == "scaled_dot_product_attention":
-        yield from _fused_attention(operation, args, kwargs, sizes)
-    elif full == "multi_head_attention_forward":
-        yield from _inside_attention(operation, args, sizes)
-    elif full in _COMPARISONS:
-        other = _COMPARISONS[full]
-        yield f"{other.__name__} in place of {full}", lambda *a, **k: other(*a[:2])
-        yield f"all true in place of {full}", lambda *a, **k: torch.ones_like(done.result)
-    elif full in ("eq", "ne"):
-        yield f"all true in place of {full}", lambda *a, **k: torch.ones_like(done.result)
-    elif full in ("tril", "triu"):
-        diagonal = kwargs.get("diagonal", args[1] if len(args) > 1 else 0)
-        for shift in (-1, 1):
-            yield (
-                f"diagonal={diagonal + shift} in {full}, not {diagonal}",
-                lambda *a, shift=shift, **k: operation(a[0], diagonal=diagonal + shift),
-            )
-    elif full == "embedding":
-        yield from _embedding(operation, args)
-    elif full in ("masked_fill", "where"):
-        yield from _masked(operation, full, args)
-    elif full in ("chunk", "split", "unbind", "tensor_split"):
-        yield from _orders(operation, args, kwargs)
-    elif full == "flatten":
-        yield from _channels_last(done)
-    elif full in ("view", "reshape", "unflatten"):
-        yield from _interleaved(done)
-        yield from _channels_last(done)
-    elif full == "repeat_interleave":
-        yield (
-            "repeats tiled, not next to each other",
-            lambda x, n, dim=None, **k: torch.cat([x] * n, dim=dim if dim is not None else 0),
-        )
-    elif full == "cat":
-        yield "parts in reverse order", lambda parts, *a, **k: operation(parts[::-1], *a, **k)
-    elif full == "neg":
-        yield "no change of sign", lambda x, *a, **k: x
-    elif full in ("roll", "flip"):
-        yield f"no {full}", lambda x, *a, **k: x
-    elif full == "mean":
-        yield "a sum in place of the mean", lambda *a, **k: torch.sum(*a, **k)
-    elif full == "sum":
-        yield "a mean in place of the sum", lambda *a, **k: torch.mean(*a, **k)
-    elif full == "cross_entropy":
-        yield from _cross_entropy(operation, kwargs)
-    elif full == "getitem":
-        yield from _slices(operation, args)
-    elif full in ("to", "float", "half", "bfloat16", "type"):
-        if _is_narrower(args[0], done.result):
-            yield f"no cast to {done.result.dtype}".replace("torch.", ""), lambda x, *a, **k: x
-    elif any(word in full for word in ("mul", "div", "add", "sub")):
-        yield from _arithmetic(operation, full, args, sizes)
+    if done.name in _INTEGRAL and _is_integral(done.result):
+        yield from _integers(done)
+    elif done.name in _SCALED:
+        yield from _SCALED[done.name](done, sizes)
+    elif done.name in _PLAIN:
+        yield from _PLAIN[done.name](done)
+    elif "norm" in done.name:
+        yield from _norms(done)
+    elif any(word in done.name for word in _SIGNS):
+        yield from _arithmetic(done, sizes)
 
 
-def _activations() -> Iterator[tuple[str, Instead]]:
+def _same(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+    """Return the first argument: the operation left out."""
+    return x
+
+
+def _then(operation: Callable[..., Any], change: Callable[[Any], Any]) -> Instead:
+    """Change the result of an operation."""
+    return lambda *args, **kwargs: change(operation(*args, **kwargs))
+
+
+def _with(operation: Callable[..., object], **changes: object) -> Instead:
+    """Call an operation with other keyword arguments."""
+    return lambda *args, **kwargs: operation(*args, **kwargs | changes)
+
+
+def _on(operation: Callable[..., Any], change: Callable[[Any], Any]) -> Instead:
+    """Change the first argument of an operation."""
+    return lambda x, *args, **kwargs: operation(change(x), *args, **kwargs)
+
+
+def _integers(done: Done) -> Found:
+    words = "numbers" if done.name == "arange" else "the result"
+    for shift in (1, -1):
+        yield f"{words} {shift:+d}", _then(done.operation, lambda x, s=shift: x + s)
+    if done.name == "add" and all(isinstance(x, torch.Tensor) for x in done.args[:2]):
+        yield "x in place of x + y", _same
+
+
+def _extremes(done: Done) -> Found:
+    other = {"argmax": torch.argmin, "argmin": torch.argmax}[done.name]
+    yield f"{other.__name__} in place of {done.name}", other
+
+
+def _activations(done: Done) -> Found:
     for words, function in ACTIVATIONS.items():
         yield words, lambda x, *a, f=function, **k: f(x)
 
 
-def _norms(
-    operation: Callable, name: str, args: tuple, kwargs: dict
-) -> Iterator[tuple[str, Instead]]:
+def _variances(done: Done) -> Found:
+    correction = 0 if done.kwargs.get("unbiased", done.kwargs.get("correction", 1)) else 1
+    kept = {k: v for k, v in done.kwargs.items() if k not in ("unbiased", "correction")}
+
+    def flipped(*args: object, **kwargs: object) -> object:
+        without_flags = (x for x in args if not isinstance(x, bool))
+        return done.operation(*without_flags, **kept, correction=correction)
+
+    yield "an unbiased variance" if correction else "a biased variance", flipped
+
+
+def _comparisons(done: Done) -> Found:
+    if other := _COMPARISONS.get(done.name):
+        yield f"{other.__name__} in place of {done.name}", lambda *a, **k: other(*a[:2])
+    yield f"all true in place of {done.name}", lambda *a, **k: torch.ones_like(done.result)
+
+
+def _triangles(done: Done) -> Found:
+    diagonal = done.kwargs.get("diagonal", done.args[1] if len(done.args) > 1 else 0)
+    for other in (diagonal - 1, diagonal + 1):
+        words = f"diagonal={other} in {done.name}, not {diagonal}"
+        yield words, lambda x, *a, d=other, **k: done.operation(x, diagonal=d)
+
+
+def _repeats(done: Done) -> Found:
+    def tiled(x: torch.Tensor, n: int, dim: int | None = None, **kwargs: object) -> torch.Tensor:
+        return torch.cat([x] * n, dim=dim if dim is not None else 0)
+
+    yield "repeats tiled, not next to each other", tiled
+
+
+def _left_out(done: Done) -> Found:
+    yield "no change of sign" if done.name == "neg" else f"no {done.name}", _same
+
+
+def _reductions(done: Done) -> Found:
+    if done.name == "mean":
+        yield "a sum in place of the mean", torch.sum
+    else:
+        yield "a mean in place of the sum", torch.mean
+
+
+def _casts(done: Done) -> Found:
+    if _is_narrower(done.args[0], done.result):
+        yield f"no cast to {done.result.dtype}".replace("torch.", ""), _same
+
+
+def _norms(done: Done) -> Found:
+    operation, args, kwargs = done.operation, done.args, done.kwargs
     # torch's own calls give epsilon by name, or last among the arguments.
     place = next((i for i, x in reversed(list(enumerate(args))) if isinstance(x, float)), None)
     now = kwargs.get("eps", args[place] if place is not None else None)
     for epsilon in _EPSILONS:
         if epsilon != now and "eps" in kwargs:
-            yield f"eps={epsilon:g}", lambda *a, e=epsilon, **k: operation(*a, **k | {"eps": e})
+            yield f"eps={epsilon:g}", _with(operation, eps=epsilon)
         elif epsilon != now and place is not None:
             yield (
                 f"eps={epsilon:g}",
                 lambda *a, e=epsilon, **k: operation(*a[:place], e, *a[place + 1 :], **k),
             )
-    yield "no norm", lambda x, *a, **k: x
-    if name == "layer_norm":
-        weight, bias = kwargs.get("weight"), kwargs.get("bias")
-        if weight is not None:
-            yield "no scale", lambda *a, **k: operation(*a, **k | {"weight": None})
-            yield "a scale of 1 + w", lambda *a, **k: operation(*a, **k | {"weight": 1 + weight})
-        if bias is not None:
-            yield "no bias", lambda *a, **k: operation(*a, **k | {"bias": None})
-        yield "an unbiased variance", _by_hand(unbiased=True, centred=True)
-        yield "no mean subtracted", _by_hand(unbiased=False, centred=False)
-        yield "eps added to the deviation", _by_hand(unbiased=False, centred=True, outside=True)
+    yield "no norm", _same
+    if done.name == "layer_norm":
+        if (weight := kwargs.get("weight")) is not None:
+            yield "no scale", _with(operation, weight=None)
+            yield "a scale of 1 + w", _with(operation, weight=1 + weight)
+        if kwargs.get("bias") is not None:
+            yield "no bias", _with(operation, bias=None)
+        yield "an unbiased variance", _layer_norm(unbiased=True, centred=True)
+        yield "no mean subtracted", _layer_norm(unbiased=False, centred=False)
+        yield "eps added to the deviation", _layer_norm(unbiased=False, centred=True, outside=True)
 
 
-def _by_hand(unbiased: bool, centred: bool, outside: bool = False) -> Instead:
+def _layer_norm(unbiased: bool, centred: bool, outside: bool = False) -> Instead:
+    """Make a layer norm by hand.
+
+    Args:
+        unbiased: divide by n - 1 in the variance.
+        centred: subtract the mean.
+        outside: add epsilon to the deviation, not to the variance.
+    """
+
     def norm(x, shape, weight=None, bias=None, eps=1e-5):
         axes = tuple(range(-len(shape), 0))
         middle = x - x.mean(axes, keepdim=True) if centred else x
@@ -172,9 +186,9 @@ def _by_hand(unbiased: bool, centred: bool, outside: bool = False) -> Instead:
     return norm
 
 
-def _linear(args: tuple, kwargs: dict) -> Iterator[tuple[str, Instead]]:
-    weight = args[1] if len(args) > 1 else kwargs["weight"]
-    bias = args[2] if len(args) > 2 else kwargs.get("bias")
+def _linear(done: Done) -> Found:
+    weight = done.args[1] if len(done.args) > 1 else done.kwargs["weight"]
+    bias = done.args[2] if len(done.args) > 2 else done.kwargs.get("bias")
     if weight.shape[0] == weight.shape[1]:
         yield "the weight transposed", lambda x, *a, **k: functional.linear(x, weight.T, bias)
     if bias is not None:
@@ -182,16 +196,18 @@ def _linear(args: tuple, kwargs: dict) -> Iterator[tuple[str, Instead]]:
         yield "the bias added twice", lambda x, *a, **k: functional.linear(x, weight, 2 * bias)
 
 
-def _convolution(
-    operation: Callable, x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1
-) -> Iterator[tuple[str, Instead]]:
-    """torch pads both ends alike; "SAME" in jax pads what the stride needs, more at the end."""
+def _convolutions(done: Done) -> Found:
+    """Yield paddings: torch pads both ends alike, "SAME" in jax pads more at the end if uneven."""
+    names = "input", "weight", "bias", "stride", "padding", "dilation", "groups"
+    defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    given = defaults | dict(zip(names, done.args, strict=False)) | done.kwargs
+    x, weight, bias, groups = (given[name] for name in ("input", "weight", "bias", "groups"))
     space, window = x.shape[2:], weight.shape[2:]
     strides, dilations = (
         (value,) * len(space) if isinstance(value, int) else tuple(value)
-        for value in (stride, dilation)
+        for value in (given["stride"], given["dilation"])
     )
-    ends = []
+    ends: list[int] = []
     for size, taps, step, gap in zip(space, window, strides, dilations, strict=True):
         total = max((-(-size // step) - 1) * step + (taps - 1) * gap + 1 - size, 0)
         ends = [total // 2, total - total // 2, *ends]
@@ -201,46 +217,40 @@ def _convolution(
         "padding of half the window": [n // 2 for n in reversed(window) for _ in range(2)],
     }
     for words, pads in paddings.items():
-        yield (
-            words,
-            lambda x, *a, pads=pads, **k: operation(
-                functional.pad(x, pads), weight, bias, stride, 0, dilation, groups
-            ),
-        )
-    turned = weight.flip(tuple(range(2, weight.ndim)))
-    rest = bias, stride, padding, dilation, groups
-    yield "the window back to front", lambda x, *a, **k: operation(x, turned, *rest)
+
+        def padded(
+            x: torch.Tensor, *args: object, pads: list[int] = pads, **kwargs: object
+        ) -> object:
+            x = functional.pad(x, pads)
+            return done.operation(x, weight, bias, strides, 0, dilations, groups)
+
+        yield words, padded
+    flipped = weight.flip(tuple(range(2, weight.ndim)))
+    rest = given["stride"], given["padding"], given["dilation"], groups
+    yield "the window back to front", lambda x, *a, **k: done.operation(x, flipped, bias, *rest)
     if bias is not None:
-        yield "no bias", lambda x, *a, **k: operation(x, weight, None, *rest[1:])
+        yield "no bias", lambda x, *a, **k: done.operation(x, weight, None, *rest)
 
 
-def _softmax(
-    operation: Callable, args: tuple, kwargs: dict, sizes: Collection[int]
-) -> Iterator[tuple[str, Instead]]:
-    axis = kwargs.get("dim", args[1] if len(args) > 1 else -1)
-    for other in range(-1, -args[0].ndim - 1, -1):
-        if other not in (axis, axis - args[0].ndim):
+def _softmax(done: Done, sizes: Collection[int]) -> Found:
+    operation, ndim = done.operation, done.args[0].ndim
+    axis = done.kwargs.get("dim", done.args[1] if len(done.args) > 1 else -1)
+    for other in range(-1, -ndim - 1, -1):
+        if other not in (axis, axis - ndim):
             yield f"softmax over axis {other}", lambda x, *a, d=other, **k: operation(x, dim=d)
-    yield (
-        "softmax in float32",
-        lambda x, *a, **k: operation(x.float(), dim=axis).to(x.dtype),
-    )
-    yield from (
-        (words, lambda x, *a, s=s, **k: operation(x * s, dim=axis))
-        for words, s in _scales(sizes, 1.0)
-    )
+    yield "softmax in float32", lambda x, *a, **k: operation(x.float(), dim=axis).to(x.dtype)
+    for words, scale in _scales(sizes, 1.0):
+        yield words, lambda x, *a, s=scale, **k: operation(x * s, dim=axis)
 
 
-def _fused_attention(
-    operation: Callable, args: tuple, kwargs: dict, sizes: Collection[int]
-) -> Iterator[tuple[str, Instead]]:
-    query = args[0]
-    now = kwargs.get("scale") or query.shape[-1] ** -0.5
+def _fused_attention(done: Done, sizes: Collection[int]) -> Found:
+    operation, kwargs = done.operation, done.kwargs
+    now = kwargs.get("scale") or done.args[0].shape[-1] ** -0.5
     for words, scale in _scales(sizes, now):
-        yield words, lambda *a, s=scale, **k: operation(*a, **k | {"scale": s * now})
-    flipped = not kwargs.get("is_causal", False)
-    words = "a causal mask" if flipped else "no causal mask"
-    yield words, lambda q, k, v, *a, **kw: operation(q, k, v, is_causal=flipped)
+        yield words, _with(operation, scale=scale * now)
+    causal = not kwargs.get("is_causal", False)
+    words = "a causal mask" if causal else "no causal mask"
+    yield words, lambda q, k, v, *a, **kw: operation(q, k, v, is_causal=causal)
     for words, order in (
         ("keys and values swapped", (0, 2, 1)),
         ("queries and keys swapped", (1, 0, 2)),
@@ -249,88 +259,81 @@ def _fused_attention(
         yield words, lambda *a, o=order, **k: operation(*(a[place] for place in o), *a[3:], **k)
 
 
-def _inside_attention(
-    operation: Callable, args: tuple, sizes: Collection[int]
-) -> Iterator[tuple[str, Instead]]:
-    """torch.nn.MultiheadAttention's own function, by changing the attention that it calls."""
-    width = args[0].shape[-1] // args[4]
-    original = functional.scaled_dot_product_attention
-    like = torch.empty((1, 1, 1, width))
-    for words, change in _fused_attention(original, (like,) * 3, {}, {*sizes, width}):
-        yield words, _patched(operation, change)
+def _inside_attention(done: Done, sizes: Collection[int]) -> Found:
+    """Yield changes of the attention that torch.nn.MultiheadAttention's own function calls."""
+    width = done.args[0].shape[-1] // done.args[4]
+    original, like = functional.scaled_dot_product_attention, torch.empty((1, 1, 1, width))
+    inner = Done(original, (like,) * 3, {}, "", None)
+    for words, attention in _fused_attention(inner, {*sizes, width}):
+
+        def patched(*args: object, attention: Instead = attention, **kwargs: object) -> object:
+            functional.scaled_dot_product_attention = attention
+            try:
+                return done.operation(*args, **kwargs | {"need_weights": False})
+            finally:
+                functional.scaled_dot_product_attention = original
+
+        yield words, patched
 
 
-def _patched(operation: Callable, attention: Instead) -> Instead:
-    def run(*args, **kwargs):
-        original = functional.scaled_dot_product_attention
-        functional.scaled_dot_product_attention = attention
-        try:
-            return operation(*args, **kwargs | {"need_weights": False})
-        finally:
-            functional.scaled_dot_product_attention = original
-
-    return run
-
-
-def _embedding(operation: Callable, args: tuple) -> Iterator[tuple[str, Instead]]:
-    rows = args[1].shape[0]
+def _embedding(done: Done) -> Found:
+    rows, width = done.args[1].shape
     for shift in (1, -1, 2):
-        yield (
-            f"ids shifted by {shift:+d}",
-            lambda ids, *a, s=shift, **k: operation((ids + s).clamp(0, rows - 1), *a, **k),
-        )
-    yield "all ids 0", lambda ids, *a, **k: operation(ids * 0, *a, **k)
-    scale = args[1].shape[-1] ** 0.5
-    yield f"times sqrt({args[1].shape[-1]})", lambda *a, **k: operation(*a, **k) * scale
+        shifted = _on(done.operation, lambda ids, s=shift: (ids + s).clamp(0, rows - 1))
+        yield f"ids shifted by {shift:+d}", shifted
+    yield "all ids 0", _on(done.operation, lambda ids: ids * 0)
+    yield f"times sqrt({width})", _then(done.operation, lambda x: x * width**0.5)
 
 
-def _masked(operation: Callable, name: str, args: tuple) -> Iterator[tuple[str, Instead]]:
-    if len(args) != 3 or not isinstance(args[0 if name == "where" else 1], torch.Tensor):
+def _masked(done: Done) -> Found:
+    operation, args, keeps = done.operation, done.args, done.name == "where"
+    if len(args) != 3 or not isinstance(mask := args[0 if keeps else 1], torch.Tensor):
         return
 
     def masked(change: Callable[[torch.Tensor], torch.Tensor]) -> Instead:
-        if name == "where":
-            return lambda mask, *a, **k: operation(change(mask), *a, **k)
+        if keeps:
+            return _on(operation, change)
         return lambda x, mask, *a, **k: operation(x, change(mask), *a, **k)
 
-    keeps = name == "where"
     yield "the mask inverted", masked(lambda mask: ~mask)
     yield "no mask", masked(lambda mask: torch.full_like(mask, keeps))
-    mask = args[0 if name == "where" else 1]
     if mask.ndim and mask.shape[-1] > 1:
         for shift in (1, -1):
-            yield (
-                f"the mask shifted by {shift:+d}",
-                masked(lambda mask, s=shift: _shifted(mask, s)),
-            )
+            yield f"the mask shifted by {shift:+d}", masked(lambda m, s=shift: _shifted(m, s))
     # Against a number that is minus infinity for all purposes: what leaks through a small one.
     for value in (0.0, -1.0, -math.e, -10.0, -1e4, -1e9):
-        if name == "masked_fill":
+        if not keeps:
             yield f"{value:g} behind the mask", lambda x, m, *a, v=value: operation(x, m, v)
         elif isinstance(args[2], float | int) and not isinstance(args[2], bool):
             yield f"{value:g} behind the mask", lambda m, x, *a, v=value: operation(m, x, v)
 
 
 def _shifted(mask: torch.Tensor, by: int) -> torch.Tensor:
-    """The mask moved along its last axis; what comes in is what stood at the edge."""
+    """Move a mask along its last axis; its edge is repeated."""
     edge = mask[..., :1] if by > 0 else mask[..., -1:]
     return torch.cat([edge, mask[..., :-1]] if by > 0 else [mask[..., 1:], edge], dim=-1)
 
 
-def _orders(operation: Callable, args: tuple, kwargs: dict) -> Iterator[tuple[str, Instead]]:
-    count = len(operation(*args, **kwargs))
-    if 2 <= count <= 4:
-        for order in itertools.permutations(range(count)):
-            if order != tuple(range(count)):
-                numbers = ", ".join(str(place + 1) for place in order)
-                yield (
-                    f"parts in the order {numbers}",
-                    lambda *a, o=order, **k: [operation(*a, **k)[place] for place in o],
-                )
+def _orders(done: Done) -> Found:
+    count = len(done.operation(*done.args, **done.kwargs))
+    for order in itertools.permutations(range(count)) if 2 <= count <= 4 else ():
+        if order != tuple(range(count)):
+            numbers = ", ".join(str(place + 1) for place in order)
+            reordered = _then(done.operation, lambda x, o=order: [x[place] for place in o])
+            yield f"parts in the order {numbers}", reordered
 
 
-def _interleaved(done: Done) -> Iterator[tuple[str, Instead]]:
-    """Where one axis becomes two, the numbers of the second may lie next to those of the first."""
+def _reversed_parts(done: Done) -> Found:
+    yield "parts in reverse order", _on(done.operation, lambda parts: parts[::-1])
+
+
+def _reshapes(done: Done) -> Found:
+    yield from _interleaved(done)
+    yield from _channels_last(done)
+
+
+def _interleaved(done: Done) -> Found:
+    """Where one axis becomes two, interleave the second with the first."""
     x, made = done.args[0], done.result
     for axis in range(x.ndim):
         if made.ndim == x.ndim + 1 and made.shape[:axis] == x.shape[:axis]:
@@ -343,8 +346,8 @@ def _interleaved(done: Done) -> Iterator[tuple[str, Instead]]:
                 yield f"{first} groups interleaved, not one behind the other", other
 
 
-def _channels_last(done: Done) -> Iterator[tuple[str, Instead]]:
-    """Channels and positions in one axis, in torch's order of them or in flax's."""
+def _channels_last(done: Done) -> Found:
+    """Where channels and positions become one axis, order them as flax does."""
     x, made = done.args[0], done.result
     if x.ndim >= 3 and made.ndim == 2 and made.shape[0] == x.shape[0]:
         yield (
@@ -353,50 +356,42 @@ def _channels_last(done: Done) -> Iterator[tuple[str, Instead]]:
         )
 
 
-def _cross_entropy(operation: Callable, kwargs: dict) -> Iterator[tuple[str, Instead]]:
+def _cross_entropy(done: Done) -> Found:
     for reduction in ("mean", "sum"):
-        if kwargs.get("reduction", "mean") != reduction:
-            yield (
-                f"reduction={reduction}",
-                lambda *a, r=reduction, **k: operation(*a, **k | {"reduction": r}),
-            )
-    if kwargs.get("label_smoothing"):
-        yield "no smoothing", lambda *a, **k: operation(*a, **k | {"label_smoothing": 0.0})
+        if done.kwargs.get("reduction", "mean") != reduction:
+            yield f"reduction={reduction}", _with(done.operation, reduction=reduction)
+    if done.kwargs.get("label_smoothing"):
+        yield "no smoothing", _with(done.operation, label_smoothing=0.0)
 
 
-def _slices(operation: Callable, args: tuple) -> Iterator[tuple[str, Instead]]:
-    """A slice that leaves out the first may leave out the last, and the other way round."""
-    index = args[1] if isinstance(args[1], tuple) else (args[1],)
+def _slices(done: Done) -> Found:
+    """Leave out the last where a slice leaves out the first, and the other way round."""
+    index = done.args[1] if isinstance(done.args[1], tuple) else (done.args[1],)
     for place, part in enumerate(index):
         if isinstance(part, slice) and part in (slice(1, None), slice(None, -1)):
-            other = slice(None, -1) if part == slice(1, None) else slice(1, None)
-            yield (
-                f"[{_spelt(other)}] in place of [{_spelt(part)}]",
-                lambda x, i, o=(*index[:place], other, *index[place + 1 :]): operation(x, o),
-            )
+            other, words = slice(None, -1), "[:-1] in place of [1:]"
+            if part == other:
+                other, words = slice(1, None), "[1:] in place of [:-1]"
+            changed = *index[:place], other, *index[place + 1 :]
+            yield words, lambda x, i, o=changed: done.operation(x, o)
 
 
-def _spelt(part: slice) -> str:
-    return f"{'' if part.start is None else part.start}:{'' if part.stop is None else part.stop}"
-
-
-def _arithmetic(
-    operation: Callable, name: str, args: tuple, sizes: Collection[int]
-) -> Iterator[tuple[str, Instead]]:
+def _arithmetic(done: Done, sizes: Collection[int]) -> Found:
+    operation, name, args = done.operation, done.name, done.args
     tensors = [x for x in args[:2] if isinstance(x, torch.Tensor) and x.is_floating_point()]
     number = next((x for x in args[:2] if isinstance(x, float)), None)
     if number is not None and tensors:
         if name.endswith(("mul", "div")):
             factor = number if "mul" in name else 1 / number
             for words, scale in _scales(sizes, factor):
-                yield words, lambda *a, s=scale, **k: operation(*a, **k) * s
+                yield words, _then(operation, lambda x, s=scale: x * s)
         if name.endswith("add") and 0 < number < 1e-2:
             for epsilon in _EPSILONS:
                 if epsilon != number:
                     yield f"eps={epsilon:g}", lambda *a, e=epsilon, **k: _tensor_of(a) + e
     elif len(tensors) == 2:
         sign = next(sign for word, sign in _SIGNS.items() if word in name)
-        yield f"x in place of x {sign} y", lambda x, y, **k: x
+        yield f"x in place of x {sign} y", _same
         yield f"y in place of x {sign} y", lambda x, y, **k: y
         if sign == "+":
             yield "x - y in place of x + y", lambda x, y, **k: x - y
@@ -404,8 +399,8 @@ def _arithmetic(
             yield "x + y in place of x - y", lambda x, y, **k: x + y
 
 
-def substitutes(done: Done, others: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, Instead]]:
-    """A sum of another tensor that was at hand: a residual around the wrong place."""
+def substitutes(done: Done, others: Mapping[str, torch.Tensor]) -> Found:
+    """Yield sums with another tensor at hand, such as a residual around the wrong place."""
     if not done.name.endswith(("add", "sub")):
         return
     for place, side in enumerate(done.args[:2]):
@@ -419,7 +414,7 @@ def substitutes(done: Done, others: Mapping[str, torch.Tensor]) -> Iterator[tupl
 
 
 def common_sizes(operations: Iterable[Done]) -> list[int]:
-    """Sizes of axes that a scale may be made of, the most frequent first."""
+    """Return sizes of axes of which a scale may be made, the most frequent first."""
     found = Counter(
         size
         for done in operations
@@ -435,11 +430,11 @@ def _tensor_of(args: tuple) -> torch.Tensor:
     return next(x for x in args if isinstance(x, torch.Tensor))
 
 
-def _is_integral(result: Any) -> bool:
+def _is_integral(result: object) -> bool:
     return isinstance(result, torch.Tensor) and result.dtype in (torch.int32, torch.int64)
 
 
-def _is_narrower(x: Any, result: Any) -> bool:
+def _is_narrower(x: object, result: object) -> bool:
     return (
         isinstance(x, torch.Tensor)
         and isinstance(result, torch.Tensor)
@@ -450,7 +445,7 @@ def _is_narrower(x: Any, result: Any) -> bool:
 
 
 def _scales(sizes: Collection[int], now: float) -> Iterator[tuple[str, float]]:
-    """Factors that bring a scale of `now` to another usual one, in words."""
+    """Yield factors that turn a scale of `now` into another usual one, with descriptions."""
     usual = {"a scale of 1": 1.0}
     for power in (-0.5, -1.0, 0.5):
         usual |= {f"a scale of {size}**{power:g}": size**power for size in sizes}
@@ -460,5 +455,35 @@ def _scales(sizes: Collection[int], now: float) -> Iterator[tuple[str, float]]:
             yield words, scale / now
 
 
-def _without_flags(args: tuple) -> tuple:
-    return tuple(x for x in args if not isinstance(x, bool))
+# By operation, those whose alternatives need sizes and those that do not.
+_SCALED: dict[str, Callable[[Done, Collection[int]], Found]] = {
+    "softmax": _softmax,
+    "log_softmax": _softmax,
+    "scaled_dot_product_attention": _fused_attention,
+    "multi_head_attention_forward": _inside_attention,
+}
+_PLAIN: dict[str, Callable[[Done], Found]] = {
+    name: rule
+    for names, rule in (
+        ("argmax argmin", _extremes),
+        ("gelu relu silu tanh sigmoid hardswish leaky_relu elu mish", _activations),
+        ("var std var_mean", _variances),
+        ("linear", _linear),
+        ("conv1d conv2d conv3d", _convolutions),
+        ("lt le gt ge eq ne", _comparisons),
+        ("tril triu", _triangles),
+        ("embedding", _embedding),
+        ("masked_fill where", _masked),
+        ("chunk split unbind tensor_split", _orders),
+        ("flatten", _channels_last),
+        ("view reshape unflatten", _reshapes),
+        ("repeat_interleave", _repeats),
+        ("cat", _reversed_parts),
+        ("neg roll flip", _left_out),
+        ("mean sum", _reductions),
+        ("cross_entropy", _cross_entropy),
+        ("getitem", _slices),
+        ("to float half bfloat16 type", _casts),
+    )
+    for name in names.split()
+}

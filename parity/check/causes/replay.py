@@ -1,8 +1,7 @@
-"""A torch module alone, on inputs that both sides agree on, as often as is needed.
+"""A torch module run again, alone, on inputs on which both sides agree.
 
-While it runs, each operation of its own code passes by and may be done in another way, and so may
-each call of a module inside it. Operations within modules that agree with their counterparts are
-not its own.
+While it runs, each operation of its own code can be replaced, and so can each call of a module
+inside it. Operations within modules that agree with their counterparts are not its own.
 """
 
 import contextlib
@@ -10,7 +9,6 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -22,13 +20,14 @@ from parity.frameworks.capture import leaves_of
 from parity.frameworks.torch.leaves import to_numpy
 
 Operation = Callable[..., Any]
-# Given an operation and its place among the module's own, what to do instead; None for itself.
+# (place among the module's own operations, operation) to its replacement; None to keep it.
 Change = Callable[[int, Operation], Operation | None]
-# Given a part's path, its call and what it gave, what it shall have given; None for that.
-Exchange = Callable[[str, torch.nn.Module, tuple, dict, Any], Any]
+# (path, submodule, args, kwargs, output) of a call to its replaced output; None to keep it.
+Exchange = Callable[[str, torch.nn.Module, tuple, dict, object], object]
 
 _SILENT = {"__get__", "__set__", "_set_grad_enabled"}
-_HERE = str(Path(__file__).parents[2]) + os.sep
+_CAUSES = os.path.dirname(os.path.abspath(__file__)) + os.sep
+_PARITY = os.path.dirname(os.path.dirname(os.path.dirname(_CAUSES))) + os.sep
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,40 +36,40 @@ class Done:
 
     Attributes:
         operation: as torch calls it.
-        args: what it was given.
+        args: its arguments.
         kwargs: by name.
-        line: file and line that asked for it; "" inside of torch.
-        result: what it gave.
+        line: file and line of the call; "" inside of torch.
+        result: its result.
     """
 
     operation: Operation
     args: tuple
-    kwargs: dict[str, Any]
+    kwargs: dict[str, object]
     line: str
     result: Any
 
     @property
     def name(self) -> str:
-        """The operation's, without underscores around it."""
-        return getattr(self.operation, "__name__", "").strip("_")
+        """Name of the operation, without underscores around it."""
+        return name_of(self.operation)
 
 
 class Replay:
-    """One call of one module, to be made again.
+    """One call of one module that can be repeated.
 
     Args:
         module: the one to run.
         args: of the call.
         kwargs: of the call.
         agreeing: modules inside it, by path, whose operations are not its own.
-        observed: the module inside it whose first output is looked at; itself when None.
+        observed: the module inside it whose first output is wanted; itself when None.
     """
 
     def __init__(
         self,
         module: torch.nn.Module,
         args: tuple,
-        kwargs: Mapping[str, Any],
+        kwargs: Mapping[str, object],
         agreeing: Mapping[str, torch.nn.Module],
         observed: torch.nn.Module | None = None,
     ):
@@ -81,36 +80,36 @@ class Replay:
     def output(
         self,
         change: Change = lambda place, operation: None,
-        exchange: Exchange = lambda path, part, args, kwargs, given: None,
+        exchange: Exchange = lambda path, module, args, kwargs, output: None,
         weights: Mapping[str, torch.Tensor] | None = None,
     ) -> np.ndarray | None:
-        """The first array of what comes out; None if what is tried cannot be done.
+        """Return the first array of the output; None if the module raises.
 
         Args:
-            change: what is done in another way.
-            exchange: what parts shall have given.
+            change: replaces operations.
+            exchange: replaces outputs of submodules.
             weights: parameters to use instead of the module's own, by name.
         """
         with torch.no_grad(), _Watch(change) as watch, self._hooked(watch, exchange):
             try:
-                given = torch.func.functional_call(
+                output = torch.func.functional_call(
                     self.module, dict(weights or {}), self._args, dict(self._kwargs)
                 )
             except _Observed as seen:
-                given = seen.output
+                output = seen.output
             except Exception:  # shapes that do not fit, say: then it was not that
                 return None
-        arrays = [x for x in leaves_of(given) if isinstance(x, torch.Tensor)]
+        arrays = [x for x in leaves_of(output) if isinstance(x, torch.Tensor)]
         return to_numpy(arrays[0]) if arrays else None
 
     def operations(self) -> list[Done]:
-        """The module's own operations, in order."""
+        """Return the module's own operations, in order."""
         seen = []
 
         def look(place: int, operation: Operation) -> Operation:
-            line = _line_of_caller()
+            line = place_of_caller()[1]
 
-            def watched(*args: Any, **kwargs: Any) -> Any:
+            def watched(*args: object, **kwargs: object) -> object:
                 result = operation(*args, **kwargs)
                 seen.append(Done(operation, args, kwargs, line, result))
                 return result
@@ -120,42 +119,40 @@ class Replay:
         self.output(look)
         return seen
 
-    def parts(self) -> list[tuple[str, tuple, Any]]:
-        """Path, arguments and output of each call of an agreeing module, in order."""
+    def submodule_calls(self) -> list[tuple[str, tuple, object]]:
+        """Return path, arguments and output of each call of an agreeing module, in order."""
         seen = []
 
-        def look(path: str, part: torch.nn.Module, args: tuple, kwargs: dict, given: Any) -> None:
-            seen.append((path, args, given))
+        def look(path: str, _: torch.nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+            seen.append((path, args, output))
 
         self.output(exchange=look)
         return seen
 
     @contextlib.contextmanager
     def _hooked(self, watch: "_Watch", exchange: Exchange) -> Iterator[None]:
-        """While an agreeing module runs, nothing is watched."""
+        """Watch no operation while an agreeing module runs."""
         handles = []
 
-        def enter(*_: Any) -> None:
+        def enter(*_: object) -> None:
             watch.depth += 1
 
-        for path, part in self.agreeing.items():
+        for path, submodule in self.agreeing.items():
 
-            def leave(part, args, kwargs, given, path=path):
+            def leave(submodule, args, kwargs, output, path=path):
+                # Its depth is kept meanwhile: what an exchange runs is no operation of the module.
+                replaced = None
+                if watch.depth == 1:
+                    replaced = exchange(path, submodule, args, kwargs, output)
                 watch.depth -= 1
-                if watch.depth == 0:
-                    watch.depth += 1  # what is exchanged is no operation of the module
-                    try:
-                        return exchange(path, part, args, kwargs, given)
-                    finally:
-                        watch.depth -= 1
-                return None
+                return replaced
 
-            handles.append(part.register_forward_pre_hook(enter))
-            handles.append(part.register_forward_hook(leave, with_kwargs=True))
+            handles.append(submodule.register_forward_pre_hook(enter))
+            handles.append(submodule.register_forward_hook(leave, with_kwargs=True))
         if self._observed is not None:
 
-            def observe(module, args, given):
-                raise _Observed(given)
+            def observe(module, args, output):
+                raise _Observed(output)
 
             handles.append(self._observed.register_forward_hook(observe))
         try:
@@ -166,9 +163,9 @@ class Replay:
 
 
 class _Observed(BaseException):
-    """The output of the observed module is there, and nothing else is wanted."""
+    """The observed module has its output, and nothing else is wanted."""
 
-    def __init__(self, output: Any):
+    def __init__(self, output: object):
         self.output = output
 
 
@@ -187,36 +184,35 @@ class _Watch(TorchFunctionMode):
 
 @contextlib.contextmanager
 def watched(change: Change) -> Iterator[None]:
-    """Every operation of the block passes by, and may be done in another way."""
+    """Run a block with every operation passed to `change`."""
     with _Watch(change):
         yield
 
 
+def name_of(operation: Operation) -> str:
+    """Return an operation's name, without underscores around it."""
+    return getattr(operation, "__name__", "").strip("_")
+
+
 def named(words: str, operation: Operation, line: str | None = None) -> str:
-    """Words with the operation and the line that they are about; the line of the caller if None."""
-    line = _line_of_caller() if line is None else line
-    name = getattr(operation, "__name__", "").strip("_")
-    return f"{words} ({name}{', ' if line else ''}{line})"
-
-
-def _line_of_caller() -> str:
-    return place_of_caller()[1]
+    """Return words followed by the operation and its line; the present line if None."""
+    line = place_of_caller()[1] if line is None else line
+    return f"{words} ({name_of(operation)}{', ' if line else ''}{line})"
 
 
 def place_of_caller() -> tuple[tuple[CodeType, int] | None, str]:
-    """The instruction that asked for an operation, outside of torch and of parity; None if none.
+    """Return the instruction outside of torch and parity that called an operation, and its line.
 
-    Returns:
-        It, and its file and line in words.
+    None and "" where there is none.
     """
     frame = sys._getframe(1)
     torch_folder = os.path.dirname(torch.__file__) + os.sep
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith((_HERE, torch_folder)):
+        if not name.startswith((_PARITY, torch_folder)):
             place = frame.f_code, frame.f_lasti
             return place, f"{os.path.basename(name)}:{frame.f_lineno}"
-        if name.startswith(_HERE) and not name.startswith(os.path.join(_HERE, "check", "causes")):
+        if name.startswith(_PARITY) and not name.startswith(_CAUSES):
             return None, ""
         frame = frame.f_back
     return None, ""

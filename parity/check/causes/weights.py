@@ -1,4 +1,4 @@
-"""Other ways to read a module's weights: turned, left out, swapped, shuffled."""
+"""Alternatives to a module's weights: transposed, left out, swapped, reordered."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -11,10 +11,10 @@ Weights = dict[str, torch.Tensor]
 def readings(
     module: torch.nn.Module, others: Mapping[str, torch.nn.Module]
 ) -> Iterator[tuple[str, Weights]]:
-    """Other weights for a module, each in words and by the names of what changes.
+    """Yield other weights for a module, each with a description and by the names that change.
 
     Args:
-        module: the guilty one.
+        module: the divergent one.
         others: modules of the same model, by path.
     """
     own = _floats(module)
@@ -29,30 +29,30 @@ def readings(
         if name.rpartition(".")[2].startswith(("bias", "in_proj_bias")):
             yield f"{name} left out", {name: torch.zeros_like(weight)}
     yield from _exchanged(own)
-    yield from _turned_together(own)
+    yield from _paired_otherwise(own)
     yield from _reordered(own)
     for name, weight in own.items():
         if weight.ndim == 1 and name.endswith("weight"):
             yield f"{name} as 1 + w", {name: 1 + weight}
             yield f"{name} left out", {name: torch.ones_like(weight)}
         if weight.ndim > 2:
-            turned = weight.flip(tuple(range(2, weight.ndim)))
-            yield f"the window of {name} back to front", {name: turned}
+            flipped = weight.flip(tuple(range(2, weight.ndim)))
+            yield f"the window of {name} back to front", {name: flipped}
             if weight.shape[-1] == weight.shape[-2]:
                 yield f"the window of {name} turned", {name: weight.swapaxes(-1, -2).contiguous()}
             if weight.shape[0] == weight.shape[1]:
-                turned = weight.swapaxes(0, 1).contiguous()
-                yield f"inputs and outputs of {name} swapped", {name: turned}
+                swapped = weight.swapaxes(0, 1).contiguous()
+                yield f"inputs and outputs of {name} swapped", {name: swapped}
 
 
 def _floats(module: torch.nn.Module) -> Weights:
-    """Parameters and buffers."""
+    """Return float parameters and buffers."""
     found = itertools.chain(module.named_parameters(), module.named_buffers())
     return {name: x.detach() for name, x in found if x.is_floating_point()}
 
 
 def _exchanged(own: Weights) -> Iterator[tuple[str, Weights]]:
-    """Modules or leaves of the same shapes in each other's place, or one in both."""
+    """Swap modules or leaves of the same shapes, or put one in both places."""
     owners: dict[str, Weights] = {}
     for name, weight in own.items():
         path, _, leaf = name.rpartition(".")
@@ -72,8 +72,8 @@ def _exchanged(own: Weights) -> Iterator[tuple[str, Weights]]:
             yield f"{a} and {b} swapped", {a: own[b], b: own[a]}
 
 
-def _turned_together(own: Weights) -> Iterator[tuple[str, Weights]]:
-    """Queries and keys in which a rotation pairs neighbours, where it paired halves, or back."""
+def _paired_otherwise(own: Weights) -> Iterator[tuple[str, Weights]]:
+    """Reorder queries and keys for a rotation that pairs neighbours, not halves, or back."""
     owners = sorted({name.rpartition(".")[0] for name in own if "." in name})
     for a, b in itertools.combinations(owners, 2):
         group = {
@@ -85,15 +85,15 @@ def _turned_together(own: Weights) -> Iterator[tuple[str, Weights]]:
                 continue
             halves = torch.arange(width).reshape(2, -1).T.reshape(-1)
             for words, order in (("neighbours", torch.argsort(halves)), ("halves", halves)):
-                yield (
-                    f"{words} paired in the rotation of {a} and {b}, {width} wide",
-                    {name: x.unflatten(0, (-1, width))[:, order].flatten(0, 1)
-                     for name, x in group.items()},
-                )  # fmt: skip
+                changed = {
+                    name: x.unflatten(0, (-1, width))[:, order].flatten(0, 1)
+                    for name, x in group.items()
+                }
+                yield f"{words} paired in the rotation of {a} and {b}, {width} wide", changed
 
 
 def _reordered(own: Weights) -> Iterator[tuple[str, Weights]]:
-    """Parts that are fused along an axis, as q, k, v or the gates of a cell, in another order."""
+    """Reorder parts that are fused along an axis, such as q, k, v or the gates of a cell."""
     for axis, count in itertools.product((0, -1), (3, 4)):
         fused = {
             name: x
@@ -108,18 +108,16 @@ def _reordered(own: Weights) -> Iterator[tuple[str, Weights]]:
             for order in itertools.permutations(range(count)):
                 if order != tuple(range(count)):
                     numbers = ", ".join(str(place + 1) for place in order)
-                    yield (
-                        f"{count} fused parts of {words} in the order {numbers}",
-                        {n: torch.cat([fused[n].chunk(count, axis)[p] for p in order], axis)
-                         for n in names},
-                    )  # fmt: skip
+                    parts = {name: fused[name].chunk(count, axis) for name in names}
+                    changed = {n: torch.cat([parts[n][p] for p in order], axis) for n in names}
+                    yield f"{count} fused parts of {words} in the order {numbers}", changed
             yield from _alternating({name: fused[name] for name in names}, axis, count, words)
 
 
 def _alternating(
     group: Weights, axis: int, count: int, words: str
 ) -> Iterator[tuple[str, Weights]]:
-    """Fused parts that alternate head by head, or do no longer."""
+    """Let fused parts alternate head by head, or undo that."""
     width = next(iter(group.values())).shape[axis] // count
     for heads in range(2, width + 1):
         if width % heads == 0:
@@ -131,6 +129,6 @@ def _alternating(
 
 
 def _swapped(x: torch.Tensor, axis: int, shape: tuple[int, int, int]) -> torch.Tensor:
-    """An axis seen as three, the first two of which change places."""
+    """Split an axis into three and swap the first two."""
     start = axis % x.ndim
     return x.unflatten(start, shape).swapaxes(start, start + 1).flatten(start, start + 2)

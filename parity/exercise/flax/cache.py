@@ -29,7 +29,7 @@ class KVCache:
 
     @classmethod
     def empty(cls, config, batch_size: int) -> "KVCache":
-        """A cache of no tokens, with context_length slots.
+        """Make a cache of no tokens, with context_length slots.
 
         Args:
             config: of the model that will fill it.
@@ -41,7 +41,7 @@ class KVCache:
         return cls(jnp.array(0), layers, layers)
 
     def append(self, layer: int, keys_BNTH: jax.Array, values_BNTH: jax.Array) -> "KVCache":
-        """This cache with new tokens in the first empty slots of one layer; the length stays.
+        """Return this cache with new tokens in the first empty slots of a layer; the length stays.
 
         Args:
             layer: which block's, from 0.
@@ -54,7 +54,7 @@ class KVCache:
         return KVCache(self.length, tuple(keys), tuple(values))
 
     def advance(self, num_tokens: int) -> "KVCache":
-        """This cache with a greater length: for when all layers have been appended to."""
+        """Return this cache with a greater length, once all layers have been appended to."""
         return KVCache(self.length + num_tokens, self.keys, self.values)
 
 

@@ -13,12 +13,12 @@ from model import GPT
 
 @nnx.jit
 def score(model: GPT, tokens_BT: jax.Array) -> jax.Array:
-    """Logits (B, T, V), compiled once for each shape."""
+    """Return logits (B, T, V), compiled once for each shape."""
     return model(tokens_BT)
 
 
 def generate(model: GPT, tokens_BT: jax.Array, num_tokens: int) -> jax.Array:
-    """Continues each row with the most likely token, again and again.
+    """Continue each row with the most likely token, again and again.
 
     Reads everything again for each new token: the last `context_length` tokens, or all if they are
     fewer.
@@ -29,13 +29,13 @@ def generate(model: GPT, tokens_BT: jax.Array, num_tokens: int) -> jax.Array:
         num_tokens: how many to add.
 
     Returns:
-        The given tokens and the chosen ones behind them (B, T + num_tokens).
+        The given tokens and the chosen ones after them (B, T + num_tokens).
     """
     context_length = model.config.context_length
     tokens_BG = np.asarray(tokens_BT)
     for _ in range(num_tokens):
         window_BT = tokens_BG[:, -context_length:]
-        # Always the same shape, so that there is one program: no token sees the padding behind it.
+        # Always the same shape, so that there is one program: no token sees the padding after it.
         padding = context_length - window_BT.shape[1]
         padded_BT = np.pad(window_BT, ((0, 0), (0, padding)))
         logits_BTV = score(model, padded_BT)
@@ -45,7 +45,7 @@ def generate(model: GPT, tokens_BT: jax.Array, num_tokens: int) -> jax.Array:
 
 
 def generate_cached(model: GPT, tokens_BT: jax.Array, num_tokens: int) -> jax.Array:
-    """The same tokens as `generate`, by a model that reads each token only once.
+    """Generate the tokens of `generate`, reading each token only once.
 
     The given tokens are read in one call with an empty `KVCache`; each chosen token is then read
     alone, with the cache of everything before it.
@@ -56,6 +56,6 @@ def generate_cached(model: GPT, tokens_BT: jax.Array, num_tokens: int) -> jax.Ar
         num_tokens: how many to add; T + num_tokens is never more than context_length here.
 
     Returns:
-        The given tokens and the chosen ones behind them (B, T + num_tokens).
+        The given tokens and the chosen ones after them (B, T + num_tokens).
     """
     raise NotImplementedError("part 2")

@@ -48,7 +48,7 @@ class Attention(nnx.Module):
         self.out = linear(config.embed_dim, config.embed_dim, config.init_std, rng)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Mixes along time: each token reads from itself and from those before it."""
+        """Mix along time: each token reads from itself and from those before it."""
         q_BNTH = self.split_heads(self.query(x_BTD))
         k_BNSH = self.split_heads(self.key(x_BTD))
         v_BNSH = self.split_heads(self.value(x_BTD))
@@ -63,12 +63,12 @@ class Attention(nnx.Module):
         return self.out(self.join_heads(mixed_BNTH))
 
     def split_heads(self, x_BTD: jax.Array) -> jax.Array:
-        """Gives each head its own share of the channels, in order."""
+        """Give each head its own share of the channels, in order."""
         B, T, D = x_BTD.shape
         return x_BTD.reshape(B, T, self.num_heads, D // self.num_heads).swapaxes(1, 2)
 
     def join_heads(self, x_BNTH: jax.Array) -> jax.Array:
-        """The inverse of `split_heads`."""
+        """Undo `split_heads`."""
         B, N, T, H = x_BNTH.shape
         return x_BNTH.swapaxes(1, 2).reshape(B, T, N * H)
 
@@ -81,7 +81,7 @@ class MLP(nnx.Module):
         self.down = linear(config.mlp_dim, config.embed_dim, config.init_std, rng)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Works on each token alone."""
+        """Transform each token alone."""
         return self.down(jax.nn.gelu(self.up(x_BTD), approximate=True))
 
 
@@ -95,7 +95,7 @@ class Block(nnx.Module):
         self.mlp = MLP(config, rng)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        """Returns the stream."""
+        """Return the stream."""
         x_BTD = x_BTD + self.attention(self.norm_1(x_BTD))
         x_BTD = x_BTD + self.mlp(self.norm_2(x_BTD))
         return x_BTD
@@ -120,7 +120,7 @@ class GPT(nnx.Module):
         self.norm = norm(config)
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
-        """Scores the next token at every position.
+        """Score the next token at every position.
 
         Args:
             tokens_BT: ids in [0, V), at most context_length of them in a row.
@@ -142,7 +142,7 @@ ZEROS = nnx.initializers.zeros_init()
 
 
 def linear(in_dim: int, out_dim: int, std: float, rng: np.random.Generator) -> nnx.Linear:
-    """A linear map with normal weights, and a bias of zero."""
+    """Make a linear map with normal weights, and a bias of zero."""
     dtype = jnp.result_type(float)
     layer = nnx.Linear(in_dim, out_dim, kernel_init=ZEROS, param_dtype=dtype, rngs=nnx.Rngs(0))
     layer.kernel.set_value(jnp.asarray(rng.normal(0.0, std, (in_dim, out_dim)), dtype))
@@ -150,7 +150,7 @@ def linear(in_dim: int, out_dim: int, std: float, rng: np.random.Generator) -> n
 
 
 def table(num_rows: int, dim: int, std: float, rng: np.random.Generator) -> nnx.Embed:
-    """A learned vector per row, normal at first."""
+    """Make a table with a learned vector per row, normal at first."""
     dtype = jnp.result_type(float)
     layer = nnx.Embed(
         num_rows, dim, embedding_init=ZEROS, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)
@@ -160,7 +160,7 @@ def table(num_rows: int, dim: int, std: float, rng: np.random.Generator) -> nnx.
 
 
 def norm(config: Config) -> nnx.LayerNorm:
-    """Layer norm over D with scale and bias, by the two-pass variance."""
+    """Make a layer norm over D with scale and bias, by the two-pass variance."""
     return nnx.LayerNorm(
         config.embed_dim,
         epsilon=config.norm_epsilon,

@@ -1,4 +1,4 @@
-"""Learns one sentence by heart: `python train.py`.
+"""Learn one sentence by heart: `python train.py`.
 
 Dimension key: B batch, T tokens, V vocabulary.
 """
@@ -20,20 +20,20 @@ MOMENTUM = 0.9
 
 
 def encode(text: str) -> list[int]:
-    """A token for every character."""
+    """Return a token for every character."""
     return [VOCABULARY.index(character) for character in text]
 
 
 def decode(tokens: list[int]) -> str:
-    """The inverse of `encode`."""
+    """Undo `encode`."""
     return "".join(VOCABULARY[token] for token in tokens)
 
 
 def next_token_loss(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """Mean negative log-likelihood of each token given those before it in its row.
+    """Return the mean negative log-likelihood of each token given those before it in its row.
 
     Args:
-        logits_BTV: what the model says of the tokens.
+        logits_BTV: scores of the tokens.
         tokens_BT: the tokens that it read.
     """
     scores_BTV, targets_BT = logits_BTV[:, :-1], tokens_BT[:, 1:]
@@ -41,7 +41,7 @@ def next_token_loss(logits_BTV: jax.Array, tokens_BT: jax.Array) -> jax.Array:
 
 
 def train(model: GPT, tokens_BT: jax.Array, num_steps: int, learning_rate: float) -> list[float]:
-    """Learns one batch by gradient descent with momentum; the model has the new weights then.
+    """Train on one batch by gradient descent with momentum; updates the weights of the model.
 
     Returns:
         The loss before each step.
@@ -68,7 +68,7 @@ def train(model: GPT, tokens_BT: jax.Array, num_steps: int, learning_rate: float
 
 
 def main() -> None:
-    """Trains, and prints losses and what the model then says."""
+    """Train, and print losses and the text that the model then generates."""
     tokens_BT = jnp.array(encode(SENTENCE), jnp.int32).reshape(ROWS, -1)
     config = Config(vocab_size=len(VOCABULARY), context_length=tokens_BT.shape[1])
     model = GPT(config, seed=0)

@@ -1,6 +1,6 @@
-"""Runs the stages on a student's folder, one after the other, and writes down what each gave.
+"""Run the stages on a student's folder, one after the other, and record what each returned.
 
-One line of JSON per event, so that whatever ends this process, what was known before is known:
+One line of JSON per event, so that what was known before is kept, whatever ends this process:
 `ready`; `begun` with a stage; `done` with the stage and its values or its error.
 """
 
@@ -14,8 +14,10 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import FrameType, ModuleType, SimpleNamespace
-from typing import Any
+from types import FrameType, ModuleType
+
+from .probes import Starter, Values
+from .stages import run_stage
 
 NAMES = "cache", "model", "generate", "train"  # each may import those before it
 
@@ -24,15 +26,15 @@ _LARGEST = 4_000_000  # characters of a stage's values
 
 
 class OutOfTime(BaseException):
-    """A stage has run too long. No Exception, so that `except Exception` does not swallow it."""
+    """A stage ran too long. Not an Exception, so that `except Exception` does not swallow it."""
 
 
 class CannotImport(Exception):
-    """A file of the student's could not be imported, now or before. Says why."""
+    """A file of the student cannot be imported, for the reason given."""
 
 
-class Student:
-    """A starter's files, imported when they are first asked for."""
+class Student(Starter):
+    """A starter's files, imported at their first use."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -46,34 +48,33 @@ class Student:
             try:
                 return importlib.import_module(name)
             except BaseException as error:
-                # Not again in every stage: an import that hangs would cost the time of each.
-                sys.modules[name] = None
+                # Not again in every stage: an import that hangs would cost the time of each. None
+                # is Python's "not to be imported", which its stubs do not know.
+                sys.modules[name] = None  # pyrefly: ignore[unsupported-operation]
                 said = "it does not end" if isinstance(error, OutOfTime) else None
                 said = said or in_one_line(error, str(self.folder))
                 self._failures[name] = f"{name}.py cannot be imported: {said}"
         raise CannotImport(self._failures[name])
 
 
-def loaded(texts: Mapping[str, str]) -> SimpleNamespace:
-    """A starter's files from their texts, by file name; `sys.modules` is left as it was."""
+def loaded(texts: Mapping[str, str]) -> Starter:
+    """Load a starter's files from their texts by file name; `sys.modules` is left as it was."""
     before = {name: sys.modules.get(name) for name in NAMES}
-    found = SimpleNamespace()
+    found: dict[str, ModuleType] = {}
     try:
         for name in NAMES:
-            module = ModuleType(name)
-            sys.modules[name] = module
+            module = found[name] = sys.modules[name] = ModuleType(name)
             exec(compile(texts[f"{name}.py"], f"{name}.py", "exec"), module.__dict__)
-            setattr(found, name, module)
     finally:
-        for name, module in before.items():
+        for name, earlier in before.items():
             sys.modules.pop(name, None)
-            if module is not None:
-                sys.modules[name] = module
-    return found
+            if earlier is not None:
+                sys.modules[name] = earlier
+    return Starter(**found)
 
 
 def main(job_file: str) -> None:
-    """Does a job: see parity/exercise/sandbox.py, which writes it.
+    """Do a job that parity/exercise/sandbox.py has written.
 
     Args:
         job_file: JSON with framework, folder, reference, stages, seconds, limits, events.
@@ -82,12 +83,12 @@ def main(job_file: str) -> None:
     limit(job["limits"])
     signal.signal(signal.SIGALRM, _out_of_time)
     with open(job["events"], "a", encoding="utf-8") as events:
-        stages = _stages(job["framework"])
-        with stages.scope():
+        framework = _framework(job["framework"])
+        with framework.scope():
             reference = loaded(job["reference"])
         student = Student(Path(job["folder"]))
 
-        def emit(**event: Any) -> None:
+        def emit(**event: object) -> None:
             text = json.dumps(event)
             if len(text) > _LARGEST:
                 event = {key: event[key] for key in ("event", "stage")}
@@ -98,37 +99,29 @@ def main(job_file: str) -> None:
         emit(event="ready")
         for stage in job["stages"]:
             emit(event="begun", stage=stage)
-            with stages.scope():
+            with framework.scope():
                 values, error = attempt(
-                    lambda stage=stage: run_stage(stage, stages, student, reference),
+                    lambda stage=stage: run_stage(stage, framework, student, reference),
                     job["seconds"],
                     str(student.folder),
                 )
             emit(event="done", stage=stage, values=values, error=error)
 
 
-def _stages(framework: str) -> ModuleType:
-    """The stages of one framework, on the CPU."""
-    if framework == "flax":
+def _framework(name: str) -> ModuleType:
+    """Import the module of one framework, on the CPU."""
+    if name == "flax":
         import jax
 
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_disable_most_optimizations", True)  # compiles twice as fast
-    return importlib.import_module(f".{framework}_stages", __package__)
-
-
-def run_stage(name: str, stages: ModuleType, modules: Any, reference: Any) -> dict[str, Any]:
-    """What a starter gives in one stage."""
-    if name in ("part_2", "symptoms"):
-        module = importlib.import_module(f".{name}", __package__)
-        return getattr(module, name)(stages, modules, reference)
-    return getattr(stages, name.replace(" ", "_"))(modules, reference)
+    return importlib.import_module(f".in_{name}", __package__)
 
 
 def attempt(
-    call: Callable[[], dict[str, Any]], seconds: float, folder: str
-) -> tuple[dict[str, Any] | None, str | None]:
-    """What a call gave, or how it ended instead, in one line; whatever it raises."""
+    call: Callable[[], Values], seconds: float, folder: str
+) -> tuple[Values | None, str | None]:
+    """Return what a call returns, or how it ended instead, in one line."""
     try:
         with _alarm(seconds):
             return call(), None
@@ -139,7 +132,7 @@ def attempt(
 
 
 def in_one_line(error: BaseException, folder: str) -> str:
-    """Where in the student's files it was raised, and what."""
+    """Describe an exception, and where in the student's files it was raised."""
     if isinstance(error, SystemExit):
         text = f"ended Python with exit code {error.code}"
     elif isinstance(error, CannotImport):
@@ -170,7 +163,7 @@ def _out_of_time(number: int, frame: FrameType | None) -> None:
 
 
 def limit(limits: Mapping[str, int]) -> None:
-    """Sets resource limits by their names in `resource`; what the system does not know is left."""
+    """Set resource limits by their names in `resource`, as far as the system has them."""
     for name, value in limits.items():
         with contextlib.suppress(AttributeError, ValueError, OSError):
             number = getattr(resource, name)

@@ -1,14 +1,31 @@
-"""What the grader asks of both frameworks' starters: sizes, weights and inputs, all in NumPy.
+"""What the grader gives to starters of both frameworks: sizes, weights and inputs, in NumPy.
 
 Every size differs from every other, so that no axis can stand in for another. Leaves have names
-and layouts that are neither framework's: what comes out of one can be compared with the other.
+and layouts of neither framework, so that the two can be compared.
 """
 
+import dataclasses
 from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
 Leaves = dict[str, np.ndarray]
+Values = dict[str, Any]  # what a stage returns: numbers, text and lists of these
+Model = Any  # a starter's GPT, in either framework
+Array = Any  # of either framework
+
+
+@dataclasses.dataclass
+class Starter:
+    """The files of a starter, as modules."""
+
+    cache: ModuleType
+    generate: ModuleType
+    model: ModuleType
+    train: ModuleType
+
 
 SIZES = dict(
     vocab_size=11, context_length=13, embed_dim=12, num_layers=2, num_heads=3, mlp_dim=20
@@ -31,7 +48,7 @@ _WORDS = {
 
 
 def weights(sizes: Mapping[str, int] = SIZES) -> Leaves:
-    """Numbers for every leaf, matrices as (in, out).
+    """Draw numbers for every leaf, matrices as (in, out).
 
     Vectors are drawn too, for initial weights hide what is never used. The stream is small, so that
     the epsilon of the norms matters.
@@ -64,7 +81,7 @@ def weights(sizes: Mapping[str, int] = SIZES) -> Leaves:
 
 
 def to_native(leaves: Mapping[str, np.ndarray], framework: str) -> Leaves:
-    """Leaves by a framework's own names, in its own layout."""
+    """Rename leaves as a framework does, in its own layout."""
     return {
         _native(name, framework): _turned(leaf, name, framework) for name, leaf in leaves.items()
     }
@@ -73,7 +90,7 @@ def to_native(leaves: Mapping[str, np.ndarray], framework: str) -> Leaves:
 def from_native(
     leaves: Mapping[str, np.ndarray], framework: str, sizes: Mapping[str, int] = SIZES
 ) -> Leaves:
-    """The inverse of `to_native`, for the leaves of a model of those sizes.
+    """Undo `to_native`, for the leaves of a model of given sizes.
 
     Raises:
         ValueError: with every name and shape that is not the starter's.
@@ -106,25 +123,25 @@ def _turned(leaf: np.ndarray, name: str, framework: str) -> np.ndarray:
 
 
 def tokens(rows: int, width: int, seed: int) -> np.ndarray:
-    """Token ids (rows, width)."""
+    """Draw token ids (rows, width)."""
     rng = np.random.default_rng((seed, rows, width))
     return rng.integers(0, SIZES["vocab_size"], (rows, width)).astype(np.int32)
 
 
 def logits(rows: int, width: int, seed: int) -> np.ndarray:
-    """Scores (rows, width, V) such as a model could give."""
+    """Draw logits (rows, width, V) of a plausible size."""
     return np.random.default_rng((seed, rows, width, 1)).normal(
         0.0, 1.5, (rows, width, SIZES["vocab_size"])
     )
 
 
 def direction(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Fixed numbers to sum an array of that name with."""
+    """Draw fixed weights for the sum of an array, by its name."""
     return np.random.default_rng((*name.encode(), *shape)).normal(size=shape)
 
 
 def digest(leaves: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
-    """Two numbers per leaf that change when it does: its norm, and its sum with a direction."""
+    """Return two numbers per leaf that change when it does: its norm, and a weighted sum."""
     return {
         name: [float(np.linalg.norm(leaf)), float(np.sum(leaf * direction(name, leaf.shape)))]
         for name, leaf in leaves.items()
@@ -132,8 +149,13 @@ def digest(leaves: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
 
 
 def spread(leaves: Mapping[str, np.ndarray]) -> dict[str, list[float]]:
-    """Mean and standard deviation of every leaf."""
+    """Return the mean and standard deviation of every leaf."""
     return {name: [float(leaf.mean()), float(leaf.std())] for name, leaf in leaves.items()}
+
+
+def logits_of(found: Array) -> Array:
+    """Return the logits of a call, without the cache that a model may return too."""
+    return found[0] if isinstance(found, tuple) else found
 
 
 # Given tokens and how many to add: short ones, one, enough to fill the context, enough to leave

@@ -1,18 +1,18 @@
-"""What can be seen of a forward pass from outside, in words: for one that no known bug explains."""
+"""What a forward pass does, seen from outside: for one that no known bug explains."""
 
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
 from . import probes
+from .probes import Starter, Values
 
 _SEEN = 1e-7  # a change that is no rounding
 
 
-def symptoms(stages: ModuleType, modules: Any, reference: Any) -> dict[str, Any]:
-    """Sentences, the gravest first."""
-    read = stages.reader(stages.build(modules))
+def symptoms(framework: ModuleType, modules: Starter, reference: Starter) -> Values:
+    """Return sentences, the gravest first."""
+    read = framework.reader(framework.build(modules))
     tokens = probes.tokens(3, 7, 0)
     V = probes.SIZES["vocab_size"]
     logits = read(tokens)
@@ -25,7 +25,7 @@ def symptoms(stages: ModuleType, modules: Any, reference: Any) -> dict[str, Any]
         )
 
     def change(row: int, column: int) -> np.ndarray:
-        """By how much each position's logits change with one token."""
+        """Return by how much the logits of each position change with one token."""
         changed = tokens.copy()
         changed[row, column] = (changed[row, column] + 1) % V
         with np.errstate(invalid="ignore"):

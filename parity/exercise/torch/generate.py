@@ -10,7 +10,7 @@ from model import GPT
 
 @torch.no_grad()
 def generate(model: GPT, tokens_BT: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Continues each row with the most likely token, again and again.
+    """Continue each row with the most likely token, again and again.
 
     Reads everything again for each new token: the last `context_length` tokens, or all if they are
     fewer.
@@ -21,7 +21,7 @@ def generate(model: GPT, tokens_BT: torch.Tensor, num_tokens: int) -> torch.Tens
         num_tokens: how many to add.
 
     Returns:
-        The given tokens and the chosen ones behind them (B, T + num_tokens).
+        The given tokens and the chosen ones after them (B, T + num_tokens).
     """
     tokens_BG = tokens_BT
     for _ in range(num_tokens):
@@ -33,7 +33,7 @@ def generate(model: GPT, tokens_BT: torch.Tensor, num_tokens: int) -> torch.Tens
 
 
 def generate_cached(model: GPT, tokens_BT: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """The same tokens as `generate`, by a model that reads each token only once.
+    """Generate the tokens of `generate`, reading each token only once.
 
     The given tokens are read in one call with an empty `KVCache`; each chosen token is then read
     alone, with the cache of everything before it.
@@ -44,6 +44,6 @@ def generate_cached(model: GPT, tokens_BT: torch.Tensor, num_tokens: int) -> tor
         num_tokens: how many to add; T + num_tokens is never more than context_length here.
 
     Returns:
-        The given tokens and the chosen ones behind them (B, T + num_tokens).
+        The given tokens and the chosen ones after them (B, T + num_tokens).
     """
     raise NotImplementedError("part 2")

@@ -49,7 +49,7 @@ class Attention(nn.Module):
         self.out = linear(config.embed_dim, config.embed_dim, config.init_std, rng)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Mixes along time: each token reads from itself and from those before it."""
+        """Mix along time: each token reads from itself and from those before it."""
         q_BNTH = self.split_heads(self.query(x_BTD))
         k_BNSH = self.split_heads(self.key(x_BTD))
         v_BNSH = self.split_heads(self.value(x_BTD))
@@ -64,12 +64,12 @@ class Attention(nn.Module):
         return self.out(self.join_heads(mixed_BNTH))
 
     def split_heads(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Gives each head its own share of the channels, in order."""
+        """Give each head its own share of the channels, in order."""
         B, T, D = x_BTD.shape
         return x_BTD.reshape(B, T, self.num_heads, D // self.num_heads).transpose(1, 2)
 
     def join_heads(self, x_BNTH: torch.Tensor) -> torch.Tensor:
-        """The inverse of `split_heads`."""
+        """Undo `split_heads`."""
         B, N, T, H = x_BNTH.shape
         return x_BNTH.transpose(1, 2).reshape(B, T, N * H)
 
@@ -83,7 +83,7 @@ class MLP(nn.Module):
         self.down = linear(config.mlp_dim, config.embed_dim, config.init_std, rng)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Works on each token alone."""
+        """Transform each token alone."""
         return self.down(F.gelu(self.up(x_BTD), approximate="tanh"))
 
 
@@ -98,7 +98,7 @@ class Block(nn.Module):
         self.mlp = MLP(config, rng)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Returns the stream."""
+        """Return the stream."""
         x_BTD = x_BTD + self.attention(self.norm_1(x_BTD))
         x_BTD = x_BTD + self.mlp(self.norm_2(x_BTD))
         return x_BTD
@@ -124,7 +124,7 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(config.embed_dim, eps=config.norm_epsilon)
 
     def forward(self, tokens_BT: torch.Tensor) -> torch.Tensor:
-        """Scores the next token at every position.
+        """Score the next token at every position.
 
         Args:
             tokens_BT: ids in [0, V), at most context_length of them in a row.
@@ -141,7 +141,7 @@ class GPT(nn.Module):
 
 
 def linear(in_dim: int, out_dim: int, std: float, rng: np.random.Generator) -> nn.Linear:
-    """A linear map with normal weights, and a bias of zero."""
+    """Make a linear map with normal weights, and a bias of zero."""
     layer = nn.Linear(in_dim, out_dim)
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(rng.normal(0.0, std, (in_dim, out_dim))).T)
@@ -150,7 +150,7 @@ def linear(in_dim: int, out_dim: int, std: float, rng: np.random.Generator) -> n
 
 
 def table(num_rows: int, dim: int, std: float, rng: np.random.Generator) -> nn.Embedding:
-    """A learned vector per row, normal at first."""
+    """Make a table with a learned vector per row, normal at first."""
     layer = nn.Embedding(num_rows, dim)
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(rng.normal(0.0, std, (num_rows, dim))))

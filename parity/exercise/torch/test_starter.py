@@ -1,4 +1,4 @@
-"""That the starter runs. Not that it is right: `pytest` here, and add your own tests."""
+"""Test that the starter runs, not that it is right: `pytest` here, and add your own tests."""
 
 import math
 

@@ -4,18 +4,18 @@ import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from parity.frameworks.capture import Backward, OnTrace, emit, leaves_of, map_leaves
+from parity.frameworks.capture import Backward, OnTrace, ValueT, emit, leaves_of, map_leaves
 from parity.frameworks.leaves import dotted
 
+Call = Callable[..., object]
 # (path of a module, its bound `__call__`, positional arguments, keywords) to the output to use.
-Around = Callable[[str, Callable[..., Any], tuple, dict[str, Any]], Any]
+Around = Callable[[str, Call, tuple, dict[str, object]], object]
 # Zeros shaped like the float inputs, and like the first float output, of one call.
 _Zeros = tuple[list[jax.Array], list[jax.Array]]
 
@@ -23,7 +23,7 @@ _Zeros = tuple[list[jax.Array], list[jax.Array]]
 def capture_flax(module: nnx.Module, call: Callable[[], object], on_trace: OnTrace) -> None:
     """Run `call` and emit a trace of every submodule's calls, in order of completion."""
 
-    def around(path: str, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def around(path: str, call: Call, args: tuple, kwargs: dict[str, object]) -> object:
         output = call(*args, **kwargs)
         # What is traced, as in the body of a scan, has no numbers.
         if not _is_traced((args, kwargs, output)):
@@ -45,7 +45,7 @@ def backward_flax(module: nnx.Module, loss: Callable[[], jax.Array]) -> list[Bac
     def moved(added: dict[str, list[_Zeros]]) -> jax.Array:
         counts: Counter[str] = Counter()
 
-        def around(path: str, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        def around(path: str, call: Call, args: tuple, kwargs: dict[str, object]) -> object:
             if path not in added:
                 return call(*args, **kwargs)
             inputs, outputs = (iter(x) for x in added[path][counts[path]])
@@ -73,7 +73,7 @@ def _zeros_of_calls(
     order: list[tuple[str, int]] = []
     traced: set[str] = set()
 
-    def around(path: str, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    def around(path: str, call: Call, args: tuple, kwargs: dict[str, object]) -> object:
         calls = zeros.setdefault(path, [])
         order.append((path, len(calls)))
         inputs, outputs = [], []
@@ -93,12 +93,13 @@ def _zeros_of_calls(
     return zeros, [call for call in order if call[0] not in traced]
 
 
-def _with_floats(value: Any, change: Callable[[jax.Array], object]) -> Any:
+def _with_floats(value: ValueT, change: Callable[[jax.Array], object]) -> ValueT:
     """Apply `change` to the float arrays among arguments or outputs."""
 
     def changed(x: object) -> object:
-        is_float = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)
-        return change(x) if is_float else x
+        if isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating):
+            return change(x)
+        return x
 
     return map_leaves(value, changed)
 
@@ -130,7 +131,7 @@ def wrapped_calls(module: nnx.Module, around: Around) -> Iterator[None]:
     owners = {base for cls in classes for base in cls.__mro__ if "__call__" in vars(base)}
     originals = {owner: vars(owner)["__call__"] for owner in owners if owner is not object}
 
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(original: Call) -> Call:
         def __call__(self, *args, **kwargs):
             if id(self) not in paths and type(self) is type(module) and not running:
                 learn(self)

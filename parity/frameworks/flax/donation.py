@@ -13,7 +13,7 @@ OPTION = "xla_cpu_copy_insertion_use_region_analysis"
 def donated(
     function: Callable[..., object], argument: int, device: jax.Device
 ) -> jax.stages.Wrapped:
-    """Compile a function that may overwrite one of its arguments.
+    """Return a compiled function that may overwrite one of its arguments.
 
     Args:
         function: of arrays, or trees of them.

@@ -1,7 +1,5 @@
 """Flax, as `parity.frameworks.handle` hands it out."""
 
-import importlib.metadata
-import os
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -12,17 +10,20 @@ from flax import nnx
 
 from parity.frameworks import default_call
 from parity.frameworks.flax.leaves import flax_leaves
-from parity.frameworks.flax.module import flax_spec as spec
+from parity.frameworks.flax.module import FlaxUse, flax_spec
 from parity.frameworks.flax.runner import FlaxRunner
 from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.spec import ModelSpec
 
-__all__ = ["MODULE", "NAME", "spec"]
-
 NAME, MODULE = "flax", nnx.Module
 
 Built = TypeVar("Built")
+
+
+def spec(module: nnx.Module, use: FlaxUse) -> ModelSpec[nnx.Module, jax.Array]:
+    """Return the spec of a module."""
+    return flax_spec(module, use.call, use.loss, use.optimizer)
 
 
 def seeded(seed: int, build: Callable[[], Built]) -> Built:
@@ -58,16 +59,6 @@ def learning_rate(module: nnx.Module, optimizer: optax.GradientTransformation | 
             "judged in learning rates. Give learning_rate."
         )
     return default_call.LEARNING_RATE
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that compute."""
-    return {"jax": jax.__version__, "flax": importlib.metadata.version("flax")}
-
-
-def num_threads() -> int:
-    """Return the number of threads that share the work."""
-    return os.cpu_count() or 1
 
 
 def _cpu() -> jax.Device:

@@ -30,7 +30,7 @@ def load_flax(module: nnx.Module, leaves: Mapping[str, np.ndarray]) -> None:
     require_same("flax", {x: np.asarray(v[...]) for x, v in variables.items()}, leaves)
     # Without 64-bit types jax would round a float64 leaf to float32 on its way in.
     wide = any(leaf.dtype.itemsize == 8 for leaf in leaves.values())
-    with jax.enable_x64(wide or jax.config.jax_enable_x64):
+    with jax.enable_x64(wide or jnp.result_type(float) == jnp.float64):
         for name, variable in variables.items():
             # As it was placed: an array that is tied to its device would tie what is computed from
             # it, and a program is compiled again for each mixture of tied and free arguments.

@@ -15,9 +15,10 @@ from parity.frameworks.capture import leaves_of
 from parity.frameworks.flax.leaves import cast_flax, flax_leaves, state_leaves
 from parity.frameworks.leaves import Leaves, cast_array
 from parity.frameworks.protocols import Moments
-from parity.frameworks.spec import ModelSpec
+from parity.frameworks.spec import ModelSpec, ModuleUse
 
 Loss = Callable[..., jax.Array]
+FlaxUse = ModuleUse[jax.Array, optax.GradientTransformation]
 # (graphdef, parameters, rest, optimizer state, *inputs) to the loss and the last three after a step
 Program = Callable[..., tuple[jax.Array, nnx.State, nnx.State, optax.OptState]]
 
@@ -28,7 +29,7 @@ def flax_spec(
     loss: Loss | None = None,
     optimizer: optax.GradientTransformation | None = None,
 ) -> ModelSpec[nnx.Module, jax.Array]:
-    """Describe a Flax NNX module.
+    """Return the spec of a Flax NNX module.
 
     Args:
         module: copied for every use, and never changed.
@@ -122,13 +123,13 @@ def adamw() -> optax.GradientTransformation:
     """
     beta1, beta2 = default_call.BETA1, default_call.BETA2
 
-    def init(parameters: optax.Params) -> optax.ScaleByAdamState:
-        mu, nu = (jax.tree.map(jnp.zeros_like, parameters) for _ in range(2))
+    def init(params: optax.Params) -> optax.ScaleByAdamState:
+        mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
     def update(
-        gradients: optax.Updates, state: optax.ScaleByAdamState, parameters: Any = None
-    ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.OptState]:
         def direction(m: jax.Array, v: jax.Array) -> jax.Array:
             # -expm1(n log b) is 1 - b**n without the cancellation.
             steps = count.astype(m.dtype)
@@ -137,8 +138,8 @@ def adamw() -> optax.GradientTransformation:
             return m_hat / (jnp.sqrt(v_hat) + default_call.EPSILON)
 
         count = state.count + 1
-        mu = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, gradients)
-        nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.nu, gradients)
+        mu = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, updates)
+        nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.nu, updates)
         return jax.tree.map(direction, mu, nu), optax.ScaleByAdamState(count, mu, nu)
 
     return optax.chain(

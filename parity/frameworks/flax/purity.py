@@ -14,7 +14,7 @@ _OPAQUE = {"reduce_precision", "pure_callback", "io_callback"}
 
 
 def flax_purity(function: Callable[..., object], *args: object) -> Purity:
-    """Examine the jaxpr of function(*args), and those inside it."""
+    """Return the purity of the jaxpr of function(*args), and of those inside it."""
     seen = [
         (f"{equation.primitive.name} at {equation.source_info.name_stack or 'top'}", equation)
         for equation in _equations(jax.make_jaxpr(function)(*args).jaxpr)

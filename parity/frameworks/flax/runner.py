@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Callable, Mapping
-from typing import Self, cast
+from typing import Any, Protocol, Self, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,14 @@ from parity.frameworks.protocols import Decoder, Trainer
 from parity.frameworks.purity import Purity
 from parity.frameworks.spec import Batch, ModelSpec
 from parity.system.memory import is_large
+
+
+class _Program(Protocol):
+    """A function under `jax.jit`, with a method that jax's stubs leave out."""
+
+    def __call__(self, *arrays: Any) -> Any: ...
+
+    def clear_cache(self) -> None: ...
 
 
 class FlaxRunner:
@@ -48,8 +56,9 @@ class FlaxRunner:
         self._loaded: tuple[nnx.Module, nnx.State] | None = None
         # What programs are compiled with: the same after every loading.
         self._fixed: tuple[nnx.GraphDef[nnx.Module], nnx.State] | None = None
-        self._forward = jax.jit(self._pure(spec.forward))
-        self._loss_and_gradients = jax.jit(jax.value_and_grad(self._pure(spec.loss)))
+        self._forward = cast(_Program, jax.jit(self._pure(spec.forward)))
+        loss_and_gradients = jax.value_and_grad(self._pure(spec.loss))
+        self._loss_and_gradients = cast(_Program, jax.jit(loss_and_gradients))
 
     def at(self, leaves: Mapping[str, np.ndarray]) -> Self:
         """Return the same model with other weights; what is compiled stays so."""
@@ -112,20 +121,25 @@ class FlaxRunner:
 
     def trainer(self, num_steps: int) -> Trainer:
         """Return a trainer, with a copy of the model, for a schedule of `num_steps`."""
+        assert self._spec.trainer is not None, f"{self.name} is not trained"
         with self._scope():
             return cast(Trainer, Scoped(self._spec.trainer(self._load(), num_steps), self._scope))
 
     def decoder(self) -> Decoder:
         """Return the model's decoder."""
         with self._scope():
-            return cast(Decoder, Scoped(self._spec.decoder(self.module), self._scope))
+            return cast(Decoder, Scoped(self._make_decoder(), self._scope))
 
     def decoder_traces(self, call: Callable[[Decoder], object]) -> list[Trace]:
         """Return inputs and output of every module while `call` uses the model's decoder."""
         traces: list[Trace] = []
         with self._scope(), jax.disable_jit():
-            capture_flax(self.module, lambda: call(self._spec.decoder(self.module)), traces.append)
+            capture_flax(self.module, lambda: call(self._make_decoder()), traces.append)
         return traces
+
+    def _make_decoder(self) -> Decoder:
+        assert self._spec.decoder is not None, f"{self.name} has no cache"
+        return self._spec.decoder(self.module)
 
     def _load(self) -> nnx.Module:
         with self._scope():
@@ -158,6 +172,7 @@ class FlaxRunner:
         """Return (parameters, *arrays) to what the function gives of a copy of the model."""
 
         def call(parameters: nnx.State, *arrays: jax.Array) -> jax.Array:
+            assert self._fixed is not None, "programs run on parameters of a loaded model"
             graphdef, rest = self._fixed
             return function(nnx.merge(graphdef, parameters, rest, copy=True), *arrays)
 

@@ -1,12 +1,11 @@
 """Inputs, outputs and gradients of every submodule's calls in a PyTorch module."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 
-from parity.frameworks.capture import Backward, OnTrace, emit, map_leaves
+from parity.frameworks.capture import Backward, OnTrace, ValueT, emit, map_leaves
 from parity.frameworks.torch.leaves import to_numpy
 
 
@@ -52,7 +51,7 @@ def backward_torch(module: torch.nn.Module, loss: Callable[[], torch.Tensor]) ->
 
             return _with_floats((args, kwargs), copied)
 
-        def leave(_, args: tuple, output: Any) -> Any:
+        def leave(_, args: tuple, output: object) -> object:
             outputs = running.pop()
 
             def copied(x: torch.Tensor) -> torch.Tensor:
@@ -90,7 +89,7 @@ def backward_torch(module: torch.nn.Module, loss: Callable[[], torch.Tensor]) ->
     return back[::-1]
 
 
-def _with_floats(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+def _with_floats(value: ValueT, change: Callable[[torch.Tensor], object]) -> ValueT:
     """Apply `change` to the float tensors among arguments or outputs."""
 
     def changed(x: object) -> object:

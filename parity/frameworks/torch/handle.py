@@ -9,11 +9,11 @@ import torch
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.spec import ModelSpec
 from parity.frameworks.torch.leaves import torch_leaves
+from parity.frameworks.torch.module import TorchUse, torch_spec
 from parity.frameworks.torch.module import largest_learning_rate as learning_rate
-from parity.frameworks.torch.module import torch_spec as spec
 from parity.frameworks.torch.runner import TorchRunner
 
-__all__ = ["MODULE", "NAME", "learning_rate", "spec"]
+__all__ = ["MODULE", "NAME", "learning_rate"]
 
 NAME, MODULE = "torch", torch.nn.Module
 
@@ -21,6 +21,11 @@ Built = TypeVar("Built")
 
 # Buffers that are weights: what a batch norm has learned of its inputs.
 _STATISTICS = "running_mean", "running_var", "num_batches_tracked"
+
+
+def spec(module: torch.nn.Module, use: TorchUse) -> ModelSpec[torch.nn.Module, torch.Tensor]:
+    """Return the spec of a module."""
+    return torch_spec(module, use.call, use.loss, use.optimizer)
 
 
 def seeded(seed: int, build: Callable[[], Built]) -> Built:
@@ -46,13 +51,3 @@ def runner(
 ) -> TorchRunner:
     """Return a runner in float64 on the CPU."""
     return TorchRunner(spec, weights, "float64", torch.device("cpu"))
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that compute."""
-    return {"torch": torch.__version__}
-
-
-def num_threads() -> int:
-    """Return the number of threads that share the work."""
-    return torch.get_num_threads()

@@ -9,11 +9,12 @@ from parity.frameworks import default_call
 from parity.frameworks.capture import leaves_of
 from parity.frameworks.leaves import Leaves, cast_array
 from parity.frameworks.protocols import Moments
-from parity.frameworks.spec import ModelSpec
+from parity.frameworks.spec import ModelSpec, ModuleUse
 from parity.frameworks.torch.leaves import cast_torch, from_numpy, numpy_view, torch_leaves
 
 Loss = Callable[..., torch.Tensor]
 MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+TorchUse = ModuleUse[torch.Tensor, MakeOptimizer]
 
 
 def torch_spec(
@@ -22,7 +23,7 @@ def torch_spec(
     loss: Loss | None = None,
     optimizer: MakeOptimizer | None = None,
 ) -> ModelSpec[torch.nn.Module, torch.Tensor]:
-    """Describe a PyTorch module.
+    """Return the spec of a PyTorch module.
 
     Args:
         module: copied for every use, and never changed.

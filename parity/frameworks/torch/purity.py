@@ -10,7 +10,7 @@ from parity.frameworks.purity import Purity
 
 
 def torch_purity(function: Callable[..., object], *args: object) -> Purity:
-    """Examine every operation that function(*args) dispatches, backward passes included.
+    """Return the purity of all that function(*args) dispatches, backward passes included.
 
     What leaves torch, for NumPy say, is not seen.
     """

@@ -95,10 +95,12 @@ class TorchRunner:
 
     def trainer(self, num_steps: int) -> Trainer:
         """Return a trainer, with a copy of the model, for a schedule of `num_steps`."""
+        assert self._spec.trainer is not None, f"{self.name} is not trained"
         return self._spec.trainer(self._load(), num_steps)
 
     def decoder(self) -> Decoder:
         """Return the model's decoder."""
+        assert self._spec.decoder is not None, f"{self.name} has no cache"
         return self._spec.decoder(self.module)
 
     def decoder_traces(self, call: Callable[[Decoder], object]) -> list[Trace]:

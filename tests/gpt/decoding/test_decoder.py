@@ -1,8 +1,6 @@
-"""The fast forms of prefill and step: the same numbers, room that grows, and bits that stay."""
+"""The fast forms of prefill and step: the same numbers, and room that grows."""
 
-import collections
 import dataclasses
-import functools
 
 import jax
 import numpy as np
@@ -13,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torch_gpt
 from flax_gpt.decoding import decoder as flax_decoder
 from torch_gpt.decoding import decoder as torch_decoder
-from torch_gpt.decoding import packing as torch_packing
 
 B, T = 3, 7
 COUNTS = (7, 2, 5)
@@ -37,7 +34,7 @@ def decoded(gpt, decoder, prompt, new, counts=None, **options) -> Steps:
     logits, cache = decoder.prefill(gpt.ints(prompt), counts, **options)
     found = [gpt.numpy(logits)]
     for t in range(new.shape[1]):
-        logits, cache = decoder.step(gpt.ints(new[:, t]), cache)
+        logits, cache = decoder.advance(gpt.ints(new[:, t]), cache)
         found.append(gpt.numpy(logits))
     return Steps(np.stack(found, 1), cache)
 
@@ -93,7 +90,7 @@ def test_chunks_bound_the_memory_of_the_scores(twins):
 
     def temporary(chunk):
         tokens, counts = np.zeros((1, 512), np.int32), np.full(1, 512, np.int32)
-        static = 512, chunk, False
+        static = 512, chunk, decoder.steps
         program = decoder.program(flax_decoder._prefill, tokens, counts, static=static)
         return program.memory_analysis().temp_size_in_bytes
 
@@ -111,7 +108,7 @@ def test_a_full_cache_grows_to_twice_its_room_and_no_further_than_the_context(gp
     assert found.cache.capacity == 512
     expected = uncached(gpt, model, prompt, new)
     np.testing.assert_allclose(found.logits, expected, rtol=0, atol=1e-12)
-    room = gpt.package.decoding.decoder.room_for
+    room = gpt.package.decoding.decoder.capacity_for
     assert [room(n, model.config) for n in (1, 256, 257, 512, 513, 600)] == [
         256, 256, 512, 512, 600, 600,
     ]  # fmt: skip
@@ -122,7 +119,7 @@ def test_past_the_context_is_an_error_and_so_is_a_prompt_without_room(gpt):
     decoder = gpt.package.Decoder(model, 1)
     _, cache = decoder.prefill(gpt.ints(tokens_of(29, 1)))
     with pytest.raises(ValueError, match=r"29 tokens \+ 1 new = 30 > context_length 29"):
-        decoder.step(gpt.ints([1]), cache)
+        decoder.advance(gpt.ints([1]), cache)
     with pytest.raises(ValueError, match=r"Decoder.prefill: 7 tokens, capacity 6"):
         decoder.prefill(gpt.ints(tokens_of(7, 1)), capacity=6)
 
@@ -135,16 +132,15 @@ def test_after_warming_up_nothing_is_compiled_for_any_mix_of_lengths(twins):
         decoded(flax, decoder, tokens_of(length), tokens_of(new), counts)
         flax.package.generate(decoder, flax.ints(tokens_of(length)), new, flax.ints(counts))
 
-    programs = flax_decoder._program()
     for length in (8, 16):
         run(length, (length, 1, 2), 3)
-    before = programs._cache_size()
+    before = decoder.num_compilations()
     for length in (5, 7, 9, 12, 16):
         for counts, new in (((length, 1, 2), 2), ((1, length, 3), 9)):
             run(length, counts, new)
-    assert programs._cache_size() == before
+    assert decoder.num_compilations() == before
     run(17, (17, 1, 1), 2)  # of another size: the count does count
-    assert programs._cache_size() > before
+    assert decoder.num_compilations() > before
 
 
 # --- nothing is copied ---
@@ -169,24 +165,25 @@ class Written(TorchDispatchMode):
 @pytest.mark.parametrize("counts", [None, (1, 0, 1)])
 def test_an_append_writes_as_much_to_a_large_cache_as_to_a_small_one(gpt, counts):
     counts = None if counts is None else gpt.ints(counts)
-    config = gpt.config()
+    config, tokens = gpt.config(), gpt.ints(np.zeros((B, 1)))
+    attention_metadata = gpt.package.metadata.attention_metadata
     written = []
     for capacity in (16, 4096):
         cache = gpt.package.KVCache.empty(config, B, capacity)
         new = gpt.floats(np.ones((B, config.num_heads, 1, config.head_width)))
+        new = gpt.package.LayerCache(new, new)
         if gpt.name == "torch":
-            placement = gpt.package.positions.place(1, capacity, cache.lengths_B, counts)
+            metadata = attention_metadata(tokens, cache, counts, 4096)
             with Written() as found:
-                cache.layers[0].append(new, new, placement)
+                cache.layers[0].append(new, metadata)
             written.append(found.bytes)
         else:
 
-            def append(layer, lengths, new=new, capacity=capacity, counts=counts):
-                placement = gpt.package.positions.place(1, capacity, lengths, counts)
-                return layer.append(new, new, placement)
+            def append(layer, cache, new=new, counts=counts):
+                return layer.append(new, attention_metadata(tokens, cache, counts, 4096))
 
             program = jax.jit(append, donate_argnums=0)
-            program = program.lower(cache.layers[0], cache.lengths_B).compile()
+            program = program.lower(cache.layers[0], cache).compile()
             found = program.memory_analysis()
             assert found.alias_size_in_bytes == found.output_size_in_bytes - 16  # the tuple itself
             written.append(found.temp_size_in_bytes)
@@ -200,178 +197,10 @@ def test_the_steps_of_torch_stay_in_one_place(twins):
     places = [layer.keys_BKSH.data_ptr() for layer in cache.layers]
     older = cache
     for token in range(5):
-        _, cache = decoder.step(gpt.ints([token]), cache)
+        _, cache = decoder.advance(gpt.ints([token]), cache)
     assert [layer.keys_BKSH.data_ptr() for layer in cache.layers] == places
-    _, other = decoder.step(gpt.ints([9]), older)  # a stale handle: it copies
+    _, other = decoder.advance(gpt.ints([9]), older)  # a stale handle: it copies
     assert other.layers[0].keys_BKSH.data_ptr() != places[0]
-
-
-# --- weights laid out ---
-
-
-def test_a_packed_model_shares_what_it_can_and_says_what_it_adds(gpt):
-    model = gpt.model(dtype="float32")
-    matrices = 4 * sum(
-        i * o for i, o in 4 * [(15, 15)] + [(15, 23), (23, 15)]
-    ) * model.config.num_layers  # fmt: skip
-    one, many = (gpt.package.Decoder(model, rows) for rows in (1, 8))
-    if gpt.name == "flax":
-        assert (one.extra_bytes, many.extra_bytes) == (matrices, matrices)
-    else:
-        # Queries, keys and values of one row are one product; more rows take a packed copy of all.
-        inside = 4 * 3 * 15 * 15 * model.config.num_layers
-        assert (one.extra_bytes, many.extra_bytes) == (inside, matrices + 4 * 61 * 15)
-    assert gpt.package.Decoder(model, 8, packed=False).extra_bytes == 0
-    packed = gpt.package.pack(model, 1)
-    assert gpt.package.pack(packed, 1) is packed
-
-
-class Started(TorchDispatchMode):
-    """Counts the operations that torch starts, by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = collections.Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.counts[function.overloadpacket.__name__] += 1
-        return function(*args, **(kwargs or {}))
-
-
-def started(gpt, decoder, rows, counts=None):
-    """The operations of one step."""
-    counts = None if counts is None else gpt.ints(counts)
-    _, cache = decoder.prefill(gpt.ints(tokens_of(rows=rows)), counts)
-    with Started() as seen:
-        decoder.step(gpt.ints([1] * rows), cache)
-    return seen.counts
-
-
-SHORT = {"_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_attention_math"}
-
-
-@pytest.mark.parametrize(
-    "changes, rows, counts, short",
-    [
-        ({}, 1, None, 2),
-        ({}, B, None, 2),
-        ({}, B, COUNTS, 0),  # ragged rows do not all see the same
-        (dict(window=T + 2, num_full_layers=0), 1, None, 2),
-        (dict(window=T, num_full_layers=1), 1, None, 1),
-        (dict(positions="alibi"), 1, None, 0),
-        (dict(positions="rotary", head_dim=6, num_kv_heads=1, qk_norm=True), 1, None, 2),
-    ],
-)
-def test_a_step_that_sees_all_takes_the_short_way(twins, changes, rows, counts, short):
-    _, gpt = twins
-    model = gpt.model(**changes)
-    decoder = gpt.package.Decoder(model, rows)
-    seen = started(gpt, decoder, rows, counts)
-    assert sum(seen[name] for name in SHORT) == short
-    prompt, new = tokens_of(rows=rows), tokens_of(3, rows, seed=1)
-    found = decoded(gpt, decoder, prompt, new, counts)
-    expected = uncached(gpt, model, prompt, new, counts)
-    np.testing.assert_allclose(found.logits, expected, rtol=0, atol=1e-12)
-
-
-def test_a_layer_of_a_step_starts_few_operations(twins):
-    _, gpt = twins
-    shallow, deep = (
-        started(gpt, gpt.package.Decoder(gpt.model(num_layers=n), 1), 1).total() for n in (1, 2)
-    )
-    plain = started(gpt, gpt.package.Decoder(gpt.model(num_layers=1), 1, packed=False), 1).total()
-    # Four products, two norms, attention, GELU, two writes and two sums; views are the rest.
-    assert deep - shallow <= 33
-    assert shallow < plain
-
-
-def test_a_machine_may_have_more_cores_than_a_layer_has_outputs(twins, monkeypatch):
-    _, gpt = twins
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 20)
-    model, prompt, new = gpt.model(), tokens_of(rows=1), tokens_of(2, 1, seed=1)
-    found = decoded(gpt, gpt.package.Decoder(model, 1), prompt, new)
-    expected = uncached(gpt, model, prompt, new)
-    np.testing.assert_allclose(found.logits, expected, rtol=0, atol=1e-12)
-
-
-def test_without_onednn_torch_falls_back_on_its_own_linear(twins, monkeypatch):
-    _, gpt = twins
-    monkeypatch.setattr(torch_packing, "_can_pack", lambda dtype: False)
-    model = gpt.model(dtype="float32")
-    decoder = gpt.package.Decoder(model, B)
-    assert decoder.extra_bytes == 4 * 3 * 15 * 15 * model.config.num_layers
-    found = decoded(gpt, decoder, tokens_of(), tokens_of(2, seed=1))
-    expected = uncached(gpt, model, tokens_of(), tokens_of(2, seed=1))
-    np.testing.assert_allclose(found.logits, expected, rtol=0, atol=1e-4)
-
-
-def test_onednn_is_asked_before_it_is_used():
-    assert not torch_packing._can_pack(torch.float64)
-
-
-# --- bit for bit ---
-
-
-@functools.cache
-def compiled_prefill(gpt, dtype):
-    """`prefill` of the model of that dtype, or its step where there is one token."""
-    model = gpt.model(dtype=dtype, num_layers=1)
-
-    def prefill(tokens, cache):
-        if tokens.shape[1] == 1:
-            return gpt.package.decode_step(model, tokens[:, 0], cache)
-        return gpt.package.prefill(model, tokens, cache)
-
-    return jax.jit(prefill) if gpt.name == "flax" else prefill
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("split", [(1,) * 19, (5, 1, 1, 9, 3)], ids=["steps", "parts"])
-def test_an_exact_cache_gives_the_same_bits_however_the_tokens_came(gpt, dtype, split):
-    model, tokens = gpt.model(dtype=dtype, num_layers=1), tokens_of(19)
-    prefill = compiled_prefill(gpt, dtype)
-    empty = gpt.package.KVCache.empty(model.config, B, 24, exact=True)
-    expected, whole = prefill(gpt.ints(tokens), empty)
-    cache, start = empty, 0
-    for width in split:
-        logits, cache = prefill(gpt.ints(tokens[:, start : start + width]), cache)
-        start += width
-    np.testing.assert_array_equal(gpt.numpy(logits), gpt.numpy(expected))
-    for one, two in zip(cache.layers, whole.layers, strict=True):
-        held = gpt.numpy(one.keys_BKSH)[:, :, :19], gpt.numpy(two.keys_BKSH)[:, :, :19]
-        np.testing.assert_array_equal(*held)
-    near = gpt.numpy(model(gpt.ints(tokens))[0])[:, -1]
-    np.testing.assert_allclose(
-        gpt.numpy(logits), near, rtol=0, atol=1e-12 if dtype[-2:] == "64" else 1e-4
-    )
-
-
-def test_without_it_the_bits_do_depend_on_how_the_tokens_came(gpt):
-    model, tokens = gpt.model(dtype="float32", num_layers=1), gpt.ints(tokens_of(19))
-    prefill = compiled_prefill(gpt, "float32")
-    empty = gpt.package.KVCache.empty(model.config, B, 24)
-    whole, _ = prefill(tokens, empty)
-    _, cache = prefill(tokens[:, :6], empty)
-    parts, _ = prefill(tokens[:, 6:], cache)
-    assert (gpt.numpy(whole) != gpt.numpy(parts)).any()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_exact_generation_has_the_same_margins_to_the_last_bit(gpt, dtype):
-    model, prompts = gpt.model(dtype=dtype), gpt.ints(tokens_of())
-    one, two = (
-        gpt.package.generate(model, prompts, 12, gpt.ints(COUNTS), use_cache=use_cache, exact=True)
-        for use_cache in (True, False)
-    )
-    np.testing.assert_array_equal(gpt.numpy(one.tokens_BG), gpt.numpy(two.tokens_BG))
-    np.testing.assert_array_equal(gpt.numpy(one.margins_BG), gpt.numpy(two.margins_BG))
-
-
-def test_an_exact_cache_is_not_for_calls_of_other_lengths(gpt):
-    model = gpt.model()
-    cache = gpt.package.KVCache.empty(model.config, B, 24, exact=True)
-    with pytest.raises(ValueError, match="7 tokens and an exact cache"):
-        model(gpt.ints(tokens_of()), cache)
 
 
 # --- torch's compiled step ---

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from flax_gpt.decoding import decoder as flax_decoder
-
 B, T, G = 3, 7, 7
 COUNTS = (7, 2, 5)
 BOUND = 1e-12
@@ -264,16 +262,16 @@ def test_the_call_ends_when_every_row_has_ended(gpt, monkeypatch):
 def test_prompts_of_other_lengths_run_the_program_that_is_there(twins):
     flax, _ = twins
     generated(flax, stop_ids=(5,))
-    programs = flax_decoder._program()._cache_size()
+    programs = flax.package.Decoder.num_compilations()
     for width in (5, 6, 7, 8):  # all rounded up to 8
         tokens = np.random.default_rng(width).integers(0, 61, (B, width))
         for counts in ((1, 2, 3), (4, 4, 1), None):
             generated(flax, tokens, counts=counts)
     generated(flax, tokens, num=G - 1)
     generated(flax, tokens, stop_ids=(7,))
-    assert flax_decoder._program()._cache_size() == programs
+    assert flax.package.Decoder.num_compilations() == programs
     generated(flax, np.resize(tokens, (B + 2, 8)), counts=None)
-    assert flax_decoder._program()._cache_size() == programs + 2  # the count does count
+    assert flax.package.Decoder.num_compilations() == programs + 2  # the count does count
 
 
 # --- refusals ---

@@ -17,7 +17,6 @@ import transformers
 from flax import nnx
 
 from flax_gpt import GREEDY, Sampling
-from flax_gpt.decoding import decoder as flax_decoder
 
 B, T, G, V = 3, 7, 7, 61
 COUNTS = (2, 7, 5)
@@ -373,13 +372,13 @@ def test_a_low_temperature_and_a_single_token_are_greedy(gpt, sampling):
 
 def test_temperature_zero_needs_no_key_and_no_program_of_its_own(gpt):
     expected, _, margins = generated(gpt, "greedy", seed=None)
-    programs = flax_decoder._program()._cache_size()
+    programs = gpt.package.Decoder.num_compilations()
     for seed in (None, 0):
         sampling = Sampling(temperature=0.0, top_k=3, top_p=0.1, min_p=0.9)
         found, _, found_margins = generated(gpt, sampling, seed)
         np.testing.assert_array_equal(found, expected)
         np.testing.assert_array_equal(found_margins, margins)
-    assert flax_decoder._program()._cache_size() == programs
+    assert gpt.package.Decoder.num_compilations() == programs
 
 
 # --- stops ---

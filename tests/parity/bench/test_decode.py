@@ -141,12 +141,12 @@ def test_the_cache_is_accounted_for_by_layer_and_by_the_formula(times):
     config = times.config
     for cell in times.cells:
         assert cell.bytes_moved.config.num_layers == config.num_layers
-        for account, name in zip(cell.cache_layers, ("flax", "torch"), strict=True):
+        assert list(cell.cache_layers) == ["flax", "torch"]
+        for layer in cell.cache_layers.values():
             slot = 2 * 1 * config.num_heads * config.head_width * 4
-            assert account.framework == name
-            assert account.allocated == account.capacity * slot
-            assert account.valid == cell.prompt_length * slot
-            assert account.valid <= account.read <= account.allocated
+            assert layer["allocated"] == layer["capacity"] * slot
+            assert layer["valid"] == cell.prompt_length * slot
+            assert layer["valid"] <= layer["read"] <= layer["allocated"]
 
 
 def test_the_bytes_of_a_step_are_those_of_the_weights_that_it_reads():
@@ -281,13 +281,13 @@ def test_a_decoder_that_writes_another_token_is_not_timed(monkeypatch, rounds):
 
 @pytest.mark.parametrize("error", [1e-3, math.nan])
 def test_twins_that_diverge_while_they_write_are_not_timed(monkeypatch, error):
-    step = torch_gpt.Decoder.step
+    step = torch_gpt.Decoder.advance
 
     def wrong(decoder, tokens_B, cache):
         logits_BV, cache = step(decoder, tokens_B, cache)
         return logits_BV + error * logits_BV.abs().max(), cache
 
-    monkeypatch.setattr(torch_gpt.Decoder, "step", wrong)
+    monkeypatch.setattr(torch_gpt.Decoder, "advance", wrong)
     monkeypatch.setattr(Bandwidth, "rates", None)  # measured in every round
     message = (
         r"bench: logits of flax and torch in float32, batch 1, context 13: (\d\.\de-0\d|nan) of "
@@ -306,14 +306,14 @@ def test_a_cache_that_counts_its_bytes_wrongly_is_not_timed(monkeypatch):
 
 def test_what_lies_in_free_slots_is_garbage_when_the_clock_starts(monkeypatch):
     seen = []
-    step = torch_gpt.Decoder.step
+    step = torch_gpt.Decoder.advance
 
     def watched(decoder, tokens_B, cache):
         length = int(cache.lengths_B.max())
         seen.extend(layer.keys_BKSH[:, :, length:].abs() for layer in cache.layers)
         return step(decoder, tokens_B, cache)
 
-    monkeypatch.setattr(torch_gpt.Decoder, "step", watched)
+    monkeypatch.setattr(torch_gpt.Decoder, "advance", watched)
     bench(names=("torch step",))
     assert seen and all(float(slots.mean()) > 0.3 for slots in seen if slots.numel() > 100)
     assert any(slots.numel() > 100 for slots in seen)
@@ -374,7 +374,7 @@ def cell_of(rows: int = 1, context: int = 2048, **rounds_s: tuple[float, ...]) -
         prompt_length=context - 1,
         bytes_moved=BytesMoved(config, rows, 4),
         agreement=Agreement(0.0, 1e-4, 0.0, 1, 1),
-        cache_layers=(),
+        cache_layers={},
         timings=tuple(
             Decoding(
                 name=name.replace("_", " "),

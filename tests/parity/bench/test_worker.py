@@ -69,10 +69,14 @@ def test_a_process_that_ends_is_named_with_its_exit_code_and_nothing_hangs():
                 decoder.timed_steps(10)
 
 
+def sleep_on(decoders) -> None:
+    time.sleep(600)
+
+
 def test_leaving_ends_a_process_that_is_busy():
     start = time.monotonic()
     with Worker("json") as worker:
-        worker.send("make", time.sleep, 600)
+        worker.send(sleep_on)
     assert time.monotonic() - start < 60
     with pytest.raises(ProcessLookupError):
         os.kill(worker.pid, 0)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from flax import nnx
 
-from parity import ParityError, check_pair
-from parity.check.levels.optimizer import HORIZON
+from parity import ModuleUse, ParityError, check_pair
+from parity.check.levels.names import HORIZON
 from parity.faults import Edit
 from parity.faults.selftest import PAIRS, clean, pair_module
 from parity.frameworks.capture import lockstep
@@ -85,8 +85,8 @@ def test_where_float64_is_not_to_be_had_float32_decides_and_says_so():
 
 def sgd(rate: float) -> dict:
     return dict(
-        torch_optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
-        flax_optimizer=optax.sgd(rate),
+        torch=ModuleUse(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)),
+        flax=ModuleUse(optimizer=optax.sgd(rate)),
     )
 
 
@@ -108,8 +108,8 @@ def test_the_weights_of_the_torch_module_can_be_the_ones():
     (dict(inputs=np.array(["a"])), r"inputs inputs, argument 0: <U1"),
     (dict(inputs={}), "inputs: none"),
     (dict(inputs=np.array([np.nan])), "not finite"),
-    (dict(torch_optimizer=torch.optim.SGD), "optimizer of one side alone"),
-    (dict(flax_loss=lambda module, x: 0.0), "loss of one side alone"),
+    (dict(torch=ModuleUse(optimizer=torch.optim.SGD)), "optimizer of one side alone"),
+    (dict(flax=ModuleUse(loss=lambda module, x: 0.0)), "loss of one side alone"),
     (dict(weights="flax"), "there are random and torch"),
     (dict(torch_module=3), "int and FlaxNet. A pair is a torch.nn.Module and a flax.nnx.Module"),
 ])  # fmt: skip

@@ -14,14 +14,12 @@ from pathlib import Path
 import pytest
 
 from flax_gpt import PRESETS
-from flax_gpt.config import SCHEDULES
-from parity.check.check import LEVELS
-from parity.cli import check as parity_check
-from parity.cli import options
+from flax_gpt.config import DTYPES
+from flax_gpt.training.config import SCHEDULES
+from parity.check.levels.names import LEVELS
 from parity.cli import train as parity_train
 from parity.system.progress import interruptible
-from parity.training.precision import DTYPES
-from parity.twins.pair import TASKS
+from parity.twins import names
 
 ROOT = Path(__file__).parents[3]
 
@@ -149,6 +147,5 @@ def test_help_is_instant_and_teaches():
 
 
 def test_the_command_names_what_exists():
-    assert tuple(LEVELS) == parity_check.LEVELS
-    assert PRESETS == options.PRESETS and TASKS == options.TASKS
-    assert DTYPES == options.DTYPES and SCHEDULES == parity_train.SCHEDULES
+    assert tuple(PRESETS) == names.PRESETS and DTYPES == names.DTYPES
+    assert SCHEDULES == parity_train.SCHEDULES

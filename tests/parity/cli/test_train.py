@@ -40,9 +40,9 @@ def test_both_twins_train_and_write_by_command(tmp_path):
     assert alone.stdout == written.stdout
 
 
-def test_twins_that_part_exit_1_with_what_rounding_would_have_done(tmp_path, plant, monkeypatch):
-    broken = plant("torch_gpt", "optimizer.py", "config.beta2", "0.999")
-    monkeypatch.setattr("parity.training.loop.torch_gpt", broken)
+def test_twins_that_diverge_exit_1_with_what_rounding_would_have_done(tmp_path, plant, monkeypatch):
+    broken = plant("torch_gpt", "training/optimizer.py", "config.beta2", "0.999")
+    monkeypatch.setattr("parity.twins.torch.torch_gpt", broken)
     done = invoke("train", "--out", tmp_path / "run", "--steps", "6", *TINY)
     assert done.exit_code == 1, done.output
     assert "Looks like a bug" in done.stdout
@@ -50,10 +50,10 @@ def test_twins_that_part_exit_1_with_what_rounding_would_have_done(tmp_path, pla
 
 def test_a_nan_in_one_twin_exits_1_because_they_differ(tmp_path, plant, monkeypatch):
     broken = plant(
-        "torch_gpt", "loss.py", "torch.logsumexp(logits, dim=-1)",
+        "torch_gpt", "training/loss.py", "torch.logsumexp(logits, dim=-1)",
         "torch.log(torch.sum(torch.exp(logits + 800.0), dim=-1))",
     )  # fmt: skip
-    monkeypatch.setattr("parity.training.loop.torch_gpt", broken)
+    monkeypatch.setattr("parity.twins.torch.torch_gpt", broken)
     done = invoke("train", "--out", tmp_path / "run", "--steps", "2", *TINY)
     assert done.exit_code == 1, done.output
     assert "step 1: torch has a loss of inf" in done.stderr

@@ -20,7 +20,7 @@ NAMES = [detector.name for detector in DETECTORS]
 NET = """
 import torch
 from torch import nn
-from parity.doctor import torch_patient
+from parity.doctor import TorchModel
 
 V, CONTEXT, D = 31, 19, 16
 
@@ -73,8 +73,8 @@ def with_arguments(config):
     return Net()
 
 
-def patient():
-    return torch_patient(Net(), name="<b>mine</b>")
+def wrapped():
+    return TorchModel(Net(), name="<b>mine</b>")
 
 
 def loss(logits, labels, counts):
@@ -132,7 +132,7 @@ def test_what_a_failure_makes_meaningless_is_left_out_unless_all_is_asked(folder
     assert left_out not in doctor("net.py:NoMask", *asked, "--all").stdout
 
 
-@pytest.mark.parametrize("target", ["net:build", "net.py:Net", "net.py:made", "net.py:patient"])
+@pytest.mark.parametrize("target", ["net:build", "net.py:Net", "net.py:made", "net.py:wrapped"])
 def test_a_target_is_a_module_or_file_and_a_function_class_or_model_in_it(target, folder):
     assert doctor(target, "--only", "causality").exit_code == 0
 
@@ -193,7 +193,10 @@ def test_sizes_can_be_given(folder):
             "net.py:V: an object of type int. A loss is a function",
         ),
         (["net.py:build", "--loss", "net.py:lost"], "net.py:lost: net.py has no lost"),
-        (["net.py:patient", "--vocab-size", "29"], "gave a Patient, which has a loss and sizes"),
+        (
+            ["net.py:wrapped", "--vocab-size", "29"],
+            "gave a LanguageModel, which has a loss and sizes",
+        ),
         (["net.py:build", "--json", "no/out.json"], "--json no/out.json: no folder no"),
         (["net.py:build", "--html", "."], "--html .: that is a folder. Name a file in it"),
     ],
@@ -236,7 +239,7 @@ def test_json_on_standard_output_is_nothing_but_json(folder):
 
 
 def test_a_document_and_a_page_are_written(folder):
-    done = doctor("net.py:patient", "--only", "causality", "--json", "a.json", "--html", "a.html")
+    done = doctor("net.py:wrapped", "--only", "causality", "--json", "a.json", "--html", "a.html")
     assert done.exit_code == 0, done.output
     assert json.loads((folder / "a.json").read_text())["name"] == "<b>mine</b>"
     page = (folder / "a.html").read_text()

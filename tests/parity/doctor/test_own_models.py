@@ -4,7 +4,6 @@ Dimension key: B batch, T tokens, S slots, N heads, H head dim, D embed dim, V v
 """
 
 import copy
-import dataclasses
 import math
 import re
 import types
@@ -18,16 +17,16 @@ from flax import nnx
 from torch import nn
 from torch.nn import functional as F
 
-from parity.doctor import DETECTORS, Decoder, as_patient, examine, torch_patient
+from parity.doctor import DETECTORS, TorchModel, as_model, examine
 
 V, CONTEXT, D, N, LAYERS = 53, 23, 24, 3, 2
 
 
-def fired(patient, *names):
+def fired(model, *names):
     """The detectors that see something wrong, of those that are named, or of all."""
     asked = [x for x in DETECTORS if not names or x.name in names]
     assert not names or len(asked) == len(names)
-    return examine(patient, detectors=asked, stop_early=False).fired
+    return examine(model, detectors=asked, stop_early=False).fired
 
 
 class Attention(nn.Module):
@@ -137,19 +136,19 @@ class Numbered(nn.Module):
 
 
 def test_numbers_in_the_names_of_embeddings_and_head_make_no_blocks_of_them():
-    patient = as_patient(Numbered(), "own", context_length=CONTEXT)
-    assert fired(patient, "residual-stream", "position-sensitivity") == ()
+    model = as_model(Numbered(), "own", context_length=CONTEXT)
+    assert fired(model, "residual-stream", "position-sensitivity") == ()
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_plain_model_is_healthy(seed):
-    assert fired(dataclasses.replace(as_patient(Net(seed), "own"), seed=seed)) == ()
+    assert fired(as_model(Net(seed), "own", seed=seed)) == ()
 
 
 @pytest.mark.parametrize("model", [GivesTuple, GivesDict, GivesObject])
 def test_so_is_one_that_gives_more_than_logits(model):
     asked = "causality-gradient", "gradient-coverage", "overfit-one-batch", "dtype-audit"
-    assert fired(as_patient(model(), "own"), *asked) == ()
+    assert fired(as_model(model(), "own"), *asked) == ()
 
 
 class FlaxAttention(nnx.Module):
@@ -200,7 +199,8 @@ class FlaxNet(nnx.Module):
 
 
 def test_a_plain_flax_model_is_healthy_when_compiled():
-    assert fired(as_patient(FlaxNet(), "own")) == ()
+    found = examine(as_model(FlaxNet(), "own"), stop_early=False)
+    assert found.fired == (), [x.finding.sentence for x in found.answers]
 
 
 # What is planted, below, each as a class or function of its own.
@@ -277,7 +277,7 @@ class Forgets(Net):
     ids=lambda x: x.__name__ if isinstance(x, type) else "",
 )
 def test_what_is_planted_in_a_plain_model_is_seen(model, names):
-    assert fired(as_patient(model(), "own"), *names) == tuple(names)
+    assert fired(as_model(model(), "own"), *names) == tuple(names)
 
 
 class FlaxUnmasked(FlaxAttention):
@@ -313,7 +313,7 @@ class FlaxNormOverTime(FlaxNet):
     ],
 )
 def test_what_is_planted_in_a_plain_flax_model_is_seen(model, name):
-    assert fired(as_patient(model(), "own"), name) == (name,)
+    assert fired(as_model(model(), "own"), name) == (name,)
 
 
 def shifted(logits_BTV, labels_BT, counts_B):
@@ -336,11 +336,11 @@ def flax_without_shift(logits_BTV, labels_BT, counts_B):
 
 
 def test_a_loss_is_judged_by_what_it_scores():
-    assert fired(as_patient(Net(), "own", shifted), "token-accounting", "batch-independence") == ()
-    assert fired(as_patient(Net(), "own", without_shift), "token-accounting") != ()
-    assert fired(as_patient(FlaxNet(), "own", flax_without_shift), "token-accounting") != ()
+    assert fired(as_model(Net(), "own", shifted), "token-accounting", "batch-independence") == ()
+    assert fired(as_model(Net(), "own", without_shift), "token-accounting") != ()
+    assert fired(as_model(FlaxNet(), "own", flax_without_shift), "token-accounting") != ()
     asked = "batch-independence", "token-accounting"
-    assert fired(as_patient(Net(), "own", shifted_after_flattening), *asked) == asked
+    assert fired(as_model(Net(), "own", shifted_after_flattening), *asked) == asked
 
 
 def test_a_loss_that_counts_is_asked_for_its_count():
@@ -349,51 +349,57 @@ def test_a_loss_that_counts_is_asked_for_its_count():
             logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), reduction="sum"
         ), labels_BT.numel()
 
-    patient = as_patient(Net(), "own", counts)
+    model = as_model(Net(), "own", counts)
     (answer,) = examine(
-        patient, detectors=[x for x in DETECTORS if x.name == "token-accounting"]
+        model, detectors=[x for x in DETECTORS if x.name == "token-accounting"]
     ).answers
     assert re.search(r"counts (\d+) tokens of (?!\1)\d+\.", answer.finding.sentence)
 
 
+class TrainedWithoutShift(TorchModel):
+    def objective(self, module, tokens_BT, counts_B=None):
+        return without_shift(module(tokens_BT), tokens_BT, None)
+
+
+class TrainedOnSoftmax(TorchModel):
+    def objective(self, module, tokens_BT, counts_B=None):
+        return shifted(module(tokens_BT).softmax(dim=-1), tokens_BT, None)
+
+
 def test_an_objective_is_what_the_model_is_trained_with():
-    def objective(model, tokens_BT, counts_B):
-        return without_shift(model(tokens_BT), tokens_BT, None)
-
-    def soft(model, tokens_BT, counts_B):
-        return shifted(model(tokens_BT).softmax(dim=-1), tokens_BT, None)
-
-    assert fired(torch_patient(Net(), objective=objective), "best-lag") == ("best-lag",)
-    assert fired(torch_patient(Net(), objective=soft), "overfit-one-batch") == (
-        "overfit-one-batch",
-    )
+    assert fired(TrainedWithoutShift(Net()), "best-lag") == ("best-lag",)
+    assert fired(TrainedOnSoftmax(Net()), "overfit-one-batch") == ("overfit-one-batch",)
 
 
-def decoder(offset=0):
-    """Makes the decoder of a net; a state is keys and values per layer, and how many there are."""
+class Decodes(TorchModel):
+    """A net with its cache: keys and values per layer, and how many there are."""
 
-    def made(model):
-        @torch.no_grad()
-        def read(state, tokens_BT, counts_B):
-            past, length = state
-            logits, kept = model.read(
-                torch.from_numpy(tokens_BT).long(), past, max(length - offset, 0)
-            )
-            return logits.numpy(), (kept, length + tokens_BT.shape[1])
+    ragged = bounded = False
+    offset = 0
 
-        def select(state, rows):
-            past, length = state
-            return [tuple(x[torch.from_numpy(rows)] for x in both) for both in past], length
+    def empty_cache(self, rows, capacity):
+        return None, 0
 
-        return Decoder(lambda rows, capacity: (None, 0), read, select, bounded=False)
+    @torch.no_grad()
+    def read(self, tokens_BT, cache, counts_B=None):
+        past, length = cache
+        start = max(length - self.offset, 0)
+        logits, kept = self.module.read(self.ids(tokens_BT), past, start)
+        return logits.numpy(), (kept, length + tokens_BT.shape[1])
 
-    return made
+    def select(self, cache, rows):
+        past, length = cache
+        return [tuple(x[torch.from_numpy(rows)] for x in both) for both in past], length
 
 
-def test_a_decoder_that_is_offered_is_read_in_pieces():
+class DecodesWithAnOffset(Decodes):
+    offset = 1
+
+
+def test_a_cache_that_is_offered_is_read_in_pieces():
     asked = "cached-equals-uncached", "boundary-lengths"
-    assert fired(torch_patient(Net(), decoder=decoder()), *asked) == ()
-    assert fired(torch_patient(Net(), decoder=decoder(offset=1)), *asked) == asked[:1]
+    assert fired(Decodes(Net()), *asked) == ()
+    assert fired(DecodesWithAnOffset(Net()), *asked) == asked[:1]
 
 
 class NoEmbeddingLayers(nn.Module):
@@ -415,10 +421,10 @@ class NoEmbeddingLayers(nn.Module):
 def test_sizes_that_a_model_does_not_say_are_options():
     model = NoEmbeddingLayers()
     with pytest.raises(ValueError, match=r"does not say its context_length\..*--context-length"):
-        as_patient(model, "own")
-    patient = as_patient(model, "own", context_length=19)
-    assert (patient.vocab_size, patient.context_length) == (V, 19)
-    assert fired(patient) == ()
+        as_model(model, "own")
+    model = as_model(model, "own", context_length=19)
+    assert (model.vocab_size, model.context_length) == (V, 19)
+    assert fired(model) == ()
 
 
 @pytest.mark.parametrize("place", ["config", "args", "params", None])
@@ -428,24 +434,24 @@ def test_sizes_are_found_where_models_keep_them(place):
         setattr(model, place, sizes if place == "args" else types.SimpleNamespace(**sizes))
     else:
         model.vocab_size, model.max_seq_len = 31, 17
-    patient = as_patient(model, "own")
-    assert (patient.vocab_size, patient.context_length) == (31, 17)
-    assert patient.logits(np.zeros((2, 3), int), None).shape == (2, 3, 31)
+    model = as_model(model, "own")
+    assert (model.vocab_size, model.context_length) == (31, 17)
+    assert model.logits(np.zeros((2, 3), int), None).shape == (2, 3, 31)
 
 
 def test_a_position_table_says_how_long_a_context_is_and_not_how_many_tokens_there_are():
     model = Net()
     model._modules = {"positions": model.positions, **model._modules}
-    patient = as_patient(model, "own")
-    assert (patient.vocab_size, patient.context_length) == (V, CONTEXT)
-    assert patient.position_table == "positions.weight"
+    model = as_model(model, "own")
+    assert (model.vocab_size, model.context_length) == (V, CONTEXT)
+    assert model.position_table == "positions.weight"
 
 
 def test_a_model_too_small_to_ask_is_refused():
     with pytest.raises(ValueError, match=r"vocabulary 53, context 9\. The questions need 5 ids"):
-        as_patient(Net(), "own", context_length=9)
+        as_model(Net(), "own", context_length=9)
     with pytest.raises(ValueError, match=r"vocabulary 4, context 23\."):
-        as_patient(Net(), "own", vocab_size=4)
+        as_model(Net(), "own", vocab_size=4)
 
 
 class OnlyTheLast(Net):
@@ -456,18 +462,22 @@ class OnlyTheLast(Net):
         return logits_BTV if targets_BT is not None else logits_BTV[:, -1:], None
 
 
+class CalledWithTargets(TorchModel):
+    def forward(self, module, tokens_BT, counts_B):
+        return module(tokens_BT, tokens_BT)[0]
+
+
 def test_logits_of_the_last_position_alone_are_refused_with_the_way_out():
-    with pytest.raises(ValueError, match=r"gave Tensor\[2, 1, 53\].*model\(tokens, tokens\)\[0\]"):
-        as_patient(OnlyTheLast(), "own")
-    forward = lambda model, tokens_BT, counts_B: model(tokens_BT, tokens_BT)[0]  # noqa: E731
-    assert fired(torch_patient(OnlyTheLast(), forward=forward), "causality", "best-lag") == ()
+    with pytest.raises(ValueError, match=r"gave Tensor\[2, 1, 53\].*module\(tokens, tokens\)\[0\]"):
+        as_model(OnlyTheLast(), "own")
+    assert fired(CalledWithTargets(OnlyTheLast()), "causality", "best-lag") == ()
 
 
 def test_half_precision_is_examined_in_float32():
-    model = Net().bfloat16()
-    patient = as_patient(model, "own", shifted)
-    assert patient.dtype == "float32" and model.head.weight.dtype == torch.bfloat16
-    assert fired(patient) == ()
+    net = Net().bfloat16()
+    model = as_model(net, "own", shifted)
+    assert model.dtype == "float32" and net.head.weight.dtype == torch.bfloat16
+    assert fired(model) == ()
 
 
 def test_an_examination_leaves_a_torch_model_as_it_was():
@@ -478,7 +488,7 @@ def test_an_examination_leaves_a_torch_model_as_it_was():
     model.register_forward_hook(lambda *_: calls.append(1))
     before = copy.deepcopy(model.state_dict())
     modes = [m.training for m in model.modules()]
-    examine(as_patient(model, "own", shifted, context_length=17))
+    examine(as_model(model, "own", shifted, context_length=17))
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert [m.training for m in model.modules()] == modes
     assert [p.requires_grad for p in model.blocks[1].mlp.parameters()] == [False] * 4
@@ -492,7 +502,7 @@ def test_an_examination_leaves_a_flax_model_as_it_was():
     model = FlaxNet()
     before, call = nnx.clone(model), nnx.Embed.__call__
     asked = "determinism", "causality-gradient", "gradient-coverage", "overfit-one-batch"
-    fired(as_patient(model, "own"), *asked)
+    fired(as_model(model, "own"), *asked)
     assert nnx.Embed.__call__ is call
     assert nnx.graphdef(model) == nnx.graphdef(before)
     for old, new in zip(*(jax.tree.leaves(nnx.state(x)) for x in (before, model)), strict=True):

@@ -3,8 +3,6 @@
 Dimension key: B batch, T tokens, S cache slots, D embed dim.
 """
 
-import dataclasses
-
 import pytest
 import torch
 import transformers
@@ -20,7 +18,8 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from parity.doctor import DETECTORS, as_patient, examine
+from parity.doctor import DETECTORS, as_model, examine
+from parity.doctor.model import CanDecode, CanGenerate
 from parity.report.record import Verdict
 
 GPT2, Llama = transformers.GPT2LMHeadModel, transformers.LlamaForCausalLM
@@ -61,10 +60,10 @@ def llama(seed=0, attention="sdpa", **sizes):
 
 def diagnosed(model, *names, seed=0):
     """What is said of a model by the detectors that are named, or by all."""
-    patient = dataclasses.replace(as_patient(model, "planted"), seed=seed)
+    model = as_model(model, "planted", seed=seed)
     asked = [x for x in DETECTORS if not names or x.name in names]
     assert not names or len(asked) == len(names)
-    return examine(patient, detectors=asked, stop_early=False)
+    return examine(model, detectors=asked, stop_early=False)
 
 
 @pytest.mark.parametrize(
@@ -131,10 +130,11 @@ def test_a_loss_that_is_given_takes_the_place_of_the_models_own():
     def loss(logits_BTV, labels_BT, counts_B):
         return cross_entropy(logits_BTV, labels_BT)
 
-    patient = as_patient(llama(), "own", loss)
-    assert patient.decoder and patient.generate and patient.ignore_index is None
+    model = as_model(llama(), "own", loss)
+    assert isinstance(model, CanDecode) and isinstance(model, CanGenerate)
+    assert model.ignore_index is None
     asked = [x for x in DETECTORS if x.name == "token-accounting"]
-    assert examine(patient, detectors=asked).fired == ("token-accounting",)
+    assert examine(model, detectors=asked).fired == ("token-accounting",)
 
 
 def test_a_model_with_an_encoder_is_refused():
@@ -142,7 +142,7 @@ def test_a_model_with_an_encoder_is_refused():
         vocab_size=97, d_model=40, num_layers=1, num_heads=5, d_kv=8, d_ff=56
     )
     with pytest.raises(ValueError, match="called with tokens, T5ForConditionalGeneration raised"):
-        as_patient(transformers.T5ForConditionalGeneration(config), "t5", context_length=31)
+        as_model(transformers.T5ForConditionalGeneration(config), "t5", context_length=31)
 
 
 # A fault is a class that goes in front of the class of the modules it is planted in: a deep copy,
@@ -432,6 +432,6 @@ def test_the_mask_that_faults_are_made_of_is_itself_healthy():
 
 
 def test_a_model_that_is_trained_is_not_asked_for_a_fresh_loss():
-    patient = as_patient(drawn_large(), "trained", trained=True)
-    diagnosis = examine(patient, detectors=DETECTORS[:1])
+    model = as_model(drawn_large(), "trained", trained=True)
+    diagnosis = examine(model, detectors=DETECTORS[:1])
     assert diagnosis.fired == () and "trained" in diagnosis.answers[0].finding.sentence

@@ -22,7 +22,8 @@ from parity.cli.bugs_exercise import exercise as exercise_command
 from parity.cli.bugs_exercise import grade as grade_command
 from parity.exercise import grade, prove, sandbox, write_starter
 from parity.exercise.grade import Grade, expected, gaps, judge
-from parity.exercise.inside import driver, flax_stages, probes, torch_stages
+from parity.exercise.inside import driver, in_flax, in_torch, probes
+from parity.exercise.inside.stages import run_stage
 from parity.exercise.plants import (
     MISHAPS,
     ORDER,
@@ -40,7 +41,7 @@ from parity.exercise.starter import RECORD
 from parity.faults.edit import FRAMEWORKS, Edit, mutated_text
 
 WATCHED = *STAGES, "symptoms", "together", "part_2"
-INSIDE = {"flax": flax_stages, "torch": torch_stages}
+INSIDE = {"flax": in_flax, "torch": in_torch}
 BY_ID = {plant.id: plant for plant in PLANTS}
 
 
@@ -52,7 +53,7 @@ def run(framework: str, texts: dict[str, str], *stages: str) -> dict[str, Outcom
         modules = driver.loaded(texts)
         for stage in stages:
             try:
-                values = driver.run_stage(stage, inside, modules, reference)
+                values = run_stage(stage, inside, modules, reference)
                 found[stage] = Outcome(json.loads(json.dumps(values)))
             except Exception as error:
                 found[stage] = Outcome(None, driver.in_one_line(error, ""))
@@ -157,15 +158,15 @@ def test_any_choice_of_an_exercises_bugs_is_told_from_any_other(seed):
 def test_the_bugs_are_the_same_functions_in_flax():
     """The forward passes uncompiled, for each would be compiled once and used once."""
     tokens = probes.tokens(3, 7, 0)
-    with flax_stages.scope():
+    with in_flax.scope():
         for plant in (None, *PLANTS, *MISHAPS):
             if plant is not None and plant.stage != "forward pass":
                 continue
             plants = () if plant is None else (plant,)
             modules = driver.loaded(mutated_files("flax", plants))
-            model = flax_stages.build(modules)
-            logits = flax_stages.logits_of(model(flax_stages.ids(tokens)))
-            values = {"logits of 3 x 7 tokens": flax_stages.array(logits)}
+            model = in_flax.build(modules)
+            logits = probes.logits_of(model(in_flax.ids(tokens)))
+            values = {"logits of 3 x 7 tokens": in_flax.array(logits)}
             wanted = {name: expected("forward pass", plants)[name] for name in values}
             assert gaps("forward pass", values, wanted)["logits of 3 x 7 tokens"] < 1e-6, plant
     for plant in (*PLANTS, *MISHAPS):

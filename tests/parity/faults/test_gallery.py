@@ -22,7 +22,7 @@ def plant_id(plant):
 
 
 def sentences(text):
-    """How many there are: a point, and a space or the end behind it."""
+    """Count them: a point, and a space or the end after it."""
     return len(re.findall(r"[.?!](?=\s|$)", text))
 
 

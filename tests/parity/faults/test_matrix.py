@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from parity.doctor import DETECTORS, examine, twin_patient
-from parity.doctor.twin_patients import CONFIG
+from parity.doctor import DETECTORS, examine, twin_model
+from parity.doctor.twins import CONFIG
 from parity.faults import BUGS, GALLERY, find, mutated
 from parity.faults.edit import twin
 from parity.faults.matrix import NAMES, Matrix, Row, draw, measure
@@ -32,9 +32,9 @@ def test_a_planted_bug_is_seen_by_the_detectors_it_names(framework, bug):
     names = bug.caught_by if framework == "torch" else bug.caught_by[:1]
     with mutated(f"{framework}_gpt", bug.edits(framework)) as package:
         healthy = twin(framework) if "parity" in names else None
-        patient = twin_patient(framework, package, healthy=healthy)
+        model = twin_model(framework, package, healthy=healthy)
         for name in names:
-            finding = _DETECTORS[name](patient)
+            finding = _DETECTORS[name](model)
             assert finding.verdict is Verdict.FAIL, f"{name}: {finding.sentence}"
 
 
@@ -43,8 +43,8 @@ def test_a_planted_bug_is_seen_by_the_detectors_it_names(framework, bug):
 )
 def test_a_healthy_twin_raises_no_alarm(framework, seed):
     healthy = twin(framework) if seed % 5 == 0 else None
-    patient = twin_patient(framework, twin(framework), seed=seed, healthy=healthy)
-    found = examine(patient, stop_early=False)
+    model = twin_model(framework, twin(framework), seed=seed, healthy=healthy)
+    found = examine(model, stop_early=False)
     assert found.fired == (), [x.finding.sentence for x in found.answers]
 
 
@@ -60,8 +60,8 @@ def test_a_healthy_twin_raises_no_alarm(framework, seed):
 )
 def test_a_healthy_twin_of_another_shape_raises_no_alarm(changes):
     config = dataclasses.replace(CONFIG, **changes)
-    patient = twin_patient("torch", twin("torch"), config, healthy=twin("torch"))
-    found = examine(patient, stop_early=False)
+    model = twin_model("torch", twin("torch"), config, healthy=twin("torch"))
+    found = examine(model, stop_early=False)
     assert found.fired == (), [x.finding.sentence for x in found.answers]
 
 

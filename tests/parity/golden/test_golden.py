@@ -14,10 +14,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from parity import golden
-from parity.check.check import LEVELS
-from parity.check.levels.optimizer import STEPS
-from parity.cli import record as command
-from parity.golden.check import LEVELS as GOLDEN_LEVELS
+from parity.check.levels.names import LEVELS, OPTIMIZER_STEPS
+from parity.frameworks.spec import ModuleUse
 from parity.weights.layouts import Layout
 from parity.weights.rules import Rule, Rules
 
@@ -54,7 +52,7 @@ ABSENT = {"torch": ["jax", "jaxlib", "flax", "optax", "flax_gpt"], "flax": ["tor
 def half(name: str, framework: str) -> str:
     """A pair's file without what needs the other framework."""
     others = {"torch": {"jax", "jnp", "flax", "nnx"}, "flax": {"torch"}}[framework]
-    tree = ast.parse((ROOT / "parity" / "selftest" / "pairs" / f"{name}.py").read_text())
+    tree = ast.parse((ROOT / "parity" / "faults" / "selftest" / "pairs" / f"{name}.py").read_text())
 
     def words(statement: ast.stmt) -> set[str]:
         nodes = list(ast.walk(statement))
@@ -254,7 +252,9 @@ def test_what_is_read_is_what_was_written(net, tmp_path):
     np.testing.assert_array_equal(back.weights["head.weight"], back.weights["embedding.weight"])
     np.testing.assert_array_equal(back.states[2].second["scale"], net.states[2].second["scale"])
     np.testing.assert_array_equal(back.probes["less"].inputs[0], TOKENS[:, :2])
-    assert back.loss == net.loss and back.states[3].count == 4 and len(back.losses) == STEPS
+    assert (
+        back.loss == net.loss and back.states[3].count == 4 and len(back.losses) == OPTIMIZER_STEPS
+    )
     back.write(tmp_path / "back.safetensors")
     assert (tmp_path / "back.safetensors").read_bytes() == path.read_bytes()
 
@@ -272,9 +272,9 @@ def test_another_optimizer_is_caught_at_its_level(changes):
     def adamw(**changes):
         return lambda parameters: torch.optim.AdamW(parameters, **(dict(lr=1e-3) | changes))
 
-    made = golden.record(Net(), TOKENS, optimizer=adamw())
-    assert golden.check(made, Net(), optimizer=adamw()).verdict == "PASS"
-    report = golden.check(made, Net(), optimizer=adamw(**changes))
+    made = golden.record(Net(), TOKENS, use=ModuleUse(optimizer=adamw()))
+    assert golden.check(made, Net(), use=ModuleUse(optimizer=adamw())).verdict == "PASS"
+    report = golden.check(made, Net(), use=ModuleUse(optimizer=adamw(**changes)))
     failed = [x.name for x in report.levels if x.verdict == "FAIL"]
     assert failed == ["optimizer"] and report.divergence.where in made.weights
 
@@ -288,8 +288,8 @@ def test_a_rate_that_changes_behind_the_fourth_step_is_caught_on_the_trajectory(
             self.param_groups[0]["lr"] = 1e-3 if self.taken < 5 else 2e-3
             return super().step(*args)
 
-    made = golden.record(Net(), TOKENS, steps=6, optimizer=torch.optim.AdamW)
-    report = golden.check(made, Net(), optimizer=Late)
+    made = golden.record(Net(), TOKENS, steps=6, use=ModuleUse(optimizer=torch.optim.AdamW))
+    report = golden.check(made, Net(), use=ModuleUse(optimizer=Late))
     assert [x.name for x in report.levels if x.verdict == "FAIL"] == ["trajectory"]
     assert report.divergence.step == 6
 
@@ -301,7 +301,7 @@ def test_another_loss_is_caught_by_leaf(net):
         projected = torch.dot(output.flatten(), weights / np.sqrt(output.numel()))
         return projected + 0.1 * (model.scale - model.scale.detach()).sum()
 
-    report = golden.check(net, Net(), loss=half_detached)
+    report = golden.check(net, Net(), use=ModuleUse(loss=half_detached))
     assert [x.name for x in report.levels if x.verdict == "FAIL"] == ["gradients"]
     assert report.divergence.where == "scale" and report.divergence.phase == "backward"
 
@@ -377,7 +377,10 @@ def test_rules_that_are_missing_or_not_wanted_are_errors(net):
     [
         (dict(steps=3), "3 steps < 4. Fewer cannot see"),
         (dict(weights="mine"), "there are random and own"),
-        (dict(call=lambda model, x: model(x) / 0), "probe/0/output, loss, losses not finite"),
+        (
+            dict(use=ModuleUse(lambda model, x: model(x) / 0)),
+            "probe/0/output, loss, losses not finite",
+        ),
     ],
 )
 def test_what_cannot_be_recorded_is_refused_and_nothing_is_written(options, message, tmp_path):
@@ -413,7 +416,3 @@ def test_options_that_clash_end_in_a_line(arguments, message, tmp_path, monkeypa
     errors = capsys.readouterr().err
     assert end.value.code == 2 and message in errors and len(errors.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
-
-
-def test_names_and_numbers_that_the_command_repeats_are_those_of_the_package():
-    assert list(GOLDEN_LEVELS) == list(LEVELS) and command.STEPS == STEPS

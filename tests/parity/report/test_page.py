@@ -10,10 +10,11 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from parity.check.check import check
-from parity.check.levels.optimizer import HORIZON
+from parity.check.levels.names import HORIZON
 from parity.faults import Edit, mutated
 from parity.report import Divergence, Level, Report
 from parity.report.page import SHOWN
+from parity.report.page import page as html_page
 from parity.report.plot_data import Flip, Generation, LossCurves, ModuleGaps, PlotData
 from parity.report.record import Record, Verdict, judge
 from parity.report.svg import linear_scale, log_scale
@@ -64,15 +65,15 @@ def plots(text: str) -> list[ET.Element]:
     return found
 
 
-def report(*levels: Level, divergence=None, evidence=None) -> Report:
+def report(*levels: Level, divergence=None, plot_data=None) -> Report:
     """A report of these levels."""
-    return Report({"python": "3"}, SUBJECT, levels, divergence, evidence)
+    return Report({"python": "3"}, SUBJECT, levels, divergence, plot_data)
 
 
 @pytest.fixture(scope="module")
 def passed(small) -> Report:
     """A pair that is one function."""
-    return check(small(), levels=LEVELS, steps=HORIZON, evidence=True)
+    return check(small(), levels=LEVELS, steps=HORIZON, plot_data=True)
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +82,11 @@ def failed(small) -> Report:
     edit = Edit("layers.py", 'approximate="tanh" if', 'approximate="none" if')
     with mutated("torch_gpt", [edit]) as wrong:
         pair = small(torch_package=wrong)
-        return check(pair, levels=LEVELS, dtypes=("float64",), evidence=True)
+        return check(pair, levels=LEVELS, dtypes=("float64",), plot_data=True)
 
 
 def test_a_pass_is_said_first_and_drawn(passed):
-    page = Page(passed.to_html())
+    page = Page(html_page(passed))
     count = sum(level.count for level in passed.levels)
     outcome = f"PASS. The same function on everything compared: {count:,} numbers."
     assert page.words.index(outcome) < page.words.index("Levels")
@@ -98,14 +99,14 @@ def test_a_pass_is_said_first_and_drawn(passed):
 
 
 def test_every_module_is_drawn_below_the_bound_where_all_is_rounding(passed):
-    seen = passed.evidence.modules
+    seen = passed.plot_data.modules
     paths = [path for path, _ in seen.gaps]
     assert {"token_embedding", "blocks.0", "blocks.1.mlp.up", "GPT"} <= set(paths)
     assert paths.index("blocks.0.mlp") < paths.index("blocks.0") < paths.index("blocks.1.norm_1")
     assert paths[-1] == "GPT"
     assert all(gap <= seen.bound for _, gap in seen.gaps)
     assert any(gap > 0 for _, gap in seen.gaps)
-    drawing, *_ = plots(passed.to_html())
+    drawing, *_ = plots(html_page(passed))
     dots = drawing.findall("circle[@class='dot']")
     assert [dot.find("title").text.partition(":")[0] for dot in dots] == paths
     across = [float(dot.get("cx")) for dot in dots]
@@ -117,8 +118,8 @@ def test_every_module_is_drawn_below_the_bound_where_all_is_rounding(passed):
     assert "blocks.1" in [text.text for text in drawing.findall("text")]
 
 
-def test_a_failure_says_where_first_and_marks_the_guilty_module(failed):
-    page = Page(failed.to_html())
+def test_a_failure_says_where_first_and_marks_the_divergent_module(failed):
+    page = Page(html_page(failed))
     words = page.words
     assert "FAIL. Not the same function. First differs at blocks.0.mlp phase forward gap" in words
     assert failed.divergence.detail in words
@@ -128,14 +129,14 @@ def test_a_failure_says_where_first_and_marks_the_guilty_module(failed):
     bad = next(record for level in failed.levels for record in level.unpassed)
     assert f"logits FAIL {bad.name} float64 max abs" in words
     assert "Losses" not in words and "Tokens" not in words, "blocked levels have seen nothing"
-    (drawing,) = plots(failed.to_html())
+    (drawing,) = plots(html_page(failed))
     assert [text.text for text in drawing.findall("text[@class='named']")] == ["blocks.0.mlp"]
     ring = drawing.find("circle[@class='ring']")
     circles = drawing.findall("circle[title]")
     dots = {circle.find("title").text.partition(":")[0]: circle for circle in circles}
-    guilty = dots["blocks.0.mlp"]
-    assert (ring.get("cx"), ring.get("cy")) == (guilty.get("cx"), guilty.get("cy"))
-    assert guilty.get("class") == "dot off"
+    divergent = dots["blocks.0.mlp"]
+    assert (ring.get("cx"), ring.get("cy")) == (divergent.get("cx"), divergent.get("cy"))
+    assert divergent.get("class") == "dot off"
     assert dots["blocks.0.mlp.up"].get("class") == dots["blocks.0.attention"].get("class") == "dot"
 
 
@@ -148,19 +149,19 @@ def test_the_plot_is_of_the_probe_that_failed(small):
         return logits + 1.0 if tokens.shape[1] == 47 else logits
 
     wrong = dataclasses.replace(pair, torch=dataclasses.replace(pair.torch, forward=forward))
-    found = check(wrong, levels=["logits"], dtypes=("float64",), evidence=True)
-    assert found.verdict is Verdict.FAIL and found.evidence.modules.probe == "context - 1"
+    found = check(wrong, levels=["logits"], dtypes=("float64",), plot_data=True)
+    assert found.verdict is Verdict.FAIL and found.plot_data.modules.probe == "context - 1"
 
 
 def test_losses_and_margins_are_drawn_in_every_dtype(passed):
-    _, *curves, greedy, drawn = plots(passed.to_html())
+    _, *curves, greedy, drawn = plots(html_page(passed))
     assert [x.find("title").text for x in curves] == ["Losses in float64", "Losses in float32"]
-    for drawing, seen in zip(curves, passed.evidence.losses, strict=True):
+    for drawing, seen in zip(curves, passed.plot_data.losses, strict=True):
         assert len(seen.flax) == len(seen.torch) == HORIZON and seen.flax != seen.torch
         for side in ("flax", "torch"):
             assert drawing.find(f"path[@class='line {side}']").get("d").count("L") == HORIZON - 1
         assert drawing.find("path[@class='dots']").get("d").count("M") == HORIZON
-    for drawing, seen in zip((greedy, drawn), passed.evidence.generations, strict=True):
+    for drawing, seen in zip((greedy, drawn), passed.plot_data.generations, strict=True):
         assert list(seen.reach) == ["float64", "float32"]
         rows = drawing.findall("path[@class='dots light']")
         assert [row.get("d").count("M") for row in rows] == [16] * 4
@@ -174,14 +175,14 @@ def test_losses_and_margins_are_drawn_in_every_dtype(passed):
 
 def test_nothing_is_kept_that_was_not_asked_for(small, passed):
     plain = check(small(), levels=["weights", "logits"], dtypes=("float64",))
-    assert plain.evidence is None and json.loads(plain.to_json())["evidence"] is None
-    page = Page(plain.to_html())
+    assert plain.plot_data is None and json.loads(plain.to_json())["evidence"] is None
+    page = Page(html_page(plain))
     assert "svg" not in page.tags
     assert not [section for section in SECTIONS if section in page.words]
     document = json.loads(passed.to_json())["evidence"]
-    assert len(document["modules"]["gaps"]) == len(passed.evidence.modules.gaps) > 20
+    assert len(document["modules"]["gaps"]) == len(passed.plot_data.modules.gaps) > 20
     assert len(document["losses"][1]["torch"]) == HORIZON
-    assert document["generations"][0]["tokens"] == passed.evidence.generations[0].tokens
+    assert document["generations"][0]["tokens"] == passed.plot_data.generations[0].tokens
 
 
 def test_a_capture_that_fails_is_told_and_changes_no_verdict(small, monkeypatch):
@@ -189,20 +190,20 @@ def test_a_capture_that_fails_is_told_and_changes_no_verdict(small, monkeypatch)
         raise RuntimeError("no <hook> fits")
 
     monkeypatch.setattr("parity.check.check.gaps_by_module", broken)
-    found = check(small(), levels=["weights", "logits"], dtypes=("float64",), evidence=True)
+    found = check(small(), levels=["weights", "logits"], dtypes=("float64",), plot_data=True)
     assert found.verdict is Verdict.PASS
-    page = found.to_html()
+    page = html_page(found)
     assert "RuntimeError: no &lt;hook&gt; fits" in page and plots(page) == []
 
 
 def test_the_page_stands_alone_and_escapes_what_it_is_told(passed):
     name = "a<b>&\"c'"
     seen = PlotData(ModuleGaps(name, ((name, 1.0), ("x", 0.0)), 1e-12))
-    bad = judge(name, "float64", "max_abs", 1.0, 1e-12, 1, note=name, where=name)
+    bad = judge(name, "float64", "max_abs", 1.0, 1e-12, 1, note=name).at(name)
     level = Level("logits", 1.0, (bad, judge("x", "float64", "max_abs", 0.0, 1.0, 1, note=name)))
-    parted = Divergence(name, "forward", 0, 1.0, name, name)
-    made = Report({"python": name}, SUBJECT | {"torch": name}, (level,), parted, seen)
-    for text in (made.to_html(), passed.to_html()):
+    found_at = Divergence(name, "forward", 0, 1.0, name, name)
+    made = Report({"python": name}, SUBJECT | {"torch": name}, (level,), found_at, seen)
+    for text in (html_page(made), html_page(passed)):
         assert not re.search(r"https?:|//\w|url\(|@import", text)
         page = Page(text)
         assert not {"script", "link", "img", "iframe", "b"} & set(page.tags)
@@ -210,15 +211,15 @@ def test_the_page_stands_alone_and_escapes_what_it_is_told(passed):
         assert not {"src", "href", "style", "onclick"} & keys
         assert dict(page.attributes)["charset"] == "utf-8"
         plots(text)
-    assert Page(made.to_html()).words.count(name) > 10
-    drawing = plots(made.to_html())[0]
+    assert Page(html_page(made)).words.count(name) > 10
+    drawing = plots(html_page(made))[0]
     assert drawing.find("text[@class='named']").text == name
-    assert f"First to part: {name}." in drawing.find("desc").text
+    assert f"First to diverge: {name}." in drawing.find("desc").text
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf, 0.0, 5e-324, 1e308])
 def test_numbers_that_have_no_place_break_no_plot(odd):
-    parted = Divergence("m", "forward", 0, odd)
+    found_at = Divergence("m", "forward", 0, odd)
     for others in ([], [1e-15, 2.0]):
         values = (odd, *others, odd)
         curve = LossCurves("float64", values, values[::-1], 1e-12)
@@ -228,7 +229,7 @@ def test_numbers_that_have_no_place_break_no_plot(odd):
         )  # fmt: skip
         gaps = tuple((f"m{'.1' * n}", value) for n, value in enumerate(values))
         seen = PlotData(ModuleGaps("probe", gaps, 1e-12), [curve], [tokens])
-        page = report(Level("a", 1.0, (GOOD,)), divergence=parted, evidence=seen).to_html()
+        page = html_page(report(Level("a", 1.0, (GOOD,)), divergence=found_at, plot_data=seen))
         assert len(plots(page)) == 3
 
 
@@ -237,7 +238,7 @@ def test_what_holds_no_number_is_not_drawn():
         ModuleGaps("probe", (), 1e-12), [LossCurves("float64", (), (), 1e-12)],
         [Generation("greedy", [[], []], [[], []], {"float64": 0.0})],
     )  # fmt: skip
-    page = report(Level("a", 1.0, (GOOD,)), evidence=empty).to_html()
+    page = html_page(report(Level("a", 1.0, (GOOD,)), plot_data=empty))
     assert plots(page) == [] and "There are none to draw." in page and "Losses" not in page
 
 
@@ -246,28 +247,28 @@ def test_a_flip_is_ringed_and_told_in_its_row():
         "greedy", [[1, 2], [3, 4]], [[1.0, 0.5], [0.25, 2.0]], {"float32": 1e-5},
         [Flip("torch_gpt, cached", "float32", 1, 0)],
     )  # fmt: skip
-    made = report(Level("tokens", 1.0, (GOOD,)), evidence=PlotData(generations=[tokens]))
-    (drawing,) = plots(made.to_html())
+    made = report(Level("tokens", 1.0, (GOOD,)), plot_data=PlotData(generations=[tokens]))
+    (drawing,) = plots(html_page(made))
     (ring,) = drawing.findall("circle[@class='ring']")
     words = "torch_gpt, cached, float32: row 1 flips at token 1"
     assert ring.find("title").text == words
-    rows = re.findall(r"<tr><td>\d</td>.*?</tr>", made.to_html(), re.DOTALL)
+    rows = re.findall(r"<tr><td>\d</td>.*?</tr>", html_page(made), re.DOTALL)
     assert "none" in rows[0] and "torch_gpt, cached, float32: token 1" in rows[1]
     assert "0.50" in rows[0] and "0.25" in rows[1]
 
 
 def test_what_failed_is_listed_up_to_some_dozens_and_then_counted():
     bad = [judge(f"leaf {n}", "float32", "max_abs", 1.0, 0.5, 1) for n in range(SHOWN + 12)]
-    page = Page(report(Level("a", 1.0, tuple(bad)), Level("b", 0.0, (), blocked=True)).to_html())
+    page = Page(html_page(report(Level("a", 1.0, tuple(bad)), Level("b", 0.0, (), blocked=True))))
     assert f"leaf {SHOWN - 1}" in page.words and f"leaf {SHOWN} " not in page.words
     assert "And 12 more." in page.words and "BLOCKED" in page.words
-    few = Page(report(Level("a", 1.0, tuple(bad[:SHOWN]))).to_html())
+    few = Page(html_page(report(Level("a", 1.0, tuple(bad[:SHOWN])))))
     assert "more." not in few.words
 
 
 def test_an_error_is_told_in_its_own_words():
     error = Record("logits", "", "ran", None, None, 0, Verdict.ERROR, note="RuntimeError: boom")
-    words = Page(report(Level("logits", 1.0, (error,))).to_html()).words
+    words = Page(html_page(report(Level("logits", 1.0, (error,))))).words
     assert "ERROR. The check did not run to its end." in words and "RuntimeError: boom" in words
 
 

@@ -24,7 +24,7 @@ from parity.training import (
     draw_precision,
     draw_training,
     evaluate,
-    parted,
+    judge_gap,
     precision_report,
     train,
 )
@@ -48,11 +48,10 @@ def text(corpus) -> Corpus:
 
 def config_of(text: Corpus, **changes) -> RunConfig:
     """A small run with dropout, accumulation and a schedule; changes go where they belong."""
-    model = dataclasses.asdict(
-        flax_gpt.GPTConfig(**MODEL | {"vocab_size": len(text.vocabulary)} | _of(changes, MODEL))
-    )
+    sizes = MODEL | {"vocab_size": len(text.vocabulary)} | _of(changes, MODEL)
     fields = {field.name for field in dataclasses.fields(flax_gpt.TrainConfig)}
-    training = dataclasses.asdict(flax_gpt.TrainConfig(**TRAINING | _of(changes, fields)))
+    model = flax_gpt.GPTConfig(**sizes)
+    training = flax_gpt.TrainConfig(**TRAINING | _of(changes, fields))
     rest = {name: x for name, x in changes.items() if name not in MODEL and name not in fields}
     return RunConfig.of(
         text, model=model, training=training, **dict(rows=4, width=16, seed=3) | rest
@@ -110,8 +109,8 @@ def test_the_twins_stay_together_and_are_judged_alike(tmp_path, text):
     run, trainers = started(tmp_path / "run", config_of(text, dtype="float64"))
     learn, held_out = text.split()
     train(run, learn, trainers, 5)
-    is_bug, words = parted(run, learn, trainers)
-    assert not is_bug and words.endswith("bound 1e-12")
+    is_bug, gap = judge_gap(run, learn, trainers)
+    assert not is_bug and gap.endswith("bound 1e-12")
     flax, torch = evaluate(run.config, held_out, trainers).values()
     assert flax["tokens"] == torch["tokens"] == 2000 // 16 * 15
     for name in ("loss", "perplexity", "accuracy"):
@@ -126,14 +125,14 @@ def test_a_chaotic_run_is_called_rounding_and_a_broken_twin_a_bug(
     wild = config_of(text, learning_rate=0.5, schedule="constant", dropout=0.0, clip_norm=None)
     run, trainers = started(tmp_path / "wild", wild)
     train(run, text, trainers, 40)
-    is_bug, words = parted(run, text, trainers)
-    assert "Looks like rounding" in words and not is_bug
-    broken = plant("torch_gpt", "optimizer.py", "config.beta2", "0.999")
-    monkeypatch.setattr("parity.training.loop.torch_gpt", broken)
+    is_bug, gap = judge_gap(run, text, trainers)
+    assert "Looks like rounding" in gap and not is_bug
+    broken = plant("torch_gpt", "training/optimizer.py", "config.beta2", "0.999")
+    monkeypatch.setattr("parity.twins.torch.torch_gpt", broken)
     run, trainers = started(tmp_path / "broken", config_of(text))
     train(run, text, trainers, 6)
-    is_bug, words = parted(run, text, trainers)
-    assert is_bug and "past the bound 2e-05 from step 3. Looks like a bug" in words
+    is_bug, gap = judge_gap(run, text, trainers)
+    assert is_bug and "past the bound 2e-05 from step 3. Looks like a bug" in gap
 
 
 KILLED = """
@@ -367,13 +366,13 @@ def test_pictures_are_drawn_for_one_twin_and_for_two(tmp_path, text):
 def test_every_type_starts_from_the_same_weights_and_is_judged_by_float64(tmp_path, text):
     dtypes = "float64", "float32", "bfloat16"
     report = precision_report(config_of(text), text, CPU, 5, dtypes)
-    assert report["verdict"] == "PASS" and set(report["ratios"]) == set(dtypes[1:])
+    assert report.verdict == "PASS" and set(report.ratios) == set(dtypes[1:])
     for name in ("flax", "torch"):
-        start = {dtype: report["curves"][dtype][name][0] for dtype in dtypes}
+        start = {dtype: report.curves[dtype][name][0] for dtype in dtypes}
         for dtype, least, most in (("float32", 0.0, 1e-6), ("bfloat16", 1e-6, 1e-2)):
             gap = abs(start[dtype] - start["float64"])
             assert least <= gap <= most, (dtype, gap)
-    draw_precision(tmp_path / "precision.png", json.loads(as_line(report)))
+    draw_precision(tmp_path / "precision.png", report)
     assert (tmp_path / "precision.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -382,7 +381,8 @@ def test_a_twin_that_computes_in_a_narrower_type_fails_by_the_ratio(text, plant,
     narrower = "torch.float32 if x_BTD.dtype == torch.float64 else torch.bfloat16"
     wrong = f"{right}.to({narrower}).to(x_BTD)"
     broken = plant("torch_gpt", "model.py", right, wrong)
-    monkeypatch.setattr("parity.training.loop.torch_gpt", broken)
+    monkeypatch.setattr("parity.twins.torch.torch_gpt", broken)
     report = precision_report(config_of(text), text, CPU, 3, ("float64", "float32"))
-    assert report["verdicts"] == {"float64": "FAIL", "float32": "FAIL"}
-    assert report["verdict"] == "FAIL" and report["ratios"]["float32"][-1] < 0.25
+    assert report.verdicts == {"float64": "FAIL", "float32": "FAIL"}
+    document = json.loads(as_line(report.to_dict()))
+    assert document["verdict"] == "FAIL" and document["ratios"]["float32"][-1] < 0.25

@@ -1,7 +1,5 @@
 """Text from a run: the same from either twin, for every way of choosing."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 
@@ -29,9 +27,13 @@ def run(corpus, tmp_path_factory) -> Run:
     from flax_gpt import TrainConfig
 
     config = RunConfig.of(
-        corpus, model=dataclasses.asdict(preset_config(corpus, "tiny")),
-        training=dataclasses.asdict(TrainConfig(learning_rate=3e-3)), rows=8, width=64, seed=0,
-    )  # fmt: skip
+        corpus,
+        model=preset_config(corpus, "tiny"),
+        training=TrainConfig(learning_rate=3e-3),
+        rows=8,
+        width=64,
+        seed=0,
+    )
     run = Run.start(tmp_path_factory.mktemp("runs") / "run", config)
     train(run, corpus, Trainers(config, CPU), 40)
     return run
@@ -78,17 +80,19 @@ def test_one_twin_can_write_alone(run):
     assert alone.texts["torch"] == both.texts["flax"] and set(alone.texts) == {"torch"}
 
 
-def test_texts_that_part_are_a_failure_unless_rounding_explains_it(writer):
+def test_texts_that_diverge_are_a_failure_unless_rounding_explains_it(writer):
     rows = {"flax": np.array([1, 2, 3], np.int32), "torch": np.array([1, 5, 6], np.int32)}
     wide = {name: np.array([1.0, 0.5, 1.0]) for name in rows}
     thin = {name: np.array([1.0, 0.0, 1.0]) for name in rows}
     prompt = np.array([7, 8], np.int32)
-    verdict, note = writer._compare(prompt, rows, wide, GREEDY)
-    assert verdict is Verdict.FAIL and note.startswith("the texts part at token 2, margin 5.0e-01")
-    assert writer._compare(prompt, rows, thin, GREEDY)[0] is Verdict.TIE
+    verdict, note = writer._compare(prompt, rows, wide, 0.0)
+    assert verdict is Verdict.FAIL and note.startswith(
+        "the texts diverge at token 2, margin 5.0e-01"
+    )
+    assert writer._compare(prompt, rows, thin, 0.0)[0] is Verdict.TIE
     # The noise of a draw errs by more than the logits of equal weights.
     noisy = {name: np.array([1.0, 5e-6, 1.0]) for name in rows}
-    assert writer._compare(prompt, rows, noisy, SETTINGS["0.8"])[0] is Verdict.TIE
+    assert writer._compare(prompt, rows, noisy, 0.8)[0] is Verdict.TIE
 
 
 def test_a_prompt_of_unknown_characters_is_refused_with_those_that_are_known(writer):
@@ -119,9 +123,14 @@ def test_a_run_of_one_twin_can_be_written_from_by_the_other(corpus, tmp_path):
     )  # fmt: skip
     for name in ("flax", "torch"):
         config = RunConfig.of(
-            small, model=dataclasses.asdict(model), training=dataclasses.asdict(TrainConfig()),
-            rows=2, width=8, seed=0, frameworks=(name,),
-        )  # fmt: skip
+            small,
+            model=model,
+            training=TrainConfig(),
+            rows=2,
+            width=8,
+            seed=0,
+            frameworks=(name,),
+        )
         run = Run.start(tmp_path / name, config)
         train(run, small, Trainers(config, CPU), 2)
         written = Writer(run, CPU).write("the ", 6)

@@ -1,9 +1,9 @@
-"""An optimizer of Adam's family, read off from what it did in its first steps.
+"""Inference of the settings of an Adam-like optimizer from its first steps.
 
 Nothing is guessed and no setting is looked up. From the weights before and after each step, the
 moments and the gradient of the loss, all in float64, linear fits give every constant to about ten
-digits, each with its error; a part that no form of Adam explains to rounding is left unread. Two
-optimizers differ by what was read off them.
+digits, each with its error; what no form of Adam explains to rounding stays unknown. Two optimizers
+are compared by their inferred settings.
 
 Kingma and Ba, "Adam: a method for stochastic optimization", 2015; Loshchilov and Hutter, "Decoupled
 weight decay regularization", 2019.

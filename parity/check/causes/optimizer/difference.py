@@ -1,7 +1,7 @@
-"""The difference of two optimizers that were read off, in words."""
+"""The difference between two inferred optimizers as a sentence."""
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import numpy as np
 
@@ -9,15 +9,18 @@ from parity.check.causes.fit import Number
 from parity.check.causes.optimizer.gradient import Gradient
 from parity.check.causes.optimizer.reading import Reading
 from parity.check.causes.optimizer.update import Update
+from parity.check.null_gradients import kinds_of
 
-# Kinds of leaves that are named before the rest is counted.
+Side = TypeVar("Side")
+
+# Kinds of leaves that are named; the rest is counted.
 _NAMED = 3
-# Digits in which a number is written, where fewer do not tell two apart.
+# Digits of a number, where fewer do not tell two apart.
 _DIGITS = 12
 
 
 def difference(flax: Reading, torch: Reading, names: tuple[str, str]) -> str | None:
-    """What the two did not do alike; None where one of them could not be read, or nothing differs.
+    """Describe how two optimizers differ; None where one is unknown, or nothing differs.
 
     Args:
         flax: of one side.
@@ -29,7 +32,7 @@ def difference(flax: Reading, torch: Reading, names: tuple[str, str]) -> str | N
 
 
 def _causes(sides: dict[str, Reading]) -> Iterator[str]:
-    """In the order in which a step goes."""
+    """Yield differences in the order of a step's computation."""
     if still := _only(sides, lambda side: not side.moves):
         yield f"{still} changes no weight"
         return
@@ -55,16 +58,16 @@ def _causes(sides: dict[str, Reading]) -> Iterator[str]:
 
 
 def _composition(side: Reading) -> str:
-    """What the gradient is, if not that of the loss."""
-    parts = side.shares
-    if parts is None:
+    """Describe a gradient that is not that of the loss."""
+    if side.shares is None:
         return "not that of its loss"
-    whole = [index for index, part in enumerate(parts) if not part.is_zero]
-    if len(whole) == 1:
-        return f"that of part {whole[0] + 1} of {len(parts)} of the batch alone"
-    if not any(part.differs(parts[0]) for part in parts):
-        return f"that of the mean over {len(parts)} parts of the batch of the mean loss of each"
-    return f"another mixture of those of {len(parts)} parts of the batch than that of its loss"
+    num = len(side.shares)
+    used = [index for index, share in enumerate(side.shares) if not share.is_zero]
+    if len(used) == 1:
+        return f"that of part {used[0] + 1} of {num} of the batch alone"
+    if not any(share.differs(side.shares[0]) for share in side.shares):
+        return f"that of the mean over {num} parts of the batch of the mean loss of each"
+    return f"another mixture of those of {num} parts of the batch than that of its loss"
 
 
 def _gradients(gradients: dict[str, Gradient]) -> Iterator[str]:
@@ -101,7 +104,7 @@ def _epsilons(updates: dict[str, Update]) -> Iterator[str]:
 
 
 def _rates(sides: dict[str, Reading]) -> Iterator[str]:
-    """The relation of two schedules. A missing correction of bias acts as another schedule."""
+    """Relate two schedules. A missing bias correction acts as another schedule."""
     rates = {name: side.update.rates for name, side in sides.items()}
     (name, ours), (other, theirs) = rates.items()
     if _alike(ours, theirs):
@@ -120,13 +123,13 @@ def _rates(sides: dict[str, Reading]) -> Iterator[str]:
             if _alike(rates[side], corrected):
                 yield f"{side} does not correct the bias of {moments}"
                 return
-    for ahead, behind in ((name, other), (other, name)):
-        if _alike(rates[ahead][:-1], rates[behind][1:]):
-            yield f"the schedule of {ahead} is one update ahead of that of {behind}"
+    for side, rest in ((name, other), (other, name)):
+        if _alike(rates[side][:-1], rates[rest][1:]):
+            yield f"the schedule of {side} is one update ahead of that of {rest}"
             return
-    for lost, kept in ((name, other), (other, name)):
-        if rates[lost][0].is_zero and not rates[kept][0].is_zero:
-            yield f"the first update of {lost} has a rate of zero"
+    for side, rest in ((name, other), (other, name)):
+        if rates[side][0].is_zero and not rates[rest][0].is_zero:
+            yield f"the first update of {side} has a rate of zero"
             return
     ratios = [y / x for x, y in zip(ours, theirs, strict=True)]
     if _alike(ratios, ratios[:1] * len(ratios)):
@@ -160,7 +163,7 @@ def _decays(gradients: dict[str, Gradient], updates: dict[str, Update]) -> Itera
 
 
 def _masks(words: str, decays: dict[str, Mapping[str, Number]]) -> Iterator[str]:
-    """Which leaves decay, and by how much."""
+    """Compare which leaves decay, and by how much."""
     (name, ours), (other, theirs) = decays.items()
     decaying = {x: _decaying(decay) for x, decay in decays.items()}
     known = {x for x in ours if ours[x].error < float("inf") and theirs[x].error < float("inf")}
@@ -182,14 +185,14 @@ def _decaying(decay: Mapping[str, Number]) -> list[str]:
 
 
 def _leaves(names: Iterable[str]) -> str:
-    """Names of leaves; layers of one kind are named once."""
-    kinds = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
+    """Name leaves; layers of one kind are named once."""
+    kinds = kinds_of(names)
     more = len(kinds) - _NAMED
     return ", ".join(kinds[:_NAMED]) + (f" and {more} other kinds of leaves" if more > 0 else "")
 
 
 def _values(words: str, numbers: dict[str, Number]) -> Iterator[str]:
-    """A constant that differs, with both its values."""
+    """Describe a constant that differs, with both its values."""
     (name, ours), (other, theirs) = numbers.items()
     if ours.differs(theirs):
         a, b = _text(ours), _text(theirs)
@@ -199,7 +202,7 @@ def _values(words: str, numbers: dict[str, Number]) -> Iterator[str]:
 
 
 def _text(x: Number) -> str:
-    """A number in the few digits that constants are written with, and 0 where it is that."""
+    """Format a number in the few digits that constants are written with."""
     return "0" if x.is_zero else f"{x.value:.6g}"
 
 
@@ -207,7 +210,7 @@ def _alike(a: Iterable[Number], b: Iterable[Number]) -> bool:
     return not any(x.differs(y) for x, y in zip(a, b, strict=True))
 
 
-def _only(sides: dict, holds: Callable) -> str | None:
-    """The one side of which something holds; None when it holds of both or of neither."""
+def _only(sides: Mapping[str, Side], holds: Callable[[Side], object]) -> str | None:
+    """Return the one side of which something holds; None when it holds of both or of neither."""
     names = [name for name, side in sides.items() if holds(side)]
     return names[0] if len(names) == 1 else None

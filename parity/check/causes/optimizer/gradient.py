@@ -1,4 +1,4 @@
-"""What reaches an optimizer's moments, in terms of the gradient of the loss."""
+"""How the gradient that reaches an optimizer's moments follows from that of the loss."""
 
 import dataclasses
 import itertools
@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from parity.check.causes.fit import Equations, Number, constant_of, norm, part_along, solve
-from parity.check.causes.optimizer.step import GRADIENT, Step, earlier
+from parity.check.bounds import GRADIENT_ROUNDING
+from parity.check.causes.fit import Equations, Number, constant_of, norm, share_along, solve
+from parity.check.causes.optimizer.step import Step, earlier
 from parity.frameworks.leaves import Leaves
 
 _ONE = Number(1.0)
@@ -15,14 +16,14 @@ _ONE = Number(1.0)
 
 @dataclasses.dataclass(frozen=True)
 class Gradient:
-    """What reaches the moments, in terms of the loss's gradient.
+    """The gradient that reaches the moments, in terms of the loss's gradient.
 
     Attributes:
-        clip_norm: largest norm let through; infinite when no step was clipped, None when unread.
-        clip_epsilon: added to the norm that divides; None when unread.
-        factor: that the gradient is multiplied by, whatever its norm; None when unread.
+        clip_norm: largest norm that passes; infinite when no step was clipped, None when unknown.
+        clip_epsilon: added to the norm that divides; None when unknown.
+        factor: that the gradient is multiplied by, whatever its norm; None when unknown.
         decay: of weights, added to the gradient (L2), by leaf.
-        carried: whether gradients of earlier steps are still in it.
+        carried: whether it still contains gradients of earlier steps.
     """
 
     clip_norm: Number | None = None
@@ -33,7 +34,7 @@ class Gradient:
 
 
 def read_gradient(steps: Sequence[Step], beta1: Number) -> Gradient | None:
-    """Tries the loss's gradient alone, then with decay of the weights, then with earlier ones."""
+    """Try the loss's gradient alone, then with decay of the weights, then with earlier ones."""
     taken = _taken(steps, beta1.value)
     norms = [step.norm for step in steps]
     if found := solve(_equations(steps, taken)):
@@ -48,7 +49,7 @@ def read_gradient(steps: Sequence[Step], beta1: Number) -> Gradient | None:
 
 
 def _taken(steps: Sequence[Step], beta1: float) -> list[Leaves]:
-    """The gradients that went in: (m_t - b1 m_{t-1}) / (1 - b1), by step and leaf."""
+    """Return the gradients that went in, (m_t - b1 m_{t-1}) / (1 - b1), by step and leaf."""
     firsts = [step.first for step in steps]
     return [
         {x: (step.first[x] - beta1 * earlier(firsts, t, x)) / (1.0 - beta1) for x in step.names}
@@ -70,27 +71,27 @@ def _equations(
 
 
 def _noise(gradient: Leaves) -> float:
-    """Rounding of one leaf: a share of the whole's, for null leaves are nothing but rounding."""
-    return GRADIENT * norm([norm(g) for g in gradient.values()]) / len(gradient) ** 0.5
+    """Return the rounding of one leaf: a share of the whole's, for null leaves are only that."""
+    return GRADIENT_ROUNDING * norm([norm(g) for g in gradient.values()]) / len(gradient) ** 0.5
 
 
 def _decay(
     steps: Sequence[Step], taken: list[Leaves], factors: Sequence[Number]
 ) -> dict[str, Number] | None:
-    """How many times its weights each leaf has in its gradient; None if that is no constant."""
+    """Return how many times its weights each leaf has in its gradient; None if not constant."""
     decay = {}
     for name in steps[0].names:
         by_step = []
         for step, gradient, factor in zip(steps, taken, factors, strict=True):
             left = gradient[name] - factor.value * step.gradient[name]
             noise = _noise(gradient) + factor.error * norm(step.gradient[name])
-            by_step.append(part_along(left, step.before[name], noise))
+            by_step.append(share_along(left, step.before[name], noise))
         decay[name] = constant_of(by_step, np.ones(len(steps)))
     return None if None in decay.values() else decay
 
 
 def _clipping(factors: Sequence[Number], norms: Sequence[float]) -> Gradient:
-    """The rule that scales a gradient of norm n by min(1, N / (n + e)), or by a constant.
+    """Infer the rule that scales a gradient of norm n by min(1, N / (n + e)), or by a constant.
 
     1 / factor = n / N + e / N is linear in n. Pascanu et al., "On the difficulty of training
     recurrent neural networks", 2013.

@@ -1,19 +1,12 @@
-"""What one optimizer step was seen to do."""
+"""Weights, moments and gradient of one optimizer step."""
 
 import dataclasses
 
 import numpy as np
 
-from parity.check.causes.fit import EPSILON
+from parity.check.metrics import gradient_norm
 from parity.frameworks.leaves import Leaves
 
-# Rounding of a gradient that is computed twice, of its norm: 1.6e-14 was measured at 124M weights.
-GRADIENT = 1e-13
-# Rounding of a second moment, of its norm, as first moments explain it: within four steps a square
-# of theirs is up to 16 times as large. 6e-15 was measured.
-MOMENT = 32 * EPSILON
-# Rounding of a weight within a step.
-WEIGHT = 4 * EPSILON
 # Elements of a leaf that are kept, spread evenly: a few constants need no more.
 _SAMPLE = 4096
 
@@ -42,9 +35,9 @@ class Step:
     def sampled(
         cls, before: Leaves, after: Leaves, first: Leaves, second: Leaves, gradient: Leaves
     ) -> "Step":
-        """A step of which only so many elements are kept as it takes to read it."""
-        norm = float(np.sqrt(sum(np.sum(np.square(g)) for g in gradient.values())))
-        return cls(*map(sample, (before, after, first, second, gradient)), norm)
+        """Keep of a step only as many elements as it takes to infer it."""
+        leaves = before, after, first, second, gradient
+        return cls(*map(sample, leaves), gradient_norm(gradient))
 
     @property
     def names(self) -> list[str]:
@@ -59,10 +52,10 @@ class Step:
 
 
 def sample(leaves: Leaves) -> Leaves:
-    """Flat leaves of which only some elements are kept, copied so that the others can go."""
+    """Return flat leaves with only some of their elements, copied so that the others can go."""
     return {x: leaf.ravel()[:: -(-leaf.size // _SAMPLE) or 1].copy() for x, leaf in leaves.items()}
 
 
 def earlier(leaves: list[Leaves], t: int, name: str) -> np.ndarray:
-    """A leaf one step earlier; zeros before the first."""
+    """Return a leaf one step earlier; zeros before the first."""
     return leaves[t - 1][name] if t else np.zeros_like(leaves[0][name])

@@ -1,4 +1,4 @@
-"""What an optimizer does with its moments."""
+"""How an optimizer makes an update of its moments."""
 
 import dataclasses
 import itertools
@@ -6,28 +6,29 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from parity.check.bounds import WEIGHT_ROUNDING
 from parity.check.causes.fit import (
     Equations,
     Number,
     constant_of,
-    explained,
     norm,
-    part_along,
+    residual_noise,
+    share_along,
     solve,
 )
-from parity.check.causes.optimizer.step import WEIGHT, Step
+from parity.check.causes.optimizer.step import Step
 
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """What is done with the moments.
+    """The rule that makes an update of the moments.
 
     Attributes:
         epsilon: added to the root of the second moment, or below it.
         inside: whether below the root.
         corrected: whether it meets a second moment with its bias corrected.
         rates: by step, of the direction with both biases corrected.
-        decay: of weights, apart from the gradient, by leaf; None when unread.
+        decay: of weights, apart from the gradient, by leaf; None when unknown.
         scaled: whether decay is times the rate.
     """
 
@@ -40,7 +41,7 @@ class Update:
 
 
 def read_update(steps: Sequence[Step], beta1: Number, beta2: Number) -> Update | None:
-    """The first form of the update that explains every step: as published, then as mistaken."""
+    """Return the first form of the update that explains every step: as published, then mistaken."""
     counts = range(1, len(steps) + 1)
     corrections = [[_correction(beta, count) for count in counts] for beta in (beta1, beta2)]
     for inside, corrected in itertools.product((False, True), (True, False)):
@@ -63,7 +64,7 @@ class _Move:
     rounding: np.ndarray
 
     def equations(self, inside: bool) -> Equations:
-        """The update, made linear by taking its denominator across.
+        """Return the update as linear equations, by multiplying with its denominator.
 
         With the rate r, decay q and d = u + q p, which is all but decay: d s = -e d - r m with
         epsilon outside the root, and d^2 s^2 = -e d^2 + r^2 m^2 with it inside. The terms that have
@@ -78,7 +79,7 @@ class _Move:
         return Equations(self.step, u * u * v, (-u * u,), (m * m,), own, noise)
 
     def direction(self, epsilon: float, inside: bool) -> np.ndarray:
-        """The first moment over the root of the second; 0 for 0 / 0."""
+        """Return the first moment over the root of the second; 0 for 0 / 0."""
         below = np.sqrt(self.s * self.s + epsilon) if inside else self.s + epsilon
         return np.divide(self.m, below, out=np.zeros_like(self.m), where=below > 0.0)
 
@@ -91,7 +92,7 @@ def _read_form(
         first, second = corrections[0][t].value, corrections[1][t].value if corrected else 1.0
         p, u = step.before[name], step.after[name] - step.before[name]
         m, s = step.first[name] / first, np.sqrt(step.second[name] / second)
-        moves.append(_Move(t, name, p, u, m, s, WEIGHT * (np.abs(p) + np.abs(u))))
+        moves.append(_Move(t, name, p, u, m, s, WEIGHT_ROUNDING * (np.abs(p) + np.abs(u))))
     if (found := solve([move.equations(inside) for move in moves])) is None:
         return None
     (epsilon,), rates = found.shared, [rate for (rate,) in found.by_step]
@@ -113,7 +114,7 @@ def _read_form(
 def _lost(
     moves: Iterable[_Move], epsilon: Number, rates: Sequence[Number], inside: bool
 ) -> dict[str, list[Number]] | None:
-    """What share of itself each leaf lost in each step; None if updates hold anything else."""
+    """Return the share of itself that each leaf lost in each step; None if it is not all."""
     lost: dict[str, list[Number]] = {}
     left, equations = [], []
     low, middle, high = (
@@ -123,13 +124,13 @@ def _lost(
         rate, direction = rates[move.step], move.direction(middle, inside)
         # Where the second moment is only rounding, epsilon decides, and it may be off.
         nudge = norm(move.direction(low, inside) - move.direction(high, inside))
-        apart = move.u + rate.value * direction
+        rest = move.u + rate.value * direction
         noise = norm(move.rounding) + rate.error * norm(direction) + abs(rate.value) * nudge
-        share = part_along(-apart, move.p, noise)
+        share = share_along(-rest, move.p, noise)
         lost.setdefault(move.name, []).append(share)
-        left.append(norm((apart + share.value * move.p) * move.s))
+        left.append(norm((rest + share.value * move.p) * move.s))
         equations.append(Equations(move.step, move.u, noise=norm(move.rounding * move.s)))
-    return None if explained(norm(left), equations) is None else lost
+    return None if residual_noise(norm(left), equations) is None else lost
 
 
 def _decay(
@@ -137,9 +138,9 @@ def _decay(
     rates: Sequence[Number],
     corrections: Sequence[Sequence[Number]],
 ) -> tuple[dict[str, Number] | None, bool]:
-    """Decay by leaf, and whether it is times the rate.
+    """Return decay by leaf, and whether it is times the rate.
 
-    The rates read are those of a direction with both biases corrected. Where a correction is
+    The inferred rates are those of a direction with both biases corrected. Where a correction is
     missing, the rates that weights decay with are others.
     """
     seen = np.array([rate.value for rate in rates])
@@ -154,5 +155,5 @@ def _decay(
 
 
 def _correction(beta: Number, count: int) -> Number:
-    """What the bias of a moment is divided by after so many steps: 1 - beta^count."""
+    """Return the bias correction after `count` steps, 1 - beta^count."""
     return Number(1.0 - beta.value**count, count * abs(beta.value) ** (count - 1) * beta.error)

@@ -12,9 +12,10 @@ import pytest
 from flax import nnx
 
 import flax_gpt
-from parity.check.check import LEVELS, check
+from parity.check.check import check
 from parity.check.levels.cache import assemble, ragged_calls
-from parity.check.levels.optimizer import HORIZON, SAMPLE
+from parity.check.levels.names import HORIZON, LEVELS
+from parity.check.levels.optimizer import SAMPLE
 from parity.check.levels.tokens import record
 from parity.check.pair_session import PairSession
 from parity.frameworks.leaves import different_leaves
@@ -131,14 +132,14 @@ def test_a_text_with_more_characters_than_ids_is_refused_wherever_it_comes_in():
 
 
 def test_models_are_given_back_when_others_are_asked_for_and_come_back_the_same(small):
-    subject = PairSession(small(), choose_devices("cpu"))
-    runs, batch = subject.runs("float64"), subject.gradient_probe
+    session = PairSession(small(), choose_devices("cpu"))
+    runs, batch = session.runs("float64"), session.gradient_probe
     before = [run.outputs(batch) for run in runs]
     held = [weakref.ref(run.module) for run in runs]
-    subject.runs("float32")
+    session.runs("float32")
     gc.collect()
     assert [reference() for reference in held] == [None, None]
-    for run, output in zip(subject.runs("float64"), before, strict=True):
+    for run, output in zip(session.runs("float64"), before, strict=True):
         assert np.array_equal(run.outputs(batch), output)
         other = run.at({name: 2 * leaf for name, leaf in run.gradients(batch)[1].items()})
         assert not np.array_equal(other.outputs(batch), output)
@@ -149,8 +150,8 @@ def test_a_large_leaf_is_compared_by_a_sample_of_its_numbers(small):
     report = check(small(config), levels=["optimizer"], dtypes=("float64",), steps=1)
     assert report.ok
     counts = {record.name: record.count for record in report.levels[0].records}
-    subject = PairSession(small(config), choose_devices("cpu"))
-    sizes = [x.size for name, x in subject.flax_leaves.items() if name not in subject.null_leaves]
+    session = PairSession(small(config), choose_devices("cpu"))
+    sizes = [x.size for name, x in session.flax_leaves.items() if name not in session.null.leaves]
     assert max(sizes) > SAMPLE
     assert counts["step 1 update"] == sum(min(size, SAMPLE) for size in sizes)
 
@@ -173,11 +174,11 @@ def test_memory_is_saved_without_a_change_to_what_is_compared(small, request):
 
 
 def test_a_large_model_gives_its_programs_back_too(small, all_are_large):
-    subject = PairSession(small(), choose_devices("cpu"))
-    run, batch = subject.runs("float64")[0], subject.gradient_probe
+    session = PairSession(small(), choose_devices("cpu"))
+    run, batch = session.runs("float64")[0], session.gradient_probe
     before = run.outputs(batch)
     assert run._forward._cache_size() == 1
-    subject.release()
+    session.release()
     assert run._forward._cache_size() == 0
     assert np.array_equal(run.outputs(batch), before)
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from parity.check.check import check
-from parity.check.levels.optimizer import HORIZON
+from parity.check.levels.names import HORIZON
 from parity.faults.selftest import FAULTS, trial
 from parity.report.record import Verdict
 from parity.weights.layouts import Layout
