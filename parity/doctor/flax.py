@@ -5,8 +5,8 @@ Dimension key: B batch, T tokens, D embed dim, V vocab.
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Self
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, Self, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array as Tensor
 
 from parity.doctor.model import Array, Counts, LanguageModel, Score
-from parity.doctor.sizes import find_position_table, find_sizes, logits_of
+from parity.doctor.sizes import Options, identify, logits_of
 from parity.frameworks.capture import leaves_of
 from parity.frameworks.default_call import projection
 from parity.frameworks.flax.capture import wrapped_calls
@@ -28,38 +28,15 @@ from parity.frameworks.protocols import Trainer
 
 
 class FlaxModel(LanguageModel):
-    """Any NNX module that returns logits for tokens; arguments and subclasses as of `TorchModel`.
-
-    Raises:
-        ValueError: when sizes are not to be found.
-    """
+    """Any NNX module that returns logits for tokens; see `TorchModel`."""
 
     framework = "flax"
-    loss: Callable[..., Any] | None = None
     compiled = True  # calls go through jax.jit, which pays for all but the smallest models
 
-    def __init__(
-        self,
-        module: nnx.Module,
-        *,
-        name: str = "",
-        vocab_size: int | None = None,
-        context_length: int | None = None,
-        loss: Callable[..., Any] | None = None,
-        ignore_index: int | None = None,
-        seed: int = 0,
-        trained: bool = False,
-    ):
+    def __init__(self, module: nnx.Module, **options: Unpack[Options]):
         tables = {f"{x}.embedding": y.num_embeddings for x, y in _embeddings(module).items()}
-        self.name, self.seed, self.trained = name or type(module).__name__, seed, trained
-        self.vocab_size, self.context_length = find_sizes(
-            module, vocab_size, context_length, tables
-        )
-        self.position_table = find_position_table(flax_leaves(module), tables, self.vocab_size)
-        if loss is not None:
-            self.loss = loss
-        if ignore_index is not None:
-            self.ignore_index = ignore_index
+        self.given_loss = options.get("loss")
+        identify(self, module, options, flax_leaves(module), tables)
         programs = _of_parts(self._logits), jax.grad(_of_parts(self._cross_entropy), argnums=1)
         if self.compiled:
             programs = tuple(jax.jit(program, static_argnums=0) for program in programs)
@@ -70,13 +47,18 @@ class FlaxModel(LanguageModel):
         """Return logits (B, T, V), alone, first in a tuple, or as `logits`."""
         return module(tokens_BT)
 
+    def loss(self, logits_BTV: Tensor, labels_BT: Tensor, counts_B: Tensor | None) -> Any:
+        """Return the model's own loss, a mean or a total and a number; None if it has none."""
+        return self.given_loss and self.given_loss(logits_BTV, labels_BT, counts_B)
+
     def objective(
         self, module: nnx.Module, tokens_BT: Tensor, counts_B: Tensor | None = None
     ) -> Tensor:
         """Return the loss to train with: the model's own, else the next token's cross entropy."""
-        if self.loss is None:
-            return self._cross_entropy(module, tokens_BT, counts_B)
-        loss = self.loss(self._logits(module, tokens_BT, counts_B), tokens_BT, counts_B)
+        logits_BTV = self._logits(module, tokens_BT, counts_B)
+        loss = self.loss(logits_BTV, tokens_BT, counts_B)
+        if loss is None:
+            return next_token_cross_entropy(logits_BTV, tokens_BT, counts_B)
         return loss[0] / loss[1] if isinstance(loss, tuple) else loss
 
     @property
@@ -93,7 +75,7 @@ class FlaxModel(LanguageModel):
     def logits(self, tokens_BT: Array, counts_B: Counts = None) -> Array:
         """Return logits (B, T, V)."""
         with self.scope():
-            inputs = self.ids(tokens_BT), self.ids(counts_B)
+            inputs = self.inputs(tokens_BT, counts_B)
             return np.asarray(self._run_forward(*self._parts, *inputs))
 
     def weights(self) -> Leaves:
@@ -120,16 +102,14 @@ class FlaxModel(LanguageModel):
 
     def score(self, logits_BTV: Array, labels_BT: Array, counts_B: Counts = None) -> Score | None:
         """Return its own loss of these logits; None for a model without one."""
-        if self.loss is None:
-            return None
         with self.scope():
-            scores = jnp.asarray(logits_BTV)
-            return Score.of(self.loss(scores, self.ids(labels_BT), self.ids(counts_B)))
+            loss = self.loss(jnp.asarray(logits_BTV), *self.inputs(labels_BT, counts_B))
+            return None if loss is None else Score.of(loss)
 
     def gradients(self, tokens_BT: Array, counts_B: Counts = None) -> Leaves:
         """Return the gradient of the mean next-token loss by parameter, zeros where it has none."""
         with self._differentiating():
-            inputs = self.ids(tokens_BT), self.ids(counts_B)
+            inputs = self.inputs(tokens_BT, counts_B)
             return state_leaves(self._run_gradient(*self._parts, *inputs))
 
     def trainer(self, rate: float) -> Trainer:
@@ -142,7 +122,8 @@ class FlaxModel(LanguageModel):
         optimizer = optax.adamw(rate, weight_decay=0.0)
         with self.scope():
             step = compile_step(loss, optimizer)
-            return Scoped(FlaxTrainer(nnx.clone(self.module), step, optimizer), self.scope)
+            trainer = FlaxTrainer(nnx.clone(self.module), step, optimizer)
+            return cast(Trainer, Scoped(trainer, self.scope))
 
     def dropout_losses(self, tokens_BT: Array) -> tuple[float, float] | None:
         """Return the losses of two forward passes in training mode; None without dropout."""
@@ -152,7 +133,7 @@ class FlaxModel(LanguageModel):
         with self.scope():
             module, tokens = nnx.clone(self.module), self.ids(tokens_BT)
             module.train()
-            first, second = (float(self._cross_entropy(module, tokens, None)) for _ in range(2))
+            first, second = (float(self._cross_entropy(module, tokens)) for _ in range(2))
         return first, second
 
     def reach(self, tokens_T: Array) -> Array | None:
@@ -179,7 +160,7 @@ class FlaxModel(LanguageModel):
             weights_V = jnp.asarray(projection(self.vocab_size), logits_TTV.dtype)
             return jnp.sum(logits_TTV[np.arange(T), np.arange(T)] @ weights_V)
 
-        def is_asked(ids: Tensor) -> bool:
+        def is_asked(ids: Any) -> bool:
             traced = isinstance(ids, jax.core.Tracer)  # inside the model's own jit
             return not traced and np.array_equal(ids, tokens_TT)
 
@@ -190,16 +171,20 @@ class FlaxModel(LanguageModel):
             gradient_TTD = jax.grad(asked)(jnp.zeros(*shapes[0]))
             return np.asarray(jnp.linalg.norm(gradient_TTD, axis=-1))
 
-    def ids(self, array: Array | None) -> Tensor | None:
+    def ids(self, array: Array) -> Tensor:
         """Return token ids or counts as an array of jax."""
-        return None if array is None else jnp.asarray(array, jnp.int32)
+        return jnp.asarray(array, jnp.int32)
+
+    def inputs(self, tokens_BT: Array, counts_B: Counts = None) -> tuple[Tensor, Tensor | None]:
+        """Return token ids and counts as arrays of jax."""
+        return self.ids(tokens_BT), None if counts_B is None else self.ids(counts_B)
 
     def scope(self) -> contextlib.AbstractContextManager[None]:
         """Return the context of its calls, with 64-bit types exactly when it has them."""
         return jax_scope(self.dtype, jax.devices()[0])
 
     @contextlib.contextmanager
-    def _differentiating(self) -> Iterator[None]:
+    def _differentiating(self) -> Generator[None]:
         # Differentiated one by one, jitted parts would be compiled anew in every call.
         with self.scope(), contextlib.nullcontext() if self.compiled else jax.disable_jit():
             yield
@@ -213,17 +198,23 @@ class FlaxModel(LanguageModel):
         return logits_of(output, tokens_BT.shape, self.vocab_size)
 
     def _cross_entropy(
-        self, module: nnx.Module, tokens_BT: Tensor, counts_B: Tensor | None
+        self, module: nnx.Module, tokens_BT: Tensor, counts_B: Tensor | None = None
     ) -> Tensor:
-        """Return the mean over real targets, by the framework's own function."""
         logits_BTV = self._logits(module, tokens_BT, counts_B)
-        losses_BT = optax.softmax_cross_entropy_with_integer_labels(
-            logits_BTV[:, :-1], tokens_BT[:, 1:]
-        )
-        if counts_B is None:
-            return jnp.mean(losses_BT)
-        real_BT = jnp.arange(1, tokens_BT.shape[1])[None, :] < counts_B[:, None]
-        return jnp.sum(jnp.where(real_BT, losses_BT, 0.0)) / jnp.sum(real_BT)
+        return next_token_cross_entropy(logits_BTV, tokens_BT, counts_B)
+
+
+def next_token_cross_entropy(
+    logits_BTV: Tensor, tokens_BT: Tensor, counts_B: Tensor | None
+) -> Tensor:
+    """Return the mean over real targets, by the framework's own function."""
+    losses_BT = optax.softmax_cross_entropy_with_integer_labels(
+        logits_BTV[:, :-1], tokens_BT[:, 1:]
+    )
+    if counts_B is None:
+        return jnp.mean(losses_BT)
+    real_BT = jnp.arange(1, tokens_BT.shape[1])[None, :] < counts_B[:, None]
+    return jnp.sum(jnp.where(real_BT, losses_BT, 0.0)) / jnp.sum(real_BT)
 
 
 def _embeddings(module: nnx.Module) -> dict[str, nnx.Embed]:

@@ -4,8 +4,8 @@ Dimension key: B batch, T tokens, V vocab.
 """
 
 import copy
-from collections.abc import Callable, Mapping
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, Self, Unpack
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from parity.doctor.model import Array, Counts, LanguageModel, Score
-from parity.doctor.sizes import find_position_table, find_sizes, logits_of
+from parity.doctor.sizes import Options, identify, logits_of
 from parity.frameworks.default_call import projection
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import Trainer
@@ -32,62 +32,41 @@ class TorchModel(LanguageModel):
 
     A subclass says what is different about its module: how it is called (`forward`,
     `takes_counts`), what it is scored by and trained with (`loss`, `objective`), and what more it
-    offers, by the methods of the protocols in parity/doctor/model.py.
+    offers, by the methods of the protocols in parity/doctor/offers.py.
 
     Args:
         module: left as it is; a copy of it in evaluation mode is examined.
-        name: for the report; the class when empty.
-        vocab_size: V; looked for in the module's config and first embedding when None.
-        context_length: longest sequence; looked for in the module's config when None.
-        loss: (logits_BTV, labels_BT, counts_B) to a mean, or to a total and a number of tokens;
-            labels are the tokens themselves, since the loss shifts. None for the class's.
-        ignore_index: a label that the loss does not score; None for the class's.
-        seed: of the probes.
-        trained: whether the weights are trained.
+        options: sizes and loss, where the module does not say them.
 
     Raises:
         ValueError: when sizes are not to be found.
     """
 
     framework = "torch"
-    loss: Callable[..., Any] | None = None
 
-    def __init__(
-        self,
-        module: nn.Module,
-        *,
-        name: str = "",
-        vocab_size: int | None = None,
-        context_length: int | None = None,
-        loss: Callable[..., Any] | None = None,
-        ignore_index: int | None = None,
-        seed: int = 0,
-        trained: bool = False,
-    ):
+    def __init__(self, module: nn.Module, **options: Unpack[Options]):
         parts, leaves = module.named_modules(), dict(module.named_parameters())
         tables = {f"{x}.weight": y.num_embeddings for x, y in parts if isinstance(y, nn.Embedding)}
-        self.name, self.seed, self.trained = name or type(module).__name__, seed, trained
-        self.vocab_size, self.context_length = find_sizes(
-            module, vocab_size, context_length, tables
-        )
-        self.position_table = find_position_table(leaves, tables, self.vocab_size)
-        if loss is not None:
-            self.loss = loss
-        if ignore_index is not None:
-            self.ignore_index = ignore_index
+        self.given_loss = options.get("loss")
+        identify(self, module, options, leaves, tables)
         self.module = copy.deepcopy(module).eval()
 
     def forward(self, module: nn.Module, tokens_BT: Tensor, counts_B: Tensor | None) -> Any:
         """Return logits (B, T, V), alone, first in a tuple, or as `logits`."""
         return module(tokens_BT)
 
+    def loss(self, logits_BTV: Tensor, labels_BT: Tensor, counts_B: Tensor | None) -> Any:
+        """Return the model's own loss, a mean or a total and a number; None if it has none."""
+        return self.given_loss and self.given_loss(logits_BTV, labels_BT, counts_B)
+
     def objective(
         self, module: nn.Module, tokens_BT: Tensor, counts_B: Tensor | None = None
     ) -> Tensor:
         """Return the loss to train with: the model's own, else the next token's cross entropy."""
-        if self.loss is None:
-            return self._cross_entropy(module, tokens_BT, counts_B)
-        loss = self.loss(self._logits(module, tokens_BT, counts_B), tokens_BT, counts_B)
+        logits_BTV = self._logits(module, tokens_BT, counts_B)
+        loss = self.loss(logits_BTV, tokens_BT, counts_B)
+        if loss is None:
+            return next_token_cross_entropy(logits_BTV, tokens_BT, counts_B)
         return loss[0] / loss[1] if isinstance(loss, tuple) else loss
 
     @property
@@ -104,7 +83,7 @@ class TorchModel(LanguageModel):
     @torch.no_grad()
     def logits(self, tokens_BT: Array, counts_B: Counts = None) -> Array:
         """Return logits (B, T, V)."""
-        return to_numpy(self._logits(self.module, self.ids(tokens_BT), self.ids(counts_B)))
+        return to_numpy(self._logits(self.module, *self.inputs(tokens_BT, counts_B)))
 
     def weights(self) -> Leaves:
         """Return its leaves by name."""
@@ -128,17 +107,15 @@ class TorchModel(LanguageModel):
 
     def score(self, logits_BTV: Array, labels_BT: Array, counts_B: Counts = None) -> Score | None:
         """Return its own loss of these logits; None for a model without one."""
-        if self.loss is None:
-            return None
-        scores = from_numpy(logits_BTV).to(self.device)
-        return Score.of(self.loss(scores, self.ids(labels_BT), self.ids(counts_B)))
+        loss = self.loss(from_numpy(logits_BTV).to(self.device), *self.inputs(labels_BT, counts_B))
+        return None if loss is None else Score.of(loss)
 
     def gradients(self, tokens_BT: Array, counts_B: Counts = None) -> Leaves:
         """Return the gradient of the mean next-token loss by parameter, zeros where it has none."""
         named = dict(self.module.named_parameters())
-        loss = self._cross_entropy(self.module, self.ids(tokens_BT), self.ids(counts_B))
+        loss = self._cross_entropy(self.module, *self.inputs(tokens_BT, counts_B))
         trained = {name: p for name, p in named.items() if p.requires_grad and loss.requires_grad}
-        found = torch.autograd.grad(loss, trained.values(), allow_unused=True) if trained else ()
+        found = torch.autograd.grad(loss, [*trained.values()], allow_unused=True) if trained else ()
         known = {name: g for name, g in zip(trained, found, strict=True) if g is not None}
         return {name: to_numpy(known.get(name, torch.zeros_like(p))) for name, p in named.items()}
 
@@ -162,7 +139,7 @@ class TorchModel(LanguageModel):
         if not any(isinstance(m, kind) and m.p > 0 for m in self.module.modules()):
             return None
         module = copy.deepcopy(self.module).train()
-        first, second = (float(self._cross_entropy(module, tokens, None)) for _ in range(2))
+        first, second = (float(self._cross_entropy(module, tokens)) for _ in range(2))
         return first, second
 
     def reach(self, tokens_T: Array) -> Array | None:
@@ -193,27 +170,38 @@ class TorchModel(LanguageModel):
         # Row t of a batch of copies asks for position t: one backward pass answers for them all.
         asked = logits_TTV.diagonal().T @ from_numpy(projection(self.vocab_size)).to(logits_TTV)
         found = torch.autograd.grad(asked.sum(), zeros, allow_unused=True)
-        return sum(to_numpy(x.norm(dim=-1)) for x in found if x is not None)
+        return np.sum([to_numpy(x.norm(dim=-1)) for x in found if x is not None], axis=0)
 
     @property
     def device(self) -> torch.device:
         """Where its parameters are."""
         return next((p.device for p in self.module.parameters()), torch.device("cpu"))
 
-    def ids(self, array: Array | None) -> Tensor | None:
+    def ids(self, array: Array) -> Tensor:
         """Return token ids or counts as a tensor on its device."""
-        return None if array is None else torch.from_numpy(np.asarray(array)).long().to(self.device)
+        return torch.from_numpy(np.asarray(array)).long().to(self.device)
+
+    def inputs(self, tokens_BT: Array, counts_B: Counts = None) -> tuple[Tensor, Tensor | None]:
+        """Return token ids and counts as tensors on its device."""
+        return self.ids(tokens_BT), None if counts_B is None else self.ids(counts_B)
 
     def _logits(self, module: nn.Module, tokens_BT: Tensor, counts_B: Tensor | None) -> Tensor:
         output = self.forward(module, tokens_BT, counts_B)
-        return logits_of(output, tuple(tokens_BT.shape), self.vocab_size)
+        return logits_of(output, tokens_BT.shape, self.vocab_size)
 
     def _cross_entropy(
-        self, module: nn.Module, tokens_BT: Tensor, counts_B: Tensor | None
+        self, module: nn.Module, tokens_BT: Tensor, counts_B: Tensor | None = None
     ) -> Tensor:
-        """Return the mean over real targets, by the framework's own function."""
-        logits_BTV, targets_BT = self._logits(module, tokens_BT, counts_B), tokens_BT[:, 1:]
-        if counts_B is not None:
-            steps_T = torch.arange(1, tokens_BT.shape[1], device=tokens_BT.device)
-            targets_BT = torch.where(steps_T[None] < counts_B[:, None], targets_BT, -100)
-        return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), targets_BT.flatten())
+        logits_BTV = self._logits(module, tokens_BT, counts_B)
+        return next_token_cross_entropy(logits_BTV, tokens_BT, counts_B)
+
+
+def next_token_cross_entropy(
+    logits_BTV: Tensor, tokens_BT: Tensor, counts_B: Tensor | None
+) -> Tensor:
+    """Return the mean over real targets, by the framework's own function."""
+    targets_BT = tokens_BT[:, 1:]
+    if counts_B is not None:
+        steps_T = torch.arange(1, tokens_BT.shape[1], device=tokens_BT.device)
+        targets_BT = torch.where(steps_T[None] < counts_B[:, None], targets_BT, -100)
+    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), targets_BT.flatten())

@@ -5,14 +5,14 @@ Dimension key: B batch, T tokens, V vocab, G generated tokens.
 
 import copy
 import inspect
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Any, Self, Unpack, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from parity.doctor.model import Array, Counts
+from parity.doctor.sizes import Options
 from parity.doctor.torch import TorchModel
 from parity.frameworks.torch.leaves import load_torch, to_numpy, torch_leaves
 from parity.weights.randomize import randomized
@@ -37,18 +37,15 @@ class TransformersModel(TorchModel):
 
     Args:
         module: left as it is.
-        loss: (logits_BTV, labels_BT, counts_B) to a mean; the module's own when None.
-        options: more of `TorchModel`.
+        options: as of `TorchModel`; the loss is the module's own where none is given.
     """
 
     takes_counts = True
     ragged = bounded = False
 
-    def __init__(
-        self, module: nn.Module, *, loss: Callable[..., Any] | None = None, **options: Any
-    ):
-        super().__init__(module, loss=loss, **options)
-        if loss is None:
+    def __init__(self, module: nn.Module, **options: Unpack[Options]):
+        super().__init__(module, **options)
+        if options.get("loss") is None:
             self.ignore_index = -100
         self._shows_attention = self._attention_is_its_own()
 
@@ -57,10 +54,12 @@ class TransformersModel(TorchModel):
         mask_BT = _mask(tokens_BT, counts_B)
         return module(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
 
-    def loss(self, logits_BTV: Tensor, labels_BT: Tensor, counts_B: Tensor | None) -> Tensor:
-        """Return the module's own loss."""
-        labels_BT = _without_padding(labels_BT, counts_B)
-        return self.module.loss_function(
+    def loss(self, logits_BTV: Tensor, labels_BT: Tensor, counts_B: Tensor | None) -> Any:
+        """Return the loss that was given, else the module's own."""
+        if self.given_loss is not None:
+            return self.given_loss(logits_BTV, labels_BT, counts_B)
+        module, labels_BT = cast(Any, self.module), _without_padding(labels_BT, counts_B)
+        return module.loss_function(
             logits=logits_BTV, labels=labels_BT, vocab_size=logits_BTV.shape[-1]
         )
 
@@ -127,7 +126,7 @@ class TransformersModel(TorchModel):
         """Return weights (B, N, T, S) per layer; none where the model keeps none."""
         if not self._shows_attention:
             return []
-        layers, _ = _eager(self.module, self.ids(tokens_BT), self.ids(counts_B))
+        layers, _ = _eager(self.module, *self.inputs(tokens_BT, counts_B))
         return [to_numpy(weights) for weights in layers]
 
     def _generated(
@@ -141,7 +140,8 @@ class TransformersModel(TorchModel):
 
         # What is not said here the model's own settings say, such as a penalty for repeating
         # tokens or the ids that end a text, and none of them is asked about.
-        self.module.generation_config = GenerationConfig()
+        module = cast(Any, self.module)
+        module.generation_config = GenerationConfig()
         draws = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
         config = GenerationConfig(
             max_new_tokens=num_tokens,
@@ -151,7 +151,7 @@ class TransformersModel(TorchModel):
             **(draws if temperature else dict(do_sample=False)),
         )
         tokens = self.ids(tokens_BT)
-        return self.module.generate(
+        return module.generate(
             input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=config
         )
 
@@ -176,7 +176,7 @@ class TransformersModel(TorchModel):
 
 @torch.no_grad()
 def _eager(
-    module: nn.Module, tokens_BT: Tensor, counts_B: Tensor | None
+    module: Any, tokens_BT: Tensor, counts_B: Tensor | None
 ) -> tuple[tuple[Tensor, ...], Tensor]:
     """Return attention weights, which fused kernels do not keep, and the logits of that call."""
     module = copy.deepcopy(module)

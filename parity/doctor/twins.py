@@ -1,7 +1,8 @@
 """The two twins under examination, and copies of them with a bug in."""
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, Self
 
@@ -14,7 +15,7 @@ from parity.doctor.torch import TorchModel
 from parity.frameworks.protocols import Trainer
 from parity.twins.flax import FlaxTwin as FlaxHandle
 from parity.twins.torch import TorchTwin as TorchHandle
-from parity.twins.twin import Twin
+from parity.twins.twin import Constants
 
 # Sizes that all differ, and dropout that only a call with a key may switch on.
 CONFIG = flax_gpt.GPTConfig(
@@ -49,21 +50,34 @@ def twin_model(
         seed: of the weights and of the probes.
         healthy: the package that it should do the same as.
     """
-    kind = {"flax": FlaxTwin, "torch": TorchTwin}[framework]
-    model = kind(kind.handle.build(config, seed=seed, package=package), seed)
+    kind, handle = {"flax": (FlaxTwin, FlaxHandle), "torch": (TorchTwin, TorchHandle)}[framework]
+    module: Any = handle.build(config, seed=seed, package=package).model
+    model = kind(module, seed=seed)
+    model.package, model.ignore_index = package, package.IGNORE_INDEX
     if healthy is not None:
         model.reference = twin_model(framework, healthy, config, seed)
     return model
 
 
 class _Handled:
-    """What a twin offers through its handle, which is the same for both."""
+    """What a twin offers through its handle, which is the same for both.
+
+    Attributes:
+        package: flax_gpt or torch_gpt, or a changed copy of it.
+        module: a GPT of it.
+        handle: makes a handle of the module and the package.
+    """
 
     takes_counts = ragged = bounded = True
+    package: ModuleType
+    module: Any
+    handle: Callable[..., FlaxHandle | TorchHandle]
+    with_module: Callable[..., Self]
 
-    def __init__(self, twin: Twin, seed: int):
-        self.package = twin.package
-        super().__init__(twin.model, ignore_index=twin.package.IGNORE_INDEX, seed=seed)
+    @property
+    def decoder(self) -> FlaxHandle | TorchHandle:
+        """The handle of the module."""
+        return self.handle(self.module, self.package)
 
     def forward(self, module: Any, tokens_BT: Any, counts_B: Any) -> Any:
         """Return logits (B, T, V)."""
@@ -78,19 +92,20 @@ class _Handled:
         """Return the same model in another type."""
         return self.with_module(self.decoder.cast(dtype).model)
 
-    def evaluate(self, batches: list[tuple[Array, Counts]]) -> Score:
+    def evaluate(self, batches: Sequence[tuple[Array, Counts]]) -> Score:
         """Return the loss over all (tokens, counts)."""
         found = self.decoder.evaluate(batches)
         return Score(found["loss"], int(found["tokens"]))
 
     def trainer(self, rate: float) -> Trainer:
         """Start a training by its own step, with little that slows it down."""
-        return self._trainer(learning_rate=rate, beta2=0.99, weight_decay=0.0)
+        constants: Constants = dict(learning_rate=rate, beta2=0.99, weight_decay=0.0)
+        return self.decoder.copy().trainer(constants)
 
     def reference_trainer(self) -> tuple[Trainer, AdamW]:
         """Start its training with every option switched on; return the constants too."""
         constants = self.package.TrainConfig(**_TRAINING)
-        return self._trainer(**_TRAINING), AdamW(
+        return self.decoder.copy().trainer(_TRAINING), AdamW(
             rates=tuple(cosine_rates(**_SCHEDULE)),
             beta1=constants.beta1,
             beta2=constants.beta2,
@@ -106,7 +121,8 @@ class _Handled:
         """Return the losses of two training steps that change no weight; None without dropout."""
         if not self.module.config.dropout:
             return None
-        frozen = self._trainer(seed=0, learning_rate=1e-300, weight_decay=0.0)
+        constants: Constants = dict(learning_rate=1e-300, weight_decay=0.0)
+        frozen = self.decoder.copy().trainer(constants, seed=0)
         return frozen.step(tokens_BT), frozen.step(tokens_BT)
 
     def generate(
@@ -130,19 +146,11 @@ class _Handled:
         """Return weights (B, N, T, S) per layer."""
         return self.decoder.attention_weights(tokens_BT, counts_B)
 
-    def _trainer(self, seed: int | None = None, **constants: float | str) -> Trainer:
-        return self.decoder.copy().trainer(constants, seed=seed)
-
 
 class TorchTwin(_Handled, TorchModel):
     """The PyTorch twin under examination."""
 
     handle = TorchHandle
-
-    @property
-    def decoder(self) -> Twin:
-        """The handle of its module."""
-        return self.handle(self.module, self.package)
 
     def keeps_graph(self, tokens_BT: Array) -> bool:
         """Whether the cache after a few decoded tokens keeps an autograd graph alive."""
@@ -157,17 +165,12 @@ class TorchTwin(_Handled, TorchModel):
 class FlaxTwin(_Handled, FlaxModel):
     """The Flax twin under examination."""
 
-    handle = FlaxHandle
     compiled = False  # what is compiled for one operation serves all changed copies
-
-    @property
-    def decoder(self) -> Twin:
-        """The handle of its module."""
-        return self.handle(self.module, self.package, compiled=False)
+    handle = functools.partial(FlaxHandle, compiled=False)
 
     def num_programs(self, lengths: tuple[int, ...]) -> int:
         """Return the number of programs compiled to continue prompts of these lengths."""
-        twin, counts = self.handle(self.module, self.package), []
+        twin, counts = FlaxHandle(self.module, self.package), []
         for length in lengths:
             twin.write(np.zeros((1, length), np.int32), 2)
             counts.append(twin.num_compilations())

@@ -19,7 +19,7 @@ from rich.text import Text
 import flax_gpt
 from parity.doctor import LanguageModel, examine, twin_model
 from parity.doctor.detectors.forward import cross_entropies
-from parity.doctor.model import CanDecode, CanGenerate
+from parity.doctor.offers import CanDecode, CanGenerate
 from parity.faults.edit import mutated, twin
 from parity.faults.gallery import Bug
 from parity.pair.text import Corpus, decode, encode

@@ -7,18 +7,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from parity.doctor.detectors.forward import LENGTH, ROWS
-from parity.doctor.finding import Finding, failed, gap, passed, shaken, tokens, tolerance
-from parity.doctor.model import (
-    CanDecode,
-    CanGenerate,
-    CanKeepGraph,
-    CountsPrograms,
-    Selects,
-    Truncates,
-)
+from parity.doctor.finding import Finding, failed, judged, passed
+from parity.doctor.model import Array
+from parity.doctor.offers import CanDecode, CanGenerate, CanKeepGraph, Compiles, Selects, Truncates
+from parity.doctor.probes import LENGTH, ROWS, gap, shaken, tokens, tolerance
 
-Readings = Iterator[tuple[str, int, np.ndarray, np.ndarray]]
+Readings = Iterator[tuple[str, int, Array, Array]]
 
 
 def cached_equals_uncached(model: CanDecode) -> Finding:
@@ -31,17 +25,13 @@ def cached_equals_uncached(model: CanDecode) -> Finding:
     for words, where, found, expected in _readings(model, ids, whole):
         off = gap(found, expected)
         if not off <= bound:
-            return failed(
-                f"{words}: the logits at token {where} differ from those without a cache by "
-                f"{off:.1e} standard deviations.",
-                off,
-                bound,
-            )
+            seen = f"{words}: the logits at token {where} differ from those without a cache by"
+            return failed(f"{seen} {off:.1e} standard deviations.", off, bound)
         worst = max(worst, off)
     return passed("Read in any pieces, the logits are those without a cache.", worst, bound)
 
 
-def _readings(model: CanDecode, ids: np.ndarray, whole: np.ndarray) -> Readings:
+def _readings(model: CanDecode, ids: Array, whole: Array) -> Readings:
     """Yield (what was done, first token of the piece, logits, logits without a cache)."""
     decoder, (rows, length) = model.decoder, ids.shape
     pieces = {
@@ -74,7 +64,7 @@ def _readings(model: CanDecode, ids: np.ndarray, whole: np.ndarray) -> Readings:
         yield "Cut back", 1, found[:, 0], whole[np.arange(rows), lengths]
 
 
-def _ragged(model: CanDecode, ids: np.ndarray, whole: np.ndarray, capacity: int) -> Readings:
+def _ragged(model: CanDecode, ids: Array, whole: Array, capacity: int) -> Readings:
     """Yield readings of rows of different lengths, padded in every piece."""
     decoder, rows = model.decoder, len(ids)
     cache, lengths = decoder.empty(rows, capacity), np.zeros(rows, int)
@@ -98,13 +88,13 @@ def growing_graph(model: CanKeepGraph) -> Finding:
     return passed("The cache behind generated tokens is free of any graph.")
 
 
-def recompilation(model: CountsPrograms) -> Finding:
+def recompilation(model: Compiles) -> Finding:
     """Continue prompts of nearly the same length: they must share a program."""
     longest = max(min(model.context_length - 2, 16), 4)
     lengths = tuple(range(longest - 3, longest + 1))
     found = model.num_programs(lengths)
     seen = f"{found} programs for prompts of {lengths[0]} to {lengths[-1]} tokens."
-    return passed(seen, found, 1) if found <= 1 else failed(seen, found, 1)
+    return judged(found, 1, seen)
 
 
 def sampling(model: CanGenerate) -> Finding:
@@ -134,18 +124,11 @@ def sampling(model: CanGenerate) -> Finding:
     repeats = float(np.mean(hot[:, 1:] == hot[:, :-1]))
     common = float(np.max(np.unique(hot, return_counts=True)[1]) / hot.size)
     if repeats > often:
-        return failed(
-            f"At temperature 10,000 a token repeats in {repeats:.0%} of steps: the same noise is "
-            "drawn every time.",
-            repeats,
-            often,
-        )
+        seen = f"At temperature 10,000 a token repeats in {repeats:.0%} of steps: the same noise is"
+        return failed(f"{seen} drawn every time.", repeats, often)
     if common > often:
-        return failed(
-            f"At temperature 10,000 one token makes up {common:.0%} of {hot.size} draws.",
-            common,
-            often,
-        )
+        seen = f"At temperature 10,000 one token makes up {common:.0%} of {hot.size} draws."
+        return failed(seen, common, often)
     stop = int(greedy[0, 2])
     first = int(np.flatnonzero(greedy[0] == stop)[0])
     stopped = model.generate(prompt, 6, stop_ids=(stop,))

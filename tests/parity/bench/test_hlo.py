@@ -9,7 +9,7 @@ import pytest
 
 import flax_gpt
 from flax_gpt.decoding.generate import _loop
-from parity.bench.structure import remade_caches
+from parity.bench.hlo import remade_caches
 
 CONFIG = flax_gpt.GPTConfig(
     vocab_size=97, context_length=2048, embed_dim=48, num_layers=2, num_heads=3, mlp_dim=96
