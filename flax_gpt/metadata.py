@@ -62,6 +62,8 @@ class AttentionMetadata:
         bias_BKQTS: added to the scores, where positions are a bias.
     """
 
+    # twin: torch can tell on the host how far rows reach; jax cannot, in the programs it compiles.
+
     real_BT: jax.Array
     lengths_B: jax.Array
     ends_B: jax.Array

@@ -100,7 +100,8 @@ def score_uncached(model: GPT, tokens_BT: torch.Tensor, counts_B: torch.Tensor) 
     Returns:
         Logits (B, V) after each row's last real token.
     """
-    x_BTD, _ = model.hidden(tokens_BT[:, : int(counts_B.max())], None, counts_B)
+    tokens_BT = tokens_BT[:, : int(counts_B.max())]
+    x_BTD, _ = model.hidden(tokens_BT, None, counts_B)
     return model.unembed(last(x_BTD, counts_B))[:, 0]
 
 

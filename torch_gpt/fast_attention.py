@@ -77,6 +77,9 @@ def switch(
 
     The last branch must be correct for every index. It is taken where an accelerator would have to
     tell the host which one to start.
+
+    Returns:
+        What the branch returns.
     """
     # twin: under jax.jit a CPU branches as it runs; torch traces for accelerators only.
     if torch.compiler.is_compiling():
@@ -92,7 +95,7 @@ def _over_slots(
     mask_BTS: torch.Tensor,
     bias_BKQTS: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attend to the first slots of the cache, in which the new tokens are."""
+    """Attend to the first slots of the cache and to the new tokens."""
     mask_BTS = mask_BTS[..., :num_slots]
     bias_BKQTS = None if bias_BKQTS is None else bias_BKQTS[..., :num_slots]
     parts = [LayerCache(layer.keys_BKSH[:, :, :num_slots], layer.values_BKSH[:, :, :num_slots])]

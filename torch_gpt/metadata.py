@@ -61,7 +61,7 @@ class AttentionMetadata:
         bias_BKQTS: added to the scores, where positions are a bias.
     """
 
-    # twin: torch knows on the host how far rows reach, outside of a compiler; jax seldom does.
+    # twin: torch can tell on the host how far rows reach; jax cannot, in the programs it compiles.
 
     real_BT: torch.Tensor
     lengths_B: torch.Tensor

@@ -27,20 +27,20 @@ ORIENTATION = 1e-12
 
 # Of the largest output. Correct ports were measured at 4e-15 to 8e-14, the smallest planted bug at
 # 3.7e-5. Rounding grows with width and depth, hence more for large models.
-FLOAT64, FLOAT64_LARGE, LARGE_MODEL = 1e-12, 1e-11, 50_000_000
+OUTPUT_FLOAT64, OUTPUT_FLOAT64_LARGE, LARGE_MODEL = 1e-12, 1e-11, 50_000_000
 # Error of float32 against float64, of the largest output: catches outputs so wrong in both
 # frameworks that their ratio is 1.
-FLOAT32 = 1e-4
+OUTPUT_FLOAT32 = 1e-4
 # Largest error of 16-bit logits, of the largest logit. bfloat16 rounds by up to 2**-9 of a number,
 # and four roundings per block in either twin add up like a random walk:
 # 2**-9 * sqrt(2 * 4 * 48) = 4e-2 for the 48 blocks of the deepest preset.
-FLOAT16 = 4e-2
+OUTPUT_FLOAT16 = 4e-2
 # Outputs that may differ after rounding to float32. Two float64 numbers that straddle a rounding
 # edge of float32 become different float32 numbers; a gap of 1e-12 does that to one output of size 1
 # in 60,000, and any run may have one by bad luck.
 ROUNDED_APART, ROUNDED_APART_PER_OUTPUT = 1, 2e-5
 # Reading a sequence in chunks through the cache must change nothing but the order of sums.
-CACHE = {"float64": FLOAT64, "float32": 1e-5}
+CACHE = {"float64": OUTPUT_FLOAT64, "float32": 1e-5}
 
 # ---- gradients ---------------------------------------------------------------------------------
 
@@ -58,7 +58,7 @@ ZERO_GRADIENT, ZERO_GRADIENT_IMPURE = 1e-12, 1e-5
 
 # Gap of two losses. Correct ports were measured at 5e-15 over 1,000 steps in float64 and at 7e-6 in
 # float32, without growth.
-LOSS = {"float64": FLOAT64, "float32": 2e-5}
+LOSS = {"float64": OUTPUT_FLOAT64, "float32": 2e-5}
 # The same in bfloat16, which rounds by 2**-9 of a number: of a loss as large as ln 50257.
 LOSS_BFLOAT16 = 2e-2
 # Updates and moments, relative L2 per leaf in float64, take the bound of the outputs. An update is
@@ -84,8 +84,8 @@ LOSS_ROUNDING = 2.0**-23
 # ---- tokens ------------------------------------------------------------------------------------
 
 # Logit errors up to which a flipped token can be an accident: a fault must not widen its own
-# excuse. 16-bit logits take FLOAT16, of the largest logit.
-LOGITS = {"float64": FLOAT64_LARGE, "float32": FLOAT32}
+# excuse. 16-bit logits take OUTPUT_FLOAT16, of the largest logit.
+LOGITS = {"float64": OUTPUT_FLOAT64_LARGE, "float32": OUTPUT_FLOAT32}
 # Error of the noise of a draw, two logarithms in float32 that reach 17: two units of the last
 # place.
 DRAW = 4e-6
@@ -113,7 +113,7 @@ GRADIENT_ROUNDING, MOMENT_ROUNDING, WEIGHT_ROUNDING = 1e-13, 32 * EPSILON, 4 * E
 
 def float64_bound(num_params: int) -> float:
     """Return the bound of outputs, updates and losses in float64 for a model of this size."""
-    return FLOAT64_LARGE if num_params > LARGE_MODEL else FLOAT64
+    return OUTPUT_FLOAT64_LARGE if num_params > LARGE_MODEL else OUTPUT_FLOAT64
 
 
 def rounded_apart(count: int) -> int:

@@ -10,8 +10,8 @@ import numpy as np
 
 from parity.check import bounds
 from parity.check.metrics import error_ratio, max_abs, scale_of, size_of
+from parity.frameworks.batch import Batch
 from parity.frameworks.capture import Backward, Trace, lockstep
-from parity.frameworks.spec import Batch
 from parity.report import Divergence
 
 if TYPE_CHECKING:  # it imports both frameworks, and a golden is checked where one is missing
@@ -50,7 +50,7 @@ def locate_backward(session: "PairSession", leaves: Mapping[str, float]) -> Dive
         for call, twin in pairs
     ]
     reached = {call.path: x for (call, _), x in reversed(list(zip(pairs, gaps, strict=True)))}
-    owners = {session.modules.get(x.rpartition(".")[0]): x for x in reversed(leaves)}
+    owners = {session.modules.get(x.rpartition(".")[0]): x for x in reversed(list(leaves))}
     root = session.model_name
     for (call, twin), reaching in zip(pairs, gaps, strict=True):
         if reaching is not None:

@@ -9,9 +9,9 @@ import numpy as np
 
 from parity.check import bounds
 from parity.check.null_gradients import NullDirections, null_leaves
+from parity.frameworks.batch import Batch
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import Runner, Trainer
-from parity.frameworks.spec import Batch
 from parity.pair.pair import Pair
 from parity.report.plot_data import PlotData
 from parity.report.record import IMPURE, Record, abstain, judge

@@ -111,7 +111,7 @@ def _choose(
     gap = float(np.max(np.abs(logits[0] - logits[1])))
     if tokens[0] == tokens[1]:
         return Choice(tokens[0], margins[0], None, gap)
-    bound = bounds.LOGITS.get(dtype, bounds.FLOAT16 * float(np.max(np.abs(logits[0]))))
+    bound = bounds.LOGITS.get(dtype, bounds.OUTPUT_FLOAT16 * float(np.max(np.abs(logits[0]))))
     verdict = verdict_of_flip(max(margins), gap, bound, temperature)
     return Choice(tokens[0], margins[0], tokens[1], gap, verdict)
 

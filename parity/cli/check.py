@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -25,6 +25,8 @@ from parity.twins.names import PRESETS
 if TYPE_CHECKING:
     from parity.pair.pair import Pair
     from parity.report import Report
+
+Kind = TypeVar("Kind")
 
 
 def check(
@@ -232,6 +234,7 @@ def _own_pair(own: Mapping[str, str | None], rules: str, seed: int) -> "Callable
             f"{' and '.join(missing)}: missing. A pair is two modules and what to call them with. "
             "Give --torch, --flax and --inputs."
         )
+    targets = {option: target for option, target in own.items() if target is not None}
     if rules != "auto" and not Path(rules).is_file():
         raise ValueError(f"--rules {rules}: no such file. Give a rules file, or auto.")
 
@@ -242,19 +245,18 @@ def _own_pair(own: Mapping[str, str | None], rules: str, seed: int) -> "Callable
         from parity.check.modules import pair_of
         from parity.system.import_target import built, load_attribute
 
-        kinds = {"--torch": nn.Module, "--flax": nnx.Module}
-        modules = []
-        for option, kind in kinds.items():
-            target = own[option]
+        def module(option: str, kind: type[Kind]) -> Kind:
+            target = targets[option]
             found = built(target, load_attribute(target), (kind,))
             if not isinstance(found, kind):
                 raise ValueError(
                     f"{option} {target}: gave an object of type {type(found).__name__}. It must be "
                     f"a {kind.__module__.split('.')[0]} module or a function that builds one."
                 )
-            modules.append(found)
-        calls = load_attribute(own["--inputs"])
-        return pair_of(*modules, calls, rules=rules, seed=seed)
+            return found
+
+        modules = module("--torch", nn.Module), module("--flax", nnx.Module)
+        return pair_of(*modules, load_attribute(targets["--inputs"]), rules=rules, seed=seed)
 
     return make
 
@@ -298,7 +300,10 @@ def _run(
     device: str,
     *,
     levels: Sequence[str],
-    **options: object,
+    dtypes: tuple[str, ...],
+    seed: int,
+    steps: int,
+    plot_data: bool,
 ) -> "tuple[Pair, Report]":
     """Return the pair and its report; show a live progress line on the error stream."""
     with errors.status("loading jax and torch"):
@@ -310,7 +315,17 @@ def _run(
     from parity.system.progress import interruptible, shown
 
     with shown(errors, levels) as show, interruptible(show) as progress:
-        return pair, run(pair, levels=levels, devices=devices, progress=progress, **options)
+        report = run(
+            pair,
+            levels=levels,
+            dtypes=dtypes,
+            devices=devices,
+            seed=seed,
+            steps=steps,
+            plot_data=plot_data,
+            progress=progress,
+        )
+    return pair, report
 
 
 def _page(report: "Report") -> str:

@@ -1,4 +1,4 @@
-"""`parity convert`: a checkpoint as a folder of another kind."""
+"""`parity convert`: write a checkpoint as a folder of another kind."""
 
 from pathlib import Path
 from typing import Annotated
@@ -77,14 +77,21 @@ def convert(
             else:
                 write_twin(out, to, weights)
         size = sum(file.stat().st_size for file in out.iterdir()) / 1e6
-        errors.print(
-            f"{out}: {weights.family} for {to}, {weights.config.dtype}, {size:,.1f} MB",
-            style="dim", highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        line = f"{out}: {weights.family} for {to}, {weights.config.dtype}, {size:,.1f} MB"
+        errors.print(line, style="dim", highlight=False, soft_wrap=True)
 
 
-def _convert_file(errors: Console, source, out, to, dtype, torch, flax, rules) -> None:
-    """A file of weights of one module as that of its port."""
+def _convert_file(
+    errors: Console,
+    source: str,
+    out: Path,
+    to: str,
+    dtype: str | None,
+    torch: str | None,
+    flax: str | None,
+    rules: str,
+) -> None:
+    """Convert a file of one module's weights into that of its port."""
     if torch is None or flax is None or to == "hf" or dtype is not None:
         raise ValueError(
             "--torch and --flax: both, with --to torch or flax and no --dtype. A file of weights "
@@ -99,7 +106,8 @@ def _convert_file(errors: Console, source, out, to, dtype, torch, flax, rules) -
         from parity.weights.convert import convert_file
         from parity.weights.rules import Rules
 
-        modules = [built(x, load_attribute(x), (nn.Module, nnx.Module)) for x in (torch, flax)]
+        kinds = nn.Module, nnx.Module
+        port, original = (built(x, load_attribute(x), kinds) for x in (torch, flax))
         found = None if rules == "auto" else Rules.load(Path(rules))
-        count = convert_file(Path(source), out, *modules, to, found)
+        count = convert_file(Path(source), out, port, original, to, found)
     errors.print(f"{out}: {count} tensors for {to}", style="dim", highlight=False, soft_wrap=True)

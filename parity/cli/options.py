@@ -41,7 +41,7 @@ Device = Annotated[str, typer.Option(help="auto (GPUs if both frameworks have on
 
 def unwrapped(command: Callable) -> str:
     """Return a command's docstring with the lines of each paragraph joined, except in tables."""
-    paragraphs = inspect.cleandoc(command.__doc__).split("\n\n")
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
     return "\n\n".join(x if x.startswith("[") else x.replace("\n", " ") for x in paragraphs)
 
 

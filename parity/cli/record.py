@@ -80,9 +80,11 @@ def only_one(command: str, torch: str | None, flax: str | None) -> tuple[str, st
     Raises:
         ValueError: for both or neither.
     """
-    if (torch is None) == (flax is None):
-        given = "neither --torch nor --flax" if torch is None else "both --torch and --flax"
-        raise ValueError(
-            f"{command}: {given}. A golden has one side, and one side is run. Give one of them."
-        )
-    return ("torch", torch) if torch is not None else ("flax", flax)
+    if torch is not None and flax is None:
+        return "torch", torch
+    if flax is not None and torch is None:
+        return "flax", flax
+    given = "neither --torch nor --flax" if torch is None else "both --torch and --flax"
+    raise ValueError(
+        f"{command}: {given}. A golden has one side, and one side is run. Give one of them."
+    )

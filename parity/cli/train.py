@@ -195,9 +195,10 @@ def _train(
     errors: Console, run: "Run", learn: "Corpus", trainers: "Trainers", options: TrainOptions
 ) -> int:
     """Train with a live line; return the number of the last step."""
-    from parity.system.progress import stoppable, watched
+    from parity.system.progress import stoppable
     from parity.training import NonFinite
     from parity.training import train as train_run
+    from parity.training.watch import watched
 
     before, steps = run.checkpoints(), options.steps
     if before and before[-1][0]:

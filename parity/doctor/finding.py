@@ -1,16 +1,11 @@
-"""What a detector finds, and the values that findings are made of."""
+"""A question about a language model, and what it finds."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import TypeVar
 
-import numpy as np
-
-from parity.doctor.model import OFFERS, LanguageModel
+from parity.doctor.model import LanguageModel
+from parity.doctor.offers import NAMES
 from parity.report.record import Verdict
-from parity.weights.randomize import randomized
-
-Model = TypeVar("Model", bound=LanguageModel)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +51,7 @@ class Detector:
     def __call__(self, model: LanguageModel) -> Finding:
         """Return the finding; what the model's own code raises is a failure."""
         if not isinstance(model, self.needs):
-            return abstain(f"The model offers no {OFFERS[self.needs]}.")
+            return abstain(f"The model offers no {NAMES[self.needs]}.")
         try:
             return self.examine(model)
         except Exception as error:
@@ -79,37 +74,16 @@ def abstain(sentence: str) -> Finding:
     return Finding(Verdict.ABSTAIN, sentence)
 
 
-def judged(value: float, bound: float, good: str, bad: str) -> Finding:
-    """Judge a number that must not exceed its bound; NaN never passes."""
-    good, bad = (text.format(value=f"{value:.1e}", bound=f"{bound:.0e}") for text in (good, bad))
-    return passed(good, value, bound) if value <= bound else failed(bad, value, bound)
+def judged(value: float, bound: float, good: str, bad: str | None = None) -> Finding:
+    """Judge a number that must not exceed its bound; NaN never passes.
 
-
-def shaken(model: Model) -> Model:
-    """Return the model with random weights: fresh ones hide what is zero or nearly so."""
-    return model.with_weights(randomized(model.weights(), model.seed))
-
-
-def tokens(model: LanguageModel, rows: int, length: int, seed: int = 0) -> np.ndarray:
-    """Draw ids (rows, length) from the whole vocabulary, cut to the context."""
-    rng = np.random.default_rng((model.seed, seed))
-    length = min(length, model.context_length)
-    return rng.integers(0, model.vocab_size, (rows, length)).astype(np.int32)
-
-
-def gap(left: np.ndarray, right: np.ndarray) -> float:
-    """Return the largest difference, in units of the right side's standard deviation."""
-    left, right = (np.asarray(x, np.float64) for x in (left, right))
-    if left.shape != right.shape or not right.size:
-        return float("nan")
-    scale = float(np.std(right))
-    return float(np.max(np.abs(left - right)) / (scale if scale > 0 else 1.0))
-
-
-def tolerance(model: LanguageModel) -> float:
-    """Return how far two ways to compute the same logits may differ, in standard deviations.
-
-    In float32 a thousand units in the last place, where a model of a hundred layers needs a few
-    hundred; in float64 what a float32 somewhere inside would exceed.
+    Args:
+        value: to judge.
+        bound: the largest value that passes.
+        good: the sentence for a value that passes, with {value} and {bound} where they belong.
+        bad: the sentence for one that does not; the same when None.
     """
-    return {"float64": 1e-9, "float32": 1e-4, "float16": 0.1, "bfloat16": 0.5}[model.dtype]
+    is_good = value <= bound
+    sentence = good if is_good or bad is None else bad
+    sentence = sentence.format(value=f"{value:.1e}", bound=f"{bound:.0e}")
+    return (passed if is_good else failed)(sentence, value, bound)

@@ -5,96 +5,60 @@ Dimension key: B batch, T tokens, D embed dim, V vocab.
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from typing import Any, Self
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, Self, Unpack, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax import Array as Tensor
 
-from parity.doctor.model import LanguageModel, Score, Trainer
-from parity.doctor.sizes import find_position_table, find_sizes, logits_of
+from parity.doctor.model import Array, Counts, LanguageModel, Score
+from parity.doctor.sizes import Options, identify, logits_of
 from parity.frameworks.capture import leaves_of
-from parity.frameworks.flax.capture import wrapped_calls as wrapped_calls
-from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
+from parity.frameworks.default_call import projection
+from parity.frameworks.flax.capture import wrapped_calls
+from parity.frameworks.flax.leaves import cast_flax, flax_leaves, load_flax, state_leaves
 from parity.frameworks.flax.module import FlaxTrainer, compile_step
-from parity.frameworks.flax.purity import flax_in
 from parity.frameworks.flax.scope import Scoped, jax_scope
 from parity.frameworks.leaves import Leaves, dotted
+from parity.frameworks.protocols import Trainer
 
 
 class FlaxModel(LanguageModel):
-    """Any NNX module that returns logits for tokens.
-
-    A subclass says what is different about its module: how it is called (`forward`,
-    `takes_counts`), what it is scored by and trained with (`loss`, `objective`), and what more it
-    offers, by the methods of the protocols in parity/doctor/model.py.
-
-    Args:
-        module: left as it is; a copy of it in evaluation mode is examined.
-        name: for the report; the class when empty.
-        vocab_size: V; looked for in the module's config and first embedding when None.
-        context_length: longest sequence; looked for in the module's config when None.
-        loss: (logits_BTV, labels_BT, counts_B) to a mean, or to a total and a number of tokens;
-            labels are the tokens themselves, since the loss shifts. None for the class's.
-        ignore_index: a label that the loss does not score; None for the class's.
-        seed: of the probes.
-        trained: whether the weights are trained.
-
-    Raises:
-        ValueError: when sizes are not to be found.
-    """
+    """Any NNX module that returns logits for tokens; see `TorchModel`."""
 
     framework = "flax"
-    loss: Callable[..., Any] | None = None
     compiled = True  # calls go through jax.jit, which pays for all but the smallest models
 
-    def __init__(
-        self,
-        module: nnx.Module,
-        *,
-        name: str = "",
-        vocab_size: int | None = None,
-        context_length: int | None = None,
-        loss: Callable[..., Any] | None = None,
-        ignore_index: int | None = None,
-        seed: int = 0,
-        trained: bool = False,
-    ):
-        embeddings = {
-            f"{dotted(path)}.embedding": part.num_embeddings
-            for path, part in nnx.iter_modules(module)
-            if isinstance(part, nnx.Embed)
-        }
-        self.name, self.seed, self.trained = name or type(module).__name__, seed, trained
-        sizes = find_sizes(module, vocab_size, context_length, embeddings)
-        self.vocab_size, self.context_length = sizes
-        leaves = flax_leaves(module)
-        self.position_table = find_position_table(leaves, embeddings, self.vocab_size)
-        if loss is not None:
-            self.loss = loss
-        if ignore_index is not None:
-            self.ignore_index = ignore_index
+    def __init__(self, module: nnx.Module, **options: Unpack[Options]):
+        tables = {f"{x}.embedding": y.num_embeddings for x, y in _embeddings(module).items()}
+        self.given_loss = options.get("loss")
+        identify(self, module, options, flax_leaves(module), tables)
         programs = _of_parts(self._logits), jax.grad(_of_parts(self._cross_entropy), argnums=1)
         if self.compiled:
             programs = tuple(jax.jit(program, static_argnums=0) for program in programs)
         self._run_forward, self._run_gradient = programs
         self._hold(nnx.clone(module))
 
-    def forward(self, module: nnx.Module, tokens_BT: jax.Array, counts_B: jax.Array | None) -> Any:
+    def forward(self, module: nnx.Module, tokens_BT: Tensor, counts_B: Tensor | None) -> Any:
         """Return logits (B, T, V), alone, first in a tuple, or as `logits`."""
         return module(tokens_BT)
 
+    def loss(self, logits_BTV: Tensor, labels_BT: Tensor, counts_B: Tensor | None) -> Any:
+        """Return the model's own loss, a mean or a total and a number; None if it has none."""
+        return self.given_loss and self.given_loss(logits_BTV, labels_BT, counts_B)
+
     def objective(
-        self, module: nnx.Module, tokens_BT: jax.Array, counts_B: jax.Array | None = None
-    ) -> jax.Array:
+        self, module: nnx.Module, tokens_BT: Tensor, counts_B: Tensor | None = None
+    ) -> Tensor:
         """Return the loss to train with: the model's own, else the next token's cross entropy."""
-        if self.loss is None:
-            return self._cross_entropy(module, tokens_BT, counts_B)
-        loss = self.loss(self._logits(module, tokens_BT, counts_B), tokens_BT, counts_B)
+        logits_BTV = self._logits(module, tokens_BT, counts_B)
+        loss = self.loss(logits_BTV, tokens_BT, counts_B)
+        if loss is None:
+            return next_token_cross_entropy(logits_BTV, tokens_BT, counts_B)
         return loss[0] / loss[1] if isinstance(loss, tuple) else loss
 
     @property
@@ -108,18 +72,17 @@ class FlaxModel(LanguageModel):
         """Number of its parameters, tied ones once."""
         return sum(x.size for x in jax.tree.leaves(self._parts[1]))
 
-    def logits(self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None) -> np.ndarray:
+    def logits(self, tokens_BT: Array, counts_B: Counts = None) -> Array:
         """Return logits (B, T, V)."""
         with self.scope():
-            return np.asarray(
-                self._run_forward(*self._parts, self.ids(tokens_BT), self.ids(counts_B))
-            )
+            inputs = self.inputs(tokens_BT, counts_B)
+            return np.asarray(self._run_forward(*self._parts, *inputs))
 
     def weights(self) -> Leaves:
         """Return its leaves by name."""
         return flax_leaves(self.module)
 
-    def with_weights(self, leaves: Mapping[str, np.ndarray]) -> Self:
+    def with_weights(self, leaves: Mapping[str, Array]) -> Self:
         """Return the same model with other leaves; what is compiled stays so."""
         with self.scope():
             module = nnx.clone(self.module)
@@ -135,134 +98,131 @@ class FlaxModel(LanguageModel):
     def cast(self, dtype: str) -> Self:
         """Return the same model in another type."""
         with jax_scope(dtype, jax.devices()[0]):
-            return self.with_module(flax_in(self.module, dtype))
+            return self.with_module(cast_flax(self.module, dtype))
 
-    def score(
-        self, logits_BTV: np.ndarray, labels_BT: np.ndarray, counts_B: np.ndarray | None = None
-    ) -> Score | None:
+    def score(self, logits_BTV: Array, labels_BT: Array, counts_B: Counts = None) -> Score | None:
         """Return its own loss of these logits; None for a model without one."""
-        if self.loss is None:
-            return None
         with self.scope():
-            scores = jnp.asarray(logits_BTV)
-            return Score.of(self.loss(scores, self.ids(labels_BT), self.ids(counts_B)))
+            loss = self.loss(jnp.asarray(logits_BTV), *self.inputs(labels_BT, counts_B))
+            return None if loss is None else Score.of(loss)
 
-    def gradients(self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None) -> Leaves:
+    def gradients(self, tokens_BT: Array, counts_B: Counts = None) -> Leaves:
         """Return the gradient of the mean next-token loss by parameter, zeros where it has none."""
-        with self.op_by_op():
-            found = self._run_gradient(*self._parts, self.ids(tokens_BT), self.ids(counts_B))
-            return state_leaves(found)
+        with self._differentiating():
+            inputs = self.inputs(tokens_BT, counts_B)
+            return state_leaves(self._run_gradient(*self._parts, *inputs))
 
     def trainer(self, rate: float) -> Trainer:
         """Start a training of a copy by AdamW."""
 
-        def loss(module: nnx.Module, tokens: jax.Array, *counts: jax.Array) -> jax.Array:
+        def loss(module: nnx.Module, tokens: Tensor, *counts: Tensor) -> Tensor:
             module.eval()  # as it is examined
             return self.objective(module, tokens, *counts)
 
         optimizer = optax.adamw(rate, weight_decay=0.0)
         with self.scope():
-            program = compile_step(loss, optimizer)
-            return Scoped(FlaxTrainer(nnx.clone(self.module), program, optimizer), self.scope)
+            step = compile_step(loss, optimizer)
+            trainer = FlaxTrainer(nnx.clone(self.module), step, optimizer)
+            return cast(Trainer, Scoped(trainer, self.scope))
 
-    def dropout_losses(self, tokens_BT: np.ndarray) -> tuple[float, float] | None:
+    def dropout_losses(self, tokens_BT: Array) -> tuple[float, float] | None:
         """Return the losses of two forward passes in training mode; None without dropout."""
         parts = (part for _, part in nnx.iter_modules(self.module))
         if not any(isinstance(part, nnx.Dropout) and part.rate > 0 for part in parts):
             return None
         with self.scope():
-            training = nnx.clone(self.module)
-            training.train()
-            first, second = (
-                float(self._cross_entropy(training, self.ids(tokens_BT), None)) for _ in range(2)
-            )
+            module, tokens = nnx.clone(self.module), self.ids(tokens_BT)
+            module.train()
+            first, second = (float(self._cross_entropy(module, tokens)) for _ in range(2))
         return first, second
 
-    def reach(self, tokens_T: np.ndarray) -> np.ndarray | None:
-        """Return (T, T): the gradient of the logits at t by the embedding of token s, its norm.
+    def reach(self, tokens_T: Array) -> Array | None:
+        """Return (T, T): the norm of the gradient of the logits at t by the embedding of token s.
 
-        Zeros are added to what the embedding layer returns, and the logits derived by them. None
-        where no embedding layer is called with the tokens themselves.
+        Zeros are added to what an embedding layer returns for the tokens, and the logits derived
+        by them. None where no layer is called with the tokens themselves.
         """
         T = len(tokens_T)
-        embeddings = {
-            dotted(path)
-            for path, part in nnx.iter_modules(self.module)
-            if isinstance(part, nnx.Embed)
-        }
-        shapes: list[jax.ShapeDtypeStruct] = []
+        tokens_TT = np.broadcast_to(tokens_T, (T, T))
+        embeddings, shapes = _embeddings(self.module), []
 
-        def asked(zeros_TTD: jax.Array | None) -> jax.Array:
-            def around(path: str, call: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
+        def asked(zeros_TTD: Tensor | None) -> Tensor:
+            def add_zeros(path: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
                 output = call(*args, **kwargs)
-                if path not in embeddings or not _is_equal(next(leaves_of((args, kwargs)))):
+                if path not in embeddings or not is_asked(next(leaves_of((args, kwargs)))):
                     return output
-                shapes.append(jax.ShapeDtypeStruct(output.shape, output.dtype))
+                shapes.append((output.shape, output.dtype))
                 return output if zeros_TTD is None else output + zeros_TTD
 
-            with wrapped_calls(self.module, around):
-                logits_TTV = self._logits(self.module, tokens_TT, None)
-            direction_V = np.random.default_rng(0).normal(size=logits_TTV.shape[-1])
+            with wrapped_calls(self.module, add_zeros):
+                logits_TTV = self._logits(self.module, self.ids(tokens_TT), None)
             # Row t of a batch of copies asks for position t: one backward pass answers for all.
-            rows = jnp.arange(T)
-            direction_V = jnp.asarray(direction_V, logits_TTV.dtype)
-            return jnp.sum(logits_TTV[rows, rows] * direction_V[None])
+            weights_V = jnp.asarray(projection(self.vocab_size), logits_TTV.dtype)
+            return jnp.sum(logits_TTV[np.arange(T), np.arange(T)] @ weights_V)
 
-        def _is_equal(inputs: jax.Array) -> bool:
-            traced = isinstance(inputs, jax.core.Tracer)  # inside the model's own jit
-            return not traced and inputs.shape == (T, T) and bool(jnp.all(inputs == tokens_TT))
+        def is_asked(ids: Any) -> bool:
+            traced = isinstance(ids, jax.core.Tracer)  # inside the model's own jit
+            return not traced and np.array_equal(ids, tokens_TT)
 
-        with self.op_by_op():
-            tokens_TT = jnp.broadcast_to(self.ids(tokens_T), (T, T))
+        with self._differentiating():
             asked(None)
             if not shapes:
                 return None
-            gradient_TTD = jax.grad(asked)(jnp.zeros(shapes[0].shape, shapes[0].dtype))
+            gradient_TTD = jax.grad(asked)(jnp.zeros(*shapes[0]))
             return np.asarray(jnp.linalg.norm(gradient_TTD, axis=-1))
 
-    def ids(self, array: np.ndarray | None) -> jax.Array | None:
+    def ids(self, array: Array) -> Tensor:
         """Return token ids or counts as an array of jax."""
-        return None if array is None else jnp.asarray(array, jnp.int32)
+        return jnp.asarray(array, jnp.int32)
 
-    def scope(self) -> AbstractContextManager:
+    def inputs(self, tokens_BT: Array, counts_B: Counts = None) -> tuple[Tensor, Tensor | None]:
+        """Return token ids and counts as arrays of jax."""
+        return self.ids(tokens_BT), None if counts_B is None else self.ids(counts_B)
+
+    def scope(self) -> contextlib.AbstractContextManager[None]:
         """Return the context of its calls, with 64-bit types exactly when it has them."""
         return jax_scope(self.dtype, jax.devices()[0])
 
     @contextlib.contextmanager
-    def op_by_op(self) -> Iterator[None]:
-        """Run a model that is not compiled operation by operation.
-
-        When it is differentiated, its jitted parts would be compiled anew in every call.
-        """
+    def _differentiating(self) -> Generator[None]:
+        # Differentiated one by one, jitted parts would be compiled anew in every call.
         with self.scope(), contextlib.nullcontext() if self.compiled else jax.disable_jit():
             yield
 
     def _hold(self, module: nnx.Module) -> None:
         module.eval()
-        self.module = module
-        self._parts = nnx.split(module, nnx.Param, ...)
+        self.module, self._parts = module, nnx.split(module, nnx.Param, ...)
 
-    def _logits(
-        self, module: nnx.Module, tokens_BT: jax.Array, counts_B: jax.Array | None
-    ) -> jax.Array:
+    def _logits(self, module: nnx.Module, tokens_BT: Tensor, counts_B: Tensor | None) -> Tensor:
         output = self.forward(module, tokens_BT, counts_B)
         return logits_of(output, tokens_BT.shape, self.vocab_size)
 
     def _cross_entropy(
-        self, module: nnx.Module, tokens_BT: jax.Array, counts_B: jax.Array | None
-    ) -> jax.Array:
-        """Return the mean over real targets, by the framework's own function."""
+        self, module: nnx.Module, tokens_BT: Tensor, counts_B: Tensor | None = None
+    ) -> Tensor:
         logits_BTV = self._logits(module, tokens_BT, counts_B)
-        losses_BT = optax.softmax_cross_entropy_with_integer_labels(
-            logits_BTV[:, :-1], tokens_BT[:, 1:]
-        )
-        if counts_B is None:
-            return jnp.mean(losses_BT)
-        real_BT = jnp.arange(1, tokens_BT.shape[1])[None, :] < counts_B[:, None]
-        return jnp.sum(jnp.where(real_BT, losses_BT, 0.0)) / jnp.sum(real_BT)
+        return next_token_cross_entropy(logits_BTV, tokens_BT, counts_B)
 
 
-def _of_parts(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+def next_token_cross_entropy(
+    logits_BTV: Tensor, tokens_BT: Tensor, counts_B: Tensor | None
+) -> Tensor:
+    """Return the mean over real targets, by the framework's own function."""
+    losses_BT = optax.softmax_cross_entropy_with_integer_labels(
+        logits_BTV[:, :-1], tokens_BT[:, 1:]
+    )
+    if counts_B is None:
+        return jnp.mean(losses_BT)
+    real_BT = jnp.arange(1, tokens_BT.shape[1])[None, :] < counts_B[:, None]
+    return jnp.sum(jnp.where(real_BT, losses_BT, 0.0)) / jnp.sum(real_BT)
+
+
+def _embeddings(module: nnx.Module) -> dict[str, nnx.Embed]:
+    parts = nnx.iter_modules(module)
+    return {dotted(path): part for path, part in parts if isinstance(part, nnx.Embed)}
+
+
+def _of_parts(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Turn a function of a module and arrays into one of the module's parts and arrays."""
     return lambda graphdef, parameters, rest, *arrays: function(
         nnx.merge(graphdef, parameters, rest), *arrays

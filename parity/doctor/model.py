@@ -1,9 +1,6 @@
 """A language model as the questions see it: methods on NumPy arrays, in either framework.
 
-Dimension key: B batch, T tokens, S cache slots, N heads, V vocab, G generated tokens.
-
-`LanguageModel` is what every model answers. The other protocols are what more a model may offer;
-the questions that need one abstain on models without it.
+Dimension key: B batch, T tokens, V vocab.
 """
 
 import dataclasses
@@ -14,17 +11,8 @@ import numpy as np
 
 from parity.frameworks.leaves import Leaves
 
-Cache = Any  # whatever the model's own cache is
-
-
-class Trainer(Protocol):
-    """A training in progress, on weights of its own."""
-
-    def step(self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None) -> float:
-        """Update the weights once and return the loss before it."""
-
-    def parameters(self) -> Leaves:
-        """Return the present weights."""
+Array = np.ndarray
+Counts = np.ndarray | None  # real tokens per row; None for all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,164 +92,18 @@ class LanguageModel(Protocol):
         """Number of its parameters, tied ones once."""
         ...
 
-    def logits(self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None) -> np.ndarray:
-        """Return logits (B, T, V); `counts_B` are real tokens per row, None for all."""
+    def logits(self, tokens_BT: Array, counts_B: Counts = None) -> Array:
+        """Return logits (B, T, V)."""
         ...
 
     def weights(self) -> Leaves:
         """Return its leaves by name."""
         ...
 
-    def with_weights(self, leaves: Mapping[str, np.ndarray]) -> Self:
+    def with_weights(self, leaves: Mapping[str, Array]) -> Self:
         """Return the same model with other leaves; this one stays as it is."""
         ...
 
-    def score(
-        self, logits_BTV: np.ndarray, labels_BT: np.ndarray, counts_B: np.ndarray | None = None
-    ) -> Score | None:
+    def score(self, logits_BTV: Array, labels_BT: Array, counts_B: Counts = None) -> Score | None:
         """Return its own loss of these logits; None for a model without one."""
         return None
-
-
-@runtime_checkable
-class CanTrain(LanguageModel, Protocol):
-    """A model that can be differentiated and trained."""
-
-    def gradients(self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None) -> Leaves:
-        """Return the gradient of the mean next-token loss by parameter, zeros where it has none."""
-
-    def reach(self, tokens_T: np.ndarray) -> np.ndarray | None:
-        """Return (T, T): the norm of the gradient of the logits at t by the embedding of token s.
-
-        None where no embedding layer is called with the tokens themselves.
-        """
-
-    def trainer(self, rate: float) -> Trainer:
-        """Start a training by its own step at this learning rate; by AdamW if it has no step."""
-
-    def dropout_losses(self, tokens_BT: np.ndarray) -> tuple[float, float] | None:
-        """Return the losses of two training steps with dropout that change no weight.
-
-        None for a model without dropout.
-        """
-
-
-@runtime_checkable
-class HasOwnStep(CanTrain, Protocol):
-    """A model with a training step of its own."""
-
-    def reference_trainer(self) -> tuple[Trainer, AdamW]:
-        """Start its training with every option switched on; return the constants too."""
-
-
-@runtime_checkable
-class CanEvaluate(LanguageModel, Protocol):
-    """A model with an evaluation of its own."""
-
-    def evaluate(self, batches: list[tuple[np.ndarray, np.ndarray | None]]) -> Score:
-        """Return the loss over all (tokens, counts)."""
-
-
-@runtime_checkable
-class CanCast(LanguageModel, Protocol):
-    """A model that runs in more than one type."""
-
-    def cast(self, dtype: str) -> Self:
-        """Return the same model in another type."""
-
-
-@runtime_checkable
-class CanDecode(LanguageModel, Protocol):
-    """A model with a cache.
-
-    Attributes:
-        ragged: whether `read` takes counts.
-        bounded: whether a cache has a capacity that must not be outgrown.
-    """
-
-    ragged: bool
-    bounded: bool
-
-    def empty_cache(self, rows: int, capacity: int) -> Cache:
-        """Return a cache that holds nothing."""
-
-    def read(
-        self, tokens_BT: np.ndarray, cache: Cache, counts_B: np.ndarray | None = None
-    ) -> tuple[np.ndarray, Cache]:
-        """Return logits (B, T, V) and the longer cache.
-
-        The cache given must stay as it is, by a copy where the model writes in place.
-        """
-
-
-@runtime_checkable
-class CanSelect(CanDecode, Protocol):
-    """A model whose cache can be reordered."""
-
-    def select(self, cache: Cache, rows: np.ndarray) -> Cache:
-        """Return the cache of these rows, in this order."""
-
-
-@runtime_checkable
-class CanTruncate(CanDecode, Protocol):
-    """A model whose cache can be cut back."""
-
-    def truncate(self, cache: Cache, lengths: np.ndarray) -> Cache:
-        """Return the cache cut back to one length per row."""
-
-
-@runtime_checkable
-class CanGenerate(LanguageModel, Protocol):
-    """A model with a generation of its own."""
-
-    def generate(
-        self,
-        tokens_BT: np.ndarray,
-        num_tokens: int,
-        *,
-        counts_B: np.ndarray | None = None,
-        temperature: float = 0.0,
-        seed: int = 0,
-        stop_ids: tuple[int, ...] = (),
-    ) -> np.ndarray:
-        """Return new tokens (B, G) after each prompt, -1 after a row's stop."""
-
-
-@runtime_checkable
-class CanKeepGraph(LanguageModel, Protocol):
-    """A model whose framework has autograd graphs."""
-
-    def keeps_graph(self, tokens_BT: np.ndarray) -> bool:
-        """Whether the cache after a few generated tokens keeps an autograd graph alive."""
-
-
-@runtime_checkable
-class ShowsAttention(LanguageModel, Protocol):
-    """A model that shows its attention weights."""
-
-    def attention(
-        self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None
-    ) -> list[np.ndarray]:
-        """Return weights (B, N, T, S) per layer; none where a model keeps none."""
-
-
-@runtime_checkable
-class CountsPrograms(LanguageModel, Protocol):
-    """A model that knows how often it was compiled."""
-
-    def num_programs(self, lengths: tuple[int, ...]) -> int:
-        """Return the number of programs compiled to continue prompts of these lengths."""
-
-
-# What a model lacks that does not satisfy a protocol.
-OFFERS: dict[type, str] = {
-    CanTrain: "training",
-    HasOwnStep: "training step of its own",
-    CanEvaluate: "evaluation of its own",
-    CanCast: "other types",
-    CanDecode: "cache",
-    CanGenerate: "generation",
-    CanKeepGraph: "autograd graph",
-    ShowsAttention: "attention weights",
-    CountsPrograms: "count of compiled programs",
-}

@@ -1,7 +1,9 @@
-"""Find a model's vocabulary size, context length and logits when they are not given."""
+"""Find a model's name, vocabulary size, context length and logits when they are not given."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict
+
+from parity.doctor.model import LanguageModel
 
 # Where models keep their sizes, and what they call them.
 _PLACES = "config", "cfg", "args", "params", "hparams"
@@ -17,46 +19,76 @@ class NotLogits(ValueError):
     """A call that returns something else than logits."""
 
 
-def find_sizes(
+class Options(TypedDict, total=False):
+    """What can be said about a module.
+
+    Attributes:
+        name: for the report; the class when empty.
+        vocab_size: V; looked for in the module's config and first embedding when None.
+        context_length: longest sequence; looked for in the module's config when None.
+        loss: (logits_BTV, labels_BT, counts_B) to a mean, or to a total and a number of tokens;
+            labels are the tokens themselves, since the loss shifts. None for the class's.
+        ignore_index: a label that the loss does not score; None for the class's.
+        seed: of the probes.
+        trained: whether the weights are trained.
+    """
+
+    name: str
+    vocab_size: int | None
+    context_length: int | None
+    loss: Callable[..., Any] | None
+    ignore_index: int | None
+    seed: int
+    trained: bool
+
+
+def identify(
+    model: LanguageModel,
     module: Any,
-    vocab_size: int | None,
-    context_length: int | None,
-    embeddings: Mapping[str, int],
-) -> tuple[int, int]:
-    """Find the vocabulary and context of a model: given, in its config, or by its tables.
+    options: Options,
+    leaves: Mapping[str, Any],
+    tables: Mapping[str, int],
+) -> None:
+    """Set the attributes of a model: as given, as its config says, or as its tables do.
 
     Args:
-        module: that may say so itself, or in its `config`.
-        vocab_size: as given.
-        context_length: as given.
-        embeddings: rows of each of its embedding layers' weights.
+        model: to set them of.
+        module: that may say its sizes itself, or in its `config`.
+        options: as given.
+        leaves: all weights by name.
+        tables: rows of each embedding layer's weight.
 
     Raises:
-        ValueError: when one of them is not to be found, or too small to ask anything.
+        ValueError: when a size is not to be found, or too small to ask anything.
     """
-    of_tokens = (rows for name, rows in embeddings.items() if not _is_position(name))
-    of_positions = (rows for name, rows in embeddings.items() if _is_position(name))
-    vocab_size = vocab_size or _said(module, ("vocab_size",)) or next(of_tokens, None)
-    context_length = context_length or _said(module, _CONTEXTS) or next(of_positions, None)
-    missing = [
-        option
-        for option, value in (("vocab_size", vocab_size), ("context_length", context_length))
-        if value is None
-    ]
-    if missing:
+    model.name = options.get("name") or type(module).__name__
+    model.seed, model.trained = options.get("seed", 0), options.get("trained", False)
+    if (ignored := options.get("ignore_index")) is not None:
+        model.ignore_index = ignored
+    tokens = (rows for name, rows in tables.items() if not _is_position(name))
+    places = (rows for name, rows in tables.items() if _is_position(name))
+    vocab_size = options.get("vocab_size") or _said(module, ("vocab_size",)) or next(tokens, None)
+    context = options.get("context_length") or _said(module, _CONTEXTS) or next(places, None)
+    if vocab_size is None or context is None:
+        sizes = {"vocab_size": vocab_size, "context_length": context}
+        missing = [name for name, size in sizes.items() if size is None]
         raise ValueError(
             f"doctor: {type(module).__name__} does not say its {' and '.join(missing)}. A probe is "
             "ids below the one and no longer than the other. Give "
             + " and ".join(f"--{name.replace('_', '-')}" for name in missing)
             + "."
         )
-    if vocab_size < FEWEST_IDS or context_length < SHORTEST:
+    if vocab_size < FEWEST_IDS or context < SHORTEST:
         raise ValueError(
-            f"doctor: vocabulary {vocab_size}, context {context_length}. The questions need "
-            f"{FEWEST_IDS} ids to tell tokens apart and {SHORTEST} positions to read and write in. "
-            "Build the model larger for an examination."
+            f"doctor: vocabulary {vocab_size}, context {context}. The questions need {FEWEST_IDS} "
+            f"ids to tell tokens apart and {SHORTEST} positions to read and write in. Build the "
+            "model larger for an examination."
         )
-    return int(vocab_size), int(context_length)
+    model.vocab_size, model.context_length = vocab_size, context
+    # A matrix whose name says so, or an embedding of something else than tokens.
+    named = [name for name, leaf in leaves.items() if leaf.ndim >= 2 and _is_position(name)]
+    others = [name for name, rows in tables.items() if rows != vocab_size]
+    model.position_table = next(iter(named + others), None)
 
 
 def _said(module: Any, names: tuple[str, ...]) -> int | None:
@@ -74,23 +106,7 @@ def _is_position(name: str) -> bool:
     return any(word in name.lower() for word in words) or "pos" in name.split(".")
 
 
-def find_position_table(
-    leaves: Mapping[str, Any], embeddings: Mapping[str, int], vocab_size: int
-) -> str | None:
-    """Find the leaf with a row per position: an embedding of no tokens, or so named.
-
-    Args:
-        leaves: all weights by name.
-        embeddings: rows of each embedding layer's weight.
-        vocab_size: V.
-    """
-    matrices = [name for name, leaf in leaves.items() if leaf.ndim >= 2]
-    named = [name for name in matrices if _is_position(name)]
-    others = [name for name, rows in embeddings.items() if rows != vocab_size]
-    return next(iter(named + others), None)
-
-
-def logits_of(output: Any, shape: tuple[int, int], vocab_size: int) -> Any:
+def logits_of(output: Any, shape: tuple[int, ...], vocab_size: int) -> Any:
     """Return the logits (B, T, V) of an output: itself, its field `logits`, or its first item.
 
     Raises:

@@ -1,24 +1,30 @@
 """A PyTorch language model under examination. Read beside parity/doctor/flax.py.
 
-Dimension key: B batch, T tokens, D embed dim, V vocab.
+Dimension key: B batch, T tokens, V vocab.
 """
 
 import copy
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any, Self, Unpack
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from parity.doctor.model import LanguageModel, Score, Trainer
-from parity.doctor.sizes import find_position_table, find_sizes, logits_of
+from parity.doctor.model import Array, Counts, LanguageModel, Score
+from parity.doctor.sizes import Options, identify, logits_of
+from parity.frameworks.default_call import projection
 from parity.frameworks.leaves import Leaves
-from parity.frameworks.torch.leaves import from_numpy, load_torch, to_numpy, torch_leaves
+from parity.frameworks.protocols import Trainer
+from parity.frameworks.torch.leaves import (
+    cast_torch,
+    from_numpy,
+    load_torch,
+    to_numpy,
+    torch_leaves,
+)
 from parity.frameworks.torch.module import TorchTrainer
-from parity.frameworks.torch.purity import torch_in
 
 
 class TorchModel(LanguageModel):
@@ -26,67 +32,41 @@ class TorchModel(LanguageModel):
 
     A subclass says what is different about its module: how it is called (`forward`,
     `takes_counts`), what it is scored by and trained with (`loss`, `objective`), and what more it
-    offers, by the methods of the protocols in parity/doctor/model.py.
+    offers, by the methods of the protocols in parity/doctor/offers.py.
 
     Args:
         module: left as it is; a copy of it in evaluation mode is examined.
-        name: for the report; the class when empty.
-        vocab_size: V; looked for in the module's config and first embedding when None.
-        context_length: longest sequence; looked for in the module's config when None.
-        loss: (logits_BTV, labels_BT, counts_B) to a mean, or to a total and a number of tokens;
-            labels are the tokens themselves, since the loss shifts. None for the class's.
-        ignore_index: a label that the loss does not score; None for the class's.
-        seed: of the probes.
-        trained: whether the weights are trained.
+        options: sizes and loss, where the module does not say them.
 
     Raises:
         ValueError: when sizes are not to be found.
     """
 
     framework = "torch"
-    loss: Callable[..., Any] | None = None
 
-    def __init__(
-        self,
-        module: nn.Module,
-        *,
-        name: str = "",
-        vocab_size: int | None = None,
-        context_length: int | None = None,
-        loss: Callable[..., Any] | None = None,
-        ignore_index: int | None = None,
-        seed: int = 0,
-        trained: bool = False,
-    ):
-        embeddings = {
-            f"{path}.weight": part.num_embeddings
-            for path, part in module.named_modules()
-            if isinstance(part, nn.Embedding)
-        }
-        self.name, self.seed, self.trained = name or type(module).__name__, seed, trained
-        sizes = find_sizes(module, vocab_size, context_length, embeddings)
-        self.vocab_size, self.context_length = sizes
-        parameters = dict(module.named_parameters())
-        self.position_table = find_position_table(parameters, embeddings, self.vocab_size)
-        if loss is not None:
-            self.loss = loss
-        if ignore_index is not None:
-            self.ignore_index = ignore_index
+    def __init__(self, module: nn.Module, **options: Unpack[Options]):
+        parts, leaves = module.named_modules(), dict(module.named_parameters())
+        tables = {f"{x}.weight": y.num_embeddings for x, y in parts if isinstance(y, nn.Embedding)}
+        self.given_loss = options.get("loss")
+        identify(self, module, options, leaves, tables)
         self.module = copy.deepcopy(module).eval()
 
-    def forward(
-        self, module: nn.Module, tokens_BT: torch.Tensor, counts_B: torch.Tensor | None
-    ) -> Any:
+    def forward(self, module: nn.Module, tokens_BT: Tensor, counts_B: Tensor | None) -> Any:
         """Return logits (B, T, V), alone, first in a tuple, or as `logits`."""
         return module(tokens_BT)
 
+    def loss(self, logits_BTV: Tensor, labels_BT: Tensor, counts_B: Tensor | None) -> Any:
+        """Return the model's own loss, a mean or a total and a number; None if it has none."""
+        return self.given_loss and self.given_loss(logits_BTV, labels_BT, counts_B)
+
     def objective(
-        self, module: nn.Module, tokens_BT: torch.Tensor, counts_B: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self, module: nn.Module, tokens_BT: Tensor, counts_B: Tensor | None = None
+    ) -> Tensor:
         """Return the loss to train with: the model's own, else the next token's cross entropy."""
-        if self.loss is None:
-            return self._cross_entropy(module, tokens_BT, counts_B)
-        loss = self.loss(self._logits(module, tokens_BT, counts_B), tokens_BT, counts_B)
+        logits_BTV = self._logits(module, tokens_BT, counts_B)
+        loss = self.loss(logits_BTV, tokens_BT, counts_B)
+        if loss is None:
+            return next_token_cross_entropy(logits_BTV, tokens_BT, counts_B)
         return loss[0] / loss[1] if isinstance(loss, tuple) else loss
 
     @property
@@ -100,17 +80,17 @@ class TorchModel(LanguageModel):
         """Number of its parameters, tied ones once."""
         return sum(p.numel() for p in self.module.parameters())
 
-    def logits(self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None) -> np.ndarray:
+    @torch.no_grad()
+    def logits(self, tokens_BT: Array, counts_B: Counts = None) -> Array:
         """Return logits (B, T, V)."""
-        with self.scope():
-            return to_numpy(self._logits(self.module, self.ids(tokens_BT), self.ids(counts_B)))
+        return to_numpy(self._logits(self.module, *self.inputs(tokens_BT, counts_B)))
 
     def weights(self) -> Leaves:
         """Return its leaves by name."""
         return torch_leaves(self.module)
 
-    def with_weights(self, leaves: Mapping[str, np.ndarray]) -> Self:
-        """Return the same model with other leaves."""
+    def with_weights(self, leaves: Mapping[str, Array]) -> Self:
+        """Return the same model with other leaves; this one stays as it is."""
         module = copy.deepcopy(self.module)
         load_torch(module, leaves)
         return self.with_module(module)
@@ -123,30 +103,26 @@ class TorchModel(LanguageModel):
 
     def cast(self, dtype: str) -> Self:
         """Return the same model in another type."""
-        return self.with_module(torch_in(self.module, dtype))
+        return self.with_module(cast_torch(self.module, dtype))
 
-    def score(
-        self, logits_BTV: np.ndarray, labels_BT: np.ndarray, counts_B: np.ndarray | None = None
-    ) -> Score | None:
+    def score(self, logits_BTV: Array, labels_BT: Array, counts_B: Counts = None) -> Score | None:
         """Return its own loss of these logits; None for a model without one."""
-        if self.loss is None:
-            return None
-        scores = from_numpy(logits_BTV).to(self.device)
-        return Score.of(self.loss(scores, self.ids(labels_BT), self.ids(counts_B)))
+        loss = self.loss(from_numpy(logits_BTV).to(self.device), *self.inputs(labels_BT, counts_B))
+        return None if loss is None else Score.of(loss)
 
-    def gradients(self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None) -> Leaves:
+    def gradients(self, tokens_BT: Array, counts_B: Counts = None) -> Leaves:
         """Return the gradient of the mean next-token loss by parameter, zeros where it has none."""
         named = dict(self.module.named_parameters())
-        loss = self._cross_entropy(self.module, self.ids(tokens_BT), self.ids(counts_B))
+        loss = self._cross_entropy(self.module, *self.inputs(tokens_BT, counts_B))
         trained = {name: p for name, p in named.items() if p.requires_grad and loss.requires_grad}
-        found = torch.autograd.grad(loss, trained.values(), allow_unused=True) if trained else ()
+        found = torch.autograd.grad(loss, [*trained.values()], allow_unused=True) if trained else ()
         known = {name: g for name, g in zip(trained, found, strict=True) if g is not None}
         return {name: to_numpy(known.get(name, torch.zeros_like(p))) for name, p in named.items()}
 
     def trainer(self, rate: float) -> Trainer:
         """Start a training of a copy by AdamW."""
 
-        def loss(module: nn.Module, tokens: torch.Tensor, *counts: torch.Tensor) -> torch.Tensor:
+        def loss(module: nn.Module, tokens: Tensor, *counts: Tensor) -> Tensor:
             module.eval()  # as it is examined
             value = self.objective(module, tokens.long(), *(x.long() for x in counts))
             return value if value.requires_grad else value.requires_grad_()
@@ -156,76 +132,76 @@ class TorchModel(LanguageModel):
 
         return TorchTrainer(copy.deepcopy(self.module), loss, adamw)
 
-    def dropout_losses(self, tokens_BT: np.ndarray) -> tuple[float, float] | None:
+    @torch.no_grad()
+    def dropout_losses(self, tokens_BT: Array) -> tuple[float, float] | None:
         """Return the losses of two forward passes in training mode; None without dropout."""
-        kind = nn.modules.dropout._DropoutNd
+        kind, tokens = nn.modules.dropout._DropoutNd, self.ids(tokens_BT)
         if not any(isinstance(m, kind) and m.p > 0 for m in self.module.modules()):
             return None
-        training = copy.deepcopy(self.module).train()
-        with self.scope():
-            first, second = (
-                float(self._cross_entropy(training, self.ids(tokens_BT), None)) for _ in range(2)
-            )
+        module = copy.deepcopy(self.module).train()
+        first, second = (float(self._cross_entropy(module, tokens)) for _ in range(2))
         return first, second
 
-    def reach(self, tokens_T: np.ndarray) -> np.ndarray | None:
-        """Return (T, T): the gradient of the logits at t by the embedding of token s, its norm.
+    def reach(self, tokens_T: Array) -> Array | None:
+        """Return (T, T): the norm of the gradient of the logits at t by the embedding of token s.
 
-        Zeros are added to what the embedding layer returns, and the logits derived by them. None
-        where no embedding layer is called with the tokens themselves.
+        Zeros are added to what an embedding layer returns for the tokens, and the logits derived
+        by them. None where no layer is called with the tokens themselves.
         """
         T = len(tokens_T)
-        tokens_TT = self.ids(tokens_T).expand(T, T)
-        zeros: list[torch.Tensor] = []
+        tokens_TT, zeros = self.ids(tokens_T).expand(T, T), []
 
-        def watch(_: nn.Module, inputs: tuple, output: torch.Tensor) -> torch.Tensor | None:
-            if inputs and inputs[0].shape == tokens_TT.shape and torch.equal(inputs[0], tokens_TT):
-                zeros.append(torch.zeros_like(output, requires_grad=True))
-                return output + zeros[-1]
-            return None
+        def add_zeros(_: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+            ids = inputs[0] if inputs else tokens_TT[:0]
+            if ids.shape != tokens_TT.shape or bool((ids != tokens_TT).any()):
+                return None
+            zeros.append(torch.zeros_like(output, requires_grad=True))
+            return output + zeros[-1]
 
         embeddings = [m for m in self.module.modules() if isinstance(m, nn.Embedding)]
-        handles = [m.register_forward_hook(watch) for m in embeddings]
+        hooks = [m.register_forward_hook(add_zeros) for m in embeddings]
         try:
             logits_TTV = self._logits(self.module, tokens_TT, None)
         finally:
-            for handle in handles:
-                handle.remove()
+            for hook in hooks:
+                hook.remove()
         if not zeros:
             return None
-        direction_V = np.random.default_rng(0).normal(size=logits_TTV.shape[-1])
-        direction_V = torch.from_numpy(direction_V).to(logits_TTV)
         # Row t of a batch of copies asks for position t: one backward pass answers for them all.
-        rows = torch.arange(T, device=tokens_TT.device)
-        asked = (logits_TTV[rows, rows] * direction_V).sum()
-        found = torch.autograd.grad(asked, zeros, allow_unused=True)
-        return sum(to_numpy(x.norm(dim=-1)) for x in found if x is not None)
+        asked = logits_TTV.diagonal().T @ from_numpy(projection(self.vocab_size)).to(logits_TTV)
+        found = torch.autograd.grad(asked.sum(), zeros, allow_unused=True)
+        return np.sum([to_numpy(x.norm(dim=-1)) for x in found if x is not None], axis=0)
 
     @property
     def device(self) -> torch.device:
         """Where its parameters are."""
         return next((p.device for p in self.module.parameters()), torch.device("cpu"))
 
-    def ids(self, array: np.ndarray | None) -> torch.Tensor | None:
+    def ids(self, array: Array) -> Tensor:
         """Return token ids or counts as a tensor on its device."""
-        return None if array is None else torch.from_numpy(np.asarray(array)).long().to(self.device)
+        return torch.from_numpy(np.asarray(array)).long().to(self.device)
 
-    def scope(self) -> AbstractContextManager:
-        """Return the context of calls that are not differentiated."""
-        return torch.no_grad()
+    def inputs(self, tokens_BT: Array, counts_B: Counts = None) -> tuple[Tensor, Tensor | None]:
+        """Return token ids and counts as tensors on its device."""
+        return self.ids(tokens_BT), None if counts_B is None else self.ids(counts_B)
 
-    def _logits(
-        self, module: nn.Module, tokens_BT: torch.Tensor, counts_B: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _logits(self, module: nn.Module, tokens_BT: Tensor, counts_B: Tensor | None) -> Tensor:
         output = self.forward(module, tokens_BT, counts_B)
-        return logits_of(output, tuple(tokens_BT.shape), self.vocab_size)
+        return logits_of(output, tokens_BT.shape, self.vocab_size)
 
     def _cross_entropy(
-        self, module: nn.Module, tokens_BT: torch.Tensor, counts_B: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Return the mean over real targets, by the framework's own function."""
-        logits_BTV, targets_BT = self._logits(module, tokens_BT, counts_B), tokens_BT[:, 1:]
-        if counts_B is not None:
-            steps_T = torch.arange(1, tokens_BT.shape[1], device=tokens_BT.device)
-            targets_BT = torch.where(steps_T[None] < counts_B[:, None], targets_BT, -100)
-        return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), targets_BT.flatten())
+        self, module: nn.Module, tokens_BT: Tensor, counts_B: Tensor | None = None
+    ) -> Tensor:
+        logits_BTV = self._logits(module, tokens_BT, counts_B)
+        return next_token_cross_entropy(logits_BTV, tokens_BT, counts_B)
+
+
+def next_token_cross_entropy(
+    logits_BTV: Tensor, tokens_BT: Tensor, counts_B: Tensor | None
+) -> Tensor:
+    """Return the mean over real targets, by the framework's own function."""
+    targets_BT = tokens_BT[:, 1:]
+    if counts_B is not None:
+        steps_T = torch.arange(1, tokens_BT.shape[1], device=tokens_BT.device)
+        targets_BT = torch.where(steps_T[None] < counts_B[:, None], targets_BT, -100)
+    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), targets_BT.flatten())

@@ -5,13 +5,14 @@ Dimension key: B batch, T tokens, V vocab, G generated tokens.
 
 import copy
 import inspect
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Self, Unpack, cast
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from parity.doctor.model import Array, Counts
+from parity.doctor.sizes import Options
 from parity.doctor.torch import TorchModel
 from parity.frameworks.torch.leaves import load_torch, to_numpy, torch_leaves
 from parity.weights.randomize import randomized
@@ -36,111 +37,101 @@ class TransformersModel(TorchModel):
 
     Args:
         module: left as it is.
-        loss: (logits_BTV, labels_BT, counts_B) to a mean; the module's own when None.
-        options: more of `TorchModel`.
+        options: as of `TorchModel`; the loss is the module's own where none is given.
     """
 
     takes_counts = True
     ragged = bounded = False
 
-    def __init__(
-        self, module: nn.Module, *, loss: Callable[..., Any] | None = None, **options: Any
-    ):
-        super().__init__(module, loss=loss, **options)
-        if loss is None:
+    def __init__(self, module: nn.Module, **options: Unpack[Options]):
+        super().__init__(module, **options)
+        if options.get("loss") is None:
             self.ignore_index = -100
         self._shows_attention = self._attention_is_its_own()
 
-    def forward(
-        self, module: nn.Module, tokens_BT: torch.Tensor, counts_B: torch.Tensor | None
-    ) -> Any:
+    def forward(self, module: nn.Module, tokens_BT: Tensor, counts_B: Tensor | None) -> Any:
         """Return an output with logits (B, T, V)."""
         mask_BT = _mask(tokens_BT, counts_B)
         return module(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
 
-    def loss(
-        self, logits_BTV: torch.Tensor, labels_BT: torch.Tensor, counts_B: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Return the module's own loss."""
-        labels_BT = _without_padding(labels_BT, counts_B)
-        return self.module.loss_function(
+    def loss(self, logits_BTV: Tensor, labels_BT: Tensor, counts_B: Tensor | None) -> Any:
+        """Return the loss that was given, else the module's own."""
+        if self.given_loss is not None:
+            return self.given_loss(logits_BTV, labels_BT, counts_B)
+        module, labels_BT = cast(Any, self.module), _without_padding(labels_BT, counts_B)
+        return module.loss_function(
             logits=logits_BTV, labels=labels_BT, vocab_size=logits_BTV.shape[-1]
         )
 
     def objective(
-        self, module: nn.Module, tokens_BT: torch.Tensor, counts_B: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self, module: nn.Module, tokens_BT: Tensor, counts_B: Tensor | None = None
+    ) -> Tensor:
         """Return the loss of a call with labels."""
-        return module(
-            input_ids=tokens_BT,
-            attention_mask=_mask(tokens_BT, counts_B),
-            labels=_without_padding(tokens_BT, counts_B),
-        ).loss
+        mask_BT, labels_BT = _mask(tokens_BT, counts_B), _without_padding(tokens_BT, counts_B)
+        return module(input_ids=tokens_BT, attention_mask=mask_BT, labels=labels_BT).loss
 
-    def empty_cache(self, rows: int, capacity: int) -> Any:
+    @property
+    def decoder(self) -> Self:
+        """What reads tokens through the cache: the model itself."""
+        return self
+
+    def empty(self, num_rows: int, capacity: int) -> Any:
         """Return a cache that holds nothing."""
         from transformers import DynamicCache
 
         return DynamicCache()
 
-    def read(
-        self, tokens_BT: np.ndarray, cache: Any, counts_B: None = None
-    ) -> tuple[np.ndarray, Any]:
+    @torch.no_grad()
+    def read(self, cache: Any, tokens_BT: Array, counts_B: None = None) -> tuple[Array, Any]:
         """Return logits (B, T, V) and the longer cache."""
-        # The library's caches are written in place, so the older one needs a copy.
-        cache = copy.deepcopy(cache)
-        with self.scope():
-            output = self.module(
-                input_ids=self.ids(tokens_BT), past_key_values=cache, use_cache=True
-            )
+        cache = copy.deepcopy(cache)  # the library's are written in place
+        output = self.module(input_ids=self.ids(tokens_BT), past_key_values=cache, use_cache=True)
         return to_numpy(output.logits), output.past_key_values
 
-    def select(self, cache: Any, rows: np.ndarray) -> Any:
+    def select(self, cache: Any, rows: Array) -> Any:
         """Return the cache of these rows, in this order."""
         cache = copy.deepcopy(cache)
         cache.reorder_cache(torch.from_numpy(rows))
         return cache
 
+    @torch.no_grad()
     def generate(
         self,
-        tokens_BT: np.ndarray,
+        tokens_BT: Array,
         num_tokens: int,
         *,
         counts_B: None = None,
         temperature: float = 0.0,
         seed: int = 0,
         stop_ids: tuple[int, ...] = (),
-    ) -> np.ndarray:
+    ) -> Array:
         """Return new tokens (B, G) after each prompt, -1 after a row's stop."""
-        with torch.random.fork_rng(), self.scope():
+        with torch.random.fork_rng():
             torch.manual_seed(seed)
             written = self._generated(tokens_BT, num_tokens, temperature, stop_ids).sequences
-        found = np.full((len(tokens_BT), num_tokens), -1)
-        new = to_numpy(written[:, tokens_BT.shape[1] :])
-        found[:, : new.shape[1]] = new
+        found, new = np.full((len(tokens_BT), num_tokens), -1), written[:, tokens_BT.shape[1] :]
+        found[:, : new.shape[1]] = to_numpy(new)
         for row in found:
             stops = np.flatnonzero(np.isin(row, stop_ids))
             if stops.size:
                 row[stops[0] + 1 :] = -1
         return found
 
-    def keeps_graph(self, tokens_BT: np.ndarray) -> bool:
+    def keeps_graph(self, tokens_BT: Array) -> bool:
         """Whether the cache after a few generated tokens keeps an autograd graph alive."""
         cache = self._generated(tokens_BT, 3).past_key_values
         return any(layer.keys.requires_grad for layer in cache.layers)
 
-    def attention(
-        self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None
-    ) -> list[np.ndarray]:
+    def attention(self, tokens_BT: Array, counts_B: Counts = None) -> list[Array]:
         """Return weights (B, N, T, S) per layer; none where the model keeps none."""
         if not self._shows_attention:
             return []
-        layers, _ = _eager(self.module, self.ids(tokens_BT), self.ids(counts_B))
+        layers, _ = _eager(self.module, *self.inputs(tokens_BT, counts_B))
         return [to_numpy(weights) for weights in layers]
 
     def _generated(
         self,
-        tokens_BT: np.ndarray,
+        tokens_BT: Array,
         num_tokens: int,
         temperature: float = 0.0,
         stop_ids: tuple[int, ...] = (),
@@ -149,7 +140,8 @@ class TransformersModel(TorchModel):
 
         # What is not said here the model's own settings say, such as a penalty for repeating
         # tokens or the ids that end a text, and none of them is asked about.
-        self.module.generation_config = GenerationConfig()
+        module = cast(Any, self.module)
+        module.generation_config = GenerationConfig()
         draws = dict(do_sample=True, temperature=temperature, top_k=0, top_p=1.0)
         config = GenerationConfig(
             max_new_tokens=num_tokens,
@@ -159,7 +151,7 @@ class TransformersModel(TorchModel):
             **(draws if temperature else dict(do_sample=False)),
         )
         tokens = self.ids(tokens_BT)
-        return self.module.generate(
+        return module.generate(
             input_ids=tokens, attention_mask=torch.ones_like(tokens), generation_config=config
         )
 
@@ -172,22 +164,20 @@ class TransformersModel(TorchModel):
         module, tokens = copy.deepcopy(self.module), self.ids(np.arange(6)[None] % 5)
         load_torch(module, randomized(torch_leaves(module), 0))
         try:
-            with self.scope():
+            with torch.no_grad():
                 own = self._logits(module, tokens, None).float()
             layers, shown = _eager(module, tokens, None)
-            return (
-                bool(layers)
-                and all(x.ndim == 4 for x in layers)
-                and bool((own - shown[..., : own.shape[-1]]).std() < 0.1 * own.std())
-            )
+            off = own - shown[..., : own.shape[-1]]
+            ranks = {x.ndim for x in layers}
+            return ranks == {4} and bool(off.std() < 0.1 * own.std())
         except Exception:
             return False
 
 
 @torch.no_grad()
 def _eager(
-    module: nn.Module, tokens_BT: torch.Tensor, counts_B: torch.Tensor | None
-) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    module: Any, tokens_BT: Tensor, counts_B: Tensor | None
+) -> tuple[tuple[Tensor, ...], Tensor]:
     """Return attention weights, which fused kernels do not keep, and the logits of that call."""
     module = copy.deepcopy(module)
     module.set_attn_implementation("eager")
@@ -196,7 +186,7 @@ def _eager(
     return output.attentions, output.logits
 
 
-def _mask(tokens_BT: torch.Tensor, counts_B: torch.Tensor | None) -> torch.Tensor:
+def _mask(tokens_BT: Tensor, counts_B: Tensor | None) -> Tensor:
     """Return 1 for real tokens, 0 for padding on the right."""
     if counts_B is None:
         return torch.ones_like(tokens_BT)
@@ -204,5 +194,5 @@ def _mask(tokens_BT: torch.Tensor, counts_B: torch.Tensor | None) -> torch.Tenso
     return (steps_T[None] < counts_B[:, None]).long()
 
 
-def _without_padding(labels_BT: torch.Tensor, counts_B: torch.Tensor | None) -> torch.Tensor:
+def _without_padding(labels_BT: Tensor, counts_B: Tensor | None) -> Tensor:
     return torch.where(_mask(labels_BT, counts_B) == 1, labels_BT, -100)

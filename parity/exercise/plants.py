@@ -89,6 +89,9 @@ def chosen(level: int, seed: int) -> tuple[Plant, ...]:
         level: how many bugs, from 1 to 8; categories in the order of `ORDER`.
         seed: of the choice within each category.
 
+    Returns:
+        A bug per category, in that order.
+
     Raises:
         ValueError: there is no such level.
     """

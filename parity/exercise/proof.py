@@ -23,9 +23,10 @@ from parity.exercise.inside import driver, in_flax, in_torch
 from parity.exercise.inside.probes import Array, Model, Starter, Values, logits_of
 from parity.exercise.plants import files
 from parity.exercise.starter import read_exercise
+from parity.frameworks.batch import Batch
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.leaves import Leaves
-from parity.frameworks.spec import Batch, ModelSpec
+from parity.frameworks.spec import ModelSpec
 from parity.frameworks.torch.leaves import torch_leaves
 from parity.pair.pair import Pair
 from parity.report import Divergence, Level, Report

@@ -19,7 +19,7 @@ from rich.text import Text
 import flax_gpt
 from parity.doctor import LanguageModel, examine, twin_model
 from parity.doctor.detectors.forward import cross_entropies
-from parity.doctor.model import CanDecode, CanGenerate
+from parity.doctor.offers import CanDecode, CanGenerate
 from parity.faults.edit import mutated, twin
 from parity.faults.gallery import Bug
 from parity.pair.text import Corpus, decode, encode
@@ -218,11 +218,12 @@ def _drift(model: LanguageModel, ids: np.ndarray) -> tuple[float, ...]:
     try:
         assert isinstance(model, CanDecode)
         whole = model.logits(ids, None)
-        cache = model.empty_cache(1, 2 * ids.shape[1])
-        found, cache = model.read(ids[:, : len(_PROMPT)], cache)
+        decoder = model.decoder
+        cache = decoder.empty(1, 2 * ids.shape[1])
+        found, cache = decoder.read(cache, ids[:, : len(_PROMPT)])
         pieces = [found]
         for at in range(len(_PROMPT), ids.shape[1]):
-            found, cache = model.read(ids[:, at : at + 1], cache)
+            found, cache = decoder.read(cache, ids[:, at : at + 1])
             pieces.append(found)
         cached = np.concatenate(pieces, axis=1)
     except Exception:

@@ -1,7 +1,8 @@
 """One interface to a model, implemented once for each framework.
 
 protocols.py     Runner, Trainer, Decoder: what the levels of a check ask of a model
-spec.py          ModelSpec: how to build, call and score a model; Batch: the inputs of one call
+batch.py         Batch: the inputs of one call
+spec.py          ModelSpec: how to build, call and score a model; ModuleUse: how a user says so
 leaves.py        weights as named NumPy arrays: copy, cast, compare
 capture.py       Trace: one call of one module; several captures in lockstep
 purity.py        Purity: the operations of a run that are not in float64

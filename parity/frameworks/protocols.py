@@ -9,10 +9,10 @@ from typing import Protocol, Self, TypeVar
 
 import numpy as np
 
+from parity.frameworks.batch import Batch
 from parity.frameworks.capture import Backward, OnTrace, Trace
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.purity import Purity
-from parity.frameworks.spec import Batch
 
 Module_co = TypeVar("Module_co", covariant=True)
 

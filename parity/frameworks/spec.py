@@ -1,38 +1,14 @@
-"""How to build, call and score one model, and the inputs of one call."""
-
-from __future__ import annotations
+"""How to build, call and score one model."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import Generic, TypeVar
 
-import numpy as np
-
-if TYPE_CHECKING:
-    from parity.frameworks.protocols import Decoder, Trainer
+from parity.frameworks.protocols import Decoder, Trainer
 
 ModuleT = TypeVar("ModuleT")
 ArrayT = TypeVar("ArrayT")
 OptimizerT = TypeVar("OptimizerT")
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Inputs of one call.
-
-    Attributes:
-        inputs: arrays, in the order of the arguments.
-        real: True where an element of the output counts, over the leading axes; None for all.
-    """
-
-    inputs: tuple[np.ndarray, ...]
-    real: np.ndarray | None = None
-
-    def select(self, outputs: np.ndarray) -> np.ndarray:
-        """Return what counts of an output; all of it if it lacks the axes of `real`."""
-        if self.real is None or outputs.shape[: self.real.ndim] != self.real.shape:
-            return outputs
-        return outputs[self.real]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,9 +10,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from parity.frameworks.batch import Batch
 from parity.frameworks.leaves import Leaves, cast, cast_array
 from parity.frameworks.purity import Purity
-from parity.frameworks.spec import Batch
 from parity.system.files import write_atomically
 
 KIND, SCHEMA = "parity golden", 1

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from parity.check.levels.names import HORIZON, OPTIMIZER_STEPS
+from parity.frameworks.batch import Batch
 from parity.frameworks.handle import Handle, handle_of
 from parity.frameworks.leaves import Leaves, copied
 from parity.frameworks.protocols import Runner
 from parity.frameworks.purity import Purity
-from parity.frameworks.spec import BY_DEFAULT, Batch, ModelSpec, ModuleUse
+from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
 from parity.golden.file import Golden, State
 from parity.pair.inputs import as_inputs
 from parity.system.devices import versions

@@ -2,10 +2,10 @@
 
 import numpy as np
 
+from parity.frameworks.batch import Batch
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import Moments
 from parity.frameworks.purity import Purity
-from parity.frameworks.spec import Batch
 from parity.golden.file import Golden
 
 

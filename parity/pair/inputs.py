@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from parity.frameworks.spec import Batch
+from parity.frameworks.batch import Batch
 
 # Draws from a function of a random generator: one input may miss what another reaches.
 _DRAWS = 2

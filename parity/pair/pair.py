@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from parity.frameworks.batch import Batch
 from parity.frameworks.leaves import Leaves
-from parity.frameworks.spec import Batch, ModelSpec
+from parity.frameworks.spec import ModelSpec
 from parity.weights.rules import Rules
 
 if TYPE_CHECKING:

@@ -45,7 +45,7 @@ class Level:
             return None
         bad = [record for record in records if record.verdict is not Verdict.PASS]
         alike = [record for record in records if record.metric == records[0].metric]
-        return bad[0] if bad else max(alike, key=lambda r: r.value / r.bound if r.bound else 0.0)
+        return bad[0] if bad else max(alike, key=lambda r: r.gap / r.bound if r.bound else 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """A report as one HTML page with plots."""
 
-from collections.abc import Iterator
-from typing import TypedDict
+from collections.abc import Iterator, Mapping
 
 from parity.report import plots
 from parity.report.html import render
@@ -24,6 +23,7 @@ def page(report: Report) -> str:
     seen, divergence = report.plot_data, report.divergence
     failures = [(level.name, record) for level in report.levels for record in level.unpassed]
     modules, losses, generations = None, [], []
+    marked = divergence.where if divergence and divergence.phase == "forward" else None
     if seen is not None:
         losses = [(curve.dtype, plots.losses(curve)) for curve in seen.losses if curve.flax]
         generations = [
@@ -32,8 +32,7 @@ def page(report: Report) -> str:
             if any(shown.margins)
         ]
         if seen.modules is not None and seen.modules.gaps:
-            forward = divergence is not None and divergence.phase == "forward"
-            modules = plots.modules(seen.modules, divergence.where if forward else None)
+            modules = plots.modules(seen.modules, marked)
     count = sum(level.count for level in report.levels)
     return render(
         "parity.report",
@@ -51,14 +50,7 @@ def page(report: Report) -> str:
     )
 
 
-class _Row(TypedDict):
-    tokens: list[int]
-    smallest: float
-    at: int
-    flips: str
-
-
-def _rows(shown: Generation) -> Iterator[_Row]:
+def _rows(shown: Generation) -> Iterator[Mapping[str, object]]:
     """Yield of each row its tokens, its smallest margin, where that is, and what flipped."""
     for row, (tokens, margins) in enumerate(zip(shown.tokens, shown.margins, strict=True)):
         smallest = plots.smallest(margins)
@@ -68,4 +60,4 @@ def _rows(shown: Generation) -> Iterator[_Row]:
             if flip.row == row
         )
         at = margins.index(smallest) + 1
-        yield _Row(tokens=tokens, smallest=smallest, at=at, flips=flips)
+        yield {"tokens": tokens, "smallest": smallest, "at": at, "flips": flips}

@@ -47,7 +47,7 @@ def modules(seen: ModuleGaps, divergent: str | None) -> Plot:
         css = "dot" if gap <= seen.bound else "dot off"
         words = tag("title", f"{path}: {number(gap)}")
         elements.append(tag("circle", words, cx=across, cy=down, r=4, class_=css))
-    if divergent in paths:
+    if divergent is not None and divergent in paths:
         place = paths.index(divergent)
         across, down = panel.at(place, gaps[place])
         side = "end " if place > len(paths) / 2 else ""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import math
 from collections.abc import Iterable
 from typing import Self
 
@@ -61,6 +62,11 @@ class Record:
     note: str | None = None
     where: str = ""
     step: int = 0
+
+    @property
+    def gap(self) -> float:
+        """The value; NaN when nothing could be measured."""
+        return math.nan if self.value is None else self.value
 
     def at(self, where: str = "", step: int = 0) -> Self:
         """Return the record with the leaf or module and the step at which the value was found."""

@@ -94,6 +94,6 @@ def _cell(record: Record | None) -> Text:
 
 def _measured(record: Record) -> str:
     """Format a measurement in one line, with its bound in brackets."""
-    if record.value is None:
+    if record.value is None or record.bound is None:
         return ""
     return f"{record.metric.replace('_', ' ')} {number(record.value)} ({number(record.bound)})"

@@ -2,45 +2,13 @@
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 # A level's name and the fraction of it that is done.
 Show = Callable[[str, float], None]
-
-
-class TrainingStep(Protocol):
-    """What one training step gives to show; mappings are by framework."""
-
-    @property
-    def step(self) -> int:
-        """Its number, from 1."""
-
-    @property
-    def losses(self) -> Mapping[str, float]:
-        """Losses before the update."""
-
-    @property
-    def gradient_norms(self) -> Mapping[str, float]:
-        """Norms before clipping."""
-
-    @property
-    def rates(self) -> Mapping[str, float]:
-        """Tokens per second; 0 while unknown."""
-
-    @property
-    def gap(self) -> float:
-        """Largest difference between two losses so far."""
 
 
 @contextlib.contextmanager
@@ -66,40 +34,6 @@ def shown(console: Console, levels: Sequence[str]) -> Iterator[Show]:
             bar.update(task, description=labels[level], completed=fraction)
 
         yield show
-
-
-@contextlib.contextmanager
-def watched(console: Console, num_steps: int) -> Iterator[Callable[[TrainingStep], None]]:
-    """Yield the function to call with every step of a training."""
-    if not console.is_terminal:
-
-        def log(taken: TrainingStep) -> None:
-            if taken.step == 1 or taken.step % max(num_steps // 10, 1) == 0:
-                line = f"step {taken.step}/{num_steps}  {_numbers(taken)}"
-                console.print(line, style="dim", highlight=False, soft_wrap=True)
-
-        yield log
-        return
-    columns = SpinnerColumn(), BarColumn(bar_width=20), TextColumn("{task.description}")
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        task = bar.add_task("compiling", total=num_steps)
-
-        def show(taken: TrainingStep) -> None:
-            line = f"{taken.step}/{num_steps}  {_numbers(taken)}"
-            bar.update(task, description=line, completed=taken.step)
-
-        yield show
-
-
-def _numbers(taken: TrainingStep) -> str:
-    """Format loss, gradient norm and speed of each framework, and the gap between them."""
-    sides = [
-        f"{name} {loss:.4f} |g| {taken.gradient_norms[name]:.2f}"
-        + (f" {taken.rates[name]:,.0f} tok/s" if taken.rates[name] else "")
-        for name, loss in taken.losses.items()
-    ]
-    gap = [f"gap {taken.gap:.1e}"] if len(taken.losses) > 1 else []
-    return "  ".join(sides + gap)
 
 
 @contextlib.contextmanager

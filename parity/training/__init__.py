@@ -7,6 +7,7 @@ diagnose     the first tensor of a step that is not finite
 writer       text from a run
 precision    the same training in several dtypes
 curves       figures of both
+watch        a live line on a terminal
 """
 
 from parity.training.curves import draw_precision, draw_training

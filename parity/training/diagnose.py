@@ -4,10 +4,10 @@ import dataclasses
 
 import numpy as np
 
+from parity.frameworks.batch import Batch
 from parity.frameworks.capture import Trace
 from parity.frameworks.flax.runner import FlaxRunner
 from parity.frameworks.leaves import Leaves
-from parity.frameworks.spec import Batch
 from parity.frameworks.torch.runner import TorchRunner
 from parity.system.devices import Devices
 from parity.training.run import RunConfig

@@ -51,7 +51,7 @@ class PrecisionReport:
     @property
     def verdicts(self) -> dict[str, str]:
         """PASS or FAIL by dtype: agreement in float64, the last ratio within bounds in others."""
-        sound = {"float64": self.float64_gap <= bounds.FLOAT64}
+        sound = {"float64": self.float64_gap <= bounds.LOSS["float64"]}
         for dtype, ratios in self.ratios.items():
             sound[dtype] = 1 / bounds.RATIO <= ratios[-1] <= bounds.RATIO
         return {dtype: "PASS" if passes else "FAIL" for dtype, passes in sound.items()}

@@ -118,7 +118,7 @@ class Writer:
         error = max_abs(*(twin.logits(sequence)[0, -1] for twin in self._twins.values()))
         margin = float(max(margins["flax"][place], margins["torch"][place]))
         verdict = ties.verdict_of_flip(
-            margin, error, bounds.LOGITS.get(self._dtype, bounds.FLOAT32), temperature
+            margin, error, bounds.LOGITS.get(self._dtype, bounds.OUTPUT_FLOAT32), temperature
         )
         return verdict, (
             f"the texts diverge at token {place + 1}, margin {margin:.1e}, logits {error:.1e} apart"

@@ -11,8 +11,9 @@ import torch
 
 import flax_gpt
 import torch_gpt
+from parity.frameworks.batch import Batch
 from parity.frameworks.leaves import Leaves
-from parity.frameworks.spec import Batch, ModelSpec
+from parity.frameworks.spec import ModelSpec
 from parity.pair.pair import Pair
 from parity.pair.text import Corpus
 from parity.twins.flax import FlaxTwin

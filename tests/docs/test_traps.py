@@ -1,4 +1,4 @@
-"""The README's table of traps, row by row: what each framework really does, unasked."""
+"""The table of docs/traps.md, row by row: what each framework really does, unasked."""
 
 import re
 from pathlib import Path
@@ -13,7 +13,7 @@ from flax import nnx
 from flax.training.dynamic_scale import DynamicScale
 from torch.nn import functional as F
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "traps.md").read_text()
 
 
 def norm_epsilon():
@@ -255,11 +255,11 @@ TRAPS = [
 
 
 @pytest.mark.parametrize("trap", TRAPS, ids=lambda trap: trap.__name__)
-def test_the_frameworks_differ_as_the_readme_says(trap):
+def test_the_frameworks_differ_as_the_page_says(trap):
     with jax.numpy_rank_promotion("allow"):
         trap()
 
 
-def test_the_readme_lists_exactly_these_traps():
-    table = re.search(r"<!-- traps -->\n(.*?)\n\n", README, re.DOTALL)[1].splitlines()[2:]
+def test_the_page_lists_exactly_these_traps():
+    table = re.search(r"<!-- traps -->\n(.*?)\n\n", PAGE, re.DOTALL)[1].splitlines()[2:]
     assert [row.split("|")[1].strip() for row in table] == [trap.__doc__ for trap in TRAPS]

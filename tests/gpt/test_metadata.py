@@ -22,7 +22,7 @@ def sees(slot: int, step: int, length: int, count: int) -> bool:
 
 def metadata_of(gpt, num_tokens, num_slots, lengths, counts=None, context_length=S):
     """The twin's metadata of a call over a cache of these lengths; without a cache for None."""
-    cache, rows = None, B
+    cache, rows = None, 1
     if lengths is not None:
         cache, rows = (
             gpt.package.KVCache.empty(gpt.config(num_layers=1), B, num_slots),

@@ -65,6 +65,12 @@ ONE_SIDED = {
         PACKING,
         "PackedAttention",
     ): "starts few operations; XLA makes one program",
+    ("torch", "metadata.py", "AttentionMetadata.padded"): "torch writes slices where it can",
+    ("torch", "metadata.py", "AttentionMetadata.longest"): "torch reads lengths on the host",
+    ("torch", "metadata.py", "AttentionMetadata.all_valid"): "and then knows this",
+    ("torch", "metadata.py", "AttentionMetadata.all_seen"): "and this",
+    ("torch", "metadata.py", "AttentionMetadata.written_tokens"): "jax drops what has no slot",
+    ("torch", "model.py", "copied"): "nnx splits and merges",
     ("flax", DECODER, "Decoder.run"): "only jax compiles what else is decoded",
     ("flax", DECODER, "Decoder.program"): "and has programs to look into",
 }
@@ -81,6 +87,7 @@ OTHER_PARAMETERS = {
 }
 OTHER_DOCSTRINGS = {
     (OPTIMIZER, "adamw"): "flax says why it does not use optax.adamw",
+    (OPTIMIZER, "clip_gradients"): "torch scales in place",
     (
         STEP,
         "_parts",
@@ -310,20 +317,22 @@ T, S, G, R = 7, 19, 9, 6
 
 # Where an axis B may have another size, such as 1 for every row, and where the code says so.
 OTHER_ROWS = {
-    "place": (1, "its docstring"),
-    "Placement": (1, "place makes it"),
-    "Attention.__call__": (1, "it reads what place wrote"),
-    "weigh": (1, "it reads what place wrote"),
-    "windowed": (1, "it reads what place wrote"),
-    "rotation": (1, "it reads what place wrote"),
-    "stretched_base": (1, "rotation calls it"),
-    "Rotation": (1, "rotation makes it"),
-    "distances": (1, "it reads what place wrote"),
-    "alibi": (1, "it reads what place wrote"),
-    "t5": (1, "it reads what place wrote"),
-    "GPT._oriented": (1, "it reads what place wrote"),
+    "attention_metadata": (1, "its docstring"),
+    "AttentionMetadata": (1, "its docstring"),
+    "AttentionMetadata.within": (1, "it reads what attention_metadata made"),
+    "AttentionMetadata.valid_ids": (1, "it reads what attention_metadata made"),
+    "Attention.__call__": (1, "it reads what attention_metadata made"),
+    "attend": (1, "it reads what attention_metadata made"),
+    "attention_weights": (1, "it reads what attention_metadata made"),
+    "zero_unattended": (1, "it reads what attention_metadata made"),
+    "Rotary.rotation": (1, "it reads what attention_metadata made"),
+    "Rotary.stretched_base": (1, "Rotary.rotation calls it"),
+    "Rotation": (1, "Rotary.rotation makes it"),
+    "distances": (1, "it reads what attention_metadata made"),
+    "Alibi.prepare": (1, "it reads what attention_metadata made"),
+    "T5.prepare": (1, "it reads what attention_metadata made"),
     "PackedLinear.__call__": (1, "one row is what it is for"),
-    "KVCache.check_room": (1, "counts of None are the same number in every row"),
+    "KVCache.check_capacity": (1, "counts of None are the same number in every row"),
     "KVCache": (R, "select makes one of the rows selected"),
     "LayerCache": (R, "select makes one of the rows selected"),
 }
@@ -450,11 +459,13 @@ def test_every_array_has_the_axes_in_its_name(gpt):
         package.train_step(package.Batch(tokens, counts), state)
         for use_cache in (True, False):
             package.generate(model, tokens, G, counts, (5,), use_cache)
-            package.generate(model, tokens, G, counts, (5,), use_cache, exact=True)
+            package.generate(
+                package.BatchInvariantDecoder(model, SIZES["B"]), tokens, G, counts, (5,), use_cache
+            )
         for size in (1, SIZES["B"]):
             decoder = package.Decoder(model, size)
             logits, cache = decoder.prefill(tokens, chunk=3)
-            decoder.step(logits.argmax(-1), cache)
+            decoder.advance(logits.argmax(-1), cache)
             model(tokens[:, :3], cache)
         row = gpt.floats(np.zeros((1, 1, SIZES["D"])))
         package.PackedGPT(model, 1).blocks[0].mlp.up(row)
@@ -478,8 +489,8 @@ def test_every_array_has_the_axes_in_its_name(gpt):
             torch_decoder._step(
                 model, tokens[:, 0], replay._lengths_B, replay._keys, replay._values
             )
-        package.positions.reach(S, counts)
-        filled.check_room(T, counts, model.config.context_length)
+        model.attention_maps(tokens, counts)
+        filled.check_capacity(T, counts, model.config.context_length)
         filled.truncate(gpt.ints((4, 0))).grow(S + 1).select(gpt.ints([1] * R))
         package.right_pad(tokens, gpt.ints(np.ones((SIZES["B"], T))))
 
@@ -494,9 +505,12 @@ def test_the_shape_audit_sees_a_wrong_name(gpt):
         gpt.name, lambda: gpt.package.cache._pad_slots(gpt.floats(np.zeros((2, 3, 7, 4))), 1)
     )
     assert problems == ["_pad_slots: H of x_BKSH is 4, not 10"]
-    _, problems = audited(gpt.name, lambda: gpt.package.positions.reach(9, gpt.ints([[7, 3]])))
-    assert "reach: lengths_B has shape (1, 2)" in problems
-    assert {problem[-6:] for problem in problems} == {"(1, 2)"}
+    wrong, sampling = gpt.floats(np.zeros(7)), gpt.package.Sampling()
+    _, problems = audited(gpt.name, lambda: gpt.package.filter_logits(wrong, sampling))
+    assert set(problems) == {
+        "filter_logits: logits_BV has shape (7,)",
+        "filter_logits: given_BV has shape (7,)",
+    }
     counts = gpt.ints((7, 3, 1))
     wrong = gpt.package.Batch(gpt.ints(np.zeros((2, 7, 1))), counts, counts)
     _, problems = audited(gpt.name, lambda: gpt.package.SEQUENCE_CLASS.targets(wrong))

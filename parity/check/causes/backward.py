@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -67,7 +67,7 @@ def explain_gradient(session: PairSession, found: Divergence) -> Divergence:
 
 
 def _uses(
-    gradients: Callable[[Change], object], parameters: list[torch.Tensor]
+    gradients: Callable[[Change], object], parameters: Sequence[torch.Tensor]
 ) -> list[tuple[int, int | None, str]]:
     """Return operations that pass a gradient, by place and argument, or stop it (None).
 

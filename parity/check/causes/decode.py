@@ -10,7 +10,8 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from types import CodeType
+from typing import Any, Generic, TypeGuard, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from parity.frameworks.protocols import Calls
 from parity.frameworks.torch.leaves import to_numpy
 from parity.report import Divergence
 
-# To look for a cause; the twins of the self-test take up to 16 where nothing else runs.
+# Spent at most on the search; the twins of the self-test take up to 16 on an idle machine.
 _SECONDS = 60.0
 
 _INDEXING = {"__getitem__", "__setitem__"}
@@ -43,10 +44,11 @@ class Place:
 
     name: str
     line: str
-    code: tuple
+    code: tuple[CodeType, int]
     number: int
 
 
+Decoded = TypeVar("Decoded")
 # (operation, latest results by place, *args, **kwargs) to the replaced result of a place.
 Instead = Callable[..., Any]
 Latest = Mapping[Place, object]
@@ -77,33 +79,29 @@ def explain_chunks(
     return dataclasses.replace(found, cause=_cause(replay, matches, divergent, early))
 
 
-def explain_tokens(
-    session: PairSession,
-    found: Divergence,
-    tokens: np.ndarray,
-    counts: np.ndarray,
-    use_cache: bool,
-) -> Divergence:
+def explain_tokens(session: PairSession, found: Divergence, use_cache: bool) -> Divergence:
     """Return the divergence of greedy tokens, with its cause if one change makes torch match.
 
     Args:
         session: the pair.
         found: the decoder whose tokens flip.
-        tokens: prompts (B, T).
-        counts: (B,).
         use_cache: of that decoder.
     """
+    if session.pair.prompts is None:
+        return found
+    (tokens, counts), length = session.pair.prompts, session.pair.new_tokens
     flax, port = session.runs("float64")
-    asked = tokens, counts, session.pair.new_tokens, use_cache
-    target = flax.decoder().generate(*asked)
-    replay = _Decoding(port.module, lambda: port.decoder().generate(*asked))
+    target = flax.decoder().generate(tokens, counts, length, use_cache)
+    replay = _Decoding(
+        port.module, lambda: port.decoder().generate(tokens, counts, length, use_cache)
+    )
     cause = _cause(replay, lambda written: np.array_equal(written, target), "")
     return dataclasses.replace(found, cause=cause)
 
 
 def _cause(
-    replay: "_Decoding",
-    matches: Callable[[object], bool],
+    replay: "_Decoding[Decoded]",
+    matches: Callable[[Decoded], bool],
     divergent: str,
     early: Callable[[int, np.ndarray], bool] | None = None,
 ) -> str | None:
@@ -118,7 +116,7 @@ def _cause(
     return None
 
 
-def _attempts(replay: "_Decoding", divergent: str) -> Iterator[tuple[str, Place, Instead]]:
+def _attempts(replay: "_Decoding[Any]", divergent: str) -> Iterator[tuple[str, Place, Instead]]:
     """Yield every change of one place with a description; common mistakes come first."""
     own = [place for place, path in replay.paths.items() if _kind(path) == _kind(divergent)]
     places = own + [place for place in replay.done if place not in own]
@@ -181,7 +179,7 @@ def _indices(done: Done) -> Iterator[tuple[str, Instead]]:
             yield f"index {shift:+d} on axis {axis}", shifted
 
 
-def _arguments(place: Place, replay: "_Decoding") -> Iterator[tuple[str, Instead]]:
+def _arguments(place: Place, replay: "_Decoding[Any]") -> Iterator[tuple[str, Instead]]:
     """Use the latest result of another place as one of the arguments."""
     done = replay.done[place]
     for index, argument in enumerate(done.args):
@@ -193,14 +191,13 @@ def _arguments(place: Place, replay: "_Decoding") -> Iterator[tuple[str, Instead
 
             def instead(operation, latest, *args, index=index, source=source, **kwargs):
                 given = latest.get(source)
-                if not isinstance(given, torch.Tensor) or not _fit(given, args[index]):
-                    given = args[index]
+                given = given if _fits(given, args[index]) else args[index]
                 return operation(*args[:index], given, *args[index + 1 :], **kwargs)
 
             yield f"what {other.name} gave at {source.line} as argument {index + 1}", instead
 
 
-def _sums(place: Place, replay: "_Decoding") -> Iterator[tuple[str, Instead]]:
+def _sums(place: Place, replay: "_Decoding[Any]") -> Iterator[tuple[str, Instead]]:
     """Add the latest result of another place, such as a forgotten bias."""
     result = replay.done[place].result
     if not isinstance(result, torch.Tensor) or not result.is_floating_point() or result.ndim < 3:
@@ -211,12 +208,12 @@ def _sums(place: Place, replay: "_Decoding") -> Iterator[tuple[str, Instead]]:
 
         def instead(operation, latest, *args, source=source, **kwargs):
             made, given = operation(*args, **kwargs), latest.get(source)
-            return made + given if isinstance(given, torch.Tensor) and _fit(given, made) else made
+            return made + given if _fits(given, made) else made
 
         yield f"what {other.name} gave at {source.line} added", instead
 
 
-class _Decoding:
+class _Decoding(Generic[Decoded]):
     """A decode that can be repeated with one place changed.
 
     Args:
@@ -229,7 +226,7 @@ class _Decoding:
         outputs: of the model's calls.
     """
 
-    def __init__(self, module: torch.nn.Module, decode: Callable[[], object]):
+    def __init__(self, module: torch.nn.Module, decode: Callable[[], Decoded]):
         self._module, self._decode = module, decode
         self.done: dict[Place, Done] = {}
         self.paths: dict[Place, str] = {}
@@ -249,16 +246,15 @@ class _Decoding:
     def fitting(self, tensor: torch.Tensor) -> Iterator[tuple[Place, Done]]:
         """Yield places whose result could stand in for a tensor."""
         for place, done in self.done.items():
-            if isinstance(done.result, torch.Tensor) and _fit(done.result, tensor):
-                if done.result is not tensor:
-                    yield place, done
+            if done.result is not tensor and _fits(done.result, tensor):
+                yield place, done
 
     def run(
         self,
         place: Place,
         instead: Instead,
         early: Callable[[int, np.ndarray], bool] | None = None,
-    ) -> object:
+    ) -> Decoded | None:
         """Return the decode's arrays with one place changed; None if it raises or is given up.
 
         Args:
@@ -288,7 +284,7 @@ class _Decoding:
 
         def change(_: int, operation: Operation) -> Operation | None:
             code, line = place_of_caller()
-            if not line:
+            if code is None:
                 return None
             path, seen = stack[-1] if stack else ("", Counter())
             # A line of a module may run for queries, keys and values in turn; one of a loop around
@@ -297,7 +293,7 @@ class _Decoding:
             seen[code] += 1
 
             def passing(*args: object, **kwargs: object) -> object:
-                if place == changed:
+                if place == changed and instead is not None:
                     return instead(operation, latest, *args, **kwargs)
                 result = latest[place] = operation(*args, **kwargs)
                 if look is not None:
@@ -350,14 +346,13 @@ def _real(call: tuple[np.ndarray, np.ndarray], output: np.ndarray) -> np.ndarray
     return output[np.arange(tokens.shape[1]) < counts[:, None]]
 
 
-def _fit(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether one tensor can stand in for the other, or for all its rows."""
-    sizes = zip(a.shape, b.shape, strict=False)
+def _fits(x: object, tensor: torch.Tensor) -> TypeGuard[torch.Tensor]:
+    """Whether something is a tensor that can stand in for another, or for all its rows."""
     return (
-        a.dtype == b.dtype
-        and a.ndim == b.ndim
-        and a.ndim > 0
-        and all(n == m or n == 1 or m == 1 for n, m in sizes)
+        isinstance(x, torch.Tensor)
+        and x.dtype == tensor.dtype
+        and x.ndim == tensor.ndim > 0
+        and all(n == m or 1 in (n, m) for n, m in zip(x.shape, tensor.shape, strict=True))
     )
 
 

@@ -4,11 +4,14 @@ A model either explains its data down to rounding or it is not the model.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from parity.check.bounds import EPSILON, FIT_APART, FIT_RESIDUAL
+
+Known = TypeVar("Known")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +94,7 @@ def solve(equations: Sequence[Equations]) -> Solution | None:
     width = num_shared + num_by_step * num_steps
     blocks = []
     for e in equations:
-        rows = np.linalg.qr(_without_own(e), mode="r")
+        rows = np.linalg.qr(_without_own(e)).R
         block = np.zeros((len(rows), width + 1))
         start = num_shared + num_by_step * e.step
         block[:, :num_shared] = rows[:, :num_shared]
@@ -145,6 +148,12 @@ def constant_of(numbers: Sequence[Number], factors: np.ndarray) -> Number | None
     return Number(value, float(errors @ np.abs(factors)) / size)
 
 
+def all_known(values: Mapping[str, Known | None]) -> dict[str, Known] | None:
+    """Return the values, or None if one of them is unknown."""
+    known = {name: value for name, value in values.items() if value is not None}
+    return known if len(known) == len(values) else None
+
+
 def norm(array: np.ndarray | Sequence[float]) -> float:
     """Return the Euclidean norm."""
     return float(np.linalg.norm(array))
@@ -157,5 +166,5 @@ def _without_own(e: Equations) -> np.ndarray:
         return columns
     own = np.stack(e.own, axis=1)
     sizes = np.linalg.norm(own, axis=0)
-    basis = np.linalg.qr(own / np.where(sizes == 0.0, 1.0, sizes))[0]
+    basis = np.linalg.qr(own / np.where(sizes == 0.0, 1.0, sizes)).Q
     return columns - basis @ (basis.T @ columns)

@@ -15,12 +15,12 @@ from parity.check.causes.weights import readings
 from parity.check.locate import aligned, float64_gap, translated
 from parity.check.metrics import size_of
 from parity.check.pair_session import PairSession
+from parity.frameworks.batch import Batch
 from parity.frameworks.capture import Trace, leaves_of
-from parity.frameworks.spec import Batch
 from parity.frameworks.torch.runner import TorchRunner
 from parity.report import Divergence
 
-# To look for a cause in one call; a small module's alternatives take two.
+# Spent at most on the search in one call; a small module's alternatives take two.
 _SECONDS = 20.0
 
 

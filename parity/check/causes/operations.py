@@ -49,6 +49,8 @@ def alternatives(done: Done, sizes: Collection[int]) -> Found:
         yield from _SCALED[done.name](done, sizes)
     elif done.name in _PLAIN:
         yield from _PLAIN[done.name](done)
+    elif done.name in _FIXED:
+        yield _FIXED[done.name]
     elif "norm" in done.name:
         yield from _norms(done)
     elif any(word in done.name for word in _SIGNS):
@@ -60,19 +62,24 @@ def _same(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
     return x
 
 
-def _then(operation: Callable[..., Any], change: Callable[[Any], Any]) -> Instead:
+def _then(operation: Instead, change: Instead) -> Instead:
     """Change the result of an operation."""
     return lambda *args, **kwargs: change(operation(*args, **kwargs))
 
 
-def _with(operation: Callable[..., object], **changes: object) -> Instead:
+def _with(operation: Instead, **changes: object) -> Instead:
     """Call an operation with other keyword arguments."""
     return lambda *args, **kwargs: operation(*args, **kwargs | changes)
 
 
-def _on(operation: Callable[..., Any], change: Callable[[Any], Any]) -> Instead:
+def _on(operation: Instead, change: Instead) -> Instead:
     """Change the first argument of an operation."""
     return lambda x, *args, **kwargs: operation(change(x), *args, **kwargs)
+
+
+def _tiled(x: torch.Tensor, n: int, dim: int | None = None, **kwargs: object) -> torch.Tensor:
+    """Repeat a tensor as a whole, not each of its entries."""
+    return torch.cat([x] * n, dim=dim if dim is not None else 0)
 
 
 def _integers(done: Done) -> Found:
@@ -81,11 +88,6 @@ def _integers(done: Done) -> Found:
         yield f"{words} {shift:+d}", _then(done.operation, lambda x, s=shift: x + s)
     if done.name == "add" and all(isinstance(x, torch.Tensor) for x in done.args[:2]):
         yield "x in place of x + y", _same
-
-
-def _extremes(done: Done) -> Found:
-    other = {"argmax": torch.argmin, "argmin": torch.argmax}[done.name]
-    yield f"{other.__name__} in place of {done.name}", other
 
 
 def _activations(done: Done) -> Found:
@@ -115,24 +117,6 @@ def _triangles(done: Done) -> Found:
     for other in (diagonal - 1, diagonal + 1):
         words = f"diagonal={other} in {done.name}, not {diagonal}"
         yield words, lambda x, *a, d=other, **k: done.operation(x, diagonal=d)
-
-
-def _repeats(done: Done) -> Found:
-    def tiled(x: torch.Tensor, n: int, dim: int | None = None, **kwargs: object) -> torch.Tensor:
-        return torch.cat([x] * n, dim=dim if dim is not None else 0)
-
-    yield "repeats tiled, not next to each other", tiled
-
-
-def _left_out(done: Done) -> Found:
-    yield "no change of sign" if done.name == "neg" else f"no {done.name}", _same
-
-
-def _reductions(done: Done) -> Found:
-    if done.name == "mean":
-        yield "a sum in place of the mean", torch.sum
-    else:
-        yield "a mean in place of the sum", torch.mean
 
 
 def _casts(done: Done) -> Found:
@@ -199,7 +183,7 @@ def _linear(done: Done) -> Found:
 def _convolutions(done: Done) -> Found:
     """Yield paddings: torch pads both ends alike, "SAME" in jax pads more at the end if uneven."""
     names = "input", "weight", "bias", "stride", "padding", "dilation", "groups"
-    defaults = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    defaults: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
     given = defaults | dict(zip(names, done.args, strict=False)) | done.kwargs
     x, weight, bias, groups = (given[name] for name in ("input", "weight", "bias", "groups"))
     space, window = x.shape[2:], weight.shape[2:]
@@ -323,37 +307,21 @@ def _orders(done: Done) -> Found:
             yield f"parts in the order {numbers}", reordered
 
 
-def _reversed_parts(done: Done) -> Found:
-    yield "parts in reverse order", _on(done.operation, lambda parts: parts[::-1])
-
-
 def _reshapes(done: Done) -> Found:
-    yield from _interleaved(done)
-    yield from _channels_last(done)
-
-
-def _interleaved(done: Done) -> Found:
-    """Where one axis becomes two, interleave the second with the first."""
+    """Interleave an axis that becomes two; order a channel axis that becomes flat as flax does."""
     x, made = done.args[0], done.result
-    for axis in range(x.ndim):
-        if made.ndim == x.ndim + 1 and made.shape[:axis] == x.shape[:axis]:
-            first, second = made.shape[axis : axis + 2]
-            if made.shape[axis + 2 :] == x.shape[axis + 1 :] and first > 1 and second > 1:
+    for axis in range(x.ndim) if made.ndim == x.ndim + 1 else ():
+        first, second = made.shape[axis : axis + 2]
+        around = made.shape[:axis], made.shape[axis + 2 :]
+        if around == (x.shape[:axis], x.shape[axis + 1 :]) and first > 1 and second > 1:
 
-                def other(x, *a, axis=axis, first=first, second=second, **k):
-                    return x.unflatten(axis, (second, first)).swapaxes(axis, axis + 1)
+            def other(x, *a, axis=axis, sizes=(second, first), **k):
+                return x.unflatten(axis, sizes).swapaxes(axis, axis + 1)
 
-                yield f"{first} groups interleaved, not one behind the other", other
-
-
-def _channels_last(done: Done) -> Found:
-    """Where channels and positions become one axis, order them as flax does."""
-    x, made = done.args[0], done.result
+            yield f"{first} groups interleaved, not one behind the other", other
     if x.ndim >= 3 and made.ndim == 2 and made.shape[0] == x.shape[0]:
-        yield (
-            "channels last in the flat axis",
-            lambda x, *a, **k: x.movedim(1, -1).reshape(made.shape),
-        )
+        flat = made.shape
+        yield "channels last in the flat axis", lambda x, *a, **k: x.movedim(1, -1).reshape(flat)
 
 
 def _cross_entropy(done: Done) -> Found:
@@ -455,7 +423,7 @@ def _scales(sizes: Collection[int], now: float) -> Iterator[tuple[str, float]]:
             yield words, scale / now
 
 
-# By operation, those whose alternatives need sizes and those that do not.
+# By operation: those whose alternatives need sizes, those that need the call, and fixed ones.
 _SCALED: dict[str, Callable[[Done, Collection[int]], Found]] = {
     "softmax": _softmax,
     "log_softmax": _softmax,
@@ -465,7 +433,6 @@ _SCALED: dict[str, Callable[[Done, Collection[int]], Found]] = {
 _PLAIN: dict[str, Callable[[Done], Found]] = {
     name: rule
     for names, rule in (
-        ("argmax argmin", _extremes),
         ("gelu relu silu tanh sigmoid hardswish leaky_relu elu mish", _activations),
         ("var std var_mean", _variances),
         ("linear", _linear),
@@ -475,15 +442,21 @@ _PLAIN: dict[str, Callable[[Done], Found]] = {
         ("embedding", _embedding),
         ("masked_fill where", _masked),
         ("chunk split unbind tensor_split", _orders),
-        ("flatten", _channels_last),
-        ("view reshape unflatten", _reshapes),
-        ("repeat_interleave", _repeats),
-        ("cat", _reversed_parts),
-        ("neg roll flip", _left_out),
-        ("mean sum", _reductions),
+        ("view reshape unflatten flatten", _reshapes),
         ("cross_entropy", _cross_entropy),
         ("getitem", _slices),
         ("to float half bfloat16 type", _casts),
     )
     for name in names.split()
+}
+_FIXED: dict[str, tuple[str, Instead]] = {
+    "argmax": ("argmin in place of argmax", torch.argmin),
+    "argmin": ("argmax in place of argmin", torch.argmax),
+    "cat": ("parts in reverse order", lambda parts, *a, **k: torch.cat(parts[::-1], *a, **k)),
+    "flip": ("no flip", _same),
+    "mean": ("a sum in place of the mean", torch.sum),
+    "neg": ("no change of sign", _same),
+    "repeat_interleave": ("repeats tiled, not next to each other", _tiled),
+    "roll": ("no roll", _same),
+    "sum": ("a mean in place of the sum", torch.mean),
 }

@@ -44,7 +44,7 @@ class Done:
 
     operation: Operation
     args: tuple
-    kwargs: dict[str, object]
+    kwargs: dict[str, Any]
     line: str
     result: Any
 

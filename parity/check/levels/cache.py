@@ -10,9 +10,9 @@ from parity.check.causes.decode import explain_chunks
 from parity.check.locate import first_divergence, float64_gap
 from parity.check.metrics import max_abs
 from parity.check.pair_session import PairSession
+from parity.frameworks.batch import Batch
 from parity.frameworks.capture import Trace
 from parity.frameworks.protocols import Calls
-from parity.frameworks.spec import Batch
 from parity.report import Divergence
 from parity.report.record import Record, abstain, first_failed, judge
 
@@ -80,8 +80,8 @@ def locate(session: PairSession, records: list[Record]) -> Divergence | None:
     """Return the first module whose output through the cache is not that without it."""
     bad = first_failed(records)
     run = next((r for r in session.runs("float64") if bad.name.startswith(r.name)), None)
-    found = Divergence(bad.name, "decode", 0, bad.value)
-    if bad.dtype != "float64":
+    found = Divergence(bad.name, "decode", 0, bad.gap)
+    if bad.dtype != "float64" or session.pair.sequences is None:
         return found
     tokens, counts = session.pair.sequences
     calls, capacity = ragged_calls(tokens, counts, session.seed), tokens.shape[1]

@@ -67,12 +67,12 @@ def locate(session: "PairSession", records: list[Record]) -> Divergence | None:
     bad = {record.name: record for record in records if record.verdict is Verdict.FAIL}
     if "loss" in bad:
         detail = "The logits agree, so the loss itself is computed differently."
-        found = Divergence("loss", "forward", 0, bad["loss"].value, detail=detail)
+        found = Divergence("loss", "forward", 0, bad["loss"].gap, detail=detail)
         return explain(found, lambda found: explain_loss(session, found))
     leaves = [name for name in bad if name in session.flax_leaves]
     if not leaves:
         name, record = next(iter(bad.items()))
-        return Divergence(name, "backward", 0, record.value, detail=record.note or "")
-    found = locate_backward(session, {leaf: bad[leaf].value for leaf in leaves})
-    found = found or Divergence(leaves[0], "backward", 0, bad[leaves[0]].value)
+        return Divergence(name, "backward", 0, record.gap, detail=record.note or "")
+    found = locate_backward(session, {leaf: bad[leaf].gap for leaf in leaves})
+    found = found or Divergence(leaves[0], "backward", 0, bad[leaves[0]].gap)
     return explain(found, lambda found: explain_gradient(session, found))

@@ -45,7 +45,7 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
             ratio = error_ratio(flax, torch, truth)
             yield judge(name, "float32", "error_ratio", ratio, bounds.RATIO, flax.size)
         for run, output in zip(session.runs("float32"), (flax, torch), strict=True):
-            gap, bound = relative_max_abs(output, truth, truth), bounds.FLOAT32
+            gap, bound = relative_max_abs(output, truth, truth), bounds.OUTPUT_FLOAT32
             yield judge(f"{name}, {run.name}", "float32", "max_abs", gap, bound, output.size)
         session.progress(0.5 + (number + 1) / len(probes) / 2)
 
@@ -68,7 +68,7 @@ def locate(session: "PairSession", records: list[Record]) -> Divergence | None:
 
     bad = first_failed(records)
     if bad.metric == "narrow operations":
-        return Divergence(bad.name, "forward", 0, bad.value, detail=bad.note or "")
+        return Divergence(bad.name, "forward", 0, bad.gap, detail=bad.note or "")
     probe = failed_probe(session, [bad])
     batch = session.pair.probes[probe]
     if bad.dtype != "float64":

@@ -20,9 +20,9 @@ from parity.check.causes.optimizer import Reading, Step, difference, read, share
 from parity.check.levels.names import HORIZON, OPTIMIZER_STEPS
 from parity.check.metrics import largest, max_abs, ratio, relative_l2
 from parity.check.session import Session
+from parity.frameworks.batch import Batch
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import LiveRunner, Runner, Trainer
-from parity.frameworks.spec import Batch
 from parity.pair.pair import Pair
 from parity.report import Divergence
 from parity.report.record import IMPURE, Record, Verdict, abstain, judge
@@ -201,7 +201,7 @@ def locate(session: "PairSession", records: list[Record]) -> Divergence | None:
     where = bad.where or "the optimizer"
     detail = f"Seen in {bad.name}, {bad.dtype}; all steps before agree."
     cause = _cause(session) if bad.dtype == "float64" else None
-    return Divergence(where, "optimizer", bad.step, bad.value, cause, detail)
+    return Divergence(where, "optimizer", bad.step, bad.gap, cause, detail)
 
 
 def _cause(session: "PairSession") -> str | None:

@@ -11,7 +11,7 @@ from parity.check.causes.decode import explain_tokens
 from parity.check.metrics import max_abs
 from parity.check.pair_session import PairSession
 from parity.check.ties import overturned, verdict_of_flip
-from parity.frameworks.spec import Batch
+from parity.frameworks.batch import Batch
 from parity.report import Divergence
 from parity.report.plot_data import Flip, Generation
 from parity.report.record import Record, Verdict, abstain, first_failed
@@ -68,6 +68,7 @@ def records(session: PairSession) -> Iterator[Record]:
     (tokens, counts), sampling = session.pair.prompts, session.pair.sampling
     greedy: _Reference | None = None
     drawn: _Reference | None = None
+    errors: Mapping[str, float] = {}
     num, done = len(session.dtypes) * 2 * (3 if sampling else 2), 0
     for dtype in session.dtypes:
         for run in session.runs(dtype):
@@ -75,8 +76,8 @@ def records(session: PairSession) -> Iterator[Record]:
             for use_cache in (True, False):
                 written = decoder.generate(tokens, counts, session.pair.new_tokens, use_cache)
                 if greedy is None:
-                    measured = _margins(session, tokens, counts, written)
-                    greedy = _Reference.of(session, written, *measured)
+                    margins, errors = _margins(session, tokens, counts, written)
+                    greedy = _Reference.of(session, written, margins, errors)
                 name = f"{run.name}, {'cached' if use_cache else 'uncached'}"
                 yield greedy.compare(name, dtype, written)
                 done += 1
@@ -87,7 +88,7 @@ def records(session: PairSession) -> Iterator[Record]:
             written, margins = decoder.sample(tokens, counts, length, sampling, session.seed)
             if drawn is None:
                 temperature = sampling["temperature"]
-                drawn = _Reference.of(session, written, margins, greedy.errors, temperature)
+                drawn = _Reference.of(session, written, margins, errors, temperature)
             yield drawn.compare(f"{run.name}, drawn", dtype, written)
             done += 1
             session.progress(done / num)
@@ -164,8 +165,8 @@ def locate(session: PairSession, records: list[Record]) -> Divergence | None:
     """Return the decoder and the token that flipped."""
     bad = first_failed(records)
     detail = f"In {bad.dtype}: {bad.note}."
-    found = Divergence(bad.name, "decode", bad.step, bad.value, detail=detail)
+    found = Divergence(bad.name, "decode", bad.step, bad.gap, detail=detail)
     if bad.dtype != "float64" or bad.name.endswith("drawn"):
         return found
-    asked = *session.pair.prompts, not bad.name.endswith("uncached")
-    return explain(found, lambda found: explain_tokens(session, found, *asked))
+    use_cache = not bad.name.endswith("uncached")
+    return explain(found, lambda found: explain_tokens(session, found, use_cache))

@@ -116,7 +116,7 @@ def locate(session: "PairSession", records: list[Record]) -> Divergence | None:
             runs[1].name,
         )
     detail = f"In {bad.dtype}, of {session.steps} steps. {words}".rstrip()
-    return Divergence(where, "optimizer", bad.step, bad.value, cause, detail)
+    return Divergence(where, "optimizer", bad.step, bad.gap, cause, detail)
 
 
 def _idle(session: "PairSession", dtype: str, last: int) -> str | None:
@@ -124,9 +124,10 @@ def _idle(session: "PairSession", dtype: str, last: int) -> str | None:
     idle = []
     for run in session.runs(dtype) if last else ():
         trainer = run.trainer(session.steps)
-        for step in range(last):
-            before = trainer.parameters()
+        for step in range(last - 1):
             trainer.step(*session.pair.training_batch(step).inputs)
+        before = trainer.parameters()
+        trainer.step(*session.pair.training_batch(last - 1).inputs)
         after = trainer.parameters()
         if all(np.array_equal(before[name], after[name]) for name in after):
             idle.append(run.name)

@@ -62,10 +62,10 @@ def _orientations(session: PairSession) -> Iterator[Record]:
     for link in session.weight_map.links:
         ours = [torch_owner(torch_run.module, name) for name in link.torch]
         theirs = [flax_owner(flax_run.module, name) for name in link.flax]
-        torch_acts = [torch_action(*owner) for owner in ours]
-        flax_acts = [flax_action(*owner) for owner in theirs]
+        torch_acts = [act for owner in ours if (act := torch_action(*owner)) is not None]
+        flax_acts = [act for owner in theirs if (act := flax_action(*owner)) is not None]
         names = ", ".join(link.torch)
-        if None in torch_acts or None in flax_acts:
+        if len(torch_acts) < len(ours) or len(flax_acts) < len(theirs):
             if _fits_transposed(session.flax_leaves[link.flax[0]].shape):
                 unknown.append(names)
             continue
@@ -116,9 +116,9 @@ def locate(session: PairSession, records: list[Record]) -> Divergence | None:
     if not bad.where:
         problem, _, more = (bad.note or "").partition("; ")
         return Divergence(
-            "the weight map", "weights", 0, bad.value, cause=problem or None, detail=more
+            "the weight map", "weights", 0, bad.gap, cause=problem or None, detail=more
         )
-    return Divergence(bad.where, "weights", 0, bad.value, cause=_orientation(session, bad.where))
+    return Divergence(bad.where, "weights", 0, bad.gap, cause=_orientation(session, bad.where))
 
 
 def _orientation(session: PairSession, name: str) -> str | None:
@@ -127,11 +127,12 @@ def _orientation(session: PairSession, name: str) -> str | None:
     link = next(link for link in session.weight_map.links if name in link.torch)
     weight = session.torch_leaves[name].astype(np.float64)
     owner, leaf = flax_owner(flax_run.module, link.flax[0])
+    act = flax_action(owner, leaf)
     x = flax_input(owner, np.random.default_rng(0))
-    if len(link.flax) > 1 or len(link.torch) > 1 or x.ndim != 2 or weight.ndim != 2:
+    if act is None or len(link.flax) * len(link.torch) > 1 or x.ndim != 2 or weight.ndim != 2:
         return None
     with jax_scope("float64", session.devices.flax):
-        flax_output = _linear_part([flax_action(owner, leaf)], x, 1)
+        flax_output = _linear_part([act], x, 1)
     for tried in (weight, weight.T):
         if tried.shape[0] != x.shape[1]:
             continue

@@ -7,18 +7,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from parity.doctor.detectors.forward import LENGTH, ROWS
-from parity.doctor.finding import Finding, failed, gap, passed, shaken, tokens, tolerance
-from parity.doctor.model import (
-    CanDecode,
-    CanGenerate,
-    CanKeepGraph,
-    CanSelect,
-    CanTruncate,
-    CountsPrograms,
-)
+from parity.doctor.finding import Finding, failed, judged, passed
+from parity.doctor.model import Array
+from parity.doctor.offers import CanDecode, CanGenerate, CanKeepGraph, Compiles, Selects, Truncates
+from parity.doctor.probes import LENGTH, ROWS, gap, shaken, tokens, tolerance
 
-Readings = Iterator[tuple[str, int, np.ndarray, np.ndarray]]
+Readings = Iterator[tuple[str, int, Array, Array]]
 
 
 def cached_equals_uncached(model: CanDecode) -> Finding:
@@ -31,19 +25,15 @@ def cached_equals_uncached(model: CanDecode) -> Finding:
     for words, where, found, expected in _readings(model, ids, whole):
         off = gap(found, expected)
         if not off <= bound:
-            return failed(
-                f"{words}: the logits at token {where} differ from those without a cache by "
-                f"{off:.1e} standard deviations.",
-                off,
-                bound,
-            )
+            seen = f"{words}: the logits at token {where} differ from those without a cache by"
+            return failed(f"{seen} {off:.1e} standard deviations.", off, bound)
         worst = max(worst, off)
     return passed("Read in any pieces, the logits are those without a cache.", worst, bound)
 
 
-def _readings(model: CanDecode, ids: np.ndarray, whole: np.ndarray) -> Readings:
+def _readings(model: CanDecode, ids: Array, whole: Array) -> Readings:
     """Yield (what was done, first token of the piece, logits, logits without a cache)."""
-    rows, length = ids.shape
+    decoder, (rows, length) = model.decoder, ids.shape
     pieces = {
         "All at once": (length,),
         "Four tokens, then one by one": (4, *[1] * (length - 4)),
@@ -51,38 +41,38 @@ def _readings(model: CanDecode, ids: np.ndarray, whole: np.ndarray) -> Readings:
     }
     capacity = min(model.context_length, 4 * length)
     for words, sizes in pieces.items():
-        cache, at = model.empty_cache(rows, capacity), 0
+        cache, at = decoder.empty(rows, capacity), 0
         for size in sizes:
             piece, expected = ids[:, at : at + size], whole[:, at : at + size]
-            found, longer = model.read(piece, cache)
+            found, longer = decoder.read(cache, piece)
             yield words, at, found, expected
             if at == 4:  # the same cache is continued again, and then with other tokens
-                yield f"{words}, continued twice", at, model.read(piece, cache)[0], expected
-                model.read((piece + 1) % model.vocab_size, cache)
+                yield f"{words}, continued twice", at, decoder.read(cache, piece)[0], expected
+                decoder.read(cache, (piece + 1) % model.vocab_size)
             cache, at = longer, at + size
     if model.ragged:
         yield from _ragged(model, ids, whole, capacity)
-    start = model.read(ids[:, :4], model.empty_cache(rows, capacity))[1]
-    if isinstance(model, CanSelect):
+    _, start = decoder.read(decoder.empty(rows, capacity), ids[:, :4])
+    if isinstance(decoder, Selects):
         order = np.array([2, 0, 0, 3])
-        found, _ = model.read(ids[order, 4:5], model.select(start, order))
+        found, _ = decoder.read(decoder.select(start, order), ids[order, 4:5])
         yield "Rows taken in another order", 4, found, whole[order, 4:5]
-    if isinstance(model, CanTruncate) and model.ragged:
+    if isinstance(decoder, Truncates) and model.ragged:
         lengths = np.array([3, 4, 1, 2])
         following = ids[np.arange(rows), lengths][:, None]
-        found, _ = model.read(following, model.truncate(start, lengths))
+        found, _ = decoder.read(decoder.truncate(start, lengths), following)
         yield "Cut back", 1, found[:, 0], whole[np.arange(rows), lengths]
 
 
-def _ragged(model: CanDecode, ids: np.ndarray, whole: np.ndarray, capacity: int) -> Readings:
+def _ragged(model: CanDecode, ids: Array, whole: Array, capacity: int) -> Readings:
     """Yield readings of rows of different lengths, padded in every piece."""
-    rows = len(ids)
-    cache, lengths = model.empty_cache(rows, capacity), np.zeros(rows, int)
+    decoder, rows = model.decoder, len(ids)
+    cache, lengths = decoder.empty(rows, capacity), np.zeros(rows, int)
     for counts in ((4, 1, 3, 2), (2, 4, 1, 1), (1, 1, 1, 1), (1, 1, 1, 1), (1, 0, 2, 4)):
         counts = np.array(counts)
         width = int(counts.max())
         piece = np.stack([np.roll(ids[r], -lengths[r])[:width] for r in range(rows)])
-        found, cache = model.read(piece, cache, None if counts.min() == width else counts)
+        found, cache = decoder.read(cache, piece, None if counts.min() == width else counts)
         for row, count in enumerate(counts):
             if count:
                 start = int(lengths[row])
@@ -98,13 +88,13 @@ def growing_graph(model: CanKeepGraph) -> Finding:
     return passed("The cache behind generated tokens is free of any graph.")
 
 
-def recompilation(model: CountsPrograms) -> Finding:
+def recompilation(model: Compiles) -> Finding:
     """Continue prompts of nearly the same length: they must share a program."""
     longest = max(min(model.context_length - 2, 16), 4)
     lengths = tuple(range(longest - 3, longest + 1))
     found = model.num_programs(lengths)
     seen = f"{found} programs for prompts of {lengths[0]} to {lengths[-1]} tokens."
-    return passed(seen, found, 1) if found <= 1 else failed(seen, found, 1)
+    return judged(found, 1, seen)
 
 
 def sampling(model: CanGenerate) -> Finding:
@@ -134,18 +124,11 @@ def sampling(model: CanGenerate) -> Finding:
     repeats = float(np.mean(hot[:, 1:] == hot[:, :-1]))
     common = float(np.max(np.unique(hot, return_counts=True)[1]) / hot.size)
     if repeats > often:
-        return failed(
-            f"At temperature 10,000 a token repeats in {repeats:.0%} of steps: the same noise is "
-            "drawn every time.",
-            repeats,
-            often,
-        )
+        seen = f"At temperature 10,000 a token repeats in {repeats:.0%} of steps: the same noise is"
+        return failed(f"{seen} drawn every time.", repeats, often)
     if common > often:
-        return failed(
-            f"At temperature 10,000 one token makes up {common:.0%} of {hot.size} draws.",
-            common,
-            often,
-        )
+        seen = f"At temperature 10,000 one token makes up {common:.0%} of {hot.size} draws."
+        return failed(seen, common, often)
     stop = int(greedy[0, 2])
     first = int(np.flatnonzero(greedy[0] == stop)[0])
     stopped = model.generate(prompt, 6, stop_ids=(stop,))

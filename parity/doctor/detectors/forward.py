@@ -9,34 +9,17 @@ from collections.abc import Callable
 
 import numpy as np
 
-from parity.doctor.finding import (
-    Finding,
-    abstain,
-    failed,
-    gap,
-    judged,
-    passed,
-    shaken,
-    tokens,
-    tolerance,
-)
-from parity.doctor.model import (
-    CanCast,
-    CanDecode,
-    CanGenerate,
-    CanTrain,
-    LanguageModel,
-    ShowsAttention,
-)
+from parity.doctor.finding import Finding, abstain, failed, judged, passed
+from parity.doctor.model import Array, LanguageModel
+from parity.doctor.offers import CanCast, CanDecode, CanGenerate, CanTrain, ShowsAttention
+from parity.doctor.probes import LENGTH, LONGEST, ROWS, gap, is_finite, shaken, tokens, tolerance
 from parity.frameworks.leaves import Leaves
 
-# One shape for nearly all probes, because jax compiles for each.
-ROWS, LENGTH = 4, 16
 _IN_A_BLOCK = re.compile(r"(^|[._])\d+([._]|$)")
-LONGEST = 1024  # a full context beyond this would take minutes
+_UNSUPPORTED = RuntimeError, NotImplementedError, TypeError  # of a type in which nothing runs
 
 
-def cross_entropies(logits_BTV: np.ndarray, targets_BT: np.ndarray) -> np.ndarray:
+def cross_entropies(logits_BTV: Array, targets_BT: Array) -> Array:
     """Return nats per token, in float64."""
     logits_BTV = np.asarray(logits_BTV, np.float64)
     top = logits_BTV.max(axis=-1, keepdims=True)
@@ -48,9 +31,9 @@ def initial_loss(model: LanguageModel) -> Finding:
     """Ask for the loss of fresh weights, which know nothing: near ln V, with small logits."""
     if model.trained:
         return abstain("The weights are trained; only fresh ones know nothing.")
-    ids = tokens(model, ROWS, LENGTH)
+    ids = tokens(model)
     logits_BTV = model.logits(ids)
-    if not np.all(np.isfinite(logits_BTV)):
+    if not is_finite(logits_BTV):
         return failed("The logits of fresh weights are not finite.")
     loss = float(np.mean(cross_entropies(logits_BTV[:, :-1], ids[:, 1:])))
     expected, spread = math.log(model.vocab_size), float(np.std(np.asarray(logits_BTV, float)))
@@ -59,15 +42,34 @@ def initial_loss(model: LanguageModel) -> Finding:
         f"a standard deviation of {spread:.2f}."
     )
     # A tied head favours the token itself, which costs up to 0.7 nats at the width of GPT-2.
-    if -0.3 <= loss - expected <= 1.0:
-        return passed(seen, loss - expected, 1.0)
-    return failed(seen, loss - expected, 1.0)
+    is_near = -0.3 <= loss - expected <= 1.0
+    return (passed if is_near else failed)(seen, loss - expected, 1.0)
+
+
+def determinism(model: LanguageModel) -> Finding:
+    """Ask twice: the same answer, except in training with dropout."""
+    ids = tokens(model)
+    if not np.array_equal(model.logits(ids), model.logits(ids), equal_nan=True):
+        return failed("Two evaluations of the same tokens differ: something still draws.")
+    if isinstance(model, CanGenerate):
+        prompt = ids[:, : model.context_length // 4]
+        if not np.array_equal(model.generate(prompt, 6), model.generate(prompt, 6)):
+            return failed("Two greedy continuations of the same prompt differ.")
+    losses = model.dropout_losses(ids) if isinstance(model, CanTrain) else None
+    if losses is None:
+        return passed("Evaluation repeats itself.")
+    if losses[0] == losses[1]:
+        return failed(
+            "Two training steps drop the same elements: with dropout their losses of one batch "
+            f"are both {losses[0]:.6f}."
+        )
+    return passed("Evaluation repeats itself, dropout does not.")
 
 
 def causality(model: LanguageModel) -> Finding:
     """Change a later token: no earlier logit may change."""
     model = shaken(model)
-    ids = tokens(model, ROWS, LENGTH)
+    ids = tokens(model)
     before = model.logits(ids)
     worst, at = 0.0, 0
     for place in (ids.shape[1] - 1, ids.shape[1] // 2, 1):
@@ -89,7 +91,7 @@ def causality_gradient(model: CanTrain) -> Finding:
     reach_TT = shaken(model).reach(tokens(model, 1, 12)[0])
     if reach_TT is None:
         return abstain("No embedding layer was called with the tokens themselves.")
-    if not np.all(np.isfinite(reach_TT)):
+    if not is_finite(reach_TT):
         return failed("The gradient of a logit by an embedding is not finite.")
     largest = float(reach_TT.max())
     future_TT = np.triu(np.ones_like(reach_TT, bool), 1)
@@ -100,17 +102,15 @@ def causality_gradient(model: CanTrain) -> Finding:
     if blind := np.argwhere(_expected(reach_TT > 0.0) & (reach_TT == 0.0)).tolist():
         t, s = blind[0]
         return failed(f"The logits at {t} do not depend on token {s}, which they may see.")
-    return passed(
-        f"Position t depends on token t and {_window(reach_TT > 0.0)} before it, on none behind.",
-        leak,
-    )
+    window = _window(reach_TT > 0.0)
+    return passed(f"Position t depends on token t and {window} before it, on none behind.", leak)
 
 
 def attention_rows(model: ShowsAttention) -> Finding:
     """Sum the attention weights of a query: one, over exactly the slots that it may see."""
     model = shaken(model)
-    ids = tokens(model, ROWS, LENGTH)
-    length = ids.shape[1]
+    ids = tokens(model)
+    length, layers = ids.shape[1], []
     for counts in (None, _ragged(length)) if model.takes_counts else (None,):
         layers = model.attention(ids, counts)
         if not layers:
@@ -127,17 +127,17 @@ def attention_rows(model: ShowsAttention) -> Finding:
                     return failed(
                         f"Layer {number}: the weights of a query add up to 1 only within {off:.1e}."
                     )
-                may_TS = np.zeros((real, weights_BNTS.shape[3]), bool)
-                may_TS[:, :real] = _expected((found_NTS > 0.0).all(axis=0)[:, :real])
-                if wrong := np.argwhere(((found_NTS > 0.0) != may_TS).any(axis=0)).tolist():
+                sees_NTS = found_NTS > 0.0
+                may_TS = np.zeros(sees_NTS.shape[1:], bool)
+                may_TS[:, :real] = _expected(np.all(sees_NTS, axis=0)[:, :real])
+                if wrong := np.argwhere((sees_NTS != may_TS).any(axis=0)).tolist():
                     t, s = wrong[0]
                     does = "does not see" if may_TS[t, s] else "sees"
                     return failed(
                         f"Layer {number}, row {row}: query {t} {does} slot {s}; it may see "
-                        f"{int(may_TS[t].sum())} slots and sees "
-                        f"{int((found_NTS[:, t] > 0.0).any(axis=0).sum())}."
+                        f"{may_TS[t].sum()} slots and sees {np.any(sees_NTS[:, t], axis=0).sum()}."
                     )
-    window = _window((weights_BNTS[1] > 0.0).all(axis=0)[:, :length])
+    window = _window(np.all(np.asarray(layers[-1])[1] > 0.0, axis=0)[:, :length])
     return passed(f"Weights add up to one; query t sees slot t and {window} before it.")
 
 
@@ -147,27 +147,21 @@ def attention_scale(model: ShowsAttention) -> Finding:
     The logarithms of a query's weights spread as its scores do. With matrices drawn for unit
     outputs that is 1 for a scale of 1 / sqrt(head dim).
     """
-    leaves = model.weights()
-    width = _width(model, leaves)
-    rng = np.random.default_rng(model.seed)
-    leaves = {
-        name: rng.normal(0.0, width**-0.5, leaf.shape).astype(leaf.dtype)
-        if leaf.ndim == 2 and width in leaf.shape
-        else leaf
-        for name, leaf in leaves.items()
-    }
-    ids = tokens(model, ROWS, LENGTH)
+    leaves = dict(model.weights())
+    width, rng = _width(model, leaves), np.random.default_rng(model.seed)
+    for name, leaf in leaves.items():
+        if leaf.ndim == 2 and width in leaf.shape:
+            leaves[name] = rng.normal(0.0, width**-0.5, leaf.shape).astype(leaf.dtype)
+    ids = tokens(model)
     layers = model.with_weights(leaves).attention(ids)
     if not layers:
         return abstain("The model shows no attention weights.")
-    weights_BNTS = np.asarray(layers[0], np.float64)
     spreads = []
     for t in range(ids.shape[1] // 2, ids.shape[1]):
-        seen_BNS = weights_BNTS[:, :, t, : t + 1]
+        seen_BNS = np.asarray(layers[0], np.float64)[:, :, t, : t + 1]
         if np.any(np.sum(seen_BNS > 0.0, axis=-1) < 2):
             return abstain("A query sees fewer than two slots, so no scores can be compared.")
-        logs_BNS = np.log(np.where(seen_BNS > 0.0, seen_BNS, np.nan))
-        spreads.append(np.nanstd(logs_BNS, axis=-1))
+        spreads.append(np.nanstd(np.log(np.where(seen_BNS > 0.0, seen_BNS, np.nan)), axis=-1))
     found = float(np.mean(spreads))
     seen = f"Scores of the first layer have a standard deviation of {found:.2f}"
     if not 0.6 <= found <= 1.7:
@@ -189,9 +183,7 @@ def residual_stream(model: LanguageModel) -> Finding:
     if not inside:
         return abstain("No weight has the number of a block in its name.")
     silent = leaves | {name: np.zeros_like(leaves[name]) for name in inside}
-    ids = np.arange(ROWS, dtype=np.int32)[:, None].repeat(_probe_length(model), axis=1)
-    logits_BTV = model.with_weights(silent).logits(ids % model.vocab_size)
-    spread = _spread(logits_BTV[:, 0])
+    spread = _spread(model.with_weights(silent).logits(_row_by_row(model))[:, 0])
     if not spread > 0.0:
         return failed("With silent blocks every token gives the same logits: no path around them.")
     return passed("With silent blocks a token still comes through to the logits.", spread)
@@ -199,34 +191,17 @@ def residual_stream(model: LanguageModel) -> Finding:
 
 def position_sensitivity(model: LanguageModel) -> Finding:
     """Move tokens: their positions must matter, and must not be all that matters."""
-    token = tokens(model, 1, 1)[0, 0]
-    length = _probe_length(model)
-    same = np.full((ROWS, length), token, np.int32)
-    several = np.arange(ROWS, dtype=np.int32)[:, None].repeat(length, axis=1) % model.vocab_size
-    table = model.position_table
-    if table is None:
-        moved = tokens(model, 1, length, seed=1)
-        moved[0, -2] = (moved[0, -3] + 1) % model.vocab_size  # two that differ
-        swapped = moved.copy()
-        swapped[0, -3:-1] = moved[0, -2:-4:-1]
-        other = shaken(model)
-        found = gap(other.logits(swapped)[:, -1], other.logits(moved)[:, -1])
-        if not found > tolerance(model):
-            return failed("Exchanging two earlier tokens changes nothing: a bag of words.", found)
-        # A mask alone makes deep layers depend on the order; in the first only positions do.
-        shown = isinstance(other, ShowsAttention) and [other.attention(x) for x in (moved, swapped)]
-        if shown and all(shown):
-            weights, exchanged = (np.asarray(x[0], float)[0, :, -1] for x in shown)
-            if gap(exchanged[:, [-2, -3]], weights[:, [-3, -2]]) <= tolerance(model):
-                return failed("The first layer attends to a token alike wherever it stands.")
-        return passed(f"Order matters: exchanging two tokens moves the last logits by {found:.1e}.")
+    if model.position_table is None:
+        return _order_sensitivity(shaken(model))
+    several = _row_by_row(model)
+    same = np.full_like(several, tokens(model, 1, 1)[0, 0])
     for drawn, when in ((model, "fresh"), (shaken(model), "any")):
         by_place = _spread(drawn.logits(same)[0])
         by_token = _spread(drawn.logits(several)[:, 0])
         if not by_place > 1e-6 * by_token:
             return failed(
                 f"With {when} weights the same token gives the same logits at every position, "
-                f"though {table} is there to tell them apart.",
+                f"though {model.position_table} is there to tell them apart.",
                 by_place / by_token if by_token else None,
             )
         if when == "fresh" and not model.trained and by_place > 10.0 * by_token:
@@ -239,73 +214,52 @@ def position_sensitivity(model: LanguageModel) -> Finding:
     return passed("Logits vary with the position as well as with the token.")
 
 
-def _expected(seen_TT: np.ndarray) -> np.ndarray:
-    """Return what a causal mask shows: all up to the query, or a window as wide as any query's."""
-    behind_TT = np.subtract.outer(np.arange(len(seen_TT)), np.arange(len(seen_TT)))
-    causal_TT = behind_TT >= 0
-    window = int(behind_TT[causal_TT & seen_TT].max(initial=0))
-    return causal_TT & (behind_TT <= max(window, 1))
-
-
-def _window(seen_TT: np.ndarray) -> str:
-    """Describe how far back a query sees."""
-    behind = np.subtract.outer(np.arange(len(seen_TT)), np.arange(len(seen_TT)))
-    window = int(behind[seen_TT & (behind >= 0)].max(initial=0))
-    return "all" if window == len(seen_TT) - 1 else f"only {window} (if no such window is meant)"
-
-
-def _width(model: LanguageModel, leaves: Leaves) -> int:
-    """Return D, by the matrix that has a row for each token."""
-    for leaf in leaves.values():
-        if leaf.ndim == 2 and model.vocab_size in leaf.shape:
-            return (
-                min(leaf.shape)
-                if leaf.shape[0] == leaf.shape[1]
-                else next(size for size in leaf.shape if size != model.vocab_size)
-            )
-    return max(leaf.shape[0] for leaf in leaves.values() if leaf.ndim == 2)
-
-
-def _probe_length(model: LanguageModel) -> int:
-    return min(LENGTH, model.context_length)
-
-
-def _ragged(length: int) -> np.ndarray:
-    """Return real tokens of four rows, the first not the longest."""
-    return np.array([max(length // 2, 1), length, 1, max(length - 1, 1)])
-
-
-def _spread(logits_KV: np.ndarray) -> float:
-    """Return the root mean square over logits of their deviation over cases."""
-    return float(np.sqrt(np.mean(np.var(np.asarray(logits_KV, np.float64), axis=0))))
+def _order_sensitivity(model: LanguageModel) -> Finding:
+    """Exchange two earlier tokens: the last logits must change."""
+    moved = tokens(model, rows=1, seed=1)
+    moved[0, -2] = (moved[0, -3] + 1) % model.vocab_size  # two that differ
+    swapped = moved.copy()
+    swapped[0, -3:-1] = moved[0, -2:-4:-1]
+    found = gap(model.logits(swapped)[:, -1], model.logits(moved)[:, -1])
+    if not found > tolerance(model):
+        return failed("Exchanging two earlier tokens changes nothing: a bag of words.", found)
+    # A mask alone makes deep layers depend on the order; in the first only positions do.
+    if isinstance(model, ShowsAttention):
+        layers, exchanged = (
+            [np.asarray(weights_BNTS, float)[0, :, -1] for weights_BNTS in model.attention(x)[:1]]
+            for x in (moved, swapped)
+        )
+        pairs = zip(exchanged, layers, strict=True)
+        if any(gap(x[:, [-2, -3]], y[:, [-3, -2]]) <= tolerance(model) for x, y in pairs):
+            return failed("The first layer attends to a token alike wherever it stands.")
+    return passed(f"Order matters: exchanging two tokens moves the last logits by {found:.1e}.")
 
 
 def batch_independence(model: LanguageModel) -> Finding:
     """Run the rows of a batch alone: the same logits, and losses that add up to the batch's."""
     model = shaken(model)
-    ids = tokens(model, ROWS, LENGTH)
+    ids, bound = tokens(model), tolerance(model)
     together = model.logits(ids)
-    worst = 0.0
-    for row in range(len(ids)):
-        found = gap(model.logits(ids[row : row + 1])[0], together[row])
-        worst = found if not found <= worst else worst
-    if not worst <= tolerance(model):
+    gaps = [gap(model.logits(ids[r : r + 1])[0], together[r]) for r in range(len(ids))]
+    worst = float(np.max(gaps))
+    if not worst <= bound:
         return failed(
             f"A row alone differs from the same row in a batch by {worst:.1e} standard deviations.",
             worst,
-            tolerance(model),
+            bound,
         )
     if whole := model.score(together, ids):
-        rows = [model.score(together[r : r + 1], ids[r : r + 1]) for r in range(len(ids))]
+        pairs = zip(np.split(together, ROWS), np.split(ids, ROWS), strict=True)
+        rows = [score for pair in pairs if (score := model.score(*pair))]
         weights = [1 if row.num_tokens is None else row.num_tokens for row in rows]
         expected = float(np.average([row.mean for row in rows], weights=weights))
-        if not abs(whole.mean - expected) <= max(tolerance(model), 1e-5):
+        if not abs(whole.mean - expected) <= max(bound, 1e-5):
             return failed(
                 f"The loss of a batch is {whole.mean:.4f}, that of its rows one by one "
                 f"{expected:.4f}: a row is scored by what stands in another.",
                 abs(whole.mean - expected),
             )
-    return passed("Rows do not know of each other.", worst, tolerance(model))
+    return passed("Rows do not know of each other.", worst, bound)
 
 
 def padding_invariance(model: LanguageModel) -> Finding:
@@ -313,22 +267,18 @@ def padding_invariance(model: LanguageModel) -> Finding:
     if not model.takes_counts:
         return abstain("The model offers no padding.")
     model = shaken(model)
-    ids = tokens(model, ROWS, LENGTH)
-    length = ids.shape[1]
-    counts = _ragged(length)
+    ids = tokens(model)
+    counts = _ragged(ids.shape[1])
     padded, whole = model.logits(ids, counts), model.logits(ids)
-    worst, which = 0.0, 0
-    for row, count in enumerate(counts):
-        # What stands behind a token does not change it, so whole rows tell what is right.
-        found = gap(padded[row, :count], whole[row, :count])
-        if not found <= worst:
-            worst, which = found, row
+    # What stands behind a token does not change it, so whole rows tell what is right.
+    gaps = [gap(padded[row, :count], whole[row, :count]) for row, count in enumerate(counts)]
+    which = int(np.argmax(gaps))
     return judged(
-        worst,
+        gaps[which],
         tolerance(model),
         "A padded row comes out as it does without padding.",
-        f"Row {which}, {counts[which]} tokens and padding up to {length}, differs from the same "
-        "row without padding by {value} standard deviations.",
+        f"Row {which}, {counts[which]} tokens and padding up to {ids.shape[1]}, differs from the "
+        "same row without padding by {value} standard deviations.",
     )
 
 
@@ -341,7 +291,7 @@ def boundary_lengths(model: LanguageModel) -> Finding:
     refused = []
     for length in (1, context - 1, context):
         found = model.logits(ids[:, :length])
-        if not np.all(np.isfinite(found)):
+        if not is_finite(found):
             return failed(f"The logits of {length} tokens are not finite.")
         if not gap(found, whole[:, :length]) <= 10 * tolerance(model):
             return failed(f"{length} tokens give other logits than the same tokens and more.")
@@ -351,9 +301,9 @@ def boundary_lengths(model: LanguageModel) -> Finding:
             return failed(f"{context + 1} tokens in a context of {context} are read all the same.")
         refused.append("a longer text")
     if isinstance(model, CanDecode) and model.bounded:
-        capacity = min(4, context - 1)
-        _, cache = model.read(ids[:, :capacity], model.empty_cache(1, capacity))
-        if _answers(lambda: model.read(ids[:, :1], cache)[0]):
+        decoder, capacity = model.decoder, min(4, context - 1)
+        _, cache = decoder.read(decoder.empty(1, capacity), ids[:, :capacity])
+        if _answers(lambda: decoder.read(cache, ids[:, :1])[0]):
             return failed(
                 f"Token {capacity + 1} into a cache of {capacity} slots is neither refused nor NaN:"
                 " it overwrites what was there."
@@ -363,60 +313,76 @@ def boundary_lengths(model: LanguageModel) -> Finding:
     return passed(f"{seen}; refused: {', '.join(refused)}." if refused else f"{seen}.")
 
 
-def _answers(call: Callable[[], np.ndarray]) -> bool:
-    """Whether a call that must be refused gives numbers instead."""
-    try:
-        return bool(np.all(np.isfinite(call())))
-    except Exception:
-        return False
-
-
-def determinism(model: LanguageModel) -> Finding:
-    """Ask twice: the same answer, except in training with dropout."""
-    ids = tokens(model, ROWS, LENGTH)
-    if not np.array_equal(model.logits(ids), model.logits(ids), equal_nan=True):
-        return failed("Two evaluations of the same tokens differ: something still draws.")
-    if isinstance(model, CanGenerate):
-        prompt = ids[:, : model.context_length // 4]
-        first, second = (model.generate(prompt, 6) for _ in range(2))
-        if not np.array_equal(first, second):
-            return failed("Two greedy continuations of the same prompt differ.")
-    losses = model.dropout_losses(ids) if isinstance(model, CanTrain) else None
-    if losses is None:
-        return passed("Evaluation repeats itself.")
-    if losses[0] == losses[1]:
-        return failed(
-            "Two training steps drop the same elements: with dropout their losses of one batch "
-            f"are both {losses[0]:.6f}."
-        )
-    return passed("Evaluation repeats itself, dropout does not.")
-
-
 def dtype_audit(model: CanCast) -> Finding:
     """Run it in every type: the logits of float64, up to the digits of the type."""
     model = shaken(model)
-    ids = tokens(model, ROWS, LENGTH)
+    ids = tokens(model)
     try:
         truth = np.asarray(model.cast("float64").logits(ids), np.float64)
-    except (RuntimeError, NotImplementedError, TypeError) as error:
+    except _UNSUPPORTED as error:
         return abstain(f"The model does not run in float64: {type(error).__name__}.")
     # Of a standard deviation; 40 units in the last place, where two layers need 3 and twelve 10.
     right, silent = [], []
     for dtype, bound in (("float32", 5e-6), ("bfloat16", 0.3), ("float16", 0.04)):
         try:
             logits = np.asarray(model.cast(dtype).logits(ids)).astype(np.float64)
-        except (RuntimeError, NotImplementedError, TypeError):
+        except _UNSUPPORTED:
             silent.append(dtype)
             continue
-        if not np.all(np.isfinite(logits)):
+        if not is_finite(logits):
             return failed(f"The logits in {dtype} are not finite, though those in float64 are.")
         found = float(np.sqrt(np.mean(np.square(logits - truth))) / np.std(truth))
         if not found <= bound:
-            return failed(
-                f"In {dtype} the logits are off by {found:.1e} of their standard deviation.",
-                found,
-                bound,
-            )
+            seen = f"In {dtype} the logits are off by {found:.1e} of their standard deviation."
+            return failed(seen, found, bound)
         right.append(dtype)
     seen = f"{', '.join(right)}: the logits of float64, up to their digits."
     return passed(seen + (f" It does not run in {', '.join(silent)}." if silent else ""))
+
+
+def _expected(seen_TT: Array) -> Array:
+    """Return what a causal mask shows: all up to the query, or a window as wide as any query's."""
+    behind_TT = np.subtract.outer(np.arange(len(seen_TT)), np.arange(len(seen_TT)))
+    causal_TT = behind_TT >= 0
+    window = int(behind_TT[causal_TT & seen_TT].max(initial=0))
+    return causal_TT & (behind_TT <= max(window, 1))
+
+
+def _window(seen_TT: Array) -> str:
+    """Describe how far back a query sees."""
+    behind_TT = np.subtract.outer(np.arange(len(seen_TT)), np.arange(len(seen_TT)))
+    window = int(behind_TT[seen_TT & (behind_TT >= 0)].max(initial=0))
+    return "all" if window == len(seen_TT) - 1 else f"only {window} (if no such window is meant)"
+
+
+def _width(model: LanguageModel, leaves: Leaves) -> int:
+    """Return D, by the matrix that has a row for each token."""
+    matrices = [leaf.shape for leaf in leaves.values() if leaf.ndim == 2]
+    for shape in matrices:
+        if model.vocab_size in shape:
+            return shape[0] if shape[1] == model.vocab_size else shape[1]
+    return max(rows for rows, _ in matrices)
+
+
+def _row_by_row(model: LanguageModel) -> Array:
+    """Return rows of one token each, another in every row."""
+    length = min(LENGTH, model.context_length)
+    return np.arange(ROWS, dtype=np.int32)[:, None].repeat(length, axis=1) % model.vocab_size
+
+
+def _ragged(length: int) -> Array:
+    """Return real tokens of four rows, the first not the longest."""
+    return np.array([max(length // 2, 1), length, 1, max(length - 1, 1)])
+
+
+def _spread(logits_KV: Array) -> float:
+    """Return the root mean square over logits of their deviation over cases."""
+    return float(np.sqrt(np.mean(np.var(np.asarray(logits_KV, np.float64), axis=0))))
+
+
+def _answers(call: Callable[[], Array]) -> bool:
+    """Whether a call that must be refused gives numbers instead."""
+    try:
+        return is_finite(call())
+    except Exception:
+        return False

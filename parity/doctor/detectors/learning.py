@@ -3,12 +3,16 @@
 Dimension key: B batch, T tokens, V vocab.
 """
 
+import math
+
 import numpy as np
 
-from parity.check.metrics import gradient_norm
-from parity.doctor.detectors.forward import LENGTH, LONGEST, ROWS, cross_entropies
-from parity.doctor.finding import Finding, abstain, failed, passed, shaken, tokens, tolerance
-from parity.doctor.model import AdamW, CanEvaluate, CanTrain, HasOwnStep, LanguageModel
+from parity.check.metrics import gradient_norm, largest
+from parity.doctor.detectors.forward import cross_entropies
+from parity.doctor.finding import Finding, abstain, failed, judged, passed
+from parity.doctor.model import AdamW, Array, Counts, LanguageModel
+from parity.doctor.offers import CanEvaluate, CanTrain, HasOwnStep
+from parity.doctor.probes import LENGTH, LONGEST, ROWS, is_finite, shaken, tokens, tolerance
 from parity.frameworks.leaves import Leaves
 
 _STEPS, _CYCLES = 150, 80
@@ -17,29 +21,25 @@ _LAGS = range(-2, 4)
 
 def token_accounting(model: LanguageModel) -> Finding:
     """Score given logits: each real label once, divided by the number of labels scored."""
-    bound = max(tolerance(model), 1e-5)
-    ids = tokens(model, ROWS, LENGTH)
+    bound, ids, ignored = max(tolerance(model), 1e-5), tokens(model), model.ignore_index
     length = ids.shape[1]
     counts = np.array([length, max(length - 4, 2), 2, max(length // 2, 2)])
-    rng = np.random.default_rng(0)
-    logits_BTV = (3.0 * rng.normal(size=(*ids.shape, model.vocab_size))).astype(
-        np.float64 if model.dtype == "float64" else np.float32
-    )
+    logits_BTV = 3.0 * np.random.default_rng(0).normal(size=(*ids.shape, model.vocab_size))
+    logits_BTV = logits_BTV.astype(np.float64 if model.dtype == "float64" else np.float32)
     labels = ids.copy()
     labels[0, 2] = 0
-    cases = [("whole rows", labels, None)]
+    cases: list[tuple[str, Array, Counts]] = [("whole rows", labels, None)]
     if model.takes_counts:
         cases.append(("padded rows", labels, counts))
-    if model.ignore_index is not None:
+    if ignored is not None:
         some = labels.copy()
-        some[:, 1::3] = model.ignore_index
-        cases.append((f"labels of {model.ignore_index}", some, None))
-    asked = isinstance(model, CanEvaluate)
+        some[:, 1::3] = ignored
+        cases.append((f"labels of {ignored}", some, None))
+    found = None
     for words, given, real in cases:
         if (found := model.score(logits_BTV, given, real)) is None:
             break
-        asked = True
-        total, number = _total(logits_BTV, given, real, model.ignore_index)
+        total, number = _total(logits_BTV, given, real, ignored)
         expected = total / number
         if found.num_tokens is not None and found.num_tokens != number:
             return failed(f"With {words} the loss counts {found.num_tokens} tokens of {number}.")
@@ -53,7 +53,7 @@ def token_accounting(model: LanguageModel) -> Finding:
     if isinstance(model, CanEvaluate):
         short = np.array([1, 2, 1, 3])  # one row too short to be scored, and the next
         batches = [(ids, counts), (ids, short)] if model.takes_counts else [(ids, None)] * 2
-        sums = [_total(model.logits(*batch), *batch, model.ignore_index) for batch in batches]
+        sums = [_total(model.logits(*batch), *batch, ignored) for batch in batches]
         total, number = (sum(x) for x in zip(*sums, strict=True))
         found = model.evaluate(batches)
         if not abs(found.mean - total / number) <= bound * max(total / number, 1.0):
@@ -61,21 +61,21 @@ def token_accounting(model: LanguageModel) -> Finding:
                 f"Two batches are evaluated to {found.mean:.4f}; all their tokens together have "
                 f"{total / number:.4f}."
             )
-    if not asked:
+    if found is None:
         return abstain("The model brings no loss and no evaluation of its own.")
     return passed("Every real label is scored once, and divided by how many there are.")
 
 
 def _total(
-    logits_BTV: np.ndarray, labels: np.ndarray, counts: np.ndarray | None, ignored: int | None
+    logits_BTV: Array, labels_BT: Array, counts_B: Counts, ignored: int | None
 ) -> tuple[float, int]:
     """Return the sum of the cross entropies of the next token, and their number."""
-    steps = np.arange(1, labels.shape[1])
-    real = steps < (labels.shape[1] if counts is None else counts[:, None])
-    targets = labels[:, 1:]
-    real = np.broadcast_to(real, targets.shape) & (targets != ignored)
-    losses = cross_entropies(logits_BTV[:, :-1], np.where(real, targets, 0))
-    return float(losses[real].sum()), int(real.sum())
+    targets_BT, steps_T = labels_BT[:, 1:], np.arange(1, labels_BT.shape[1])
+    real_BT = targets_BT != ignored if ignored is not None else np.full(targets_BT.shape, True)
+    if counts_B is not None:
+        real_BT = real_BT & (steps_T < counts_B[:, None])
+    losses_BT = cross_entropies(logits_BTV[:, :-1], np.where(real_BT, targets_BT, 0))
+    return float(losses_BT[real_BT].sum()), int(real_BT.sum())
 
 
 def gradient_coverage(model: CanTrain) -> Finding:
@@ -85,10 +85,9 @@ def gradient_coverage(model: CanTrain) -> Finding:
     gradients = model.gradients(tokens(model, ROWS if context <= 256 else 1, context))
     for name, gradient in gradients.items():
         if not np.any(gradient):
-            return failed(
-                f"{name} gets no gradient: it is frozen, or the loss does not depend on it."
-            )
-        if not np.all(np.isfinite(gradient)):
+            seen = f"{name} gets no gradient: it is frozen, or the loss does not depend on it."
+            return failed(seen)
+        if not is_finite(gradient):
             return failed(f"The gradient of {name} is not finite.")
     for name, gradient in gradients.items():
         fused = gradient.ndim == 2 and min(gradient.shape) >= 8
@@ -100,7 +99,7 @@ def gradient_coverage(model: CanTrain) -> Finding:
             unused = 1.0 - float(np.mean(np.any(gradient, axis=axis)))
             if unused >= 0.25:
                 return failed(f"{name}: {unused:.0%} of its {word} get no gradient.", unused, 0.25)
-    table = gradients.get(model.position_table)
+    table = gradients.get(model.position_table or "")
     if table is not None and len(table) == context == model.context_length:
         # The last position has nothing to predict.
         unused = np.flatnonzero(~np.any(table[:-1], axis=1))
@@ -118,37 +117,36 @@ def best_lag(model: CanTrain) -> Finding:
     cycle = np.random.default_rng(0).permutation(num)
     length = min(LENGTH, model.context_length)
 
-    def passages(rows: int, seed: int) -> np.ndarray:
-        starts = np.random.default_rng((1, seed)).integers(0, num, rows)
+    def passages(seed: int) -> Array:
+        starts = np.random.default_rng((1, seed)).integers(0, num, ROWS)
         return cycle[(starts[:, None] + np.arange(length)) % num].astype(np.int32)
 
     trainer = model.trainer(_rate(model))
     for step in range(_CYCLES):
-        trainer.step(passages(ROWS, step))
-    ids = passages(ROWS, 1000)
-    logits_BTV = model.with_weights(trainer.parameters()).logits(ids)
-    named = np.argmax(logits_BTV, axis=-1)
+        trainer.step(passages(step))
+    ids = passages(1000)
+    named = np.argmax(model.with_weights(trainer.parameters()).logits(ids), axis=-1)
     hits = {}
     for lag in _LAGS:
         inside = slice(max(-lag, 0), length - max(lag, 0))
         shifted = slice(max(lag, 0), length + min(lag, 0))
         hits[lag] = float(np.mean(named[:, inside] == ids[:, shifted]))
-    lag = max(hits, key=hits.get)
+    lag = max(hits, key=lambda lag: hits[lag])
     if hits[lag] < 0.5:
         return abstain(f"Nothing was learned of a cycle of {num} tokens in {_CYCLES} steps.")
     seen = f"Trained on a cycle, the logits at t name token t{lag:+d} in {hits[lag]:.0%} of cases."
-    return passed(seen, lag, 1) if lag == 1 else failed(seen, lag, 1)
+    return (passed if lag == 1 else failed)(seen, lag, 1)
 
 
 def overfit_one_batch(model: CanTrain) -> Finding:
     """Train on one small batch until it is learned by heart."""
-    ids = tokens(model, ROWS, LENGTH)
+    ids = tokens(model)
     trainer = model.trainer(_rate(model))
     losses = [trainer.step(ids)]
     while len(losses) < _STEPS and np.isfinite(losses[-1]) and losses[-1] > 0.1:
         losses.append(trainer.step(ids))
     seen = f"One batch: loss {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps."
-    return passed(seen, losses[-1], 0.1) if losses[-1] <= 0.1 else failed(seen, losses[-1], 0.1)
+    return judged(losses[-1], 0.1, seen)
 
 
 def _rate(model: LanguageModel) -> float:
@@ -165,30 +163,29 @@ def update_equals_reference(model: HasOwnStep) -> Finding:
     length = min(LENGTH, model.context_length)
     for number in range(4):
         ids = tokens(model, ROWS, length, seed=number)
-        counts = np.array([length, length - 2, 3, 2]) if model.takes_counts else None
+        counts = [np.array([length, length - 2, 3, 2])] if model.takes_counts else []
         before = trainer.parameters()
-        gradients = model.with_weights(before).gradients(ids, counts)
+        gradients = model.with_weights(before).gradients(ids, *counts)
         expected = reference_update(constants, number, before, gradients, first, second)
-        loss = trainer.step(ids, counts)
+        loss = trainer.step(ids, *counts)
         after = trainer.parameters()
         errors = {
             name: float(np.linalg.norm(after[name] - before[name] - expected[name]))
             for name in before
         }
-        if not all(np.all(np.isfinite(x)) for x in after.values()):
-            name = next(name for name, x in after.items() if not np.all(np.isfinite(x)))
-            return failed(f"After step {number + 1} {name} is not finite; its loss was {loss:.3f}.")
-        size = gradient_norm(expected)
-        worst = max(errors, key=errors.get)
-        found = gradient_norm({k: np.array([v]) for k, v in errors.items()}) / size
+        for name, leaf in after.items():
+            if not is_finite(leaf):
+                seen = f"After step {number + 1} {name} is not finite; its loss was {loss:.3f}."
+                return failed(seen)
+        worst = largest(errors)
+        found = math.hypot(*errors.values()) / gradient_norm(expected)
         # AdamW divides by a root of rounding where a gradient cancels, hence not 1e-12.
         bound = 1e-6 if model.dtype == "float64" else 1e-3
         if not found <= bound:
-            return failed(
-                f"Step {number + 1} is off AdamW's by {found:.1e} of its length, most in {worst}.",
-                found,
-                bound,
+            seen = (
+                f"Step {number + 1} is off AdamW's by {found:.1e} of its length, most in {worst}."
             )
+            return failed(seen, found, bound)
     return passed("Four steps are AdamW's: rate, moments, decay, clipping and accumulation.")
 
 
@@ -223,23 +220,22 @@ def reference_update(
 
 def nan_origin(model: CanTrain) -> Finding:
     """Find the first NaN: from large scores, in the gradient, or from the optimizer."""
-    ids = tokens(model, ROWS, LENGTH)
+    ids = tokens(model)
     ids %= max(model.vocab_size // 2, 1)  # half of the vocabulary gets no gradient as an input
     large = {
         name: (30.0 * leaf).astype(leaf.dtype) for name, leaf in shaken(model).weights().items()
     }
     logits = model.with_weights(large).logits(ids)
-    if not np.all(np.isfinite(np.asarray(logits, np.float64))):
+    if not is_finite(logits):
         return failed("With weights 30 times larger the logits are not finite: an exp overflows.")
-    gradients = model.gradients(ids)
-    for name, gradient in gradients.items():
-        if not np.all(np.isfinite(gradient)):
+    for name, gradient in model.gradients(ids).items():
+        if not is_finite(gradient):
             return failed(f"The backward pass gives NaN, in the gradient of {name}.")
     trainer = model.trainer(_rate(model))
     for step in range(2):
         trainer.step(ids)
         for name, leaf in trainer.parameters().items():
-            if not np.all(np.isfinite(leaf)):
+            if not is_finite(leaf):
                 return failed(
                     f"The optimizer makes NaN of {name} in step {step + 1}, from gradients that "
                     "are finite."

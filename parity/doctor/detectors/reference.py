@@ -1,21 +1,17 @@
 """The strongest question, for a model that has a reference: does it do the same?"""
 
 from collections.abc import Iterator
+from typing import TypeGuard, TypeVar
 
 import numpy as np
 
-from parity.doctor.detectors.forward import LENGTH, ROWS
-from parity.doctor.finding import Finding, abstain, failed, gap, passed, tokens, tolerance
-from parity.doctor.model import (
-    CanCast,
-    CanDecode,
-    CanEvaluate,
-    CanGenerate,
-    CanTrain,
-    HasOwnStep,
-    LanguageModel,
-)
+from parity.doctor.finding import Finding, abstain, failed, passed
+from parity.doctor.model import Array, LanguageModel
+from parity.doctor.offers import CanCast, CanDecode, CanEvaluate, CanGenerate, CanTrain, HasOwnStep
+from parity.doctor.probes import ROWS, gap, tokens, tolerance
 from parity.weights.randomize import randomized
+
+Kind = TypeVar("Kind", bound=LanguageModel)
 
 
 def parity(model: LanguageModel) -> Finding:
@@ -40,7 +36,7 @@ def parity(model: LanguageModel) -> Finding:
 
 def _answers(
     model: LanguageModel, pair: tuple[LanguageModel, LanguageModel]
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> Iterator[tuple[str, Array]]:
     """Yield (question, answer) for all that both of a pair offer, in the order of a model's life.
 
     Args:
@@ -48,65 +44,63 @@ def _answers(
         pair: the model in question and its reference.
     """
 
-    def both(kind: type) -> bool:
+    def offered(_: LanguageModel, kind: type[Kind]) -> TypeGuard[Kind]:
         return all(isinstance(x, kind) for x in pair)
 
-    counted = all(x.takes_counts for x in pair)
-    ids = tokens(model, ROWS, LENGTH)
+    (asked, reference), ids = pair, tokens(model)
+    counted = asked.takes_counts and reference.takes_counts
     counts = np.array([ids.shape[1], 5, 2, 1])
     yield "The logits", model.logits(ids)
     if counted:
         padded = model.logits(ids, counts)
         for row, count in enumerate(counts):
             yield f"The logits of padded row {row}", padded[row, :count]
-    if both(CanCast):
+    if offered(model, CanCast):
         yield "The logits in float16", np.asarray(model.cast("float16").logits(ids), float)
-    if both(CanTrain):
+    if offered(model, CanTrain):
         for name, gradient in model.gradients(ids).items():
             yield f"The gradient of {name}", gradient
-    logits = pair[0].logits(ids)
+    logits = asked.logits(ids)
     for words, real in (("whole rows", None), ("padded rows", counts)):
         if (real is None or counted) and (score := model.score(logits, ids, real)):
             yield f"The loss of {words}", _number(score.mean)
-    if both(CanEvaluate) and counted:
+    if offered(model, CanEvaluate) and counted:
         batches = [(ids, counts), (ids, np.array([1, 2, 1, 3]))]
         yield "The evaluation", _number(model.evaluate(batches).mean)
-    if both(HasOwnStep):
+    if offered(model, HasOwnStep):
         trainer, _ = model.reference_trainer()
         for step in range(2):
             # Ragged, so that parts of a batch have different numbers of tokens.
-            batch = tokens(model, ROWS, LENGTH, seed=step)
+            batch = tokens(model, seed=step)
             real = np.array([batch.shape[1], batch.shape[1] - 2, 3, 2])
             yield f"The loss of step {step + 1}", _number(trainer.step(batch, real))
             flat = [leaf.ravel() for leaf in trainer.parameters().values()]
             yield f"The weights after step {step + 1}", np.concatenate(flat)
-    if both(CanTrain) and (losses := model.dropout_losses(ids)):
+    if offered(model, CanTrain) and (losses := model.dropout_losses(ids)):
         yield "Dropout", np.array(losses)
-    if both(CanDecode) and all(x.ragged for x in pair):
-        cache = model.empty_cache(ROWS, model.context_length)
+    if offered(model, CanDecode) and model.ragged:
+        cache = model.decoder.empty(ROWS, model.context_length)
         for words, piece, real in (
             ("a ragged prompt", ids[:, :4], np.array([4, 1, 3, 2])),
             ("one token more", ids[:, 4:5], None),
             ("a chunk more", ids[:, 5:9], None),
         ):
-            found, cache = model.read(piece, cache, real)
+            found, cache = model.decoder.read(cache, piece, real)
             rows = (
                 [row[:count] for row, count in zip(found, real, strict=True)]
                 if real is not None
                 else found
             )
             yield f"Cached logits of {words}", np.concatenate(rows)
-    if both(CanGenerate):
+    if offered(model, CanGenerate) and offered(reference, CanGenerate):
         prompt = ids[:, : min(model.context_length // 4, 6)]
-        stop = int(pair[1].generate(prompt, 6)[0, 1])
-        for words, options in (
-            ("Greedy tokens", {}),
-            ("Drawn tokens", dict(temperature=1.0, seed=3)),
-            ("Greedy tokens with a stop", dict(stop_ids=(stop,))),
-        ):
-            yield words, model.generate(prompt, 6, **options).astype(float)
+        stop = int(reference.generate(prompt, 6)[0, 1])
+        yield "Greedy tokens", model.generate(prompt, 6).astype(float)
+        yield "Drawn tokens", model.generate(prompt, 6, temperature=1.0, seed=3).astype(float)
+        stopped = model.generate(prompt, 6, stop_ids=(stop,))
+        yield "Greedy tokens with a stop", stopped.astype(float)
 
 
-def _number(value: float) -> np.ndarray:
+def _number(value: float) -> Array:
     """Return an array in which a gap counts in units of nats: beside one and minus one."""
     return np.array([-1.0, 1.0, value])

@@ -52,6 +52,9 @@ def weights(sizes: Mapping[str, int] = SIZES) -> Leaves:
 
     Vectors are drawn too, for initial weights hide what is never used. The stream is small, so that
     the epsilon of the norms matters.
+
+    Returns:
+        The leaves, by names of neither framework.
     """
     rng, found = np.random.default_rng(5), {}
     D, F = sizes["embed_dim"], sizes["mlp_dim"]
@@ -92,8 +95,11 @@ def from_native(
 ) -> Leaves:
     """Undo `to_native`, for the leaves of a model of given sizes.
 
+    Returns:
+        The leaves, by names of neither framework.
+
     Raises:
-        ValueError: with every name and shape that is not the starter's.
+        ValueError: names or shapes are not the starter's; lists them all.
     """
     names = weights(sizes)
     wanted = {name: leaf.shape for name, leaf in to_native(names, framework).items()}

@@ -32,6 +32,9 @@ class KVCache:
         Args:
             config: of the model that will fill it.
             batch_size: B, rows.
+
+        Returns:
+            A cache of length 0.
         """
         head_dim = config.embed_dim // config.num_heads
         nothing_BNSH = torch.zeros(batch_size, config.num_heads, config.context_length, head_dim)

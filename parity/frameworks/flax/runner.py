@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from parity.frameworks.batch import Batch
 from parity.frameworks.capture import Backward, OnTrace, Trace
 from parity.frameworks.flax.capture import backward_flax, capture_flax
 from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
@@ -18,7 +19,7 @@ from parity.frameworks.flax.scope import Scoped, jax_scope
 from parity.frameworks.leaves import CastLater, Leaves, cast_array
 from parity.frameworks.protocols import Decoder, Trainer
 from parity.frameworks.purity import Purity
-from parity.frameworks.spec import Batch, ModelSpec
+from parity.frameworks.spec import ModelSpec
 from parity.system.memory import is_large
 
 

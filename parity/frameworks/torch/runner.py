@@ -7,11 +7,12 @@ from typing import Self
 import numpy as np
 import torch
 
+from parity.frameworks.batch import Batch
 from parity.frameworks.capture import Backward, OnTrace, Trace
 from parity.frameworks.leaves import CastLater, Leaves, cast_array
 from parity.frameworks.protocols import Decoder, Trainer
 from parity.frameworks.purity import Purity
-from parity.frameworks.spec import Batch, ModelSpec
+from parity.frameworks.spec import ModelSpec
 from parity.frameworks.torch.capture import backward_torch, capture_torch
 from parity.frameworks.torch.leaves import from_numpy, load_torch, to_numpy, torch_leaves
 from parity.frameworks.torch.purity import torch_purity

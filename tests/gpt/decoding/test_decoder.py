@@ -72,17 +72,6 @@ def test_a_prompt_may_be_read_in_chunks(gpt, chunk):
     np.testing.assert_allclose(found.logits, expected, rtol=0, atol=1e-12)
 
 
-def test_a_warm_cache_takes_chunks(gpt):
-    model, counts = gpt.model(num_layers=1), gpt.ints((5, 1, 3))
-    more = gpt.ints(tokens_of(5, seed=1))
-    cache = gpt.package.KVCache.empty(model.config, B, 20)
-    _, cache = gpt.package.prefill(model, gpt.ints(tokens_of()), cache, gpt.ints(COUNTS))
-    found, longer = gpt.package.prefill(model, more, cache, counts, chunk=2)
-    expected, same = gpt.package.prefill(model, more, cache, counts)
-    np.testing.assert_allclose(gpt.numpy(found), gpt.numpy(expected), rtol=0, atol=1e-12)
-    np.testing.assert_array_equal(gpt.numpy(longer.lengths_B), gpt.numpy(same.lengths_B))
-
-
 def test_chunks_bound_the_memory_of_the_scores(twins):
     flax, _ = twins
     model = flax.model(context_length=512)

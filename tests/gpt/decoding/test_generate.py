@@ -1,4 +1,4 @@
-"""Decoding against a loop over whole sequences; stops, padding, and what is refused."""
+"""Generation against a loop over whole sequences; stops, padding, and what is refused."""
 
 import functools
 import re
@@ -6,7 +6,6 @@ import re
 import jax
 import numpy as np
 import pytest
-import torch
 
 B, T, G = 3, 7, 7
 COUNTS = (7, 2, 5)
@@ -76,51 +75,6 @@ def ended(gpt, tokens, stops):
         counts.append(hits[0] + 1 if len(hits) else len(row))
         cut[b, : counts[-1]] = row[: counts[-1]]
     return cut, counts
-
-
-# --- prefill and decode_step ---
-
-
-def test_a_prefill_and_steps_give_the_logits_of_the_whole_sequence(gpt):
-    call, model, counts = CALL[gpt.name], model_of(gpt), np.array(COUNTS)
-    rows = np.random.default_rng(1).integers(0, 61, (B, T + G))
-    expected = uncached(gpt, rows)
-    cache = gpt.package.KVCache.empty(model.config, B, T + G)
-    prompts = gpt.ints(rows[:, :T])
-    logits, cache = call(gpt.package.prefill, model, prompts, cache, gpt.ints(counts))
-    for t in range(4):
-        behind = expected[np.arange(B), counts + t - 1]
-        np.testing.assert_allclose(gpt.numpy(logits), behind, rtol=0, atol=BOUND)
-        tokens = gpt.ints(rows[np.arange(B), counts + t])
-        logits, cache = call(gpt.package.decode_step, model, tokens, cache)
-    np.testing.assert_array_equal(gpt.numpy(cache.lengths_B), counts + 4)
-
-
-def test_a_prompt_can_be_prefilled_in_parts(gpt):
-    call, model = CALL[gpt.name], model_of(gpt)
-    cache = gpt.package.KVCache.empty(model.config, B, T + G)
-    for part in (tokens_of()[:, :3], tokens_of()[:, 3:]):
-        logits, cache = call(gpt.package.prefill, model, gpt.ints(part), cache)
-    expected = uncached(gpt, np.pad(tokens_of(), ((0, 0), (0, G))))[:, T - 1]
-    np.testing.assert_allclose(gpt.numpy(logits), expected, rtol=0, atol=BOUND)
-
-
-def test_decoding_in_torch_needs_no_gradients_and_makes_none(twins):
-    _, gpt = twins
-    model, tokens = model_of(gpt), gpt.ints(tokens_of())
-    with torch.enable_grad():
-        logits, cache = gpt.package.prefill(
-            model, tokens, gpt.package.KVCache.empty(model.config, B, T + G)
-        )
-        more, longer = gpt.package.decode_step(model, tokens[:, 0], cache)
-        generation = gpt.package.generate(model, tokens, 2)
-        assert torch.is_grad_enabled()
-    arrays = [logits, more, generation.tokens_BG]
-    for layer in (*cache.layers, *longer.layers):
-        arrays += [layer.keys_BKSH, layer.values_BKSH]
-    assert not any(array.requires_grad for array in arrays)
-    # No append had to copy for the sake of a backward graph.
-    assert cache.layers[0].keys_BKSH.data_ptr() == longer.layers[0].keys_BKSH.data_ptr()
 
 
 # --- generate ---

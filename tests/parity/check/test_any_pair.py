@@ -9,7 +9,8 @@ import torch
 from flax import nnx
 
 from parity.check.check import check
-from parity.frameworks.spec import Batch, ModelSpec
+from parity.frameworks.batch import Batch
+from parity.frameworks.spec import ModelSpec
 from parity.pair.pair import Pair
 from parity.report.record import Verdict
 from parity.weights.layouts import Layout

@@ -1,6 +1,5 @@
 """The command as a user meets it: in a process of its own, with its exit codes."""
 
-import contextlib
 import json
 import os
 import re
@@ -18,7 +17,6 @@ from flax_gpt.config import DTYPES
 from flax_gpt.training.config import SCHEDULES
 from parity.check.levels.names import LEVELS
 from parity.cli import train as parity_train
-from parity.system.progress import interruptible
 from parity.twins import names
 
 ROOT = Path(__file__).parents[3]
@@ -117,20 +115,9 @@ def test_an_interrupt_exits_130_with_one_line_and_no_file(tmp_path):
     assert not path.exists()
 
 
-def test_an_interrupt_that_python_drops_is_raised_at_the_next_progress():
-    before = signal.getsignal(signal.SIGINT)
-    with interruptible(lambda level, fraction: None) as progress:
-        progress("weights", 0.5)
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
-            progress("weights", 0.6)
-    assert signal.getsignal(signal.SIGINT) is before
-
-
 def test_help_is_instant_and_teaches():
     commands = {
-        "check": "Climb only this level",
+        "check": "Run only this level",
         "train": "goes on from it, bit for bit",
         "generate": "the same text",
         "precision": "ratio of the two errors",

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from parity.doctor import DETECTORS, Detector, Finding, LanguageModel, examine
 from parity.doctor.finding import abstain, failed, judged, passed
-from parity.doctor.model import OFFERS
+from parity.doctor.offers import NAMES
 from parity.report.record import Verdict
 
 PASS, FAIL, ABSTAIN, BLOCKED = Verdict.PASS, Verdict.FAIL, Verdict.ABSTAIN, Verdict.BLOCKED
@@ -248,10 +248,14 @@ def test_what_a_model_raises_is_a_finding_in_one_line():
 class BrokenCache(Bigram):
     ragged = bounded = False
 
-    def empty_cache(self, rows, capacity):
+    @property
+    def decoder(self):
+        return self
+
+    def empty(self, num_rows, capacity):
         return None
 
-    def read(self, tokens_BT, cache, counts_B=None):
+    def read(self, cache, tokens_BT, counts_B=None):
         raise IndexError("index 12 is out of bounds")
 
 
@@ -281,7 +285,7 @@ def test_every_question_is_put_in_words(question):
     assert question.asks.endswith("?") and len(question.asks) <= 80
     for text in (question.matters, question.remedy):
         assert re.search(r"[.?]$", text) and "\n" not in text and "  " not in text
-    assert question.needs is LanguageModel or question.needs in OFFERS
+    assert question.needs is LanguageModel or question.needs in NAMES
     earlier = [x.name for x in DETECTORS[: DETECTORS.index(question)]]
     assert set(question.after) <= set(earlier)
 

@@ -336,11 +336,13 @@ def flax_without_shift(logits_BTV, labels_BT, counts_B):
 
 
 def test_a_loss_is_judged_by_what_it_scores():
-    assert fired(as_model(Net(), "own", shifted), "token-accounting", "batch-independence") == ()
-    assert fired(as_model(Net(), "own", without_shift), "token-accounting") != ()
-    assert fired(as_model(FlaxNet(), "own", flax_without_shift), "token-accounting") != ()
+    assert (
+        fired(as_model(Net(), "own", loss=shifted), "token-accounting", "batch-independence") == ()
+    )
+    assert fired(as_model(Net(), "own", loss=without_shift), "token-accounting") != ()
+    assert fired(as_model(FlaxNet(), "own", loss=flax_without_shift), "token-accounting") != ()
     asked = "batch-independence", "token-accounting"
-    assert fired(as_model(Net(), "own", shifted_after_flattening), *asked) == asked
+    assert fired(as_model(Net(), "own", loss=shifted_after_flattening), *asked) == asked
 
 
 def test_a_loss_that_counts_is_asked_for_its_count():
@@ -349,7 +351,7 @@ def test_a_loss_that_counts_is_asked_for_its_count():
             logits_BTV[:, :-1].flatten(0, 1), labels_BT[:, 1:].flatten(), reduction="sum"
         ), labels_BT.numel()
 
-    model = as_model(Net(), "own", counts)
+    model = as_model(Net(), "own", loss=counts)
     (answer,) = examine(
         model, detectors=[x for x in DETECTORS if x.name == "token-accounting"]
     ).answers
@@ -377,11 +379,15 @@ class Decodes(TorchModel):
     ragged = bounded = False
     offset = 0
 
-    def empty_cache(self, rows, capacity):
+    @property
+    def decoder(self):
+        return self
+
+    def empty(self, num_rows, capacity):
         return None, 0
 
     @torch.no_grad()
-    def read(self, tokens_BT, cache, counts_B=None):
+    def read(self, cache, tokens_BT, counts_B=None):
         past, length = cache
         start = max(length - self.offset, 0)
         logits, kept = self.module.read(self.ids(tokens_BT), past, start)
@@ -475,7 +481,7 @@ def test_logits_of_the_last_position_alone_are_refused_with_the_way_out():
 
 def test_half_precision_is_examined_in_float32():
     net = Net().bfloat16()
-    model = as_model(net, "own", shifted)
+    model = as_model(net, "own", loss=shifted)
     assert model.dtype == "float32" and net.head.weight.dtype == torch.bfloat16
     assert fired(model) == ()
 
@@ -488,7 +494,7 @@ def test_an_examination_leaves_a_torch_model_as_it_was():
     model.register_forward_hook(lambda *_: calls.append(1))
     before = copy.deepcopy(model.state_dict())
     modes = [m.training for m in model.modules()]
-    examine(as_model(model, "own", shifted, context_length=17))
+    examine(as_model(model, "own", loss=shifted, context_length=17))
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert [m.training for m in model.modules()] == modes
     assert [p.requires_grad for p in model.blocks[1].mlp.parameters()] == [False] * 4

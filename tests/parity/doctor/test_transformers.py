@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.pytorch_utils import Conv1D
 
 from parity.doctor import DETECTORS, as_model, examine
-from parity.doctor.model import CanDecode, CanGenerate
+from parity.doctor.offers import CanDecode, CanGenerate
 from parity.report.record import Verdict
 
 GPT2, Llama = transformers.GPT2LMHeadModel, transformers.LlamaForCausalLM
@@ -130,7 +130,7 @@ def test_a_loss_that_is_given_takes_the_place_of_the_models_own():
     def loss(logits_BTV, labels_BT, counts_B):
         return cross_entropy(logits_BTV, labels_BT)
 
-    model = as_model(llama(), "own", loss)
+    model = as_model(llama(), "own", loss=loss)
     assert isinstance(model, CanDecode) and isinstance(model, CanGenerate)
     assert model.ignore_index is None
     asked = [x for x in DETECTORS if x.name == "token-accounting"]

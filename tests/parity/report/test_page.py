@@ -79,7 +79,7 @@ def passed(small) -> Report:
 @pytest.fixture(scope="module")
 def failed(small) -> Report:
     """A pair whose torch side has GELU in its other form."""
-    edit = Edit("layers.py", 'approximate="tanh" if', 'approximate="none" if')
+    edit = Edit("layers.py", 'approximate="tanh")', 'approximate="none")')
     with mutated("torch_gpt", [edit]) as wrong:
         pair = small(torch_package=wrong)
         return check(pair, levels=LEVELS, dtypes=("float64",), plot_data=True)

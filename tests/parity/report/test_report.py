@@ -9,7 +9,6 @@ from rich.console import Console
 
 from parity.report import Divergence, Level, Report
 from parity.report.record import Record, Verdict, judge
-from parity.system.files import write_atomically
 
 SUBJECT = {"torch": "torch_gpt", "flax": "flax_gpt", "num_params": 7, "config": {}}
 GOOD = judge("probe", "float64", "max_abs", 3.1e-15, 1e-12, 100)
@@ -77,15 +76,3 @@ def test_markdown_has_one_row_per_level():
     made = report(Level("logits", 2.0, (GOOD, CLOSE)), Level("cache", 1.0, (GOOD,)))
     lines = made.to_markdown().splitlines()
     assert len(lines) == 4 and "9e-13 (1e-12)" in lines[2] and lines[3].startswith("| cache |")
-
-
-def test_a_file_is_replaced_whole_or_left_as_it_was(tmp_path):
-    path = tmp_path / "report.json"
-    write_atomically(path, "old")
-    with pytest.raises(TypeError):
-        write_atomically(path, None)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    write_atomically(path, "new")
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
-    with pytest.raises(FileNotFoundError):
-        write_atomically(tmp_path / "no" / "report.json", "x")

@@ -183,3 +183,10 @@ def test_float64_weights_keep_their_bits_outside_of_64_bit_mode():
     leaves = {"kernel": np.full((3, 2), 1 / 3), "bias": np.full(2, 1 / 7)}
     load_flax(linear, leaves)
     assert all(different_bits(flax_leaves(linear)[name], leaves[name]) == 0 for name in leaves)
+
+
+def test_two_models_of_one_framework_are_refused(models):
+    flax, port = models
+    for pair, kinds in (((flax, flax), "GPT into GPT"), ((port, port), "GPT into GPT")):
+        with pytest.raises(ValueError, match=f"transplant: {kinds}. Weights move between"):
+            transplant(*pair, TWINS)

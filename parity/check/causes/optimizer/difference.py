@@ -5,7 +5,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from parity.check.causes.fit import Number
+from parity.check.causes.fit import Number, all_known
 from parity.check.causes.optimizer.gradient import Gradient
 from parity.check.causes.optimizer.reading import Reading
 from parity.check.causes.optimizer.update import Update
@@ -42,18 +42,17 @@ def _causes(sides: dict[str, Reading]) -> Iterator[str]:
     foreign = _only(sides, lambda side: side.gradient is None)
     if foreign and sides[foreign].betas is not None:
         yield f"the gradient that reaches {foreign}'s optimizer is {_composition(sides[foreign])}"
-    betas = {name: side.betas for name, side in sides.items()}
-    gradients = {name: side.gradient for name, side in sides.items()}
-    updates = {name: side.update for name, side in sides.items()}
-    if None not in gradients.values():
+    betas = all_known({name: side.betas for name, side in sides.items()})
+    gradients = all_known({name: side.gradient for name, side in sides.items()})
+    updates = all_known({name: side.update for name, side in sides.items()})
+    if gradients:
         yield from _gradients(gradients)
-    if None not in betas.values():
-        for index, words in enumerate(("beta1", "beta2")):
-            yield from _values(words, {name: beta[index] for name, beta in betas.items()})
-    if None not in updates.values():
+    for index, words in enumerate(("beta1", "beta2")):
+        yield from _values(words, {name: pair[index] for name, pair in (betas or {}).items()})
+    if updates and betas:
         yield from _epsilons(updates)
-        yield from _rates(sides)
-    if None not in updates.values() and None not in gradients.values():
+        yield from _rates(updates, betas)
+    if updates and gradients:
         yield from _decays(gradients, updates)
 
 
@@ -73,16 +72,17 @@ def _composition(side: Reading) -> str:
 def _gradients(gradients: dict[str, Gradient]) -> Iterator[str]:
     if carrier := _only(gradients, lambda gradient: gradient.carried):
         yield f"{carrier} does not set gradients to zero between steps"
-    norms = {name: gradient.clip_norm for name, gradient in gradients.items()}
-    if None in norms.values():
+    norms = all_known({name: gradient.clip_norm for name, gradient in gradients.items()})
+    if norms is None:
         return
     if clipping := _only(norms, lambda norm: np.isfinite(norm.value)):
         yield f"gradients are clipped to a norm of {_text(norms[clipping])} in {clipping} alone"
     else:
         yield from _values("the clip norm", norms)
-        yield from _values("the clip epsilon", {x: g.clip_epsilon for x, g in gradients.items()})
-    factors = {name: gradient.factor for name, gradient in gradients.items()}
-    yield from _values("what gradients are multiplied by", factors)
+        epsilons = all_known({name: x.clip_epsilon for name, x in gradients.items()})
+        yield from _values("the clip epsilon", epsilons or {})
+    factors = all_known({name: gradient.factor for name, gradient in gradients.items()})
+    yield from _values("what gradients are multiplied by", factors or {})
 
 
 def _epsilons(updates: dict[str, Update]) -> Iterator[str]:
@@ -103,14 +103,17 @@ def _epsilons(updates: dict[str, Update]) -> Iterator[str]:
         yield from _values("epsilon", epsilons)
 
 
-def _rates(sides: dict[str, Reading]) -> Iterator[str]:
+def _rates(
+    updates: Mapping[str, Update], betas: Mapping[str, tuple[Number, Number]]
+) -> Iterator[str]:
     """Relate two schedules. A missing bias correction acts as another schedule."""
-    rates = {name: side.update.rates for name, side in sides.items()}
+    rates = {name: update.rates for name, update in updates.items()}
     (name, ours), (other, theirs) = rates.items()
     if _alike(ours, theirs):
         return
-    for side, rest in ((name, other), (other, name)):
-        beta1, beta2 = sides[side].betas
+    both_ways = (name, other), (other, name)
+    for side, rest in both_ways:
+        beta1, beta2 = betas[side]
         counts = range(1, len(ours) + 1)
         first = [1.0 - beta1.value**count for count in counts]
         second = [(1.0 - beta2.value**count) ** -0.5 for count in counts]
@@ -123,11 +126,11 @@ def _rates(sides: dict[str, Reading]) -> Iterator[str]:
             if _alike(rates[side], corrected):
                 yield f"{side} does not correct the bias of {moments}"
                 return
-    for side, rest in ((name, other), (other, name)):
+    for side, rest in both_ways:
         if _alike(rates[side][:-1], rates[rest][1:]):
             yield f"the schedule of {side} is one update ahead of that of {rest}"
             return
-    for side, rest in ((name, other), (other, name)):
+    for side, rest in both_ways:
         if rates[side][0].is_zero and not rates[rest][0].is_zero:
             yield f"the first update of {side} has a rate of zero"
             return
@@ -142,11 +145,12 @@ def _rates(sides: dict[str, Reading]) -> Iterator[str]:
 
 
 def _decays(gradients: dict[str, Gradient], updates: dict[str, Update]) -> Iterator[str]:
-    if any(update.decay is None for update in updates.values()):
+    decays = all_known({name: update.decay for name, update in updates.items()})
+    if decays is None:
         return
     (name, update), (other, other_update) = updates.items()
     coupled = {x: bool(_decaying(gradients[x].decay)) for x in gradients}
-    apart = {x: bool(_decaying(updates[x].decay)) for x in updates}
+    apart = {x: bool(_decaying(decays[x])) for x in decays}
     for side, rest in ((name, other), (other, name)):
         if coupled[side] and not apart[side] and apart[rest] and not coupled[rest]:
             yield f"weight decay is L2, in the gradient, in {side} and decoupled from it in {rest}"
@@ -155,14 +159,14 @@ def _decays(gradients: dict[str, Gradient], updates: dict[str, Update]) -> Itera
         constant = other if update.scaled else name
         yield f"weight decay of {constant} is not multiplied by the rate"
         return
-    yield from _masks("weights", {x: updates[x].decay for x in updates})
+    yield from _masks("weights", decays)
     if all(coupled.values()):
         yield from _masks("weights by L2", {x: gradients[x].decay for x in gradients})
     elif side := _only(coupled, bool):
         yield f"{side} also adds weight decay to the gradient"
 
 
-def _masks(words: str, decays: dict[str, Mapping[str, Number]]) -> Iterator[str]:
+def _masks(words: str, decays: Mapping[str, Mapping[str, Number]]) -> Iterator[str]:
     """Compare which leaves decay, and by how much."""
     (name, ours), (other, theirs) = decays.items()
     decaying = {x: _decaying(decay) for x, decay in decays.items()}
@@ -191,8 +195,10 @@ def _leaves(names: Iterable[str]) -> str:
     return ", ".join(kinds[:_NAMED]) + (f" and {more} other kinds of leaves" if more > 0 else "")
 
 
-def _values(words: str, numbers: dict[str, Number]) -> Iterator[str]:
-    """Describe a constant that differs, with both its values."""
+def _values(words: str, numbers: Mapping[str, Number]) -> Iterator[str]:
+    """Describe a constant that differs, with both its values; nothing where it is unknown."""
+    if not numbers:
+        return
     (name, ours), (other, theirs) = numbers.items()
     if ours.differs(theirs):
         a, b = _text(ours), _text(theirs)

@@ -7,7 +7,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from parity.check.bounds import GRADIENT_ROUNDING
-from parity.check.causes.fit import Equations, Number, constant_of, norm, share_along, solve
+from parity.check.causes.fit import (
+    Equations,
+    Number,
+    all_known,
+    constant_of,
+    norm,
+    share_along,
+    solve,
+)
 from parity.check.causes.optimizer.step import Step, earlier
 from parity.frameworks.leaves import Leaves
 
@@ -79,7 +87,7 @@ def _decay(
     steps: Sequence[Step], taken: list[Leaves], factors: Sequence[Number]
 ) -> dict[str, Number] | None:
     """Return how many times its weights each leaf has in its gradient; None if not constant."""
-    decay = {}
+    decay: dict[str, Number | None] = {}
     for name in steps[0].names:
         by_step = []
         for step, gradient, factor in zip(steps, taken, factors, strict=True):
@@ -87,7 +95,7 @@ def _decay(
             noise = _noise(gradient) + factor.error * norm(step.gradient[name])
             by_step.append(share_along(left, step.before[name], noise))
         decay[name] = constant_of(by_step, np.ones(len(steps)))
-    return None if None in decay.values() else decay
+    return all_known(decay)
 
 
 def _clipping(factors: Sequence[Number], norms: Sequence[float]) -> Gradient:

@@ -10,6 +10,7 @@ from parity.check.bounds import WEIGHT_ROUNDING
 from parity.check.causes.fit import (
     Equations,
     Number,
+    all_known,
     constant_of,
     norm,
     residual_noise,
@@ -149,8 +150,8 @@ def _decay(
     constant = np.ones_like(seen)
     for schedule in (seen, seen / first, seen * second, seen * second / first, constant):
         decay = {name: constant_of(shares, schedule) for name, shares in lost.items()}
-        if None not in decay.values():
-            return decay, schedule is not constant
+        if (known := all_known(decay)) is not None:
+            return known, schedule is not constant
     return None, False
 
 

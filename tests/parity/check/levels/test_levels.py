@@ -1,9 +1,7 @@
 """Parts of levels that a whole check does not bring into every state."""
 
 import dataclasses
-import errno
 import gc
-import os
 import weakref
 
 import jax
@@ -18,11 +16,9 @@ from parity.check.levels.names import HORIZON, LEVELS
 from parity.check.levels.optimizer import SAMPLE
 from parity.check.levels.tokens import record
 from parity.check.pair_session import PairSession
-from parity.frameworks.leaves import different_leaves
 from parity.pair.text import Corpus
 from parity.report.record import Verdict
 from parity.system.devices import choose_devices
-from parity.system.memory import on_disk
 from parity.twins.flax import FlaxTwin
 from parity.twins.pair import preset_config, twins
 
@@ -186,7 +182,9 @@ def test_a_large_model_gives_its_programs_back_too(small, all_are_large):
 def test_a_large_model_whose_update_is_wrong_is_found_in_the_same_place(
     small, plant, all_are_large
 ):
-    broken = plant("flax_gpt", "optimizer.py", "steps = count.astype(m.dtype)", "steps = 1.0")
+    broken = plant(
+        "flax_gpt", "training/optimizer.py", "steps = count.astype(m.dtype)", "steps = 1.0"
+    )
     report = check(
         small({"num_layers": 1}, flax_package=broken),
         levels=["optimizer"], dtypes=("float64",), steps=HORIZON,
@@ -202,16 +200,3 @@ def test_a_large_model_is_trained_where_it_lies(all_are_large):
     trainer.step(np.ones((2, 8), np.int32))
     assert all(leaf.is_deleted() for leaf in state)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(nnx.state(model)))
-
-
-def test_what_is_put_on_disk_is_read_back_the_same(monkeypatch):
-    leaves = {"a": np.arange(6.0).reshape(2, 3), "b": np.array(3, np.int32), "c": np.zeros((0, 2))}
-    found = on_disk(leaves)
-    assert isinstance(found["a"], np.memmap) and not different_leaves(leaves, found)
-    assert all(np.array_equal(found[name], leaf) for name, leaf in leaves.items())
-
-    def full(*_):
-        raise OSError(errno.ENOSPC, "no space left")
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    assert on_disk(leaves)["a"] is leaves["a"]
