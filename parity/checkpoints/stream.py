@@ -13,6 +13,7 @@ from parity.report.record import Verdict
 from parity.system.devices import Devices, pinned_precision
 from parity.twins.both import build_twins
 from parity.twins.names import FRAMEWORKS
+from parity.twins.twin import Stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ def stream(
     sampling = dataclasses.asdict(writing.sampling)
     with pinned_precision():
         streams = [
-            twin.stream(ids, sampling, writing.seed, writing.use_cache)
+            Stream(twin, ids, sampling, writing.seed, writing.use_cache)
             for twin in build_twins(config, devices, weights.leaves, writing.frameworks).values()
         ]
         for step in range(num_tokens):

@@ -1,7 +1,4 @@
-"""The handle of flax_gpt: built, trained, decoded and observed in NumPy. Its twin is torch.py.
-
-Dimension key: B batch, N heads, T tokens, S positions that they see, V vocab.
-"""
+"""The handle of flax_gpt: built, trained, decoded and observed in NumPy. Its twin is torch.py."""
 
 from __future__ import annotations
 
@@ -23,16 +20,15 @@ from parity.frameworks.flax.donation import donated
 from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
 from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import Leaves, cast, dotted
-from parity.frameworks.protocols import Calls, Moments
+from parity.frameworks.protocols import Moments
 from parity.system.memory import is_large
 from parity.twins.state import (
-    evaluation_numbers,
     fitting,
     leaves_under,
     named_state,
     require_same_state,
 )
-from parity.twins.twin import GREEDY, Constants, Continuation, Inputs, Sampling, task_of
+from parity.twins.twin import Constants, Inputs, Twin, task_of
 
 if TYPE_CHECKING:
     from parity.twins.twin import Config
@@ -61,7 +57,7 @@ def _scoped(
     return run
 
 
-class FlaxTwin:
+class FlaxTwin(Twin):
     """flax_gpt with weights, a dtype and a device; see `Twin`.
 
     Args:
@@ -78,7 +74,8 @@ class FlaxTwin:
     def __init__(
         self, model: flax_gpt.GPT, package: ModuleType | None = None, compiled: bool = True
     ):
-        self.model, self.package, self.compiled = model, package or flax_gpt, compiled
+        self.model, self.compiled = model, compiled
+        self.package: ModuleType = package or flax_gpt
         leaf = jax.tree.leaves(nnx.state(model))[0]
         self.dtype, self.device = str(leaf.dtype), next(iter(leaf.devices()))
 
@@ -118,6 +115,20 @@ class FlaxTwin:
         """See `Twin`."""
         return jax_scope(self.dtype, self.device)
 
+    @contextlib.contextmanager
+    def package_scope(self) -> Iterator[None]:
+        """See `Twin`; operation by operation unless `compiled`."""
+        with self.scope(), contextlib.nullcontext() if self.compiled else jax.disable_jit():
+            yield
+
+    def ints(self, x: np.ndarray | Sequence[object] | None) -> jax.Array | None:
+        """See `Twin`."""
+        return None if x is None else jnp.asarray(x, jnp.int32)
+
+    def numpy(self, x: jax.Array) -> np.ndarray:
+        """See `Twin`."""
+        return np.asarray(x)
+
     def copy(self) -> FlaxTwin:
         """See `Twin`."""
         model = nnx.merge(*jax.tree.map(jnp.copy, nnx.split(self.model)))
@@ -140,19 +151,6 @@ class FlaxTwin:
         """See `Twin`."""
         load_flax(self.model, leaves)
 
-    @_scoped
-    def logits(self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None) -> np.ndarray:
-        """See `Twin`."""
-        return np.asarray(self._call(_ints(tokens_BT), None, _ints(counts_B))[0])
-
-    def evaluate(self, batches: Iterable[Inputs], task: str = "next-token") -> dict[str, float]:
-        """See `Twin`."""
-        with self._programs():
-            arrays = (self.package.Batch(*map(_ints, inputs)) for inputs in batches)
-            return evaluation_numbers(
-                self.package.evaluate(self.model, arrays, task_of(self.package, task))
-            )
-
     def trainer(
         self, constants: Constants, task: str = "next-token", seed: int | None = None
     ) -> FlaxTrainer:
@@ -164,153 +162,20 @@ class FlaxTwin:
         """See `Twin`."""
         return self.package.KVCache.empty(self.config, num_rows, capacity)
 
-    @_scoped
-    def read(
-        self,
-        cache: flax_gpt.KVCache,
-        tokens_BT: np.ndarray,
-        counts_B: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, flax_gpt.KVCache]:
+    def forward(
+        self, tokens_BT: jax.Array, cache: flax_gpt.KVCache | None, counts_B: jax.Array | None
+    ) -> tuple[jax.Array, flax_gpt.KVCache | None]:
         """See `Twin`."""
-        if self.compiled:  # a program cannot look at lengths
-            cache.check_capacity(tokens_BT.shape[1], _ints(counts_B))
-        logits_BTV, cache = self._call(_ints(tokens_BT), cache, _ints(counts_B))
-        return np.asarray(logits_BTV), cache
-
-    @_scoped
-    def select(self, cache: flax_gpt.KVCache, rows: np.ndarray) -> flax_gpt.KVCache:
-        """See `Twin`."""
-        return cache.select(_ints(rows))
-
-    @_scoped
-    def truncate(self, cache: flax_gpt.KVCache, lengths_B: np.ndarray) -> flax_gpt.KVCache:
-        """See `Twin`."""
-        return cache.truncate(_ints(lengths_B))
-
-    def chunks(self, calls: Calls, capacity: int) -> list[np.ndarray]:
-        """See `Decoder`."""
-        cache, found = self.empty(len(calls[0][0]), capacity), []
-        for tokens_BT, counts_B in calls:
-            logits_BTV, cache = self.read(cache, tokens_BT, counts_B)
-            found.append(logits_BTV)
-        return found
-
-    def write(
-        self,
-        tokens_BT: np.ndarray,
-        max_new_tokens: int,
-        counts_B: np.ndarray | None = None,
-        *,
-        use_cache: bool = True,
-        sampling: Sampling = GREEDY,
-        seed: int = 0,
-        stop_ids: Sequence[int] = (),
-    ) -> Continuation:
-        """See `Twin`."""
-        package = self.package
-        with self._programs():
-            found = package.generate(
-                self.model,
-                tokens_BT,
-                max_new_tokens,
-                counts_B,
-                stop_ids,
-                use_cache,
-                package.Sampling(**sampling),
-                package.random.key(seed) if sampling["temperature"] else None,
-            )
-            return Continuation(np.asarray(found.tokens_BG), np.asarray(found.margins_BG))
-
-    def generate(
-        self, tokens: np.ndarray, counts: np.ndarray, max_new_tokens: int, use_cache: bool
-    ) -> np.ndarray:
-        """See `Decoder`."""
-        return self.write(tokens, max_new_tokens, counts, use_cache=use_cache).tokens_BG
-
-    def sample(
-        self,
-        tokens: np.ndarray,
-        counts: np.ndarray,
-        max_new_tokens: int,
-        sampling: Sampling,
-        seed: int,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """See `Decoder`."""
-        found = self.write(tokens, max_new_tokens, counts, sampling=sampling, seed=seed)
-        return found.tokens_BG, found.margins_BG
-
-    def stream(
-        self, ids: Sequence[int], sampling: Sampling = GREEDY, seed: int = 0, use_cache: bool = True
-    ) -> FlaxStream:
-        """See `Twin`."""
-        return FlaxStream(self, ids, sampling, seed, use_cache)
-
-    @_scoped
-    def attention_weights(
-        self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None
-    ) -> list[np.ndarray]:
-        """See `Twin`."""
-        maps = self.model.attention_maps(_ints(tokens_BT), _ints(counts_B))
-        return [np.asarray(x) for x in maps]
-
-    def num_compilations(self) -> int | None:
-        """See `Twin`."""
-        return self.package.Decoder.num_compilations()
-
-    @contextlib.contextmanager
-    def _programs(self) -> Iterator[None]:
-        """Compute in scope, and operation by operation unless `compiled`."""
-        with self.scope(), contextlib.nullcontext() if self.compiled else jax.disable_jit():
-            yield
+        if not self.compiled:
+            return self.model(tokens_BT, cache, counts_B)
+        if cache is not None:  # a program cannot look at lengths
+            cache.check_capacity(tokens_BT.shape[1], counts_B)
+        return self._program(nnx.state(self.model), tokens_BT, cache, counts_B)
 
     @functools.cached_property
-    def _call(self) -> Callable[..., tuple[jax.Array, flax_gpt.KVCache | None]]:
-        """The model's forward pass: (tokens, cache, counts) to logits and cache."""
-        if not self.compiled:
-            return self.model
+    def _program(self) -> Callable[..., tuple[jax.Array, flax_gpt.KVCache | None]]:
         graphdef, _ = nnx.split(self.model)
-        program = jax.jit(lambda parameters, *args: nnx.merge(graphdef, parameters)(*args))
-        return lambda *args: program(nnx.state(self.model), *args)
-
-
-class FlaxStream:
-    """One text that grows token by token; see `Stream`."""
-
-    def __init__(
-        self, twin: FlaxTwin, ids: Sequence[int], sampling: Sampling, seed: int, use_cache: bool
-    ):
-        self.scope, self._package = twin.scope, twin.package
-        self._ids, self._num_drawn, self._use_cache = list(ids), 0, use_cache
-        with self.scope():
-            self._decoder = self._package.Decoder(twin.model, 1)
-            self._sampling = self._package.Sampling(**sampling)
-            self._key = self._package.random.key(seed)
-            self._prefill()
-
-    @_scoped
-    def append(self, token: int) -> None:
-        """See `Stream`."""
-        self._ids.append(token)
-        self._num_drawn += 1
-        if self._use_cache:
-            logits_1V, self._cache = self._decoder.advance(_ints([token]), self._cache)
-            self._score(logits_1V)
-        else:
-            self._prefill()
-
-    def _prefill(self) -> None:
-        logits_1V, self._cache = self._decoder.prefill(_ints([self._ids]))
-        self._score(logits_1V)
-
-    def _score(self, logits_1V: jax.Array) -> None:
-        scores_1V = logits_1V
-        if self._sampling.temperature > 0.0:
-            filtered_1V = self._package.filter_logits(logits_1V, self._sampling)
-            key = self._package.random.fold_in(self._key, self._num_drawn)
-            scores_1V = self._package.random.perturb(key, filtered_1V)
-        self.logits_V, self.scores_V = (
-            np.asarray(x)[0].astype(np.float64) for x in (logits_1V, scores_1V)
-        )
+        return jax.jit(lambda parameters, *args: nnx.merge(graphdef, parameters)(*args))
 
 
 class FlaxTrainer:
@@ -320,7 +185,7 @@ class FlaxTrainer:
     """
 
     def __init__(self, twin: FlaxTwin, constants: Constants, task: str, seed: int | None):
-        package, self.scope = twin.package, twin.scope
+        package, self.scope, self._ints = twin.package, twin.scope, twin.ints
         self._package, self._task = package, task
         self.gradient_norm, self.applied = 0.0, True
         with self.scope():
@@ -350,7 +215,7 @@ class FlaxTrainer:
     @_scoped
     def step(self, *inputs: np.ndarray | None) -> float:
         """See `Trainer`; the inputs are tokens, and where there are such, counts and labels."""
-        result, self._state = self._step(self._package.Batch(*map(_ints, inputs)), self._state)
+        result, self._state = self._step(self._package.Batch(*map(self._ints, inputs)), self._state)
         self.gradient_norm, self.applied = float(result.gradient_norm), bool(result.applied)
         return float(result.loss.mean)
 
@@ -412,7 +277,3 @@ class FlaxTrainer:
 def _like(state: nnx.State, leaves: Leaves) -> nnx.State:
     """Return a tree of variables with other numbers in it."""
     return nnx.map_state(lambda path, v: v.replace(jnp.asarray(leaves[dotted(path)])), state)
-
-
-def _ints(x: np.ndarray | Sequence[object] | None) -> jax.Array | None:
-    return None if x is None else jnp.asarray(x, jnp.int32)

@@ -1,7 +1,4 @@
-"""The handle of torch_gpt: built, trained, decoded and observed in NumPy. Its twin is flax.py.
-
-Dimension key: B batch, N heads, T tokens, S positions that they see, V vocab.
-"""
+"""The handle of torch_gpt: built, trained, decoded and observed in NumPy. Its twin is flax.py."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ import torch
 
 import torch_gpt
 from parity.frameworks.leaves import Leaves, cast
-from parity.frameworks.protocols import Calls, Moments
+from parity.frameworks.protocols import Moments
 from parity.frameworks.torch.leaves import (
     from_numpy,
     load_torch,
@@ -26,13 +23,12 @@ from parity.frameworks.torch.leaves import (
     torch_leaves,
 )
 from parity.twins.state import (
-    evaluation_numbers,
     fitting,
     leaves_under,
     named_state,
     require_same_state,
 )
-from parity.twins.twin import GREEDY, Constants, Continuation, Inputs, Sampling, task_of
+from parity.twins.twin import Constants, Inputs, Twin, task_of
 from parity.weights.tables import TWINS
 from parity.weights.weight_map import links_of
 
@@ -40,7 +36,7 @@ if TYPE_CHECKING:
     from parity.twins.twin import Config
 
 
-class TorchTwin:
+class TorchTwin(Twin):
     """torch_gpt with weights, a dtype and a device; see `Twin`.
 
     Args:
@@ -53,7 +49,7 @@ class TorchTwin:
     original = torch_gpt
 
     def __init__(self, model: torch_gpt.GPT, package: ModuleType | None = None):
-        self.model, self.package = model, package or torch_gpt
+        self.model, self.package = model, package or self.original
         self.device = next(model.parameters()).device
 
     @classmethod
@@ -89,6 +85,18 @@ class TorchTwin:
         """See `Twin`."""
         return torch.no_grad()
 
+    def package_scope(self) -> contextlib.AbstractContextManager[None]:
+        """See `Twin`."""
+        return self.scope()
+
+    def ints(self, x: np.ndarray | Sequence[object] | None) -> torch.Tensor | None:
+        """See `Twin`."""
+        return None if x is None else torch.from_numpy(np.array(x)).long().to(self.device)
+
+    def numpy(self, x: torch.Tensor) -> np.ndarray:
+        """See `Twin`."""
+        return to_numpy(x)
+
     def copy(self) -> TorchTwin:
         """See `Twin`."""
         return TorchTwin(copy.deepcopy(self.model), self.package)
@@ -108,18 +116,6 @@ class TorchTwin:
         """See `Twin`."""
         load_torch(self.model, leaves)
 
-    @torch.no_grad()
-    def logits(self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None) -> np.ndarray:
-        """See `Twin`."""
-        return to_numpy(self.model(self._ints(tokens_BT), None, self._ints(counts_B))[0])
-
-    def evaluate(self, batches: Iterable[Inputs], task: str = "next-token") -> dict[str, float]:
-        """See `Twin`."""
-        tensors = (self.package.Batch(*map(self._ints, inputs)) for inputs in batches)
-        return evaluation_numbers(
-            self.package.evaluate(self.model, tensors, task_of(self.package, task))
-        )
-
     def trainer(
         self, constants: Constants, task: str = "next-token", seed: int | None = None
     ) -> TorchTrainer:
@@ -130,138 +126,14 @@ class TorchTwin:
         """See `Twin`."""
         return self.package.KVCache.empty(self.config, num_rows, capacity, device=self.device)
 
-    @torch.no_grad()
-    def read(
+    def forward(
         self,
-        cache: torch_gpt.KVCache,
-        tokens_BT: np.ndarray,
-        counts_B: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, torch_gpt.KVCache]:
+        tokens_BT: torch.Tensor,
+        cache: torch_gpt.KVCache | None,
+        counts_B: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch_gpt.KVCache | None]:
         """See `Twin`."""
-        logits_BTV, cache = self.model(self._ints(tokens_BT), cache, self._ints(counts_B))
-        return to_numpy(logits_BTV), cache
-
-    @torch.no_grad()
-    def select(self, cache: torch_gpt.KVCache, rows: np.ndarray) -> torch_gpt.KVCache:
-        """See `Twin`."""
-        return cache.select(self._ints(rows))
-
-    @torch.no_grad()
-    def truncate(self, cache: torch_gpt.KVCache, lengths_B: np.ndarray) -> torch_gpt.KVCache:
-        """See `Twin`."""
-        return cache.truncate(self._ints(lengths_B))
-
-    def chunks(self, calls: Calls, capacity: int) -> list[np.ndarray]:
-        """See `Decoder`."""
-        cache, found = self.empty(len(calls[0][0]), capacity), []
-        for tokens_BT, counts_B in calls:
-            logits_BTV, cache = self.read(cache, tokens_BT, counts_B)
-            found.append(logits_BTV)
-        return found
-
-    def write(
-        self,
-        tokens_BT: np.ndarray,
-        max_new_tokens: int,
-        counts_B: np.ndarray | None = None,
-        *,
-        use_cache: bool = True,
-        sampling: Sampling = GREEDY,
-        seed: int = 0,
-        stop_ids: Sequence[int] = (),
-    ) -> Continuation:
-        """See `Twin`."""
-        package = self.package
-        found = package.generate(
-            self.model,
-            tokens_BT,
-            max_new_tokens,
-            counts_B,
-            stop_ids,
-            use_cache,
-            package.Sampling(**sampling),
-            package.random.key(seed) if sampling["temperature"] else None,
-        )
-        return Continuation(to_numpy(found.tokens_BG).astype(np.int32), to_numpy(found.margins_BG))
-
-    def generate(
-        self, tokens: np.ndarray, counts: np.ndarray, max_new_tokens: int, use_cache: bool
-    ) -> np.ndarray:
-        """See `Decoder`."""
-        return self.write(tokens, max_new_tokens, counts, use_cache=use_cache).tokens_BG
-
-    def sample(
-        self,
-        tokens: np.ndarray,
-        counts: np.ndarray,
-        max_new_tokens: int,
-        sampling: Sampling,
-        seed: int,
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """See `Decoder`."""
-        found = self.write(tokens, max_new_tokens, counts, sampling=sampling, seed=seed)
-        return found.tokens_BG, found.margins_BG
-
-    def stream(
-        self, ids: Sequence[int], sampling: Sampling = GREEDY, seed: int = 0, use_cache: bool = True
-    ) -> TorchStream:
-        """See `Twin`."""
-        return TorchStream(self, ids, sampling, seed, use_cache)
-
-    @torch.no_grad()
-    def attention_weights(
-        self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None
-    ) -> list[np.ndarray]:
-        """See `Twin`."""
-        maps = self.model.attention_maps(self._ints(tokens_BT), self._ints(counts_B))
-        return [to_numpy(x) for x in maps]
-
-    def num_compilations(self) -> int | None:
-        """See `Twin`."""
-        return self.package.Decoder.num_compilations()
-
-    def _ints(self, x: np.ndarray | Sequence[object] | None) -> torch.Tensor | None:
-        return None if x is None else torch.from_numpy(np.array(x)).long().to(self.device)
-
-
-class TorchStream:
-    """One text that grows token by token; see `Stream`."""
-
-    def __init__(
-        self, twin: TorchTwin, ids: Sequence[int], sampling: Sampling, seed: int, use_cache: bool
-    ):
-        self._package, self._ints = twin.package, twin._ints
-        self._ids, self._num_drawn, self._use_cache = list(ids), 0, use_cache
-        self._decoder = self._package.Decoder(twin.model, 1)
-        self._sampling = self._package.Sampling(**sampling)
-        self._key = self._package.random.key(seed)
-        self._prefill()
-
-    @torch.no_grad()
-    def append(self, token: int) -> None:
-        """See `Stream`."""
-        self._ids.append(token)
-        self._num_drawn += 1
-        if self._use_cache:
-            logits_1V, self._cache = self._decoder.advance(self._ints([token]), self._cache)
-            self._score(logits_1V)
-        else:
-            self._prefill()
-
-    @torch.no_grad()
-    def _prefill(self) -> None:
-        logits_1V, self._cache = self._decoder.prefill(self._ints([self._ids]))
-        self._score(logits_1V)
-
-    def _score(self, logits_1V: torch.Tensor) -> None:
-        scores_1V = logits_1V
-        if self._sampling.temperature > 0.0:
-            filtered_1V = self._package.filter_logits(logits_1V, self._sampling)
-            key = self._package.random.fold_in(self._key, self._num_drawn)
-            scores_1V = self._package.random.perturb(key, filtered_1V)
-        self.logits_V, self.scores_V = (
-            to_numpy(x)[0].astype(np.float64) for x in (logits_1V, scores_1V)
-        )
+        return self.model(tokens_BT, cache, counts_B)
 
 
 class TorchTrainer:
@@ -269,7 +141,7 @@ class TorchTrainer:
 
     def __init__(self, twin: TorchTwin, constants: Constants, task: str, seed: int | None):
         package = twin.package
-        self._package, self._task, self._ints = package, task, twin._ints
+        self._package, self._task, self._ints = package, task, twin.ints
         self._device = twin.device
         self.gradient_norm, self.applied = 0.0, True
         key = None if seed is None else package.random.key(seed).to(twin.device)

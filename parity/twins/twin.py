@@ -1,4 +1,4 @@
-"""What a twin's handle offers. `FlaxTwin` and `TorchTwin` implement it; what passes is NumPy.
+"""The handle of a twin: `FlaxTwin` and `TorchTwin` fill in what differs; what passes is NumPy.
 
 Dimension key: B batch, N heads, T tokens, S positions that they see, V vocab, G generated
 tokens.
@@ -10,12 +10,13 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
 from parity.frameworks.leaves import Leaves
-from parity.frameworks.protocols import Decoder, Trainer
+from parity.frameworks.protocols import Calls, Trainer
+from parity.twins.state import evaluation_numbers
 
 if TYPE_CHECKING:
     import flax_gpt
@@ -30,8 +31,7 @@ GREEDY: Sampling = {"temperature": 0.0}
 # Tokens (B, T), and where there are such, counts (B,) and labels.
 Inputs = Sequence["np.ndarray | None"]
 
-ModelT = TypeVar("ModelT")
-CacheT = TypeVar("CacheT")
+Array, Cache, Model = Any, Any, Any  # of the twin's framework
 
 
 def task_of(package: ModuleType, name: str) -> flax_gpt.Task | torch_gpt.Task:
@@ -59,6 +59,10 @@ class TwinTrainer(Trainer, Protocol):
     applied: bool
 
     @property
+    def model(self) -> Model:
+        """The model with its present weights."""
+
+    @property
     def loss_scale(self) -> float | None:
         """What float16 multiplies the loss by; None in other dtypes."""
 
@@ -76,23 +80,7 @@ class TwinTrainer(Trainer, Protocol):
         """
 
 
-class Stream(Protocol):
-    """One text that grows token by token.
-
-    Attributes:
-        logits_V: of the next token, in float64.
-        scores_V: what the next token is the largest of: the logits, or where tokens are drawn the
-            filtered logits with noise.
-    """
-
-    logits_V: np.ndarray
-    scores_V: np.ndarray
-
-    def append(self, token: int) -> None:
-        """Add a token to the text and score the one after it."""
-
-
-class Twin(Decoder, Protocol[ModelT, CacheT]):
+class Twin(Protocol):
     """One of the two GPTs with weights, a dtype and a device.
 
     Attributes:
@@ -107,13 +95,13 @@ class Twin(Decoder, Protocol[ModelT, CacheT]):
     framework: str
     original: ModuleType
     package: ModuleType
-    model: ModelT
+    model: Model
 
     @classmethod
     def build(
         cls,
         config: Config,
-        device: object | None = None,
+        device: Any = None,
         *,
         seed: int | None = None,
         leaves: Iterable[tuple[str, np.ndarray]] | None = None,
@@ -150,13 +138,19 @@ class Twin(Decoder, Protocol[ModelT, CacheT]):
         """
 
     def scope(self) -> contextlib.AbstractContextManager[None]:
-        """Return the context in which the twin's own functions compute as the handle does."""
+        """Return the context in which arrays are made and the model is called."""
 
-    def logits(self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None) -> np.ndarray:
-        """Return logits (B, T, V) without a cache."""
+    def package_scope(self) -> contextlib.AbstractContextManager[None]:
+        """Return the context in which the package's own functions are called."""
 
-    def evaluate(self, batches: Iterable[Inputs], task: str = "next-token") -> dict[str, float]:
-        """Return loss, perplexity, accuracy and number of tokens over all batches."""
+    def ints(self, x: np.ndarray | Sequence[object] | None) -> Array:
+        """Return integers as an array of the framework on the twin's device; None for None."""
+
+    def numpy(self, x: Array) -> np.ndarray:
+        """Return an array of the framework on the host."""
+
+    def forward(self, tokens_BT: Array, cache: Cache, counts_B: Array) -> tuple[Array, Cache]:
+        """Return logits (B, T, V) and the longer cache; `cache` stays as it was."""
 
     def trainer(
         self, constants: Constants, task: str = "next-token", seed: int | None = None
@@ -169,19 +163,47 @@ class Twin(Decoder, Protocol[ModelT, CacheT]):
             seed: of dropout; None for none.
         """
 
-    def empty(self, num_rows: int, capacity: int) -> CacheT:
-        """Return a cache that holds nothing."""
+    # What follows is the same for both: their packages have the same names.
+
+    def logits(self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None) -> np.ndarray:
+        """Return logits (B, T, V) without a cache."""
+        return self.read(None, tokens_BT, counts_B)[0]
+
+    def evaluate(self, batches: Iterable[Inputs], task: str = "next-token") -> dict[str, float]:
+        """Return loss, perplexity, accuracy and number of tokens over all batches."""
+        with self.package_scope():
+            arrays = (self.package.Batch(*map(self.ints, inputs)) for inputs in batches)
+            found = self.package.evaluate(self.model, arrays, task_of(self.package, task))
+            return evaluation_numbers(found)
 
     def read(
-        self, cache: CacheT, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None
-    ) -> tuple[np.ndarray, CacheT]:
+        self, cache: Cache, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None
+    ) -> tuple[np.ndarray, Cache]:
         """Return logits (B, T, V) and the cache with these tokens; `cache` stays as it was."""
+        with self.scope():
+            logits_BTV, cache = self.forward(self.ints(tokens_BT), cache, self.ints(counts_B))
+            return self.numpy(logits_BTV), cache
 
-    def select(self, cache: CacheT, rows: np.ndarray) -> CacheT:
+    def empty(self, num_rows: int, capacity: int) -> Cache:
+        """Return a cache that holds nothing."""
+
+    def select(self, cache: Cache, rows: np.ndarray) -> Cache:
         """Return the cache of these rows, in this order."""
+        with self.scope():
+            return cache.select(self.ints(rows))
 
-    def truncate(self, cache: CacheT, lengths_B: np.ndarray) -> CacheT:
+    def truncate(self, cache: Cache, lengths_B: np.ndarray) -> Cache:
         """Return the cache cut back to a length per row."""
+        with self.scope():
+            return cache.truncate(self.ints(lengths_B))
+
+    def chunks(self, calls: Calls, capacity: int) -> list[np.ndarray]:
+        """Return the logits of each call; see `Decoder`."""
+        cache, found = self.empty(len(calls[0][0]), capacity), []
+        for tokens_BT, counts_B in calls:
+            logits_BTV, cache = self.read(cache, tokens_BT, counts_B)
+            found.append(logits_BTV)
+        return found
 
     def write(
         self,
@@ -199,16 +221,106 @@ class Twin(Decoder, Protocol[ModelT, CacheT]):
         Raises:
             ValueError: for prompts that are empty, unknown or too long.
         """
+        package = self.package
+        with self.package_scope():
+            found = package.generate(
+                self.model,
+                tokens_BT,
+                max_new_tokens,
+                counts_B,
+                stop_ids,
+                use_cache,
+                package.Sampling(**sampling),
+                package.random.key(seed) if sampling["temperature"] else None,
+            )
+            tokens_BG, margins_BG = map(self.numpy, (found.tokens_BG, found.margins_BG))
+            return Continuation(tokens_BG.astype(np.int32), margins_BG)
 
-    def stream(
-        self, ids: Sequence[int], sampling: Sampling = GREEDY, seed: int = 0, use_cache: bool = True
-    ) -> Stream:
-        """Return a text that begins with `ids`, to be continued token by token."""
+    def generate(
+        self, tokens: np.ndarray, counts: np.ndarray, max_new_tokens: int, use_cache: bool
+    ) -> np.ndarray:
+        """Return greedy tokens; see `Decoder`."""
+        return self.write(tokens, max_new_tokens, counts, use_cache=use_cache).tokens_BG
+
+    def sample(
+        self,
+        tokens: np.ndarray,
+        counts: np.ndarray,
+        max_new_tokens: int,
+        sampling: Sampling,
+        seed: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return drawn tokens and their margins; see `Decoder`."""
+        found = self.write(tokens, max_new_tokens, counts, sampling=sampling, seed=seed)
+        return found.tokens_BG, found.margins_BG
 
     def attention_weights(
         self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None
     ) -> list[np.ndarray]:
         """Return the attention weights (B, N, T, S) of every block."""
+        with self.scope():
+            maps = self.model.attention_maps(self.ints(tokens_BT), self.ints(counts_B))
+            return [self.numpy(weights_BNTS) for weights_BNTS in maps]
 
     def num_compilations(self) -> int:
         """Return how many decoding programs the package has compiled, for all its models."""
+        return self.package.Decoder.num_compilations()
+
+
+class Stream:
+    """One text that grows token by token.
+
+    Args:
+        twin: whose next tokens are scored.
+        ids: the beginning of the text.
+        sampling: how tokens are drawn.
+        seed: of the draws.
+        use_cache: False reads the whole text again for every token.
+
+    Attributes:
+        logits_V: of the next token, in float64.
+        scores_V: what the next token is the largest of: the logits, or where tokens are drawn the
+            filtered logits with noise.
+    """
+
+    def __init__(
+        self,
+        twin: Twin,
+        ids: Sequence[int],
+        sampling: Sampling = GREEDY,
+        seed: int = 0,
+        use_cache: bool = True,
+    ):
+        self._twin, self._package, self._use_cache = twin, twin.package, use_cache
+        self._ids, self._num_drawn = list(ids), 0
+        with twin.scope():
+            self._decoder = self._package.Decoder(twin.model, 1)
+            self._sampling = self._package.Sampling(**sampling)
+            self._key = self._package.random.key(seed)
+            self._prefill()
+
+    def append(self, token: int) -> None:
+        """Add a token to the text and score the one after it."""
+        self._ids.append(token)
+        self._num_drawn += 1
+        with self._twin.scope():
+            if self._use_cache:
+                tokens_1 = self._twin.ints([token])
+                logits_1V, self._cache = self._decoder.advance(tokens_1, self._cache)
+                self._score(logits_1V)
+            else:
+                self._prefill()
+
+    def _prefill(self) -> None:
+        logits_1V, self._cache = self._decoder.prefill(self._twin.ints([self._ids]))
+        self._score(logits_1V)
+
+    def _score(self, logits_1V: Array) -> None:
+        scores_1V = logits_1V
+        if self._sampling.temperature > 0.0:
+            filtered_1V = self._package.filter_logits(logits_1V, self._sampling)
+            key = self._package.random.fold_in(self._key, self._num_drawn)
+            scores_1V = self._package.random.perturb(key, filtered_1V)
+        self.logits_V, self.scores_V = (
+            self._twin.numpy(x)[0].astype(np.float64) for x in (logits_1V, scores_1V)
+        )

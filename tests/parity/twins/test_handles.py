@@ -8,6 +8,7 @@ import pytest
 import flax_gpt
 from parity.twins.flax import FlaxTwin
 from parity.twins.torch import TorchTwin
+from parity.twins.twin import Stream
 
 CONFIG = flax_gpt.GPTConfig(
     vocab_size=29,
@@ -79,7 +80,7 @@ def test_both_write_and_stream_the_same_tokens(handles, tokens):
         np.testing.assert_allclose(found[0].margins_BG, found[1].margins_BG, rtol=0, atol=1e-5)
         for twin in handles:
             for use_cache in (True, False):
-                stream = twin.stream(tokens[0].tolist(), sampling, 3, use_cache)
+                stream = Stream(twin, tokens[0].tolist(), sampling, 3, use_cache)
                 written = []
                 for _ in range(6):
                     written.append(int(np.argmax(stream.scores_V)))
