@@ -35,6 +35,9 @@ class LayerCache:
         Args:
             new: keys and values of the new tokens.
             metadata: where each token goes.
+
+        Returns:
+            The longer layer.
         """
         # twin: jax makes the value cheap by donation at the jit site; torch by ownership: the
         # newest handle writes in place past its own length, where no older handle can see, and
@@ -94,6 +97,9 @@ class KVCache:
             capacity: S, slots allocated per row.
             dtype: of keys and values, by name; the model's own when None.
             device: where they live; the framework's default when None.
+
+        Returns:
+            The empty cache.
 
         Raises:
             ValueError: when there would be no row or no slot.
@@ -168,6 +174,9 @@ class KVCache:
     def truncate(self, lengths_B: jax.Array) -> "KVCache":
         """Cut this cache back to `lengths_B` tokens per row.
 
+        Returns:
+            The shorter cache, in the same slots.
+
         Raises:
             ValueError: when a new length is negative or beyond the row's own.
         """
@@ -183,6 +192,9 @@ class KVCache:
 
     def select(self, rows_R: jax.Array) -> "KVCache":
         """Return a cache of the given rows, in that order; a row may be taken more than once.
+
+        Returns:
+            The rows, in slots of their own.
 
         Raises:
             ValueError: when a row does not exist.
@@ -201,6 +213,9 @@ class KVCache:
 
     def grow(self, capacity: int) -> "KVCache":
         """Return this cache with `capacity` slots per row; nothing it holds changes.
+
+        Returns:
+            The larger cache, in slots of its own.
 
         Raises:
             ValueError: when that is less than it has.

@@ -94,6 +94,9 @@ def switch(
 
     The last branch must be correct for every index. It is taken where an accelerator would have to
     tell the host which one to start.
+
+    Returns:
+        What the branch returns.
     """
     # twin: under jax.jit a CPU branches as it runs; torch traces for accelerators only.
     if host_values(index) is not None:

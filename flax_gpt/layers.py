@@ -38,6 +38,9 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zero elements with probability `rate` and scale up the rest; do nothing without a key.
 
     By hand, because the frameworks' own layers draw from different generators.
+
+    Returns:
+        An array of the shape of x.
     """
     if key is None or rate == 0.0:
         return x
@@ -159,6 +162,9 @@ def initial(
     """Draw normal numbers of the given standard deviation; zeros without a key.
 
     In the 16-bit types they are those of float32, rounded.
+
+    Returns:
+        Weights in the config's dtype.
     """
     if key is None:
         return jnp.zeros(shape, parameter_dtype(config))
@@ -172,6 +178,9 @@ def residual_std(config: GPTConfig) -> float:
 
     It is smaller, so that the stream's variance does not grow with depth. GPT-2 report, 2019,
     section 2.3.
+
+    Returns:
+        The config's, over the root of twice the number of layers.
     """
     return config.init_std / (2 * config.num_layers) ** 0.5
 
@@ -179,10 +188,13 @@ def residual_std(config: GPTConfig) -> float:
 def parameter_dtype(config: GPTConfig) -> jnp.dtype:
     """Return the framework's dtype of the config's name.
 
+    Returns:
+        The dtype of parameters.
+
     Raises:
         ValueError: where the framework would silently compute in another one.
     """
-    # twin: jax makes float64 into float32 unless told otherwise; torch needs no switch.
+    # twin: jax makes float64 into float32 unless asked not to; torch needs no switch.
     dtype = jnp.dtype(config.dtype)
     if jax.dtypes.canonicalize_dtype(dtype) != dtype:
         raise ValueError(

@@ -91,6 +91,9 @@ class Rotary(NoPositions):
 
         A token's angles depend on its own position alone, so a key that was cached stays right,
         with dynamic scaling too.
+
+        Returns:
+            Cosines and sines of its angles.
         """
         wide = jnp.promote_types(self.dtype, jnp.float32)
         positions_BT1 = positions_BT[:, :, None].astype(wide)
@@ -122,6 +125,9 @@ class Rotary(NoPositions):
         """Return the base for sequences of these lengths, of the original one at least.
 
         NTK-aware scaling, as in the `dynamic` type of transformers.
+
+        Returns:
+            One base per token.
         """
         rotary, size = self.constants, 2 * self.num_pairs
         growth_BT1 = rotary.factor * lengths_BT1 / self.original_length - (rotary.factor - 1.0)

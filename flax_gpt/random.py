@@ -16,7 +16,10 @@ import numpy as np
 
 
 def key(seed: int) -> jax.Array:
-    """The key of a seed, two uint32 words.
+    """Make the key of a seed.
+
+    Returns:
+        Two uint32 words.
 
     Raises:
         ValueError: for a seed outside [0, 2**64).
@@ -27,28 +30,31 @@ def key(seed: int) -> jax.Array:
 
 
 def split(key: jax.Array, num: int = 2) -> jax.Array:
-    """`num` independent keys, shape (num, 2)."""
+    """Split a key into `num` independent ones, shape (num, 2)."""
     with jax.threefry_partitionable(True):
         return jax.random.key_data(jax.random.split(_typed(key), num))
 
 
 def fold_in(key: jax.Array, data: int | jax.Array) -> jax.Array:
-    """The key for item `data` of a series (a step, a row), 0 <= data < 2**32.
+    """Derive the key for item `data` of a series (a step, a row), 0 <= data < 2**32.
 
     fold_in(key, i) is split(key, n)[i]: give one key to one of the two.
+
+    Returns:
+        A key.
     """
     with jax.threefry_partitionable(True):
         return jax.random.key_data(jax.random.fold_in(_typed(key), data))
 
 
 def bits(key: jax.Array, shape: tuple[int, ...], width: int = 32) -> jax.Array:
-    """Uniform unsigned integers of 32 or 64 bits."""
+    """Draw uniform unsigned integers of 32 or 64 bits."""
     with jax.threefry_partitionable(True):
         return jax.random.bits(_typed(key), shape, _UNSIGNED[width])
 
 
 def uniform(key: jax.Array, shape: tuple[int, ...], dtype: str = "float32") -> jax.Array:
-    """Uniform numbers in [0, 1): 23 random bits in float32, 52 in float64."""
+    """Draw uniform numbers in [0, 1): 23 random bits in float32, 52 in float64."""
     # The bits become the fraction of a float in [1, 2), whose exponent is that of one.
     width, fraction, one = _FLOAT[dtype]
     words = (bits(key, shape, width) >> _UNSIGNED[width](width - fraction)) | one
@@ -57,10 +63,13 @@ def uniform(key: jax.Array, shape: tuple[int, ...], dtype: str = "float32") -> j
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
 def normal(key: jax.Array, shape: tuple[int, ...], dtype: str = "float32") -> jax.Array:
-    """Standard normal numbers, by the inverse of the distribution function.
+    """Draw standard normal numbers, by the inverse of the distribution function.
 
     `jax.random.normal` takes sqrt(2) * erf_inv(x) of the same x; its erf_inv rounds x * x near 1
     and is off there by 90 units in the last place. The tail probability (1 - |x|) / 2 is exact.
+
+    Returns:
+        Numbers of that shape and dtype.
     """
     # The distribution is infinite at -1, so the interval starts one float above it.
     low = float(np.nextafter(np.asarray(-1.0, dtype), np.asarray(0.0, dtype)))
@@ -69,18 +78,18 @@ def normal(key: jax.Array, shape: tuple[int, ...], dtype: str = "float32") -> ja
 
 
 def bernoulli(key: jax.Array, probability: float, shape: tuple[int, ...]) -> jax.Array:
-    """Booleans that are true with `probability`, whatever the model's dtype."""
+    """Draw booleans that are true with `probability`, whatever the model's dtype."""
     return uniform(key, shape) < np.float32(probability)
 
 
 def gumbel(key: jax.Array, shape: tuple[int, ...], dtype: str = "float32") -> jax.Array:
-    """Standard Gumbel numbers, -log(-log(u))."""
+    """Draw standard Gumbel numbers, -log(-log(u))."""
     tiny = float(np.finfo(dtype).tiny)
     return -jnp.log(-jnp.log(jnp.maximum(uniform(key, shape, dtype), tiny)))
 
 
 def perturb(key: jax.Array, logits: jax.Array) -> jax.Array:
-    """Adds Gumbel noise: the id of the highest is then a draw from softmax(logits), last axis."""
+    """Add Gumbel noise: the id of the highest is then a draw from softmax(logits), last axis."""
     # Noise of float32 in every dtype, because float64 draws other bits: a seed would mean another
     # text there, and the float64 run could not judge the float32 one.
     return logits + gumbel(key, logits.shape).astype(logits.dtype)

@@ -40,6 +40,9 @@ class LayerCache:
         Args:
             new: keys and values of the new tokens.
             metadata: where each token goes.
+
+        Returns:
+            The longer layer.
         """
         # twin: jax makes the value cheap by donation at the jit site; torch by ownership: the
         # newest handle writes in place past its own length, where no older handle can see, and
@@ -68,6 +71,9 @@ class LayerCache:
         """Tell whether a write in place could spoil a backward graph, or is not allowed.
 
         Slots that were allocated in an inference mode cannot be written outside of it.
+
+        Returns:
+            Whether to copy first.
         """
         inference = not torch.compiler.is_compiling() and self.keys_BKSH.is_inference()
         if inference and not torch.is_inference_mode_enabled():
@@ -131,6 +137,9 @@ class KVCache:
             capacity: S, slots allocated per row.
             dtype: of keys and values, by name; the model's own when None.
             device: where they live; the framework's default when None.
+
+        Returns:
+            The empty cache.
 
         Raises:
             ValueError: when there would be no row or no slot.
@@ -209,6 +218,9 @@ class KVCache:
     def truncate(self, lengths_B: torch.Tensor) -> "KVCache":
         """Cut this cache back to `lengths_B` tokens per row.
 
+        Returns:
+            The shorter cache, in the same slots.
+
         Raises:
             ValueError: when a new length is negative or beyond the row's own.
         """
@@ -224,6 +236,9 @@ class KVCache:
 
     def select(self, rows_R: torch.Tensor) -> "KVCache":
         """Return a cache of the given rows, in that order; a row may be taken more than once.
+
+        Returns:
+            The rows, in slots of their own.
 
         Raises:
             ValueError: when a row does not exist.
@@ -244,6 +259,9 @@ class KVCache:
 
     def grow(self, capacity: int) -> "KVCache":
         """Return this cache with `capacity` slots per row; nothing it holds changes.
+
+        Returns:
+            The larger cache, in slots of its own.
 
         Raises:
             ValueError: when that is less than it has.

@@ -45,7 +45,7 @@ PRESETS = tuple(_PRESETS)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rotary:
-    """How far queries and keys turn per token. Su et al., "RoFormer", 2021.
+    """Constants of rotary positions. Su et al., "RoFormer", 2021.
 
     Number i of a head and number i + E turn together, by base ** (-i / E) per token (half-split, as
     in Llama; GPT-J pairs neighbours instead).
@@ -54,11 +54,11 @@ class Rotary:
         base: of the angles, often called theta.
         fraction: of each head's numbers that turn; the others have no position.
         scaling: of the angles, so that a model reads more tokens than it was trained on: none;
-            linear divides them by `factor`; dynamic makes the base larger for tokens behind
+            linear divides them by `factor`; dynamic makes the base larger for tokens beyond
             `original_length` (NTK-aware); llama3 divides the slow ones and leaves the fast ones.
         factor: by which the context is longer.
-        low_frequency: llama3 divides angles that turn less than so often in `original_length`.
-        high_frequency: llama3 leaves angles that turn more often than so; between, it goes over.
+        low_frequency: turns in `original_length` below which llama3 divides an angle.
+        high_frequency: turns above which llama3 leaves an angle; between, it goes over.
         original_length: tokens that the model was trained on; None for the context_length.
 
     Raises:
@@ -125,8 +125,8 @@ class GPTConfig:
         gated: whether the MLP has a second map that multiplies: SwiGLU with silu, GeGLU with gelu.
             Shazeer, "GLU variants improve transformer", 2020.
         qkv_bias: whether the maps to queries, keys and values have biases.
-        out_bias: the same of the map behind attention.
-        mlp_bias: the same of the maps of the MLP.
+        out_bias: whether the map after attention has a bias.
+        mlp_bias: whether the maps of the MLP have biases.
         tied_head: whether logits are read from the token embedding, or a matrix of their own.
         dropout: probability of zeroing an element, wherever GPT-2 drops (embeddings, attention
             weights, both residual branches). Active only in calls that are given a key.
@@ -201,7 +201,7 @@ class GPTConfig:
             raise ValueError(f"GPTConfig: {'; '.join(problems)}.")
 
     def _clashes(self) -> list[str]:
-        """Which sizes do not go together, in words."""
+        """Describe which sizes do not go together."""
         problems = []
         if self.head_dim is None and self.embed_dim % self.num_heads:
             problems.append(
@@ -247,7 +247,14 @@ class GPTConfig:
 
     @classmethod
     def preset(cls, name: str, **changes) -> "GPTConfig":
-        """A published size by name, with any field changed.
+        """Return the config of a published size, with any field changed.
+
+        Args:
+            name: one of `PRESETS`.
+            changes: fields by name.
+
+        Returns:
+            The config.
 
         Raises:
             ValueError: for a name that is not in `PRESETS`.

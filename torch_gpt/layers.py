@@ -39,6 +39,9 @@ def dropout(x: torch.Tensor, rate: float, key: torch.Tensor | None) -> torch.Ten
     """Zero elements with probability `rate` and scale up the rest; do nothing without a key.
 
     By hand, because the frameworks' own layers draw from different generators.
+
+    Returns:
+        An array of the shape of x.
     """
     if key is None or rate == 0.0:
         return x
@@ -150,6 +153,9 @@ def initial(
     """Draw normal numbers of the given standard deviation; zeros without a key.
 
     In the 16-bit types they are those of float32, rounded.
+
+    Returns:
+        Weights in the config's dtype.
     """
     if key is None:
         return torch.zeros(shape, dtype=parameter_dtype(config))
@@ -163,6 +169,9 @@ def residual_std(config: GPTConfig) -> float:
 
     It is smaller, so that the stream's variance does not grow with depth. GPT-2 report, 2019,
     section 2.3.
+
+    Returns:
+        The config's, over the root of twice the number of layers.
     """
     return config.init_std / (2 * config.num_layers) ** 0.5
 
@@ -170,10 +179,13 @@ def residual_std(config: GPTConfig) -> float:
 def parameter_dtype(config: GPTConfig) -> torch.dtype:
     """Return the framework's dtype of the config's name.
 
+    Returns:
+        The dtype of parameters.
+
     Raises:
         ValueError: where the framework would silently compute in another one.
     """
-    # twin: jax makes float64 into float32 unless told otherwise; torch needs no switch.
+    # twin: jax makes float64 into float32 unless asked not to; torch needs no switch.
     return getattr(torch, config.dtype)
 
 

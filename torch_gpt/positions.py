@@ -90,6 +90,9 @@ class Rotary(NoPositions):
 
         A token's angles depend on its own position alone, so a key that was cached stays right,
         with dynamic scaling too.
+
+        Returns:
+            Cosines and sines of its angles.
         """
         wide = torch.promote_types(getattr(torch, self.dtype), torch.float32)
         positions_BT1 = positions_BT[:, :, None].to(wide)
@@ -121,6 +124,9 @@ class Rotary(NoPositions):
         """Return the base for sequences of these lengths, of the original one at least.
 
         NTK-aware scaling, as in the `dynamic` type of transformers.
+
+        Returns:
+            One base per token.
         """
         rotary, size = self.constants, 2 * self.num_pairs
         growth_BT1 = rotary.factor * lengths_BT1 / self.original_length - (rotary.factor - 1.0)

@@ -15,7 +15,10 @@ import torch
 
 
 def key(seed: int) -> torch.Tensor:
-    """The key of a seed, two uint32 words.
+    """Make the key of a seed.
+
+    Returns:
+        Two uint32 words.
 
     Raises:
         ValueError: for a seed outside [0, 2**64).
@@ -26,16 +29,19 @@ def key(seed: int) -> torch.Tensor:
 
 
 def split(key: torch.Tensor, num: int = 2) -> torch.Tensor:
-    """`num` independent keys, shape (num, 2)."""
+    """Split a key into `num` independent ones, shape (num, 2)."""
     low = torch.arange(num, dtype=torch.int32, device=key.device)
     first, second = _threefry(key, torch.zeros_like(low), low)
     return torch.stack([first, second], dim=-1).view(torch.uint32)
 
 
 def fold_in(key: torch.Tensor, data: int | torch.Tensor) -> torch.Tensor:
-    """The key for item `data` of a series (a step, a row), 0 <= data < 2**32.
+    """Derive the key for item `data` of a series (a step, a row), 0 <= data < 2**32.
 
     fold_in(key, i) is split(key, n)[i]: give one key to one of the two.
+
+    Returns:
+        A key.
     """
     low = torch.as_tensor(data, dtype=torch.int64, device=key.device).reshape(1).to(torch.int32)
     first, second = _threefry(key, torch.zeros_like(low), low)
@@ -43,7 +49,7 @@ def fold_in(key: torch.Tensor, data: int | torch.Tensor) -> torch.Tensor:
 
 
 def bits(key: torch.Tensor, shape: tuple[int, ...], width: int = 32) -> torch.Tensor:
-    """Uniform unsigned integers of 32 or 64 bits."""
+    """Draw uniform unsigned integers of 32 or 64 bits."""
     words = torch.empty(math.prod(shape), dtype=_SIGNED[width], device=key.device)
     size = _CHUNK[key.device.type]
     for start in range(0, words.numel(), size):
@@ -58,7 +64,7 @@ def bits(key: torch.Tensor, shape: tuple[int, ...], width: int = 32) -> torch.Te
 
 
 def uniform(key: torch.Tensor, shape: tuple[int, ...], dtype: str = "float32") -> torch.Tensor:
-    """Uniform numbers in [0, 1): 23 random bits in float32, 52 in float64."""
+    """Draw uniform numbers in [0, 1): 23 random bits in float32, 52 in float64."""
     # The bits become the fraction of a float in [1, 2), whose exponent is that of one.
     width, fraction, one = _FLOAT[dtype]
     words = (_shift_right(bits(key, shape, width), width - fraction)) | one
@@ -66,10 +72,13 @@ def uniform(key: torch.Tensor, shape: tuple[int, ...], dtype: str = "float32") -
 
 
 def normal(key: torch.Tensor, shape: tuple[int, ...], dtype: str = "float32") -> torch.Tensor:
-    """Standard normal numbers, by the inverse of the distribution function.
+    """Draw standard normal numbers, by the inverse of the distribution function.
 
     `jax.random.normal` takes sqrt(2) * erf_inv(x) of the same x; its erf_inv rounds x * x near 1
     and is off there by 90 units in the last place. The tail probability (1 - |x|) / 2 is exact.
+
+    Returns:
+        Numbers of that shape and dtype.
     """
     # The distribution is infinite at -1, so the interval starts one float above it.
     low = float(np.nextafter(np.asarray(-1.0, dtype), np.asarray(0.0, dtype)))
@@ -78,18 +87,18 @@ def normal(key: torch.Tensor, shape: tuple[int, ...], dtype: str = "float32") ->
 
 
 def bernoulli(key: torch.Tensor, probability: float, shape: tuple[int, ...]) -> torch.Tensor:
-    """Booleans that are true with `probability`, whatever the model's dtype."""
+    """Draw booleans that are true with `probability`, whatever the model's dtype."""
     return uniform(key, shape) < float(np.float32(probability))
 
 
 def gumbel(key: torch.Tensor, shape: tuple[int, ...], dtype: str = "float32") -> torch.Tensor:
-    """Standard Gumbel numbers, -log(-log(u))."""
+    """Draw standard Gumbel numbers, -log(-log(u))."""
     tiny = float(np.finfo(dtype).tiny)
     return -torch.log(-torch.log(torch.clamp(uniform(key, shape, dtype), min=tiny)))
 
 
 def perturb(key: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Adds Gumbel noise: the id of the highest is then a draw from softmax(logits), last axis."""
+    """Add Gumbel noise: the id of the highest is then a draw from softmax(logits), last axis."""
     # Noise of float32 in every dtype, because float64 draws other bits: a seed would mean another
     # text there, and the float64 run could not judge the float32 one.
     return logits + gumbel(key, tuple(logits.shape)).to(logits.dtype)
@@ -111,10 +120,13 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 
 def _threefry(key: torch.Tensor, high: torch.Tensor, low: torch.Tensor):
-    """Encrypts the counters (high, low) under `key`: two int32 words per counter.
+    """Encrypt the counters (high, low) under `key`: two int32 words per counter.
 
     Torch has no arithmetic on unsigned integers. Addition and exclusive or give the same bits on
     signed ones; only the shift to the right must not drag the sign along.
+
+    Returns:
+        Both words.
     """
     word_0, word_1 = key.view(torch.int32).unbind()
     schedule = word_0, word_1, word_0 ^ word_1 ^ 0x1BD11BDA
@@ -130,6 +142,6 @@ def _threefry(key: torch.Tensor, high: torch.Tensor, low: torch.Tensor):
 
 
 def _shift_right(words: torch.Tensor, distance: int) -> torch.Tensor:
-    """Shifts in zeros from the left, as for unsigned words."""
+    """Shift in zeros from the left, as for unsigned words."""
     width = words.element_size() * 8
     return (words.view(_SIGNED[width]) >> distance) & ((1 << (width - distance)) - 1)

@@ -119,7 +119,7 @@ def step() -> Drawing:
 
 def fork() -> Drawing:
     """Draw one prompt that is continued twice."""
-    drawing = Drawing("One prompt continued twice: three handles, each valid.", 640, 216)
+    drawing = Drawing("One prompt continued twice: three handles, each valid.", 620, 216)
     prompt = list("31415")
     drawing.text(24, 92, "cache")
     drawing.slots(72, 72, "vvvvv", prompt)
@@ -139,7 +139,7 @@ def fork() -> Drawing:
 
 def rows() -> Drawing:
     """Draw a batch whose rows have different lengths."""
-    drawing = Drawing("Rows of different lengths in one cache of eight slots.", 640, 216)
+    drawing = Drawing("Rows of different lengths in one cache of eight slots.", 580, 216)
     for i in range(8):
         drawing.text(120 + i * CELL + 15, 30, str(i), "dim")
     drawing.text(24, 30, "slot", "small")
@@ -160,7 +160,7 @@ def rows() -> Drawing:
 def mask() -> Drawing:
     """Draw the one mask rule for three new tokens after a row of length 2."""
     length, num_tokens, num_slots = 2, 3, 6
-    drawing = Drawing("The mask rule: query t sees slot s when s < length + t + 1.", 640, 216)
+    drawing = Drawing("The mask rule: query t sees slot s when s < length + t + 1.", 520, 216)
     drawing.text(24, 30, "slot", "small")
     for s in range(num_slots):
         drawing.text(120 + s * CELL + 15, 30, str(s), "dim")

@@ -212,7 +212,7 @@ def capacity_for(num_tokens: int, config: GPTConfig, least: int = _SMALLEST_CAPA
 def _program() -> Callable[..., Any]:
     """Return `Decoder.run` under one `jax.jit` for all functions and sizes.
 
-    XLA on a CPU copies what it will overwrite unless told to look whether anyone still reads it.
+    XLA on a CPU copies what it will overwrite unless asked to look whether it is still read.
     """
     options = {"xla_cpu_copy_insertion_use_region_analysis": True}
     if jax.default_backend() != "cpu":

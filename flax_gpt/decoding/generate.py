@@ -149,8 +149,14 @@ def _loop(
     """Run all of `generate` after the prompts, on the device.
 
     Args:
+        model: continues the prompts.
         logits_BV: after the prompts.
+        stop_ids: ids that end a row.
+        key: draws the tokens; None when nothing is drawn.
+        max_new_tokens: after which every row ends.
         state: the cache, or the sequences and their lengths.
+        sampling: how a token is chosen.
+        steps: what runs.
 
     Returns:
         Tokens and margins, and the state at the end, which has the memory of the one given.

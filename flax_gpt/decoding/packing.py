@@ -16,11 +16,7 @@ _FEW = 32  # tokens of a call, up to which all time goes into reading weights
 
 
 class PackedLinear(nnx.Module):
-    """The linear map of given weights, for calls without gradients.
-
-    Attributes:
-        extra_bytes: of memory that it takes beside the given weights.
-    """
+    """The linear map of given weights, for calls without gradients."""
 
     # twin: XLA reads a matrix faster by its outputs, which takes a transposed copy; for torch it
     # lies so, but its product of one row uses one core, so the outputs are shared out, and of more
@@ -32,6 +28,7 @@ class PackedLinear(nnx.Module):
 
     @property
     def extra_bytes(self) -> int:
+        """Memory that it takes beside what it was given."""
         return self.weight[...].nbytes
 
     def __call__(self, x_BTI: jax.Array) -> jax.Array:
@@ -53,9 +50,6 @@ class PackedGPT(GPT):
     Args:
         model: whose weights are laid out.
         batch_size: rows of a step.
-
-    Attributes:
-        extra_bytes: of memory that it takes beside the model.
     """
 
     def __init__(self, model: GPT, batch_size: int):
@@ -79,6 +73,7 @@ class PackedGPT(GPT):
 
     @property
     def extra_bytes(self) -> int:
+        """Memory that it takes beside what it was given."""
         parts = [x for _, x in nnx.iter_modules(self) if isinstance(x, PackedLinear)]
         return sum(x.extra_bytes for x in parts) - self._shared_bytes
 

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen from its logits. The filters apply in the order given here, each
-    to what the one before it left.
+    """How the next token is chosen from its logits.
+
+    The filters apply in the order given here, each to what the one before it left.
 
     Attributes:
         temperature: divides the logits; 0 takes the most likely token and needs no key.

@@ -15,7 +15,7 @@ from flax_gpt.model import GPT
 
 
 class TokenClassifier(nnx.Module):
-    """Names a class for every token, from the token and what stands before it.
+    """A model that names a class for every token, from it and what stands before it.
 
     Args:
         config: of the GPT below the head.
@@ -34,13 +34,13 @@ class TokenClassifier(nnx.Module):
         counts_B: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Scores of the classes, (B, T, C); those of padding mean nothing."""
+        """Score the classes, (B, T, C); scores of padding mean nothing."""
         x_BTD, _ = self.gpt.hidden(tokens_BT, None, counts_B, key)
         return self.head(x_BTD)
 
 
 class SequenceClassifier(TokenClassifier):
-    """Names one class for the whole sequence, by the same head on the mean over its real tokens."""
+    """A model that names one class per sequence, by the mean over its real tokens."""
 
     def __call__(
         self,
@@ -48,13 +48,13 @@ class SequenceClassifier(TokenClassifier):
         counts_B: jax.Array | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """Scores of the classes, (B, C)."""
+        """Score the classes, (B, C)."""
         x_BTD, _ = self.gpt.hidden(tokens_BT, None, counts_B, key)
         return self.head(mean_over_tokens(x_BTD, counts_B))
 
 
 def mean_over_tokens(x_BTD: jax.Array, counts_B: jax.Array | None = None) -> jax.Array:
-    """The mean over each row's real tokens, (B, D); zeros for a row that has none."""
+    """Average over each row's real tokens, (B, D); zeros for a row that has none."""
     wide_BTD = x_BTD.astype(jnp.promote_types(x_BTD.dtype, jnp.float32))
     if counts_B is None:
         return jnp.mean(wide_BTD, axis=1).astype(x_BTD.dtype)

@@ -7,8 +7,9 @@ SCHEDULES = "constant", "linear", "cosine"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """AdamW with warm-up, decay of the rate and clipping. Loshchilov and Hutter, "Decoupled weight
-    decay regularization", 2019.
+    """AdamW with warm-up, decay of the rate and clipping.
+
+    Loshchilov and Hutter, "Decoupled weight decay regularization", 2019.
 
     Attributes:
         learning_rate: step size at the end of the warm-up.

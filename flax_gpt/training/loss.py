@@ -36,7 +36,7 @@ class TokenLoss:
 
     @property
     def perplexity(self) -> jax.Array:
-        """exp of the mean over all tokens, never a mean of perplexities."""
+        """The exponential of the mean over all tokens, never a mean of perplexities."""
         return jnp.exp(self.mean)
 
 
@@ -46,7 +46,7 @@ def next_token_loss(
     counts_B: jax.Array | None = None,
     label_smoothing: float = 0.0,
 ) -> TokenLoss:
-    """Scores logits at t against the label at t + 1, inside each row.
+    """Score logits at t against the label at t + 1, inside each row.
 
     The last position of a row has nothing to predict and the first label is never predicted.
 
@@ -55,13 +55,16 @@ def next_token_loss(
         labels_BT: the tokens, with IGNORE_INDEX where a token must not be scored.
         counts_B: real tokens per row, the rest is padding on the right; None for T.
         label_smoothing: see `cross_entropy`.
+
+    Returns:
+        The sum over all scored tokens, and their number.
     """
     targets = next_token_targets(labels_BT, counts_B)
     return cross_entropy(logits_BTV[:, :-1], targets, label_smoothing)
 
 
 def next_token_targets(labels_BT: jax.Array, counts_B: jax.Array | None = None) -> jax.Array:
-    """What the logits at t must name: the label at t + 1, shape (B, T - 1).
+    """Return what the logits at t must name: the label at t + 1, shape (B, T - 1).
 
     The shift is here and nowhere else: labels are the tokens themselves, not shifted. Padding
     becomes IGNORE_INDEX.
@@ -73,13 +76,16 @@ def next_token_targets(labels_BT: jax.Array, counts_B: jax.Array | None = None) 
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0) -> TokenLoss:
-    """The cross entropy of every target that is not IGNORE_INDEX, in float32 or wider.
+    """Sum the cross entropy of every target but IGNORE_INDEX, in float32 or wider.
 
     Args:
         logits: scores, shape (..., C).
         targets: classes, shape (...).
         label_smoothing: share of each target that is spread evenly over all classes. Szegedy et
             al., "Rethinking the Inception architecture", 2016, section 7.
+
+    Returns:
+        The sum over all scored targets, and their number.
     """
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     scored = targets != IGNORE_INDEX

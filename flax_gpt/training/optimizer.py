@@ -18,10 +18,13 @@ INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # of the loss, in float16
 
 
 def adamw(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with decoupled decay. Loshchilov and Hutter, 2019, algorithm 2.
+    """Make AdamW with decoupled decay. Loshchilov and Hutter, 2019, algorithm 2.
 
     `optax.adamw` is this chain, but for the bias correction: it computes 1 - beta**count in
     float32, which at count 1 and beta 0.999 is off by 1.3e-5, where torch uses Python doubles.
+
+    Returns:
+        The chain.
     """
     return optax.chain(
         scale_by_adam(config.beta1, config.beta2, config.epsilon),
@@ -31,10 +34,13 @@ def adamw(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def learning_rate(config: TrainConfig, count: int | jax.Array) -> jax.Array:
-    """The rate of the update that comes after `count` others.
+    """Return the rate of the update that comes after `count` others.
 
     The frameworks' own schedules differ: optax's warm-up gives the first update a rate of 0, and
     torch's counts its own calls, so that calling it before the update shifts every rate by one.
+
+    Returns:
+        The rate.
     """
     count = jnp.asarray(count).astype(jnp.result_type(float))
     progress = 0.0
@@ -49,14 +55,17 @@ def learning_rate(config: TrainConfig, count: int | jax.Array) -> jax.Array:
 
 
 def num_updates(optimizer: Any) -> jax.Array:
-    """How many updates an AdamW state has seen."""
+    """Return the number of updates that an AdamW state has seen."""
     return optimizer[0].count
 
 
 def clip_gradients(config: TrainConfig, gradients: Any) -> tuple[Any, jax.Array]:
-    """Scales a whole gradient down to the largest norm allowed; also its norm before that.
+    """Scale a whole gradient down to the largest norm allowed; return its norm before that too.
 
     Pascanu et al., "On the difficulty of training recurrent neural networks", 2013.
+
+    Returns:
+        The gradient, scaled, and the norm.
     """
     # twin: torch's own norm adds squares up one after the other on a CPU, and in float32 that of
     # GPT-2's embedding comes out 0.3 % too small; so both sum them by hand.
@@ -68,7 +77,7 @@ def clip_gradients(config: TrainConfig, gradients: Any) -> tuple[Any, jax.Array]
 
 
 def scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:
-    """Adam's direction, with bias corrections exact to rounding. State as `optax.scale_by_adam`."""
+    """Make Adam's direction, with bias corrections exact to rounding; state as in optax."""
 
     def init(parameters: Any) -> optax.ScaleByAdamState:
         # Two trees of zeros: a buffer that is in a state twice cannot be donated.
@@ -94,7 +103,7 @@ def scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientT
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LossScale:
-    """Keeps float16 gradients off zero by scaling the loss, as torch.amp.GradScaler does.
+    """A factor of the loss that keeps float16 gradients off zero, as torch.amp.GradScaler's.
 
     Micikevicius et al., "Mixed precision training", 2018, section 3.2.
 
@@ -108,11 +117,11 @@ class LossScale:
 
     @classmethod
     def create(cls) -> "LossScale":
-        """The scale before the first step."""
+        """Return the scale before the first step."""
         return cls(jnp.asarray(INITIAL_SCALE, jnp.float32), jnp.zeros((), jnp.int32))
 
     def update(self, finite: jax.Array) -> "LossScale":
-        """Halves after a gradient that was not finite, doubles after enough that were."""
+        """Halve after a gradient that was not finite, double after enough that were."""
         grown = finite & (self.streak + 1 == GROWTH_INTERVAL)
         factor = jnp.where(finite, jnp.where(grown, 2.0, 1.0), 0.5)
         scale = self.scale * factor
@@ -122,7 +131,7 @@ class LossScale:
 
 
 def _decayed(config: TrainConfig, parameters: Any) -> Any:
-    """True where a leaf decays: the kernels of linear layers, or all."""
+    """Mark the leaves that decay: the kernels of linear layers, or all."""
 
     def decays(path: tuple, _: jax.Array) -> bool:
         return config.decay_all or any(getattr(key, "key", None) == "kernel" for key in path)

@@ -1,4 +1,4 @@
-"""What a model is trained to predict: its scores, and the class that each of them should name.
+"""Tasks of training: a model's scores, and the class that each of them should name.
 
 Read beside torch_gpt/training/tasks.py.
 
@@ -19,7 +19,7 @@ from flax_gpt.training.loss import IGNORE_INDEX, next_token_targets
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What one call of a training step reads.
+    """The arrays that one training step reads.
 
     Attributes:
         tokens_BT: ids.
@@ -35,7 +35,7 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Two functions that make a loss of a model and a batch.
+    """Two functions that turn a model and a batch into a loss.
 
     Attributes:
         logits: (model, batch, dropout key) to scores (..., C).

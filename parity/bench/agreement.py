@@ -1,13 +1,13 @@
-"""Nothing is timed before it writes the same: how the twins' logits and all tokens are compared."""
+"""Compare the twins' logits and all decoders' tokens before anything is timed."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
 
-from parity.bench.contenders import Cell
-from parity.bench.decode_times import Agreement, Tie
+from parity.bench.decoders.flax import FlaxStep
+from parity.bench.decoders.torch import TorchStep
+from parity.bench.result import Agreement, Tie
 from parity.check import bounds
 from parity.check.ties import verdict_of_flip
 from parity.report.record import Verdict
@@ -16,38 +16,30 @@ from parity.report.record import Verdict
 LOGITS = {"float32": bounds.OUTPUT_FLOAT32, "bfloat16": bounds.OUTPUT_FLOAT16}
 
 
-class Stepper(Protocol):
-    """A twin that can be led along given tokens."""
-
-    def logits_along(self, tokens_BG: np.ndarray) -> Iterator[np.ndarray]:
-        """Logits (B, V) behind the prompt, and behind each of these tokens but the last."""
-        ...
-
-
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What every contender must write.
+    """The tokens that every decoder must write.
 
     Attributes:
         tokens_BG: of the flax step.
         logits: (B, V) for each of them, from which it was chosen.
         noise: largest difference between the twins' logits.
-        words: the cell, for messages.
+        task: its description, for messages.
     """
 
     tokens_BG: np.ndarray
     logits: Sequence[np.ndarray]
     noise: float
-    words: str
+    task: str
 
     def compare(self, name: str, tokens_BG: np.ndarray) -> tuple[Tie, ...]:
-        """Compares a contender's tokens, perhaps fewer, each row up to its first difference.
+        """Compare a decoder's tokens, possibly fewer, each row up to its first difference.
 
         Returns:
-            Where rows part between two logits that are as good as equal.
+            Where rows differ between two practically equal logits.
 
         Raises:
-            ValueError: for a row that parts anywhere else.
+            ValueError: for a row that differs anywhere else.
         """
         ties = []
         pairs = zip(self.tokens_BG[:, : tokens_BG.shape[1]], tokens_BG, strict=True)
@@ -60,9 +52,9 @@ class Reference:
             gap = float(logits_V[ours[number]] - logits_V[theirs[number]])
             if verdict_of_flip(gap, self.noise) is Verdict.FAIL:
                 raise ValueError(
-                    f"bench: token {number} of row {row} in {self.words}: flax step "
+                    f"bench: token {number} of row {row} in {self.task}: flax step "
                     f"{ours[number]}, {name} {theirs[number]}, whose logit is {gap:.1e} lower, "
-                    f"where the twins' logits differ by {self.noise:.1e}. Only contenders that "
+                    f"where the twins' logits differ by {self.noise:.1e}. Only decoders that "
                     f"write the same are worth timing. Find out why, or leave it out by "
                     f"--without '{name}'."
                 )
@@ -71,28 +63,27 @@ class Reference:
 
 
 def agree(
-    cell: Cell, flax_steps: Stepper, torch_steps: Stepper, tokens_BG: np.ndarray
+    flax_step: FlaxStep, torch_step: TorchStep, tokens_BG: np.ndarray
 ) -> tuple[Reference, Agreement]:
-    """Leads both twins along the tokens of the flax step, each through its own cache.
+    """Feed both twins the tokens of the flax step, each through its own cache.
 
     Raises:
-        ValueError: when their logits differ; NaN differs from everything.
+        ValueError: if their logits differ; NaN differs from everything.
     """
-    logits, noise, largest = [], 0.0, 0.0
-    pairs = zip(
-        flax_steps.logits_along(tokens_BG), torch_steps.logits_along(tokens_BG), strict=True
-    )
+    task, logits = flax_step.task, []
+    noise = largest = 0.0
+    pairs = zip(flax_step.logits_along(tokens_BG), torch_step.logits_along(tokens_BG), strict=True)
     for ours_BV, theirs_BV in pairs:
         noise = float(np.maximum(noise, np.max(np.abs(ours_BV - theirs_BV))))  # NaN stays
         largest = max(largest, float(np.max(np.abs(ours_BV))))
         logits.append(ours_BV)
-    gap, bound = noise / largest, LOGITS[cell.config.dtype]
+    gap, bound = noise / largest, LOGITS[task.config.dtype]
     if not gap <= bound:
         raise ValueError(
-            f"bench: logits of flax and torch in {cell.words}: {gap:.1e} of the largest apart > "
+            f"bench: logits of flax and torch in {task}: {gap:.1e} of the largest apart > "
             f"{bound:.0e}. Only twins that compute the same are worth timing. Find out where they "
-            "part by `parity check`."
+            "diverge by `parity check`."
         )
-    reference = Reference(tokens_BG, logits, noise, cell.words)
+    reference = Reference(tokens_BG, logits, noise, str(task))
     count = sum(x.size for x in logits)
     return reference, Agreement(gap, bound, noise, count, len(np.unique(tokens_BG)))

@@ -1,284 +1,460 @@
-"""Decoding timed side by side: the twins in each of their forms, baselines, and peers.
+"""Time one token of the twins in each of their forms, of baselines, and of peers.
 
-A grid of cells, and beside it the cost of a large cache and the powers of the context.
+A grid of cells, and beside it the cost of a large cache and how costs grow with the context. In a
+cell all decoders continue one prompt: first they must write the same, then they take turns, so
+that whatever slows the machine down slows all of them, and ratios are taken inside a round.
 """
 
-import contextlib
 import dataclasses
-import importlib.metadata
+import functools
 import itertools
-import os
-import platform
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
 
+import jax.numpy as jnp
 import numpy as np
 
 import flax_gpt
 import torch_gpt
-from parity.bench.agreement import LOGITS
-from parity.bench.complexity import MIN_CONTEXTS, Law
-from parity.bench.contenders import Cell
-from parity.bench.decode_cell import TWIN_STEPS, Subject, cell_phases, time_cell
-from parity.bench.decode_outcome import DecodeBench
-from parity.bench.decode_times import DecodeCell
-from parity.bench.flax_decoders import FlaxSteps
-from parity.bench.machine import Bandwidth, load_average
-from parity.bench.peers import LIBRARIES, Peers
-from parity.bench.programs import uncached_costs
-from parity.bench.step_pairs import StepPairs, pair_steps
-from parity.bench.torch_decoders import TorchSteps
-from parity.frameworks.flax.leaves import flax_leaves, load_flax
+from parity.bench.agreement import Reference, agree
+from parity.bench.decoders.flax import FlaxLoop, FlaxStep, flax_naive, flax_step, step_program
+from parity.bench.decoders.peers import LIBRARIES, Peers
+from parity.bench.decoders.protocol import Decoder, DecodeTask
+from parity.bench.decoders.torch import TorchStep, torch_in_place, torch_step
+from parity.bench.decoders.twins import OtherStep, Uncached
+from parity.bench.hlo import remade_caches
+from parity.bench.machine import (
+    Bandwidth,
+    Compilations,
+    MemoryGrowth,
+    Unavailable,
+    environment,
+    load_average,
+)
+from parity.bench.names import DECODERS, DTYPES
+from parity.bench.pairs import StepPairs, pair_steps
+from parity.bench.ratios import HANDLE, ratios
+from parity.bench.result import DecodeBench, DecodeCell, Decoding, Tie
+from parity.bench.roofline import BytesMoved
+from parity.bench.scaling import ScalingFit, fit_exponent
 from parity.frameworks.flax.scope import jax_scope
-from parity.system.devices import Devices, fingerprint, pinned_precision
+from parity.system.devices import Devices, pinned_precision
+from parity.twins.flax import FlaxTwin
+from parity.twins.torch import TorchTwin
 from parity.weights.randomize import randomized
-from parity.weights.tables import TWINS
-from parity.weights.transplant import transplant
 
-CONTENDERS = (
-    "flax step", "flax loop", "flax uncached", "flax naive", "torch step", "torch uncached",
-    "torch in place", "transformers", "transformers static", "ctranslate2",
-)  # fmt: skip
+Progress = Callable[[str, float], None]
 
+TWIN_STEPS = "flax step", "torch step"
+SEED = 0  # of weights and prompts
 # Slots of a small and of a large cache, and how many of them hold tokens.
 CAPACITIES, VALID = (256, 8192), 128
+# A round has fewer steps where it would take longer than this, in seconds, and a decoder sits out
+# the rounds after its total, but not the first ones.
+_ROUND_S = 2.5
+ALL_ROUNDS_S = 15.0
+MIN_ROUNDS = 2
+# The prompt is read again up to this total, in seconds, and at most this often.
+PREFILLS_S, PREFILLS = 2.0, 3
 _LOUD = 16.0  # times the size of other embeddings
-_VARIABLES = "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "XLA_FLAGS"
 
 
-def decode_phases(
-    dtypes: Sequence[str], batch_sizes: Sequence[int], contexts: Sequence[int]
-) -> tuple[str, ...]:
-    """What `bench_decode` tells `progress` about, in order."""
-    phases = []
-    for number, dtype in enumerate(dict.fromkeys(dtypes)):
-        for rows in dict.fromkeys(batch_sizes):
-            for context in dict.fromkeys(contexts):
-                phases += cell_phases(dtype, rows, context)
-        phases += ["large cache", "exponents"] if number == 0 else []
-    return tuple(phases)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeOptions:
+    """What to time.
+
+    Attributes:
+        preset: name of the model's size.
+        config: of the model; its position table is made longer where it has to be.
+        batch_sizes: rows.
+        contexts: tokens that a row holds at the end of a round; it begins `num_steps` before.
+        dtypes: of weights, cache and computation. The first is also tried with a large cache, and
+            with the first batch size costs are fitted to contexts.
+        rounds: turns of each decoder.
+        num_steps: tokens that a round appends to each row.
+        names: of the decoders.
+    """
+
+    preset: str
+    config: flax_gpt.GPTConfig
+    batch_sizes: tuple[int, ...] = (1,)
+    contexts: tuple[int, ...] = (128, 512, 2048)
+    dtypes: tuple[str, ...] = ("float32",)
+    rounds: int = 5
+    num_steps: int = 32
+    names: tuple[str, ...] = DECODERS
+
+    def __post_init__(self):
+        """Refuse what cannot be decoded, all problems in one message."""
+        problems = [f"there is no decoder {x!r}" for x in self.names if x not in DECODERS]
+        problems += [f"there is no dtype {x!r}" for x in self.dtypes if x not in DTYPES]
+        if not all((self.batch_sizes, self.contexts, self.dtypes, self.names)):
+            problems.append("nothing is left to time without a batch, context, dtype or decoder")
+        if min(*self.batch_sizes, self.rounds, self.num_steps, 1) < 1:
+            problems.append("rows, rounds and tokens of a round are at least 1")
+        short = [context for context in self.contexts if context - self.num_steps < 2]
+        if short:
+            problems.append(
+                f"context {', '.join(map(str, short))} with {self.num_steps} tokens of a round: at "
+                "least 2 must be left for the prompt"
+            )
+        if problems:
+            raise ValueError(f"bench: {'; '.join(problems)}. Choose others.")
+
+    def phases(self) -> tuple[str, ...]:
+        """Return the phases that `bench_decode` passes to `progress`, in order."""
+        found = []
+        for number, dtype in enumerate(self.dtypes):
+            for rows, context in itertools.product(self.batch_sizes, self.contexts):
+                found += _cell_phases(dtype, rows, context)
+            found += ["large cache"] if number == 0 else []
+        return tuple(found)
 
 
-def bench_decode(
-    preset: str,
-    devices: Devices,
-    *,
-    batch_sizes: Sequence[int] = (1,),
-    contexts: Sequence[int] = (128, 512, 2048),
-    dtypes: Sequence[str] = ("float32",),
-    rounds: int = 5,
-    num_steps: int = 32,
-    names: Sequence[str] = CONTENDERS,
-    changes: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    bandwidth: Callable[[Devices], Bandwidth] = Bandwidth,
-    progress: Callable[[str, float], None] = lambda phase, fraction: None,
-) -> DecodeBench:
-    """Times one token of every contender in every cell of a grid.
+@dataclasses.dataclass(frozen=True)
+class TwinModels:
+    """The twins with the same weights."""
+
+    flax: FlaxTwin
+    torch: TorchTwin
+
+    @property
+    def config(self) -> flax_gpt.GPTConfig:
+        """Of either model."""
+        return self.flax.config
+
+    def task(self, rows: int, prompt_length: int, num_steps: int) -> DecodeTask:
+        """Draw a prompt to continue."""
+        rng = np.random.default_rng((SEED, 1))
+        shape = rows, prompt_length
+        prompt_BT = rng.integers(0, self.config.vocab_size, shape, dtype=np.int32)
+        return DecodeTask(self.config, prompt_BT, num_steps, self.torch.device)
+
+
+def bench_decode(options: DecodeOptions, devices: Devices, progress: Progress) -> DecodeBench:
+    """Time one token of every decoder in every cell of a grid.
 
     Args:
-        preset: name of the model's size; its position table is made longer where it has to be.
+        options: what to time.
         devices: where to decode.
-        batch_sizes: rows.
-        contexts: tokens that a row holds when a turn ends; it begins `num_steps` before.
-        dtypes: of weights, cache and computation. The first is also tried with a large cache, and
-            with the first batch size costs are held against contexts.
-        rounds: turns of each contender.
-        num_steps: tokens that a turn appends to each row.
-        names: of the contenders.
-        changes: fields of the preset that are to be others.
-        seed: of weights and prompts.
-        bandwidth: makes what measures how fast memory is read.
-        progress: told the phase and how far it is.
+        progress: called with a phase and its fraction done.
 
     Raises:
-        ValueError: for what cannot be decoded, and when the logits of the twins or the tokens of
-            two contenders are not the same.
+        ValueError: if the logits of the twins or the tokens of two decoders are not the same.
     """
-    batch_sizes, contexts, dtypes, names = (
-        tuple(dict.fromkeys(x)) for x in (batch_sizes, contexts, dtypes, names)
-    )
-    _check_request(batch_sizes, contexts, dtypes, rounds, num_steps, names)
-    config = flax_gpt.GPTConfig.preset(preset, **(changes or {}))
     # The large cache too has a position for each slot, and the last token one more.
-    longest = max(*contexts, CAPACITIES[1] - 1) + 1
+    longest = max(*options.contexts, CAPACITIES[1] - 1) + 1
+    config = options.config
     config = dataclasses.replace(config, context_length=max(config.context_length, longest))
     before = load_average()
-    cells, tests, laws = [], (), ()
-    with pinned_precision():
-        roof = bandwidth(devices)
-        for dtype in dtypes:
-            subject = _subject(dataclasses.replace(config, dtype=dtype), devices, seed)
-            with Peers(subject.flax) as peers:
-                for rows, context in itertools.product(batch_sizes, contexts):
-                    prompt_BT = _prompt(config, rows, context - num_steps, seed)
-                    cell = Cell(subject.config, prompt_BT, num_steps, devices)
-                    cells.append(time_cell(subject, peers, cell, names, rounds, roof, progress))
+    cells: list[DecodeCell] = []
+    capacity: tuple[StepPairs, ...] = ()
+    complexity: tuple[ScalingFit, ...] = ()
+    # All types are narrower than float64, so one scope serves them.
+    with jax_scope("float32", devices.flax), pinned_precision():
+        bandwidth = Bandwidth(devices.torch)
+        for dtype in options.dtypes:
+            twins = _twins(dataclasses.replace(config, dtype=dtype), devices)
+            with Peers(twins.flax) as peers:
+                for rows, context in itertools.product(options.batch_sizes, options.contexts):
+                    task = twins.task(rows, context - options.num_steps, options.num_steps)
+                    cells.append(_time_cell(twins, peers, task, options, bandwidth, progress))
                     peers.clear()
-            if dtype == dtypes[0]:
-                tests = _capacity_tests(subject, names, rounds, num_steps, seed, progress)
-                laws = _laws(subject, cells, batch_sizes[0], progress)
+            if dtype == options.dtypes[0]:
+                capacity = _pair_capacities(twins, options, progress)
+                alike = [cell for cell in cells if cell.batch_size == options.batch_sizes[0]]
+                complexity = _scaling_fits(alike)
+    load = {"load_before": before, "load_after": load_average()}
     return DecodeBench(
-        environment=_environment(devices) | {"load_before": before, "load_after": load_average()},
-        preset=preset,
-        config=dataclasses.asdict(config),
-        seed=seed,
+        environment=environment(devices, LIBRARIES) | load,
+        preset=options.preset,
+        config=config,
+        seed=SEED,
         cells=tuple(cells),
-        capacity_tests=tests,
-        laws=laws,
+        capacity=capacity,
+        ratios=ratios(cells, capacity),
+        complexity=complexity,
     )
 
 
-def _capacity_tests(
-    subject: Subject,
-    names: Sequence[str],
-    rounds: int,
-    num_steps: int,
-    seed: int,
-    progress: Callable[[str, float], None],
-) -> tuple[StepPairs, ...]:
-    """Steps with few valid slots in a large and in a small cache, in turns, one row."""
-    cell = Cell(subject.config, _prompt(subject.config, 1, VALID, seed), num_steps, subject.devices)
-    makers = {"flax step": FlaxSteps, "torch step": TorchSteps}
-    models = {"flax step": subject.flax, "torch step": subject.torch}
-    wanted = [name for name in TWIN_STEPS if name in names]
-    progress("large cache", 0.0)
-    found = []
-    for place, name in enumerate(wanted, 1):
-        both = []
-        for slots in reversed(CAPACITIES):
-            steps = makers[name](models[name], cell, slots)
-            steps.prefill()
-            steps.turn(num_steps)
-            both.append((f"{slots} slots", steps))
-        words = f"{CAPACITIES[1]} slots over {CAPACITIES[0]}, {name.split()[0]}"
-        found.append(pair_steps(words, VALID, *both, rounds, num_steps))
-        progress("large cache", place / len(wanted))
-    return tuple(found)
-
-
-def _laws(
-    subject: Subject,
-    cells: Sequence[DecodeCell],
-    rows: int,
-    progress: Callable[[str, float], None],
-) -> tuple[Law, ...]:
-    """How a token's time, work and memory grow with the context; none for too few contexts."""
-    cells = [cell for cell in cells if cell.batch_size == rows]
-    progress("exponents", 0.0)
-    if len(cells) < MIN_CONTEXTS:
-        return ()
-    laws = []
-    for framework, form, name in (
-        ("flax", "cached", "flax step"),
-        ("torch", "cached", "torch step"),
-        ("flax", "uncached", "flax uncached"),
-        ("torch", "uncached", "torch uncached"),
-    ):
-        timings = [(cell, cell.get(name)) for cell in cells]
-        if all(timing is not None for _, timing in timings):
-            points = [(cell.mean_length(x), s) for cell, x in timings for s in x.turns_s]
-            laws.append(_law(framework, form, "time", f"{name}, measured", points))
-    for index, framework in enumerate(("flax", "torch")):
-        points = [
-            (cell.prompt_length, cell.accounts[index].valid * subject.config.num_layers)
-            for cell in cells
-        ]
-        laws.append(_law(framework, "cached", "memory", "valid slots by num_bytes", points))
-    by_program: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
-    for number, cell in enumerate(cells, 1):
-        for quantity, cost in cell.step_costs.items():
-            key = "cached", quantity, "XLA's account of the step, by capacity"
-            by_program.setdefault(key, []).append((cell.accounts[0].capacity, cost))
-        with jax_scope(subject.config.dtype, subject.devices.flax):
-            found = uncached_costs(subject.flax, rows, cell.context)
-        for quantity, cost in found.items():
-            key = "uncached", quantity, "XLA's account of a forward pass"
-            by_program.setdefault(key, []).append((cell.context, cost))
-        progress("exponents", number / len(cells))
-    for (form, quantity, source), points in by_program.items():
-        laws.append(_law("flax", form, quantity, source, points))
-    return tuple(sorted(laws, key=lambda law: law.form))
-
-
-def _law(
-    framework: str, form: str, quantity: str, source: str, points: Sequence[tuple[float, float]]
-) -> Law:
-    return Law(
-        framework=framework, form=form, quantity=quantity, source=source,
-        points=tuple((float(length), float(cost)) for length, cost in points),
-    )  # fmt: skip
-
-
-def _subject(config: flax_gpt.GPTConfig, devices: Devices, seed: int) -> Subject:
-    """The twins with weights of which every one matters.
+def _twins(config: flax_gpt.GPTConfig, devices: Devices) -> TwinModels:
+    """Make the twins with weights of which every one matters.
 
     Positions are made loud, or else one token would follow itself for ever, whatever the cache
     holds, and equal tokens would say little.
     """
-    with jax_scope(config.dtype, devices.flax):
-        flax_model = flax_gpt.GPT(config)
-        leaves = randomized(flax_leaves(flax_model), seed)
-        table = leaves["position_embedding.embedding"]
-        leaves["position_embedding.embedding"] = (table * _LOUD).astype(table.dtype)
-        load_flax(flax_model, leaves)
-    torch_model = torch_gpt.GPT(torch_gpt.GPTConfig(**dataclasses.asdict(config)))
-    transplant(flax_model, torch_model, TWINS)
-    return Subject(config, flax_model, torch_model.to(devices.torch), devices)
+    twin = FlaxTwin.build(config, devices.flax)
+    leaves = randomized(twin.leaves(), SEED)
+    table = leaves["position_embedding.embedding"]
+    leaves["position_embedding.embedding"] = (table * _LOUD).astype(table.dtype)
+    twin.load(leaves)
+    return TwinModels(twin, TorchTwin.build(config, devices.torch, leaves=leaves.items()))
 
 
-def _prompt(config: flax_gpt.GPTConfig, rows: int, length: int, seed: int) -> np.ndarray:
-    rng = np.random.default_rng((seed, 1))
-    return rng.integers(0, config.vocab_size, (rows, length), dtype=np.int32)
+class _Entry:
+    """A decoder that has run once, and what is known of it so far.
+
+    Args:
+        decoder: which has read the prompt.
+        first: what is known of it.
+        num_steps: of its rounds.
+        tokens_BG: that it has written.
+    """
+
+    def __init__(self, decoder: Decoder, first: Decoding, num_steps: int, tokens_BG: np.ndarray):
+        self.decoder, self.num_steps, self.tokens_BG = decoder, num_steps, tokens_BG
+        self._first, self._num_compiled, self.spent_s = first, 0, 0.0
+        self._rounds_s: list[float] = []
+        self._ties: dict[tuple[int, int], Tie] = {}
+
+    def compare(self, reference: Reference, tokens_BG: np.ndarray) -> None:
+        """Compare tokens, and keep where they differ by a tie."""
+        for tie in reference.compare(self.decoder.name, tokens_BG):
+            self._ties[tie.row, tie.number] = tie
+
+    def time_round(self, reference: Reference) -> None:
+        """Take one turn, whose tokens are compared again."""
+        start = time.perf_counter()
+        with Compilations() as compilations:
+            found = self.decoder.timed_steps(self.num_steps)
+        self.spent_s += time.perf_counter() - start
+        self._num_compiled += compilations.count
+        self._rounds_s.append(found.seconds / self.num_steps)
+        self.compare(reference, found.tokens_BG)
+
+    def result(self) -> Decoding:
+        """Return everything that is known."""
+        return dataclasses.replace(
+            self._first,
+            steps_per_round=self.num_steps,
+            rounds_s=tuple(self._rounds_s),
+            tokens_compared=self.tokens_BG.size,
+            ties=tuple(self._ties.values()),
+            programs_compiled_after_warm_up=self._num_compiled,
+        )
 
 
-def _check_request(
-    batch_sizes: Sequence[int],
-    contexts: Sequence[int],
-    dtypes: Sequence[str],
+class _Decoders:
+    """The decoders of one task, made when they are asked for."""
+
+    def __init__(self, twins: TwinModels, peers: Peers, task: DecodeTask):
+        self._twins, self._peers, self._task = twins, peers, task
+
+    @functools.cached_property
+    def flax_step(self) -> FlaxStep:
+        """The Flax twin's step."""
+        return flax_step(self._twins.flax.model, self._task)
+
+    @functools.cached_property
+    def torch_step(self) -> TorchStep:
+        """The PyTorch twin's step."""
+        return torch_step(self._twins.torch.model, self._task)
+
+    @functools.cached_property
+    def torch_in_place(self) -> OtherStep:
+        """The PyTorch twin's layers without a handle."""
+        return torch_in_place(self.torch_step)
+
+    def make(self, name: str) -> Decoder:
+        """Make a decoder; `Unavailable` if it cannot run here."""
+        makers: dict[str, Callable[[], Decoder]] = {
+            "flax step": lambda: self.flax_step,
+            "flax loop": lambda: FlaxLoop(self.flax_step),
+            "flax uncached": lambda: Uncached(self._twins.flax, self._task),
+            "flax naive": lambda: flax_naive(self._twins.flax.model, self.flax_step),
+            "torch step": lambda: self.torch_step,
+            "torch uncached": lambda: Uncached(self._twins.torch, self._task),
+            "torch in place": lambda: self.torch_in_place,
+        }
+        return makers.get(name, lambda: self._peers.make(name, self._task))()
+
+    def set_up(self, name: str) -> _Entry:
+        """Make a decoder and run it once, watching memory and compilation; raises as `make`."""
+        pid = self._peers.worker(name).pid if name.split()[0] in LIBRARIES else None
+        with MemoryGrowth(self._task.device, pid) as memory:
+            decoder = self.make(name)
+            with Compilations() as reading:
+                decoder.prefill()
+            # Without a cache a token is a whole prefill, so a round is as short as it can be.
+            num_steps = 1 if decoder.form == "uncached" else self._task.num_steps
+            with Compilations() as writing:
+                warm = decoder.timed_steps(num_steps)
+        compile_s = writing.seconds if name.startswith("flax") else None
+        prefills_s: list[float] = []
+        while decoder.reads_prompt and len(prefills_s) < PREFILLS and sum(prefills_s) < PREFILLS_S:
+            start = time.perf_counter()
+            decoder.prefill()
+            prefills_s.append(time.perf_counter() - start)
+        if decoder.form != "uncached":
+            few = min(2, num_steps)
+            step_s = decoder.timed_steps(few).seconds / few
+            if name == "torch step" and self._task.device.type != "cpu":
+                compile_s = max(0.0, warm.seconds - num_steps * step_s)
+            num_steps = max(1, min(num_steps, int(_ROUND_S / step_s)))
+            if num_steps < self._task.num_steps:
+                decoder.timed_steps(num_steps)  # compile for this number before it is timed
+        first = Decoding(
+            name=name,
+            ran=decoder.ran,
+            form=decoder.form,
+            compile_s=compile_s,
+            prefill_compile_s=reading.seconds if reading.count else None,
+            prefills_s=tuple(prefills_s),
+            memory_bytes=memory.num_bytes,
+            extra_weight_bytes=decoder.extra_weight_bytes,
+        )
+        return _Entry(decoder, first, num_steps, warm.tokens_BG)
+
+
+def _time_cell(
+    twins: TwinModels,
+    peers: Peers,
+    task: DecodeTask,
+    options: DecodeOptions,
+    bandwidth: Bandwidth,
+    progress: Progress,
+) -> DecodeCell:
+    """Check agreement first, then time the rounds."""
+    agreeing, timing = _cell_phases(task.config.dtype, task.batch_size, task.context)
+    progress(agreeing, 0.0)
+    decoders = _Decoders(twins, peers, task)
+    # The twins are set up in any case: nothing is timed where they were not compared.
+    entries = {name: decoders.set_up(name) for name in TWIN_STEPS}
+    tokens_BG = entries["flax step"].tokens_BG
+    reference, agreement = agree(decoders.flax_step, decoders.torch_step, tokens_BG)
+    entries["torch step"].compare(reference, entries["torch step"].tokens_BG)
+    absent: dict[str, Decoding] = {}
+    others = [name for name in options.names if name not in TWIN_STEPS]
+    for number, name in enumerate(others):
+        progress(agreeing, (number + 2) / (len(others) + 2))
+        try:
+            entries[name] = decoders.set_up(name)
+            entries[name].compare(reference, entries[name].tokens_BG)
+        except Unavailable as error:
+            absent[name] = Decoding(name=name, unavailable=str(error))
+    progress(agreeing, 1.0)
+    caches = {"flax": decoders.flax_step.cache, "torch": decoders.torch_step.cache}
+    layers = {name: _account(name, task, cache) for name, cache in caches.items()}
+    keys_BKSH = decoders.flax_step.cache.layers[0].keys_BKSH
+    copies = remade_caches(step_program(decoders.flax_step).as_text(), keys_BKSH.shape)
+    timed = [entries[name] for name in options.names if name in entries]
+    rates = _time_rounds(
+        timed, reference, options.rounds, bandwidth, lambda done: progress(timing, done)
+    )
+    handle = None
+    if {"torch step", "torch in place"} <= set(options.names):
+        both = {"torch step": decoders.torch_step, "torch in place": decoders.torch_in_place}
+        num_steps = min(entries[name].num_steps for name in both)
+        handle = pair_steps(HANDLE, task.context, both, options.rounds, num_steps)
+    return DecodeCell(
+        timings=tuple(absent.get(name) or entries[name].result() for name in options.names),
+        rates=rates,
+        dtype=task.config.dtype,
+        batch_size=task.batch_size,
+        context=task.context,
+        prompt_length=task.prompt_length,
+        bytes_moved=_bytes_moved(task),
+        agreement=agreement,
+        cache_layers=layers,
+        handle=handle,
+        cache_copies=len(copies),
+    )
+
+
+def _time_rounds(
+    timed: Sequence[_Entry],
+    reference: Reference,
     rounds: int,
-    num_steps: int,
-    names: Sequence[str],
-) -> None:
-    """Refuses what cannot be decoded, all problems in one message.
+    bandwidth: Bandwidth,
+    progress: Callable[[float], None],
+) -> dict[str, tuple[float, ...]]:
+    """Let every decoder take its turn in each round.
+
+    Returns:
+        Bytes per second of the programs that read memory, by round.
+    """
+    rates = []
+    for number in range(rounds):
+        # The first becomes the last next time, so that nobody always follows the same one.
+        first = number % len(timed)
+        for place, entry in enumerate((*timed[first:], *timed[:first])):
+            progress((number + place / len(timed)) / rounds)
+            if number < MIN_ROUNDS or entry.spent_s <= ALL_ROUNDS_S:
+                entry.time_round(reference)
+        rates.append(bandwidth.rates())
+    progress(1.0)
+    return {name: tuple(of_round[name] for of_round in rates) for name in rates[0]}
+
+
+def _account(
+    framework: str, task: DecodeTask, cache: flax_gpt.KVCache | torch_gpt.KVCache
+) -> dict[str, int]:
+    """Count the bytes of a cache after the prompt, and check them by the formula.
 
     Raises:
-        ValueError: with the numbers.
+        ValueError: if the cache counts otherwise.
     """
-    problems = [
-        f"there is no contender {x!r}, but {', '.join(CONTENDERS)}"
-        for x in names
-        if x not in CONTENDERS
-    ]
-    problems += [
-        f"there is no dtype {x!r}, but {', '.join(LOGITS)}" for x in dtypes if x not in LOGITS
-    ]
-    if not all((batch_sizes, contexts, dtypes, names)):
-        problems.append("nothing is left to time without a batch, context, dtype or contender")
-    if min(*batch_sizes, rounds, num_steps, 1) < 1:
-        problems.append(
-            f"batch {', '.join(map(str, batch_sizes))}, {rounds} rounds, {num_steps} tokens of a "
-            "turn: each is at least 1"
+    moved, layers = _bytes_moved(task), task.config.num_layers
+    formula = moved.cache(cache.capacity), moved.cache(task.prompt_length)
+    given = cache.num_bytes.allocated, cache.num_bytes.valid
+    if formula != given:
+        raise ValueError(
+            f"bench: a cache of {framework} in {task}: {given[0]} bytes allocated and "
+            f"{given[1]} valid, by its own account; 2 B K S H x itemsize in {layers} layers is "
+            f"{formula[0]:.0f} and {formula[1]:.0f}. One of them is wrong. Look into num_bytes."
         )
-    short = [context for context in contexts if context - num_steps < 2]
-    if short:
-        problems.append(
-            f"context {', '.join(map(str, short))} with {num_steps} tokens of a turn: at least 2 "
-            "must be left for the prompt"
-        )
-    if problems:
-        raise ValueError(f"bench: {'; '.join(problems)}. Choose others.")
+    package = flax_gpt if framework == "flax" else torch_gpt
+    sizes, _ = package.fast_attention.slots_to_read(cache.capacity, task.prompt_length)
+    read = int(moved.layer_cache(sizes[-1]))
+    found = {"allocated": given[0] // layers, "valid": given[1] // layers, "read": read}
+    return {"capacity": cache.capacity} | found
 
 
-def _environment(devices: Devices) -> dict[str, Any]:
-    """The fingerprint, and what else can change a time."""
-    versions = {}
-    for name in LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    return (
-        fingerprint(devices)
-        | versions
-        | {name: os.environ[name] for name in _VARIABLES if name in os.environ}
-        | {"system": platform.platform(), "cores": os.cpu_count()}
-    )
+def _pair_capacities(
+    twins: TwinModels, options: DecodeOptions, progress: Progress
+) -> tuple[StepPairs, ...]:
+    """Time steps with few valid slots in a large and in a small cache, in turns, one row."""
+    task = twins.task(1, VALID, options.num_steps)
+    small, large = CAPACITIES
+    makers: dict[str, Callable[[int], FlaxStep | TorchStep]] = {
+        "flax step": lambda slots: flax_step(twins.flax.model, task, slots),
+        "torch step": lambda slots: torch_step(twins.torch.model, task, slots),
+    }
+    found = []
+    wanted = [name for name in TWIN_STEPS if name in options.names]
+    progress("large cache", 0.0)
+    for place, name in enumerate(wanted, 1):
+        both = {f"{slots} slots": makers[name](slots) for slots in (large, small)}
+        for step in both.values():
+            step.prefill()
+            step.timed_steps(options.num_steps)
+        title = f"{large} slots over {small}, {name.split()[0]}"
+        found.append(pair_steps(title, VALID, both, options.rounds, options.num_steps))
+        progress("large cache", place / len(wanted))
+    return tuple(found)
+
+
+def _scaling_fits(cells: Sequence[DecodeCell]) -> tuple[ScalingFit, ...]:
+    """Fit the time of a token to the context, in either form of either twin."""
+    found = []
+    for name in ("flax step", "torch step", "flax uncached", "torch uncached"):
+        timings = [(cell, cell.get(name)) for cell in cells]
+        points = tuple(
+            (cell.mean_length(timing), seconds)
+            for cell, timing in timings
+            if timing is not None
+            for seconds in timing.rounds_s
+        )
+        form = "uncached" if name.endswith("uncached") else "cached"
+        found += [ScalingFit(name, form, points, fit_exponent(points))] if points else []
+    return tuple(found)
+
+
+def _bytes_moved(task: DecodeTask) -> BytesMoved:
+    return BytesMoved(task.config, task.batch_size, jnp.dtype(task.config.dtype).itemsize)
+
+
+def _cell_phases(dtype: str, rows: int, context: int) -> tuple[str, str]:
+    """Return the phases of one cell."""
+    cell = f"{dtype}, {rows} x {context}"
+    return f"{cell}, agreeing", f"{cell}, timing"

@@ -1,15 +1,18 @@
-"""What this machine can do at best: the roofs that steps are held against.
+"""What this machine can do at best, and what a piece of work takes of it.
 
-How fast it multiplies matrices bounds a training step, how fast it reads memory a decoding step.
+Its matrix product rate bounds a training step, its read bandwidth a decoding step.
 """
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import math
 import os
+import platform
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -17,175 +20,164 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
-from parity.frameworks.flax.scope import jax_scope
-from parity.system.devices import Devices, pinned_precision
+from parity.system.devices import Devices, fingerprint
 from parity.system.memory import hand_back_freed_memory
 
 SIZES = 512, 1024, 2048, 4096, 8192
 # A size that takes longer is the last one tried: small products fill a CPU, a GPU wants large ones.
 _LONG_S = 0.05
-# Products are repeated until a turn is this long, so that neither clock nor launch counts.
-_TURN_S = 0.05
+# Products are repeated for this long, so that neither clock nor launch counts.
+_MATMUL_S = 0.05
+_REPEATS = 3
+BANDWIDTH_BYTES = 1 << 29  # many times the size of any processor cache
+_READS = 2  # of each program per measurement, of which the best counts
 _SAMPLE_S = 0.002  # between two looks at the memory in use
+_VARIABLES = "OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "XLA_FLAGS"
+
+
+class Unavailable(Exception):
+    """This machine cannot run a decoder or a training step; the message says why."""
+
+
+def environment(devices: Devices, libraries: Sequence[str] = ()) -> dict[str, str | int | None]:
+    """Collect everything about the machine that can change a time.
+
+    Args:
+        devices: where the frameworks run.
+        libraries: others whose versions matter, where they are installed.
+    """
+    versions = {}
+    for name in libraries:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
+    system = {"system": platform.platform(), "cores": os.cpu_count()}
+    return fingerprint(devices) | versions | variables | system
 
 
 @dataclasses.dataclass(frozen=True)
 class Matmul:
-    """A product of two square matrices in one framework.
+    """Products of two square matrices in one framework.
 
     Attributes:
-        framework: flax or torch.
         size: rows and columns of both.
-        run: multiplies so often, one product after the other, and waits for the last.
-        times: products in a turn.
+        run: multiplies the given number of times and waits for the last product.
+        times: products per measurement.
     """
 
-    framework: str
     size: int
     run: Callable[[int], None]
     times: int = 1
 
     def rate(self) -> float:
-        """FLOP/s of one turn; a product of size n has 2 n**3."""
-        start = time.perf_counter()
-        self.run(self.times)
-        return self.times * 2 * self.size**3 / (time.perf_counter() - start)
+        """Measure FLOP/s; a product of size n has 2 n**3."""
+        return self.times * 2 * self.size**3 / _seconds(lambda: self.run(self.times))
 
 
-def best_matmul(
-    framework: str,
-    dtype: str,
-    devices: Devices,
-    sizes: tuple[int, ...] = SIZES,
-    repeats: int = 3,
-) -> Matmul:
-    """The size that a framework multiplies fastest, by the median of a few turns.
+def best_matmul(framework: str, dtype: str, device: torch.device) -> Matmul:
+    """Find the size that a framework multiplies fastest, by the median of a few repetitions.
 
-    Args:
-        framework: flax or torch.
-        dtype: of the matrices, by name. float32 is multiplied in full, not as TF32.
-        devices: where to multiply.
-        sizes: to try, in rising order.
-        repeats: turns of every size.
+    To be called with jax on its device and precision pinned; `device` is torch's.
     """
-    make = _flax_product if framework == "flax" else _torch_product
-    best, fastest = None, 0.0
-    for size in sizes:
-        with pinned_precision():
-            run = make(size, dtype, devices)
+    found: list[tuple[float, Matmul]] = []
+    for size in SIZES:
+        rng = np.random.default_rng(0)
+        a, b = (rng.standard_normal((size, size), np.float32) for _ in range(2))
+        b /= np.float32(math.sqrt(size))  # repeated products with it stay near 1
+        run = _flax_product(a, b, dtype)
+        if framework == "torch":
+            run = _torch_product(a, b, dtype, device)
         run(1)  # compiles, and wakes the threads
-        start = time.perf_counter()
-        run(1)
-        seconds = time.perf_counter() - start
-        found = Matmul(framework, size, run, max(1, math.ceil(_TURN_S / seconds)))
-        with pinned_precision():
-            rate = statistics.median(found.rate() for _ in range(repeats))
-        if rate > fastest:
-            best, fastest = found, rate
+        seconds = _seconds(lambda run=run: run(1))
+        matmul = Matmul(size, run, max(1, math.ceil(_MATMUL_S / seconds)))
+        found.append((statistics.median(matmul.rate() for _ in range(_REPEATS)), matmul))
         if seconds > _LONG_S:
             break
-    return best
+    return max(found, key=lambda pair: pair[0])[1]
 
 
-def _flax_product(size: int, dtype: str, devices: Devices) -> Callable[[int], None]:
-    with jax_scope(dtype, devices.flax):
-        a, b = (jnp.asarray(x).astype(dtype) for x in _matrices(size))
-        product = jax.jit(jnp.matmul).lower(a, b).compile()
+def _flax_product(a: np.ndarray, b: np.ndarray, dtype: str) -> Callable[[int], None]:
+    first, factor = (jnp.asarray(x).astype(dtype) for x in (a, b))
+    product = jax.jit(jnp.matmul).lower(first, factor).compile()
 
     def run(times: int) -> None:
-        found = a
+        found = first
         for _ in range(times):
-            found = product(found, b)
+            found = product(found, factor)
         jax.block_until_ready(found)
 
     return run
 
 
-def _torch_product(size: int, dtype: str, devices: Devices) -> Callable[[int], None]:
-    a, b = (torch.from_numpy(x).to(devices.torch, getattr(torch, dtype)) for x in _matrices(size))
+def _torch_product(
+    a: np.ndarray, b: np.ndarray, dtype: str, device: torch.device
+) -> Callable[[int], None]:
+    first, factor = (torch.from_numpy(x).to(device, getattr(torch, dtype)) for x in (a, b))
 
     def run(times: int) -> None:
-        found = a
+        found = first
         for _ in range(times):
-            found = found @ b
-        if devices.torch.type == "cuda":
-            torch.cuda.synchronize(devices.torch)
+            found = found @ factor
+        if found.is_cuda:
+            torch.cuda.synchronize(device)
 
     return run
 
 
-def _matrices(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Two matrices; multiplying by the second again and again keeps numbers near 1."""
-    rng = np.random.default_rng(0)
-    a, b = (rng.standard_normal((size, size), np.float32) for _ in range(2))
-    return a, b / np.float32(math.sqrt(size))
-
-
 class Bandwidth:
-    """How fast this machine reads memory, by the fastest of a few programs that do little else.
+    """How fast this machine reads memory: the rates of a few programs that do little else.
 
     On a CPU these are a sum in either framework and a matrix times a vector in XLA, over one array
-    that both share; on a GPU a copy, of which both the read and the written bytes count.
-
-    Args:
-        devices: whose memory.
-        num_bytes: of the array, in float32: many times what any cache holds.
-        repeats: of each program per measurement, of which the best counts.
+    that both share; on a GPU a copy, of which both the read and the written bytes count. To be
+    made with jax on its device and precision pinned; `device` is torch's.
     """
 
-    def __init__(self, devices: Devices, num_bytes: int = 1 << 29, repeats: int = 2):
-        self._repeats = repeats
+    def __init__(self, device: torch.device):
         columns = 1 << 10
-        rows = max(1, num_bytes // (4 * columns))
-        # Ones and not zeros: pages of zeros that nobody has written are one page, read from cache.
-        shared = torch.ones(rows, columns, device=devices.torch)
-        if devices.torch.type == "cuda":
+        rows = max(1, BANDWIDTH_BYTES // (4 * columns))
+        # Ones and not zeros: pages of zeros that were never written are one page, read from cache.
+        shared = torch.ones(rows, columns, device=device)
+        self._num_bytes = shared.nbytes
+        self._programs: dict[str, Callable[[], object]] = {}
+        if device.type == "cuda":
             target = torch.empty_like(shared)
-
-            def copy() -> None:
-                target.copy_(shared)
-                torch.cuda.synchronize(devices.torch)
-
-            self._programs = {"torch copy": (copy, 2 * shared.nbytes)}
+            self._num_bytes *= 2
+            copy = "torch copy"
+            self._programs[copy] = lambda: torch.cuda.synchronize(target.copy_(shared).device)
             return
-        with jax_scope("float32", devices.flax), pinned_precision():
-            array = jnp.from_dlpack(shared)
-            vector = jnp.ones(rows, jnp.float32)
-            add = jax.jit(jnp.sum).lower(array).compile()
-            multiply = jax.jit(jnp.matmul).lower(vector, array).compile()
-        self._programs = {
-            "torch sum": (lambda: torch.sum(shared), shared.nbytes),
-            "XLA sum": (lambda: jax.block_until_ready(add(array)), shared.nbytes),
-            "XLA matvec": (lambda: jax.block_until_ready(multiply(vector, array)), shared.nbytes),
-        }
-        for program, _ in self._programs.values():
-            program()
+        array, vector = jnp.from_dlpack(shared), jnp.ones(rows, jnp.float32)
+        add = jax.jit(jnp.sum).lower(array).compile()
+        multiply = jax.jit(jnp.matmul).lower(vector, array).compile()
+        self._programs["torch sum"] = lambda: torch.sum(shared)
+        self._programs["XLA sum"] = lambda: jax.block_until_ready(add(array))
+        self._programs["XLA matvec"] = lambda: jax.block_until_ready(multiply(vector, array))
+        self.rates()  # wakes the threads
 
     def rates(self) -> dict[str, float]:
-        """Bytes per second of every program, now."""
+        """Measure bytes per second of every program."""
         return {
-            name: num_bytes / min(_seconds(program) for _ in range(self._repeats))
-            for name, (program, num_bytes) in self._programs.items()
+            name: self._num_bytes / min(_seconds(program) for _ in range(_READS))
+            for name, program in self._programs.items()
         }
 
 
 class MemoryGrowth:
-    """Watches, inside a `with`, by how much the memory in use grows at its highest.
+    """Measure, inside a `with`, the peak growth of the memory in use.
 
-    On a CPU this is the resident memory of a process, sampled by a thread, and Linux alone tells
-    it; on a GPU the memory that the device has given away. What an earlier part of the process has
-    freed and kept is taken again without being seen, so freed memory is handed back first.
+    On a CPU this is the resident memory of a process, sampled by a thread, on Linux only; on a GPU
+    the allocated memory of the device. Memory that was freed but not returned to the system would
+    be reused unseen, so it is returned first.
 
     Args:
-        devices: whose memory.
+        device: whose memory.
         pid: of the process; None for this one.
 
     Attributes:
-        num_bytes: the growth; None where it cannot be told.
+        num_bytes: the growth; None where it is unknown.
     """
 
-    def __init__(self, devices: Devices, pid: int | None = None):
-        self._device, self._process = devices.torch, "self" if pid is None else str(pid)
+    def __init__(self, device: torch.device, pid: int | None = None):
+        self._device, self._process = device, "self" if pid is None else str(pid)
         self.num_bytes: int | None = None
 
     def __enter__(self) -> "MemoryGrowth":
@@ -197,7 +189,7 @@ class MemoryGrowth:
             self._thread.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._before is None:
             return
         self._done.set()
@@ -220,7 +212,7 @@ class MemoryGrowth:
 
 
 def load_average() -> float | None:
-    """Average number of processes that wanted to run in the last minute; None where unknown."""
+    """Return the average number of runnable processes in the last minute; None where unknown."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
@@ -231,7 +223,7 @@ def _seconds(program: Callable[[], object]) -> float:
 
 
 class Compilations:
-    """Counts, inside a `with`, the programs that XLA compiles, and how long that takes.
+    """Count, inside a `with`, the programs that XLA compiles, and how long that takes.
 
     Attributes:
         count: programs.
@@ -246,14 +238,14 @@ class Compilations:
         jax.monitoring.register_event_time_span_listener(self._note)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         jax.monitoring.unregister_event_time_span_listener(self._note)
         reached = -math.inf
         for start, end in sorted(self._spans):
             self.seconds += max(0.0, end - max(start, reached))
             reached = max(reached, end)
 
-    def _note(self, event: str, start: float, end: float, **_) -> None:
+    def _note(self, event: str, start: float, end: float, **_: object) -> None:
         if event.startswith("/jax/core/compile/"):
             self._spans.append((start, end))
             self.count += event.endswith("backend_compile_duration")

@@ -1,4 +1,4 @@
-"""From a name to a folder: what is on this disk, or a download by huggingface_hub."""
+"""Find a checkpoint's folder by its name: on this disk, or by a download of huggingface_hub."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ _UNWANTED = "*/*", "consolidated*"  # other formats and folders, which nobody he
 
 
 def folder_of(name: str) -> Path:
-    """The folder of a checkpoint.
+    """Return the folder of a checkpoint.
 
     Args:
         name: a folder, or `organization/model` of the hub. Pickles are never downloaded.

@@ -3,8 +3,8 @@
 import dataclasses
 
 from flax_gpt import GPTConfig
-from parity.checkpoints.folder import Weights
 from parity.checkpoints.tokens import Tokens
+from parity.checkpoints.weights import Weights
 from parity.pair.pair import Pair
 from parity.pair.text import Corpus, decode
 from parity.twins.pair import twins
@@ -23,14 +23,14 @@ def pair_of(
     seed: int = 0,
     max_new_tokens: int | None = None,
 ) -> Pair:
-    """Both twins with the weights of a checkpoint, in float32, and probes cut from a text.
+    """Return both twins with the weights of a checkpoint, in float32, and probes cut from a text.
 
     Args:
         weights: of the checkpoint.
         corpus: a text, read by the checkpoint's tokenizer; without one, tokens are drawn by chance.
         dropout: in training.
         seed: of passages and dropout.
-        max_new_tokens: behind each prompt; None for 256, or half of the context.
+        max_new_tokens: after each prompt; None for 256, or half of the context.
 
     Raises:
         ValueError: for numbers that are not finite, or too many new tokens.
@@ -41,16 +41,15 @@ def pair_of(
     ids = tokens.of_text(text, seed)
     source = f"{corpus.source} by tokenizer.json" if tokens.reads_text else "random ids"
     new = max_new_tokens or min(_NEW_TOKENS, config.context_length // 2)
-    pair = twins(
-        Corpus.from_ids(ids, source), config, seed=seed, max_new_tokens=new,
-        leaves=dict(weights.leaves("float32")),
-    )  # fmt: skip
+    leaves = dict(weights.leaves("float32"))
+    passages = Corpus.from_ids(ids, source)
+    pair = twins(passages, config, seed=seed, max_new_tokens=new, leaves=leaves)
     about = {"checkpoint": str(weights.path), "family": weights.family}
     return dataclasses.replace(pair, config=dict(pair.config) | about)
 
 
 def _readable(config: GPTConfig) -> GPTConfig:
-    """A config whose context the check can read; angles stay those of the whole one."""
+    """Return a config whose context the check can read; its angles are those of the whole one."""
     if config.positions == "learned" or config.context_length <= _LONGEST:
         return config
     rotary = config.rotary

@@ -1,23 +1,37 @@
-"""Both twins of a checkpoint write in step, a token at a time, each through its own cache."""
+"""Both twins of a checkpoint write in lockstep, token by token, each through its own cache."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import torch
 
-import flax_gpt
-import torch_gpt
 from flax_gpt import Sampling
 from parity.check import bounds
 from parity.check.ties import verdict_of_flip
-from parity.checkpoints.folder import Weights
-from parity.frameworks.flax.scope import jax_scope
-from parity.frameworks.torch.leaves import to_numpy
+from parity.checkpoints.weights import Weights
 from parity.report.record import Verdict
 from parity.system.devices import Devices, pinned_precision
+from parity.twins.both import build_twins
+from parity.twins.names import FRAMEWORKS
+
+
+@dataclasses.dataclass(frozen=True)
+class Writing:
+    """How a text is continued.
+
+    Attributes:
+        num_tokens: to write.
+        sampling: how each token is chosen.
+        seed: of the draws, with the same noise in both twins.
+        frameworks: the twins that write.
+        use_cache: False reads the whole text again for every token.
+    """
+
+    num_tokens: int
+    sampling: Sampling
+    seed: int = 0
+    frameworks: Sequence[str] = FRAMEWORKS
+    use_cache: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +39,9 @@ class Choice:
     """One token.
 
     Attributes:
-        token: its id, by flax where it writes, which both go on from.
+        token: the id chosen by the first twin that writes, with which both go on.
         margin: by how much its score beat the second best.
-        others: what the other twin chose; None where it agrees or does not write.
+        others: the id chosen by the other twin; None where it agrees or does not write.
         gap: largest difference between the twins' logits; None for one twin.
         verdict: PASS where they agree, TIE where the margin is within what the gap explains.
     """
@@ -40,31 +54,23 @@ class Choice:
 
 
 def stream(
-    weights: Weights,
-    ids: Sequence[int],
-    num_tokens: int,
-    sampling: Sampling,
-    seed: int,
-    devices: Devices,
-    frameworks: Sequence[str] = ("flax", "torch"),
-    use_cache: bool = True,
+    weights: Weights, ids: Sequence[int], writing: Writing, devices: Devices
 ) -> Iterator[Choice]:
-    """Continues ids.
+    """Continue ids, and yield each token as it is chosen.
 
     Args:
         weights: of a checkpoint.
         ids: the prompt.
-        num_tokens: to write.
-        sampling: how tokens are chosen.
-        seed: of the draws, the same noise in both twins.
-        devices: where they run.
-        frameworks: who writes.
-        use_cache: without it every token reads everything again.
+        writing: how it is continued.
+        devices: where the twins run.
+
+    Yields:
+        A choice for each token.
 
     Raises:
         ValueError: when the prompt and the new tokens do not fit into the context.
     """
-    config = weights.config
+    config, num_tokens = weights.config, writing.num_tokens
     total = len(ids) + num_tokens
     if total > config.context_length:
         raise ValueError(
@@ -72,29 +78,31 @@ def stream(
             f"context_length {config.context_length}. Ask for at most "
             f"{max(config.context_length - len(ids), 0)}."
         )
-    kinds = {"flax": _Flax, "torch": _Torch}
+    sampling = dataclasses.asdict(writing.sampling)
     with pinned_precision():
-        writers = [kinds[name](weights, devices, sampling, seed) for name in frameworks]
-        logits = [writer.read(ids, use_cache) for writer in writers]
+        streams = [
+            twin.stream(ids, sampling, writing.seed, writing.use_cache)
+            for twin in build_twins(config, devices, weights.leaves, writing.frameworks).values()
+        ]
         for step in range(num_tokens):
-            pairs = list(zip(writers, logits, strict=True))
-            scores = [writer.scores(logits_1V, step) for writer, logits_1V in pairs]
-            plain = [writer.numbers(logits_1V) for writer, logits_1V in pairs]
-            if not all(np.all(np.isfinite(x)) for x in plain):
+            logits = [x.logits_V for x in streams]
+            if not all(np.all(np.isfinite(x)) for x in logits):
                 raise ValueError(
                     f"generate: logits of token {step + 1} are not finite in {config.dtype}. "
                     "Nothing can be chosen from them. Convert the checkpoint to a wider type."
                 )
-            choice = _choose(scores, plain, config.dtype, sampling.temperature)
+            scores = [x.scores_V for x in streams]
+            choice = _choose(scores, logits, config.dtype, writing.sampling.temperature)
             yield choice
             if step + 1 < num_tokens:
-                logits = [writer.extend(choice.token) for writer in writers]
+                for x in streams:
+                    x.append(choice.token)
 
 
 def _choose(
     scores: list[np.ndarray], logits: list[np.ndarray], dtype: str, temperature: float
 ) -> Choice:
-    """The first twin's token; where the other has another one, whether rounding explains it."""
+    """Return the first twin's token; where the other's differs, whether rounding explains it."""
     tokens = [int(np.argmax(x)) for x in scores]
     margins = [_margin(x) for x in scores]
     if len(scores) == 1:
@@ -110,72 +118,3 @@ def _choose(
 def _margin(scores_V: np.ndarray) -> float:
     best, second = np.sort(scores_V)[-1:-3:-1] if scores_V.size > 1 else (scores_V[0], -np.inf)
     return float(best - second)
-
-
-class _Flax:
-    def __init__(self, weights: Weights, devices: Devices, sampling: Sampling, seed: int):
-        self._scope = lambda: jax_scope(weights.config.dtype, devices.flax)
-        with self._scope():
-            self._decoder = flax_gpt.Decoder(weights.flax(devices.flax), 1)
-            self._key = flax_gpt.random.key(seed)
-        self._sampling, self._cache = sampling, None
-
-    def read(self, ids: Sequence[int], use_cache: bool) -> jax.Array:
-        self._ids, self._use_cache = list(ids), use_cache
-        with self._scope():
-            logits_1V, self._cache = self._decoder.prefill(np.asarray([self._ids], np.int32))
-        return logits_1V
-
-    def extend(self, token: int) -> jax.Array:
-        if not self._use_cache:
-            return self.read([*self._ids, token], False)
-        with self._scope():
-            tokens_1 = jnp.asarray([token], jnp.int32)
-            logits_1V, self._cache = self._decoder.advance(tokens_1, self._cache)
-        return logits_1V
-
-    def scores(self, logits_1V: jax.Array, step: int) -> np.ndarray:
-        with self._scope():
-            scores_1V = logits_1V.astype(jnp.promote_types(logits_1V.dtype, jnp.float32))
-            if self._sampling.temperature > 0.0:
-                left_1V = flax_gpt.filter_logits(logits_1V, self._sampling)
-                key = flax_gpt.random.fold_in(self._key, step)
-                scores_1V = flax_gpt.random.perturb(key, left_1V)
-            return self.numbers(scores_1V)
-
-    def numbers(self, scores_1V: jax.Array) -> np.ndarray:
-        return np.asarray(scores_1V)[0].astype(np.float64)
-
-
-class _Torch:
-    def __init__(self, weights: Weights, devices: Devices, sampling: Sampling, seed: int):
-        self._decoder = torch_gpt.Decoder(weights.torch(devices.torch).eval(), 1)
-        self._key = torch_gpt.random.key(seed)
-        self._device = devices.torch
-        self._sampling = torch_gpt.Sampling(**dataclasses.asdict(sampling))
-
-    @torch.no_grad()
-    def read(self, ids: Sequence[int], use_cache: bool) -> torch.Tensor:
-        self._ids, self._use_cache = list(ids), use_cache
-        logits_1V, self._cache = self._decoder.prefill(torch.tensor([self._ids]))
-        return logits_1V
-
-    @torch.no_grad()
-    def extend(self, token: int) -> torch.Tensor:
-        if not self._use_cache:
-            return self.read([*self._ids, token], False)
-        tokens_1 = torch.tensor([token], device=self._device)
-        logits_1V, self._cache = self._decoder.advance(tokens_1, self._cache)
-        return logits_1V
-
-    @torch.no_grad()
-    def scores(self, logits_1V: torch.Tensor, step: int) -> np.ndarray:
-        scores_1V = logits_1V.to(torch.promote_types(logits_1V.dtype, torch.float32))
-        if self._sampling.temperature > 0.0:
-            left_1V = torch_gpt.filter_logits(logits_1V, self._sampling)
-            key = torch_gpt.random.fold_in(self._key, step)
-            scores_1V = torch_gpt.random.perturb(key, left_1V)
-        return self.numbers(scores_1V)
-
-    def numbers(self, scores_1V: torch.Tensor) -> np.ndarray:
-        return to_numpy(scores_1V)[0].astype(np.float64)

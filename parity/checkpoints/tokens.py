@@ -1,17 +1,17 @@
-"""Text in and out of a checkpoint, by its tokenizer.json; without one, ids in words."""
+"""Text in and out of a checkpoint by its tokenizer.json; without one, a text is ids."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from parity.checkpoints.folder import read_json
+from parity.checkpoints.files import read_json
 
 _CUT = "\N{REPLACEMENT CHARACTER}"  # what half a character decodes to
 
 
 class Tokens:
-    """How a checkpoint writes ids as text.
+    """Ids of a checkpoint as text, and back.
 
     Args:
         path: its folder.
@@ -46,7 +46,7 @@ class Tokens:
         return self._tokenizer is not None
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a prompt.
+        """Return the ids of a prompt.
 
         Raises:
             ValueError: for an empty prompt, or ids that the model does not have.
@@ -64,7 +64,7 @@ class Tokens:
         return self._known(ids, f"prompt {text!r}")
 
     def of_text(self, text: str, seed: int) -> np.ndarray:
-        """The ids of a long text; without a tokenizer, as many ids by chance.
+        """Return the ids of a long text; without a tokenizer, random ids, one for each character.
 
         Raises:
             ValueError: for ids that the model does not have.
@@ -75,7 +75,7 @@ class Tokens:
         return np.asarray(self._known(self._tokenizer.encode(text).ids, "the text"), np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, without a character that is not whole yet."""
+        """Return the text of ids, without a character that is not whole yet."""
         if self._tokenizer is None:
             return "".join(f" {index}" for index in ids)
         return self._tokenizer.decode(list(ids), skip_special_tokens=False).rstrip(_CUT)

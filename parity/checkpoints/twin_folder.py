@@ -1,46 +1,48 @@
-"""A folder with one twin's weights under its own names, and what makes a model of them again."""
+"""A folder with one twin's weights under its own names, as `parity convert` writes it."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Self
 
 import numpy as np
-from safetensors import safe_open
 
 from flax_gpt import GPTConfig
 from parity.checkpoints.families import FAMILIES
-from parity.checkpoints.folder import (
-    Checkpoint,
-    Weights,
-    flax_shapes,
-    headers,
-    ids_of,
-    read_json,
-    suspicious,
-    torch_shapes,
-    write_folder,
-)
+from parity.checkpoints.files import Header, headers, read_json
+from parity.checkpoints.folder import Checkpoint
+from parity.checkpoints.weights import Weights, blank, checked, flax_blanks, twin_blanks
+from parity.checkpoints.write import ids_of, write_folder
 from parity.frameworks.leaves import Leaves, different_leaves
+from parity.twins.names import FRAMEWORKS
 from parity.weights.tables import TWINS
 from parity.weights.weight_map import links_of
 
-FRAMEWORKS = "flax", "torch"
 _FORMAT = "parity-model-1"
 
 
 @dataclasses.dataclass(frozen=True)
-class TwinFolder(Weights):
-    """A folder that `write_twin` made.
+class TwinFolder:
+    """A folder that `write_twin` made; see `Weights`.
 
     Attributes:
-        framework: whose names the weights have.
+        framework: of the twin whose names the weights have.
     """
 
+    path: Path
+    family: str
+    config: GPTConfig
+    notes: tuple[str, ...]
     framework: str
+    _tensors: Mapping[str, Header]
 
     @classmethod
-    def open(cls, path: Path, dtype: str | None = None) -> "TwinFolder":
-        """Reads what it is and the header of its weights.
+    def open(cls, path: Path, dtype: str | None = None) -> Self:
+        """Read its config.json and the headers of its weights.
+
+        Args:
+            path: the folder.
+            dtype: of the model; as stored when None.
 
         Raises:
             ValueError: for a folder that is damaged; in one line.
@@ -60,31 +62,33 @@ class TwinFolder(Weights):
                 "Convert again."
             ) from error
         found = headers(path)
-        blank = {name: np.broadcast_to(np.float32(0), x.shape) for name, x in found.items()}
-        wanted = flax_shapes(config) if framework == "flax" else torch_shapes(config)
-        if problems := different_leaves(wanted, blank):
+        given = {name: blank(x.shape) for name, x in found.items()}
+        expected = flax_blanks(config) if framework == "flax" else twin_blanks(config)
+        if problems := different_leaves(expected, given):
             raise ValueError(
                 f"checkpoint {path}: {'; '.join(problems)}. The weights are not those of its "
                 "config.json. Convert again."
             )
-        return cls(path, family, config, (), framework)
+        return cls(path, family, config, (), framework, found)
 
     def leaves(self, dtype: str | None = None) -> Iterator[tuple[str, np.ndarray]]:
         """See `Weights`."""
-        links = links_of(TWINS, torch_shapes(self.config))
-        file = self.path / "model.safetensors"
-        with suspicious(file), safe_open(file, framework="numpy") as opened:
-            for link in links:
-                (name,) = link.flax
-                if self.framework == "flax":
-                    leaf = opened.get_tensor(name)
-                else:
-                    leaf = link.to_flax({x: opened.get_tensor(x) for x in link.torch})[name]
-                yield name, self.finite(name, leaf, dtype)
+        for link in links_of(TWINS, twin_blanks(self.config)):
+            (name,) = link.flax
+            if self.framework == "flax":
+                leaf = self._tensors[name].read()
+            else:
+                leaf = link.to_flax({x: self._tensors[x].read() for x in link.torch})[name]
+            yield name, checked(self, name, leaf, dtype)
 
 
 def write_twin(path: Path, framework: str, source: Weights) -> None:
-    """Writes a folder with the weights of one twin, and the tokenizer of the source.
+    """Write a folder with the weights of one twin, and the tokenizer of the source.
+
+    Args:
+        path: of the new folder.
+        framework: of the twin.
+        source: of the weights.
 
     Raises:
         ValueError: when there is something in the folder already.
@@ -98,13 +102,17 @@ def write_twin(path: Path, framework: str, source: Weights) -> None:
     }
     tensors: Leaves = leaves
     if framework == "torch":
-        links = links_of(TWINS, torch_shapes(config))
+        links = links_of(TWINS, twin_blanks(config))
         tensors = {name: x for link in links for name, x in link.to_torch(leaves).items()}
     write_folder(path, document, tensors, _FORMAT, source.path)
 
 
 def open_checkpoint(path: Path, dtype: str | None = None) -> Weights:
-    """A folder of transformers, or one that `write_twin` made.
+    """Open a folder of transformers, or one that `write_twin` made.
+
+    Args:
+        path: the folder.
+        dtype: of the model; as stored when None.
 
     Raises:
         ValueError: for a folder that is neither, or damaged; in one line.

@@ -1,22 +1,34 @@
-"""`parity bench`: how fast the twins are, side by side in one run."""
+"""`parity bench`: time the twins side by side in one run."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
-from parity.cli.options import PRESETS, Device, Preset, check_outputs, in_one_line, unwrapped
+from parity.bench.names import DECODERS, DTYPES
+from parity.cli.options import (
+    PRESETS,
+    Device,
+    Preset,
+    check_outputs,
+    in_one_line,
+    unwrapped,
+    write_output,
+)
 from parity.system.threads import use_spinning_threads
 
-# The names of parity.bench.DTYPES and parity.bench.CONTENDERS; a test holds them equal.
-DTYPES = "float32", "bfloat16"
-CONTENDERS = (
-    "flax step", "flax loop", "flax uncached", "flax naive", "torch step", "torch uncached",
-    "torch in place", "transformers", "transformers static", "ctranslate2",
-)  # fmt: skip
+if TYPE_CHECKING:
+    from parity.bench.result import DecodeBench, TrainBench
 
 bench = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
+
+Json = Annotated[
+    str | None, typer.Option(help="Write the times to this file; - for standard output.")
+]
+Markdown = Annotated[
+    str | None, typer.Option(help="Write the tables to this file; - for standard output.")
+]
 
 
 def decode(
@@ -25,7 +37,7 @@ def decode(
     batch: Annotated[str, typer.Option(help="Rows, commas between more: 1,8.")] = "1",
     contexts: Annotated[
         str,
-        typer.Option("--context", help="Tokens of a row when a turn ends, commas between more."),
+        typer.Option("--context", help="Tokens of a row when a round ends, commas between more."),
     ] = "128,512,2048",
     dtype: Annotated[
         str,
@@ -33,44 +45,41 @@ def decode(
             help=f"Of weights, cache and computation, commas between: {','.join(DTYPES)}."
         ),
     ] = "float32",
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each contender.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each decoder.")] = 5,
     tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens that a turn appends to each row.")
+        int, typer.Option(min=1, help="Tokens that a round appends to each row.")
     ] = 32,
     only: Annotated[
-        str | None, typer.Option(help="Contenders to time, commas between. Default: all.")
+        str | None, typer.Option(help="Decoders to time, commas between. Default: all.")
     ] = None,
     without: Annotated[
-        str | None, typer.Option(help="Contenders to leave out, commas between.")
+        str | None, typer.Option(help="Decoders to leave out, commas between.")
     ] = None,
     device: Device = "auto",
-    json: Annotated[
-        str | None,
-        typer.Option(help="Write the times to this file; - for the last line of standard output."),
-    ] = None,
+    json: Json = None,
+    markdown: Markdown = None,
     png: Annotated[
         Path | None, typer.Option(help="Draw into this folder, which is made if it is not there.")
     ] = None,
 ) -> None:
     """Time one token: both twins with and without cache, baselines, and peers that are installed.
 
-    Every contender has the same random weights and the same prompt, and takes its turn in every
-    round. A cell of the grid is a dtype, a batch size and a context; a turn ends when every row
-    holds so many tokens, so its prompt is --tokens shorter. Nothing is timed before the logits of
-    the twins agree and every contender has written the same tokens.
+    Every decoder has the same random weights and the same prompt, and takes its turn in every
+    round. A cell of the grid is a dtype, a batch size and a context. A round ends when every row
+    holds --context tokens, so its prompt is --tokens shorter. Nothing is timed before the logits
+    of the twins agree and every decoder has written the same tokens.
 
-    Contenders: flax step (one compiled program per token), flax loop (all tokens in one), flax
-    uncached, flax naive (a donated step as people first write it), torch step, torch uncached,
-    torch in place (the same layers without handles), transformers, transformers static (its two
-    caches), ctranslate2. The last three need the extra: pip install 'parity-gpt\\[bench]'.
+    Decoders: flax step (one compiled program per token), flax loop (all tokens in one), flax
+    uncached, flax naive (the same step under a plain jax.jit), torch step, torch uncached, torch
+    in place (the same layers without handles), transformers, transformers static (its two caches),
+    ctranslate2. The last three need the extra: pip install 'parity-gpt\\[bench]'.
 
     How to read the table: a token needs every weight and the valid part of the cache once, so its
-    time is held against the time that this machine takes to read as many bytes, measured in the
+    time is compared with the time that this machine takes to read as many bytes, measured in the
     same round. The time of a token is the median, its spread that from the fastest to the slowest
     round; x tf is the speed against transformers, round by round; build is compiling, which is in
-    no turn. Below the cells come the ratios that the project has targets for, two of them from
-    single steps in turns (torch's handle against none, a large cache against a small one), and how
-    time, work and memory grow with the context.
+    no round. Below the cells come ratios, two of them from single steps in turns (torch's handle
+    against none, a large cache against a small one), and how time grows with the context.
 
     Close what else computes; the load average is printed. Torch's threads that spin while they
     wait are fastest on idle cores and stall each other on busy ones, so this command sets
@@ -79,7 +88,7 @@ def decode(
 
     On two CPU cores the default takes eight to eleven minutes. Peers run in processes of their own.
 
-    Exit codes: 0 timed, 2 bad input, or contenders that do not write the same.
+    Exit codes: 0 timed, 2 bad input, or decoders that do not write the same.
 
     Examples:
 
@@ -87,7 +96,7 @@ def decode(
 
     parity bench --batch 1,8 --context 512 --only 'flax step,torch step,transformers'
 
-    parity bench --dtype float32,bfloat16 --json times.json --png pictures
+    parity bench --dtype float32,bfloat16 --json times.json --png plots
 
     parity bench --preset gpt2-xl --dtype bfloat16 --device cuda --without ctranslate2
     """
@@ -96,79 +105,37 @@ def decode(
         return
     errors = Console(stderr=True)
     with in_one_line(errors):
-        check_outputs({"--json": json})
+        check_outputs({"--json": json, "--markdown": markdown})
         batch_sizes, lengths = _numbers("--batch", batch), _numbers("--context", contexts)
         dtypes = _words("--dtype", dtype, DTYPES)
-        names = _words("--only", only, CONTENDERS) if only is not None else CONTENDERS
-        left_out = _words("--without", without, CONTENDERS) if without is not None else ()
-        names = tuple(name for name in names if name not in left_out)
+        names = _words("--only", only, DECODERS) if only is not None else DECODERS
+        left_out = _words("--without", without, DECODERS) if without is not None else ()
         use_spinning_threads()
         with errors.status("loading jax and torch"):
-            from parity.bench import bench_decode, decode_phases, draw
+            from flax_gpt import GPTConfig
+            from parity.bench.decode import DecodeOptions, bench_decode
+            from parity.bench.plots import draw
             from parity.system.devices import choose_devices
-            from parity.system.files import write_atomically
             from parity.system.progress import interruptible, shown
 
             devices = choose_devices(device)
+        options = DecodeOptions(
+            preset=preset,
+            config=GPTConfig.preset(preset),
+            batch_sizes=batch_sizes,
+            contexts=lengths,
+            dtypes=dtypes,
+            rounds=rounds,
+            num_steps=tokens,
+            names=tuple(name for name in names if name not in left_out),
+        )
         if png is not None:
             png.mkdir(parents=True, exist_ok=True)
-        phases = decode_phases(dtypes, batch_sizes, lengths)
-        with shown(errors, phases) as show, interruptible(show) as progress:
-            times = bench_decode(
-                preset, devices, batch_sizes=batch_sizes, contexts=lengths, dtypes=dtypes,
-                rounds=rounds, num_steps=tokens, names=names, progress=progress,
-            )  # fmt: skip
-        Console(stderr=json == "-").print(times)
-        if png is not None:
-            for path in draw(times, png):
-                errors.print(f"{path}", style="dim", highlight=False, soft_wrap=True)
-        if json == "-":
-            typer.echo(times.to_json(), nl=False)
-        elif json is not None:
-            write_atomically(Path(json), times.to_json(indent=1))
-
-
-def _refuse_options(context: typer.Context) -> None:
-    """Options in front of a subcommand would be dropped without a word.
-
-    Raises:
-        typer.BadParameter: for the first of them.
-    """
-    for name in context.params:
-        # By its name, for typer may bring a click of its own.
-        if context.get_parameter_source(name).name == "COMMANDLINE":
-            raise typer.BadParameter(
-                f"{name} before {context.invoked_subcommand}: it is an option of `parity bench` "
-                f"alone. Put options of {context.invoked_subcommand} behind it."
-            )
-
-
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """Whole numbers of at least 1, with commas between.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
-        raise ValueError(
-            f"{option} {text}: it takes whole numbers of at least 1. Put commas between them."
-        )
-    return tuple(int(part) for part in parts)
-
-
-def _words(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """Some of the known words, with commas between.
-
-    Raises:
-        ValueError: for any other.
-    """
-    parts = tuple(part.strip() for part in text.split(","))
-    if not set(parts) <= set(known):
-        raise ValueError(
-            f"{option} {text}: there are {', '.join(known)}. Put commas between those you want."
-        )
-    return parts
+        with shown(errors, options.phases()) as show, interruptible(show) as progress:
+            found = bench_decode(options, devices, progress)
+        _write(found, json, markdown)
+        for path in draw(found, png) if png is not None else ():
+            errors.print(f"{path}", style="dim", highlight=False, soft_wrap=True)
 
 
 def training(
@@ -185,8 +152,9 @@ def training(
         int | None,
         typer.Option(min=2, help="Tokens of a row. Default: 64 of tiny, 128 of others."),
     ] = None,
-    repeats: Annotated[
-        int | None, typer.Option(min=1, help="Rounds. Default: 15 of tiny, 5 of others.")
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Turns of each step. Default: 15 of tiny, 5 of others."),
     ] = None,
     dtype: Annotated[
         str,
@@ -195,15 +163,14 @@ def training(
         ),
     ] = "float32",
     device: Device = "auto",
-    json: Annotated[
-        str | None, typer.Option(help="Write the times to this file; - for standard output.")
-    ] = None,
+    json: Json = None,
+    markdown: Markdown = None,
 ) -> None:
     """Time one training step: flax jit, flax donated, torch eager, torch compiled.
 
     All start from the same weights, and nothing is timed before their losses have agreed over two
     steps. Then they take turns, and in the same rounds each framework multiplies matrices, which
-    is the roof that their FLOP/s are a share of. Compilation is timed apart, from nothing. On two
+    is the rate that their FLOP/s are a share of. Compilation is timed apart, from nothing. On two
     CPU cores this takes a few minutes and, for gpt2, 10 GB of memory.
 
     Exit codes: 0 timed, 2 bad input, or steps that do not compute the same.
@@ -218,30 +185,75 @@ def training(
     """
     errors = Console(stderr=True)
     with in_one_line(errors):
-        check_outputs({"--json": json})
+        check_outputs({"--json": json, "--markdown": markdown})
         if dtype not in DTYPES:
             raise ValueError(f"--dtype {dtype}: there are {', '.join(DTYPES)}. Choose one of them.")
-        presets = list(dict.fromkeys(preset or ("tiny", "gpt2")))
+        presets = dict.fromkeys(preset or ("tiny", "gpt2"))
         with errors.status("loading jax and torch"):
-            from parity.bench import bench_training, phases
+            from parity.bench.train import TrainOptions, bench_train
             from parity.pair.text import Corpus
             from parity.system.devices import choose_devices
-            from parity.system.files import write_atomically
             from parity.system.progress import interruptible, shown
 
-            devices = choose_devices(device)
-            corpus = Corpus.load()
-        names = [phase for name in presets for phase in phases(name)]
+            devices, corpus = choose_devices(device), Corpus.load()
+        options = [TrainOptions.of_preset(corpus, x, batch_size, width, rounds) for x in presets]
+        names = [phase for option in options for phase in option.phases()]
         with shown(errors, names) as show, interruptible(show) as progress:
-            times = bench_training(
-                corpus, presets, devices, dtype=dtype, batch_size=batch_size, width=width,
-                repeats=repeats, progress=progress,
-            )  # fmt: skip
-        Console(stderr=json == "-").print(times)
-        if json == "-":
-            typer.echo(times.to_json(), nl=False)
-        elif json is not None:
-            write_atomically(Path(json), times.to_json())
+            found = bench_train(corpus, options, dtype, devices, progress)
+        _write(found, json, markdown)
+
+
+def _refuse_options(context: typer.Context) -> None:
+    """Refuse options before a subcommand, which would be dropped without a word.
+
+    Raises:
+        typer.BadParameter: for the first of them.
+    """
+    for name in context.params:
+        # By its name, for typer may bring a click of its own.
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise typer.BadParameter(
+                f"{name} before {context.invoked_subcommand}: it is an option of `parity bench` "
+                f"alone. Put options of {context.invoked_subcommand} after it."
+            )
+
+
+def _write(found: "DecodeBench | TrainBench", json: str | None, markdown: str | None) -> None:
+    """Print the tables, and write what was asked for; standard output holds one of them."""
+    from parity.bench import result, table
+
+    Console(stderr="-" in (json, markdown)).print(table.terminal(found))
+    write_output(json, lambda: result.to_json(found))
+    write_output(markdown, lambda: table.markdown(found))
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Read whole numbers of at least 1, with commas between; each counts once.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) >= 1 for part in parts):
+        raise ValueError(
+            f"{option} {text}: it takes whole numbers of at least 1. Put commas between them."
+        )
+    return tuple(dict.fromkeys(map(int, parts)))
+
+
+def _words(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    """Read some of the known words, with commas between; each counts once.
+
+    Raises:
+        ValueError: for any other.
+    """
+    parts = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if not set(parts) <= set(known):
+        raise ValueError(
+            f"{option} {text}: there are {', '.join(known)}. Put commas between those you want."
+        )
+    return parts
 
 
 bench.command(help=unwrapped(training))(training)

@@ -52,7 +52,7 @@ def convert(
     parity convert net.safetensors port.safetensors --to flax --torch net.py:build --flax
     port.py:build
 
-    In Python: parity.checkpoints.open_checkpoint(Path("llama-flax")).flax()
+    In Python: parity.checkpoints.flax_model(parity.checkpoints.open_checkpoint(Path("llama-flax")))
     """
     errors = Console(stderr=True)
     with in_one_line(errors):

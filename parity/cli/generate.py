@@ -1,14 +1,51 @@
 """`parity generate`: text from a run or a checkpoint, the same from either twin."""
 
+import dataclasses
 import itertools
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from parity.cli.options import Device, Only, frameworks, in_one_line
+
+if TYPE_CHECKING:
+    from flax_gpt import Sampling
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """The options of `parity generate`, by the names of its parameters."""
+
+    source: str
+    prompt: str
+    tokens: int
+    temperature: float
+    top_k: int | None
+    top_p: float
+    min_p: float
+    seed: int
+    only: str | None
+    cache: bool
+    device: str
+
+    @property
+    def frameworks(self) -> tuple[str, ...]:
+        """The twins that write."""
+        return frameworks(self.only)
+
+    def sampling(self) -> "Sampling":
+        """Return how each token is chosen.
+
+        Raises:
+            ValueError: for numbers outside their range.
+        """
+        from flax_gpt import Sampling
+
+        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p)
 
 
 def generate(
@@ -24,7 +61,8 @@ def generate(
         int, typer.Option(min=1, help="Tokens to write; a run's are characters.")
     ] = 200,
     temperature: Annotated[
-        float, typer.Option(help="0 takes the most likely token; 1 draws as the model says.")
+        float,
+        typer.Option(help="0 takes the most likely token; 1 draws by probability."),
     ] = 0.8,
     top_k: Annotated[
         int | None, typer.Option(min=1, help="Draw from the k most likely tokens.")
@@ -59,41 +97,14 @@ def generate(
 
     parity generate ./llama "Once upon a time" --tokens 50
     """
+    options = GenerateOptions(**locals())
     errors = Console(stderr=True)
     with in_one_line(errors, interrupted="the text ends here"):
-        twins = frameworks(only)
-        if _is_checkpoint(source):
-            verdict = _stream(
-                errors, source, prompt, tokens, temperature, top_k, top_p, min_p, seed, twins,
-                cache, device,
-            )  # fmt: skip
-            raise typer.Exit(verdict)
-        run = Path(source)
-        with errors.status("loading jax and torch"):
-            from flax_gpt import Sampling
-            from parity.report.record import Verdict
-            from parity.system.devices import choose_devices
-            from parity.training import Run, Writer
-
-            sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-            writer = Writer(Run.open(run), choose_devices(device), twins)
-        with errors.status("writing"):
-            written = writer.write(prompt, tokens, sampling, seed, cache)
-        texts = list(dict.fromkeys(written.texts.values()))
-        typer.echo(prompt + texts[0])
-        names = " and ".join(f"{name}_gpt" for name in written.texts)
-        margin = f"smallest margin {written.smallest_margin:.1e} at token {written.smallest_at}"
-        if len(texts) == 1:
-            same = "the same from " if len(written.texts) > 1 else ""
-            line, style = f"{tokens} tokens, {same}{names}, {margin}", "dim"
-        elif written.verdict is Verdict.TIE:
-            line, style = f"TIE: {written.note}, which rounding explains", "yellow"
-        else:
-            line, style = f"FAIL: {written.note}", "bold red"
+        _ = options.frameworks  # refused before anything heavy is loaded
+        write = _from_checkpoint if _is_checkpoint(source) else _from_run
+        failed, line, style = write(errors, options)
         errors.print(line, style=style, highlight=False, soft_wrap=True)
-        for text in texts[1:]:
-            errors.print(f"torch_gpt wrote: {prompt}{text}", markup=False, highlight=False)
-    raise typer.Exit(1 if written.verdict is Verdict.FAIL else 0)
+    raise typer.Exit(1 if failed else 0)
 
 
 def _is_checkpoint(source: str) -> bool:
@@ -108,33 +119,52 @@ def _is_checkpoint(source: str) -> bool:
     return isinstance(document, dict) and bool({"model_type", "format"} & set(document))
 
 
-def _stream(
-    errors: Console, source, prompt, tokens, temperature, top_k, top_p, min_p, seed, twins, cache,
-    device,
-) -> int:  # fmt: skip
-    """Writes as it goes; returns the exit code."""
+def _from_run(errors: Console, options: GenerateOptions) -> tuple[bool, str, str]:
+    """Write the text of a run; return whether the twins differ, the last line and its style."""
     with errors.status("loading jax and torch"):
-        from flax_gpt import Sampling
-        from parity.checkpoints import Tokens, folder_of, open_checkpoint, stream
+        from parity.report.record import Verdict
+        from parity.system.devices import choose_devices
+        from parity.training import Run, Writer
+
+        sampling, devices = options.sampling(), choose_devices(options.device)
+        writer = Writer(Run.open(Path(options.source)), devices, options.frameworks)
+    with errors.status("writing"):
+        found = writer.write(options.prompt, options.tokens, sampling, options.seed, options.cache)
+    text, *others = dict.fromkeys(found.texts.values())
+    typer.echo(options.prompt + text)
+    if not others:
+        return False, *_same(options, options.tokens, found.smallest_margin, found.smallest_at)
+    failed = found.verdict is Verdict.FAIL
+    note = f"FAIL: {found.note}" if failed else f"TIE: {found.note}, which rounding explains"
+    note += f"\ntorch_gpt wrote: {options.prompt}{others[0]}"
+    return failed, escape(note), "bold red" if failed else "yellow"
+
+
+def _from_checkpoint(errors: Console, options: GenerateOptions) -> tuple[bool, str, str]:
+    """Write the text of a checkpoint token by token; return the same as `_from_run`."""
+    with errors.status("loading jax and torch"):
+        from parity.checkpoints import Tokens, Writing, folder_of, open_checkpoint, stream
         from parity.report.record import Verdict
         from parity.system.devices import choose_devices
 
-        devices = choose_devices(device)
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
-        weights = open_checkpoint(folder_of(source))
+        devices = choose_devices(options.device)
+        writing = Writing(
+            options.tokens, options.sampling(), options.seed, options.frameworks, options.cache
+        )
+        weights = open_checkpoint(folder_of(options.source))
         text = Tokens(weights.path, weights.config.vocab_size)
-        ids = text.encode(prompt)
-        choices = stream(weights, ids, tokens, sampling, seed, devices, twins, cache)
+        ids = text.encode(options.prompt)
+        choices = stream(weights, ids, writing, devices)
         first = next(choices)
     for note in weights.notes:
         errors.print(note, style="yellow", highlight=False, soft_wrap=True)
-    typer.echo(prompt, nl=False)
+    typer.echo(options.prompt, nl=False)
     now = shown = text.decode(ids)
-    written, parted, smallest = [], [], (float("inf"), 0)
+    written, flips, smallest = [], [], (float("inf"), 0)
     for number, choice in enumerate(itertools.chain([first], choices), 1):
         smallest = min(smallest, (choice.margin, number))
         if choice.others is not None:
-            parted.append((number, choice))
+            flips.append((number, choice))
         if choice.token in text.stop_ids:
             break
         written.append(choice.token)
@@ -142,21 +172,26 @@ def _stream(
         if now.startswith(shown):
             typer.echo(now[len(shown) :], nl=False)
             shown = now
-    if not now.startswith(shown):  # later tokens have changed what earlier ones are
+    if not now.startswith(shown):  # later tokens have changed the text of earlier ones
         typer.echo(f"\n{now}", nl=False)
     typer.echo()
-    names = " and ".join(f"{name}_gpt" for name in twins)
-    same = "the same from " if len(twins) > 1 else ""
-    margin = f"smallest margin {smallest[0]:.1e} at token {smallest[1]}"
-    line, style = f"{len(written)} tokens, {same}{names}, {margin}", "dim"
-    wrong = [pair for pair in parted if pair[1].verdict is Verdict.FAIL]
-    if parted:
-        number, choice = (wrong or parted)[0]
-        line = (
-            f"{'FAIL' if wrong else 'TIE'}: token {number} is {choice.token} by flax_gpt and "
-            f"{choice.others} by torch_gpt, margin {choice.margin:.1e}, scores {choice.gap:.1e} "
-            "apart" + ("" if wrong else ", which rounding explains")
-        )
-        style = "bold red" if wrong else "yellow"
-    errors.print(line, style=style, highlight=False, soft_wrap=True)
-    return 1 if wrong else 0
+    if not flips:
+        return False, *_same(options, len(written), *smallest)
+    wrong = [flip for flip in flips if flip[1].verdict is Verdict.FAIL]
+    number, choice = (wrong or flips)[0]
+    line = (
+        f"{'FAIL' if wrong else 'TIE'}: token {number} is {choice.token} by flax_gpt and "
+        f"{choice.others} by torch_gpt, margin {choice.margin:.1e}, scores {choice.gap:.1e} "
+        "apart" + ("" if wrong else ", which rounding explains")
+    )
+    return bool(wrong), line, "bold red" if wrong else "yellow"
+
+
+def _same(options: GenerateOptions, num_tokens: int, margin: float, place: int) -> tuple[str, str]:
+    """Return the last line of a text that all twins wrote, and its style."""
+    names = " and ".join(f"{name}_gpt" for name in options.frameworks)
+    same = "the same from " if len(options.frameworks) > 1 else ""
+    return (
+        f"{num_tokens} tokens, {same}{names}, smallest margin {margin:.1e} at token {place}",
+        "dim",
+    )

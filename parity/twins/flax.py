@@ -1,6 +1,6 @@
 """The handle of flax_gpt: built, trained, decoded and observed in NumPy. Its twin is torch.py.
 
-Dimension key: B batch, T tokens, S query positions, V vocab.
+Dimension key: B batch, N heads, T tokens, S positions that they see, V vocab.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The handle of torch_gpt: built, trained, decoded and observed in NumPy. Its twin is flax.py.
 
-Dimension key: B batch, T tokens, S query positions, V vocab.
+Dimension key: B batch, N heads, T tokens, S positions that they see, V vocab.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ class TorchTwin:
 
     def num_compilations(self) -> int | None:
         """See `Twin`."""
-        return None
+        return self.package.Decoder.num_compilations()
 
     def _ints(self, x: np.ndarray | Sequence[object] | None) -> torch.Tensor | None:
         return None if x is None else torch.from_numpy(np.array(x)).long().to(self.device)

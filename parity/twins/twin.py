@@ -1,6 +1,7 @@
 """What a twin's handle offers. `FlaxTwin` and `TorchTwin` implement it; what passes is NumPy.
 
-Dimension key: B batch, T tokens, S query positions, N heads, V vocab, G generated tokens.
+Dimension key: B batch, N heads, T tokens, S positions that they see, V vocab, G generated
+tokens.
 """
 
 from __future__ import annotations
@@ -209,5 +210,5 @@ class Twin(Decoder, Protocol[ModelT, CacheT]):
     ) -> list[np.ndarray]:
         """Return the attention weights (B, N, T, S) of every block."""
 
-    def num_compilations(self) -> int | None:
-        """Return how many decoding programs the package has compiled; None if it does not count."""
+    def num_compilations(self) -> int:
+        """Return how many decoding programs the package has compiled, for all its models."""

@@ -95,6 +95,13 @@ def test_the_floors_are_those_of_the_import_contracts():
     assert said == [*held, "flax_gpt", "torch_gpt"]
 
 
+def test_the_pages_say_of_the_self_test_what_its_table_says():
+    table = (DOCS / "self_test.md").read_text()
+    (summary,) = re.findall(r"^\d+ of \d+ detected, .*$", table, re.MULTILINE)
+    assert summary in (DOCS / "check.md").read_text()
+    assert f"the {summary.split()[0]} planted faults" in (ROOT / "README.md").read_text()
+
+
 def test_the_bytes_of_a_token_are_those_of_the_caches():
     page = (DOCS / "cache.md").read_text()
     table = re.search(r"<!-- memory -->\n(.*?)\n\n", page, re.DOTALL)[1].splitlines()[2:]

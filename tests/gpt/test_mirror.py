@@ -87,6 +87,7 @@ OTHER_PARAMETERS = {
 }
 OTHER_DOCSTRINGS = {
     (OPTIMIZER, "adamw"): "flax says why it does not use optax.adamw",
+    (OPTIMIZER, "clip_gradients"): "torch scales in place",
     (
         STEP,
         "_parts",

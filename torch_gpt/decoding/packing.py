@@ -20,11 +20,7 @@ from torch_gpt.model import GPT, Attention, copied
 
 
 class PackedLinear(nn.Module):
-    """The linear map of given weights, for calls without gradients.
-
-    Attributes:
-        extra_bytes: of memory that it takes beside the given weights.
-    """
+    """The linear map of given weights, for calls without gradients."""
 
     # twin: XLA reads a matrix faster by its outputs, which takes a transposed copy; for torch it
     # lies so, but its product of one row uses one core, so the outputs are shared out, and of more
@@ -48,6 +44,7 @@ class PackedLinear(nn.Module):
 
     @property
     def extra_bytes(self) -> int:
+        """Memory that it takes beside what it was given."""
         return 0 if self._packed is None else self._num_bytes
 
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
@@ -70,8 +67,9 @@ class PackedLinear(nn.Module):
 
 
 class PackedAttention(Attention):
-    """The attention of another, with one product for queries, keys and values, and a short way for
-    steps: one of GPT-2 spends a tenth of its time on starting operations.
+    """An attention with one product for queries, keys and values, and few operations per step.
+
+    A step of GPT-2 spends a tenth of its time on starting operations.
 
     Args:
         attention: whose weights are laid out.
@@ -139,9 +137,6 @@ class PackedGPT(GPT):
     Args:
         model: whose weights are laid out.
         batch_size: rows of a step.
-
-    Attributes:
-        extra_bytes: of memory that it takes beside the model.
     """
 
     def __init__(self, model: GPT, batch_size: int):
@@ -160,6 +155,7 @@ class PackedGPT(GPT):
 
     @property
     def extra_bytes(self) -> int:
+        """Memory that it takes beside what it was given."""
         parts = PackedLinear, PackedAttention
         return sum(x.extra_bytes for x in self.modules() if isinstance(x, parts))
 
@@ -186,7 +182,7 @@ def _packed(linear: nn.Linear, batch_size: int) -> PackedLinear:
 
 @functools.cache
 def _can_pack(dtype: torch.dtype) -> bool:
-    """Whether this build of torch has oneDNN's layout and computes the same in it."""
+    """Tell whether this build of torch has oneDNN's layout and computes the same in it."""
     weight_OI, x_BI = torch.eye(8, dtype=dtype), torch.arange(16).reshape(2, 8).to(dtype)
     try:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, 2)

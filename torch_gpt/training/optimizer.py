@@ -14,7 +14,7 @@ INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # of the loss, in float16
 
 
 def adamw(config: TrainConfig, model: nn.Module) -> torch.optim.AdamW:
-    """AdamW with decoupled decay. Loshchilov and Hutter, 2019, algorithm 2."""
+    """Make AdamW with decoupled decay. Loshchilov and Hutter, 2019, algorithm 2."""
     decayed = [p for name, p in model.named_parameters() if _decays(config, model, name)]
     others = [p for name, p in model.named_parameters() if not _decays(config, model, name)]
     return torch.optim.AdamW(
@@ -28,10 +28,13 @@ def adamw(config: TrainConfig, model: nn.Module) -> torch.optim.AdamW:
 
 
 def learning_rate(config: TrainConfig, count: int) -> float:
-    """The rate of the update that comes after `count` others.
+    """Return the rate of the update that comes after `count` others.
 
     The frameworks' own schedules differ: optax's warm-up gives the first update a rate of 0, and
     torch's counts its own calls, so that calling it before the update shifts every rate by one.
+
+    Returns:
+        The rate.
     """
     progress = 0.0
     if config.schedule != "constant":
@@ -45,14 +48,17 @@ def learning_rate(config: TrainConfig, count: int) -> float:
 
 
 def num_updates(optimizer: torch.optim.Optimizer) -> int:
-    """How many updates an AdamW state has seen."""
+    """Return the number of updates that an AdamW state has seen."""
     return max((int(state["step"]) for state in optimizer.state.values()), default=0)
 
 
 def clip_gradients(config: TrainConfig, model: nn.Module) -> torch.Tensor:
-    """Scales a whole gradient down to the largest norm allowed; also its norm before that.
+    """Scale a whole gradient down to the largest norm allowed; return its norm before that too.
 
     Pascanu et al., "On the difficulty of training recurrent neural networks", 2013.
+
+    Returns:
+        The norm; the gradient is scaled in place.
     """
     clip_norm = math.inf if config.clip_norm is None else config.clip_norm
     # twin: torch's own norm adds squares up one after the other on a CPU, and in float32 that of
@@ -64,9 +70,12 @@ def clip_gradients(config: TrainConfig, model: nn.Module) -> torch.Tensor:
 
 
 def loss_scale(device: torch.device) -> torch.amp.GradScaler:
-    """Keeps float16 gradients off zero by scaling the loss.
+    """Make a scaler of the loss, which keeps float16 gradients off zero.
 
     Micikevicius et al., "Mixed precision training", 2018, section 3.2.
+
+    Returns:
+        The scaler, with the defaults stated.
     """
     return torch.amp.GradScaler(
         device.type, init_scale=INITIAL_SCALE, growth_interval=GROWTH_INTERVAL
@@ -74,7 +83,7 @@ def loss_scale(device: torch.device) -> torch.amp.GradScaler:
 
 
 def _decays(config: TrainConfig, model: nn.Module, name: str) -> bool:
-    """Whether a parameter decays: the weights of linear layers, or all."""
+    """Tell whether a parameter decays: the weights of linear layers, or all."""
     owner, _, leaf = name.rpartition(".")
     return config.decay_all or (
         leaf == "weight" and isinstance(model.get_submodule(owner), nn.Linear)

@@ -23,7 +23,7 @@ from torch_gpt.training.tasks import NEXT_TOKEN, Batch, Task
 
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything that a step changes, and what it needs to know."""
+    """All that a step changes, and its constants."""
 
     model: nn.Module
     config: TrainConfig
@@ -41,13 +41,16 @@ class TrainState:
         key: torch.Tensor | None = None,
         task: Task = NEXT_TOKEN,
     ) -> "TrainState":
-        """The state before the first step.
+        """Make the state before the first step.
 
         Args:
             model: with its initial weights.
             config: of the optimizer.
             key: active dropout; step n has its own, folded in. None for none.
             task: what the model is trained to predict.
+
+        Returns:
+            The state.
 
         Raises:
             ValueError: for a compute_dtype with weights that are narrow already.
@@ -66,7 +69,7 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What one training step saw.
+    """Loss and gradient of one training step.
 
     Attributes:
         loss: before the update, smoothing included.
@@ -82,7 +85,7 @@ class StepResult:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """How well a model predicts; parts of a data set add up.
+    """How well a model predicts; evaluations of parts of a data set add up.
 
     Attributes:
         loss: without smoothing.
@@ -103,7 +106,7 @@ class Evaluation:
 
 
 def train_step(batch: Batch, state: TrainState) -> tuple[StepResult, TrainState]:
-    """One gradient of the mean loss over all scored tokens, one AdamW update.
+    """Update a model once, by the gradient of the mean loss over all scored tokens.
 
     A gradient that is not finite, or that no token made, is not applied, so that a bad batch costs
     a step and not the run.
@@ -113,7 +116,7 @@ def train_step(batch: Batch, state: TrainState) -> tuple[StepResult, TrainState]
         state: before the step.
 
     Returns:
-        What the step saw, and the state after it.
+        Loss and gradient norm, and the state after the step.
 
     Raises:
         ValueError: when the rows do not divide into the parts.
@@ -124,7 +127,7 @@ def train_step(batch: Batch, state: TrainState) -> tuple[StepResult, TrainState]
     num_scored = torch.sum(state.task.targets(batch) != IGNORE_INDEX)
 
     def share_of_mean(part: Batch, index: int):
-        """What a part adds to the mean loss of the batch, times the loss scale."""
+        """Return what a part adds to the mean loss of the batch, times the loss scale."""
         key = None
         if state.key is not None:
             key = random.fold_in(random.fold_in(state.key, state.step), index)
@@ -157,7 +160,13 @@ def train_step(batch: Batch, state: TrainState) -> tuple[StepResult, TrainState]
 def overfit_one_batch(
     batch: Batch, state: TrainState, target: float = 0.01, max_steps: int = 1000
 ) -> tuple[list[float], TrainState]:
-    """Learns one batch by heart: what a correct model and training loop can always do.
+    """Learn one batch by heart, as a correct model and training loop always can.
+
+    Args:
+        batch: to learn.
+        state: before the first step.
+        target: loss below which it ends.
+        max_steps: after which it ends, too.
 
     Returns:
         The loss of every step, the last of them below `target` unless `max_steps` came first, and
@@ -171,7 +180,15 @@ def overfit_one_batch(
 
 
 def evaluate(model: nn.Module, batches: Iterable[Batch], task: Task = NEXT_TOKEN) -> Evaluation:
-    """The loss and the hits over all scored tokens of all batches, without dropout.
+    """Sum up loss and hits over all scored tokens of all batches, without dropout.
+
+    Args:
+        model: scores the batches.
+        batches: of a data set.
+        task: what the model was trained to predict.
+
+    Returns:
+        The sums.
 
     Raises:
         ValueError: when there is no batch.
@@ -190,7 +207,7 @@ def _evaluate_batch(model: nn.Module, batch: Batch, task: Task) -> Evaluation:
 
 
 def _parts(batch: Batch, num: int) -> list[Batch]:
-    """The rows of a batch in `num` equal parts, in order."""
+    """Cut the rows of a batch into `num` equal parts, in order."""
     rows = batch.tokens_BT.shape[0]
     if rows % num:
         raise ValueError(
@@ -205,7 +222,7 @@ def _parts(batch: Batch, num: int) -> list[Batch]:
 def _logits(
     model: nn.Module, task: Task, batch: Batch, key: torch.Tensor | None, dtype: str | None
 ) -> torch.Tensor:
-    """Scores by the model with its weights cast, through which gradients flow back to them."""
+    """Score by the model with its weights cast; gradients flow back to the weights' own dtype."""
     scorer = _Scorer(model, task)
     if dtype is None:
         return scorer(batch, key)

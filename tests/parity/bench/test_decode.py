@@ -14,48 +14,57 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
 import flax_gpt
-import parity.bench
+import parity.bench.decode
+import parity.bench.machine
 import torch_gpt
 from parity import cli
-from parity.bench import (
-    CONTENDERS,
-    LOGITS,
-    Bandwidth,
-    DecodeBench,
-    DecodeCell,
-    Decoding,
-    Law,
-    Reference,
-    Traffic,
-    bench_decode,
-    decode_phases,
-    draw,
-    fit_exponent,
-)
-from parity.bench.baselines import TorchInPlace
-from parity.bench.contenders import Turn
-from parity.bench.decode_times import Agreement
-from parity.bench.machine import Compilations, MemoryGrowth
-from parity.bench.ratios import HANDLE
-from parity.bench.step_pairs import StepPairs, pair_steps
-from parity.bench.torch_decoders import TorchUncached
-from parity.cli.bench import CONTENDERS as CLI_CONTENDERS
-from parity.cli.bench import DTYPES as CLI_DTYPES
+from parity.bench.agreement import LOGITS, Reference
+from parity.bench.decode import DecodeOptions, bench_decode
+from parity.bench.decoders.protocol import TimedTokens
+from parity.bench.decoders.twins import Uncached
+from parity.bench.machine import Bandwidth, Compilations, MemoryGrowth
+from parity.bench.names import DECODERS, DTYPES
+from parity.bench.pairs import StepPairs, pair_steps
+from parity.bench.plots import draw
+from parity.bench.ratios import HANDLE, ratios
+from parity.bench.result import Agreement, DecodeBench, DecodeCell, Decoding, to_json
+from parity.bench.roofline import BytesMoved
+from parity.bench.scaling import fit_exponent
+from parity.bench.table import markdown, tables, terminal
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.system.devices import choose_devices
 
 SMALL = dict(vocab_size=61, embed_dim=12, num_layers=1, num_heads=3, mlp_dim=20)
 TWINS = "flax step", "torch step"
+# The project's targets for gpt2 on two CPU cores: the least and the most, in which cells, and at
+# which contexts (None for all).
+TARGETS = {
+    "flax over transformers": (1.9, math.inf, "float32, batch 1", None),
+    "torch over transformers": (1.9, math.inf, "float32, batch 1", None),
+    "torch step over flax step": (0.0, 1.15, "float32", None),
+    "flax share of bandwidth": (0.65, math.inf, "float32, batch 1", {512, 2048}),
+    "torch share of bandwidth": (0.65, math.inf, "float32, batch 1", {512, 2048}),
+    "flax over naive": (4.0, math.inf, "float32, batch 1", {2048}),
+    HANDLE: (0.0, 1.05, "float32, batch 1", None),
+    "flax over ctranslate2": (1.2, math.inf, "float32, batch 1", None),
+    "cache-shaped copies": (0, 0, "", None),
+    "programs after warm-up": (0, 0, "", None),
+    "flax step compile s": (0.0, 5.0, "float32", None),
+    "batch 8 over batch 1": (3.5, math.inf, "float32", None),
+    "batch 16 over batch 1": (4.5, math.inf, "float32", None),
+    "8192 slots over 256, flax": (0.0, 1.1, "", None),
+    "8192 slots over 256, torch": (0.0, 1.1, "", None),
+}
 CONTEXTS = 13, 16, 20  # whose prompts have one program
 INSTALLED = {
     name: importlib.util.find_spec(name.split()[0]) is not None
     for name in ("transformers", "transformers static", "ctranslate2")
 }
-small_bandwidth = functools.partial(Bandwidth, num_bytes=1 << 16, repeats=1)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,16 +73,16 @@ def small_caches() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(parity.bench.decode, "CAPACITIES", (256, 512))
         monkeypatch.setattr(parity.bench.decode, "VALID", 9)
-        monkeypatch.setattr(parity.bench.decode_cell, "_PREFILLS", 1)
+        monkeypatch.setattr(parity.bench.decode, "PREFILLS", 1)
+        monkeypatch.setattr(parity.bench.machine, "BANDWIDTH_BYTES", 1 << 16)
         monkeypatch.setattr(parity.bench.machine, "hand_back_freed_memory", lambda: None)
         yield
 
 
-def bench(**options) -> DecodeBench:
-    given = dict(
-        contexts=CONTEXTS[:1], num_steps=4, rounds=1, changes=SMALL, bandwidth=small_bandwidth
-    )
-    return bench_decode("tiny", choose_devices("cpu"), **(given | options))
+def bench(progress=lambda phase, done: None, **options) -> DecodeBench:
+    config = flax_gpt.GPTConfig.preset("tiny", **SMALL)
+    given = dict(preset="tiny", config=config, contexts=CONTEXTS[:1], num_steps=4, rounds=1)
+    return bench_decode(DecodeOptions(**(given | options)), choose_devices("cpu"), progress)
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +98,8 @@ def printed(value) -> str:
     return capture.get()
 
 
-def test_every_contender_is_timed_in_every_cell_and_the_json_says_on_what(times):
-    document = json.loads(times.to_json())
+def test_every_decoder_is_timed_in_every_cell_and_the_json_says_on_what(times):
+    document = json.loads(to_json(times))
     assert (document["schema"], document["bench"], document["preset"]) == (1, "decode", "tiny")
     assert {"jax", "torch", "devices", "threads", "cores", "load_before", "load_after"} <= set(
         document["environment"]
@@ -101,45 +110,43 @@ def test_every_contender_is_timed_in_every_cell_and_the_json_says_on_what(times)
         assert cell["prompt_length"] == cell["context"] - 4
         assert cell["agreement"]["gap"] <= cell["agreement"]["bound"] == LOGITS["float32"]
         assert cell["agreement"]["count"] == 5 * 61
-        program = cell["flax_step_program"]
-        assert program["cache_copies"] == 0 and program["FLOP"] > 0 and program["bytes"] > 0
-        best = cell["best_bytes_per_s"]
-        assert best >= max(x["bytes_per_s"] for x in cell["bandwidth"].values())
-        assert [contender["name"] for contender in cell["contenders"]] == list(CONTENDERS)
-        for contender in cell["contenders"]:
-            if not INSTALLED.get(contender["name"], True):
-                assert contender["step_s"] is None and "[bench]" in contender["unavailable"]
+        assert cell["cache_copies"] == 0
+        assert {len(rates) for rates in cell["rates"].values()} == {2}
+        assert [timing["name"] for timing in cell["timings"]] == list(DECODERS)
+        for timing in cell["timings"]:
+            if not INSTALLED.get(timing["name"], True):
+                assert "step_s" not in timing and "[bench]" in timing["unavailable"]
                 continue
-            assert contender["unavailable"] is None
-            seconds, rounds = contender["step_s"], contender["rounds_s"]
+            assert timing["unavailable"] is None
+            seconds, rounds = timing["step_s"], timing["rounds_s"]
             assert len(rounds) == 2 and seconds == statistics.median(rounds)
-            assert contender["fastest_s"] <= seconds <= contender["slowest_s"]
-            assert math.isclose(contender["tokens_per_s"], 1 / seconds)
-            assert (contender["compile_s"] is None) == (contender["framework"] != "flax")
-            assert contender["programs_compiled_after_warm_up"] == 0
-            uncached = contender["form"] == "uncached"
-            assert (contender["bytes_per_s"] is None) == uncached
-            assert (contender["share_of_bandwidth"] is None) == uncached
-            assert contender["tokens_compared"] == (2 if uncached else 5)
+            assert math.isclose(timing["spread"] * seconds, max(rounds) - min(rounds))
+            assert math.isclose(timing["tokens_per_s"], 1 / seconds)
+            assert (timing["compile_s"] is None) == (timing["framework"] != "flax")
+            assert timing["programs_compiled_after_warm_up"] == 0
+            uncached = timing["form"] == "uncached"
+            assert ("bytes_per_s" not in timing) == uncached
+            assert ("share_of_bandwidth" not in timing) == uncached
+            assert timing["tokens_compared"] == (2 if uncached else 5)
             reads = {*TWINS, *INSTALLED}
-            assert (contender["prefill_s"] is not None) == (contender["name"] in reads)
-            assert contender["memory_bytes"] is None or contender["memory_bytes"] >= 0
+            assert (timing["prefill_s"] is not None) == (timing["name"] in reads)
+            assert timing["memory_bytes"] is None or timing["memory_bytes"] >= 0
     if INSTALLED["transformers"]:
-        names = [contender["name"] for contender in document["cells"][0]["contenders"]]
-        itself = document["cells"][0]["contenders"][names.index("transformers")]
+        names = [timing["name"] for timing in document["cells"][0]["timings"]]
+        itself = document["cells"][0]["timings"][names.index("transformers")]
         assert itself["speed_over_transformers"] == 1.0
 
 
 def test_the_cache_is_accounted_for_by_layer_and_by_the_formula(times):
-    config = flax_gpt.GPTConfig(**times.config)
+    config = times.config
     for cell in times.cells:
-        for account, name in zip(cell.accounts, ("flax", "torch"), strict=True):
+        assert cell.bytes_moved.config.num_layers == config.num_layers
+        assert list(cell.cache_layers) == ["flax", "torch"]
+        for layer in cell.cache_layers.values():
             slot = 2 * 1 * config.num_heads * config.head_width * 4
-            assert account.framework == name
-            assert account.allocated == account.capacity * slot
-            assert account.valid == cell.prompt_length * slot
-            assert account.valid <= account.read <= account.allocated
-        assert len(cell.to_dict()["cache"][0]["layers"]) == config.num_layers
+            assert layer["allocated"] == layer["capacity"] * slot
+            assert layer["valid"] == cell.prompt_length * slot
+            assert layer["valid"] <= layer["read"] <= layer["allocated"]
 
 
 def test_the_bytes_of_a_step_are_those_of_the_weights_that_it_reads():
@@ -148,32 +155,33 @@ def test_the_bytes_of_a_step_are_those_of_the_weights_that_it_reads():
     leaves = flax_leaves(model)
     table = leaves.pop("position_embedding.embedding")
     rows = 3 * 2 * config.embed_dim * table.itemsize  # looked up: a token and its position each
-    traffic = Traffic(config, 3, 4)
-    assert traffic.weights == sum(leaf.nbytes for leaf in leaves.values()) + rows
+    moved = BytesMoved(config, 3, 4)
+    assert moved.weights == sum(leaf.nbytes for leaf in leaves.values()) + rows
     for package in (flax_gpt, torch_gpt):
         cache = package.KVCache.empty(config, 3, 7)
-        assert traffic.cache(7) == cache.num_bytes.allocated
-    assert traffic.per_step(7) == traffic.weights + traffic.cache(7)
+        assert moved.cache(7) == cache.num_bytes.allocated
+    assert moved.per_step(7) == moved.weights + moved.cache(7)
 
 
 def test_a_table_per_cell_then_ratios_exponents_and_what_ran(times):
-    table = printed(times)
+    table = printed(terminal(times))
     for context in CONTEXTS:
         assert f"float32, batch 1, context {context}" in table
-    for name in CONTENDERS:
+    for name in DECODERS:
         assert f"\n {name} " in table
         if INSTALLED.get(name, True):
             assert f"\n{name}: " in table
     assert "flax cache: 1 x " in table and "num_bytes confirms" in table
     assert "512 slots over 256, flax" in table and "programs after warm-up" in table
-    assert re.search(r"flax uncached +FLOP +\d", table)
+    assert re.search(r"flax uncached +-?\d\.\d\d \(-?\d", table)
     assert "affine in the context" in table and "Student's t" in table and "cores, load" in table
 
 
 def test_one_context_has_no_exponents_and_the_table_says_so():
     few = bench(names=TWINS)
-    assert all(law.exponent is None for law in few.laws)
-    assert "no exponents are fitted: they need 3 contexts" in printed(few)
+    assert few.complexity and all(fit.exponent is None for fit in few.complexity)
+    assert "no exponents are fitted: they need 3 contexts" in printed(terminal(few))
+    assert json.loads(to_json(few))["complexity"][0]["exponent"] is None
 
 
 @pytest.mark.parametrize("power", [0.0, 1.0, 2.0])
@@ -192,7 +200,7 @@ def test_a_power_law_is_found_and_noise_widens_its_interval(power):
             for _ in range(5)
         ]
         found = fit_exponent(points)
-        assert found.low < power < found.high and found.num_points == 25
+        assert found.low < power < found.high
         widths.append(found.high - found.low)
     assert widths[1] > 3 * widths[0]
 
@@ -241,42 +249,46 @@ def test_any_other_token_is_refused_with_who_and_where(tokens, noise, message):
         reference(noise).compare("peer", np.array(tokens))
 
 
-class Slipping(TorchInPlace):
-    """Writes the worst token once, from a turn on."""
+class Slipping:
+    """Writes the worst token once, from a round on."""
 
-    def __init__(self, *arguments, turns: int):
-        super().__init__(*arguments)
-        self._left = turns
+    def __init__(self, reader, rounds: int):
+        self._decoder, self._reader, self._left = in_place(reader), reader, rounds
 
-    def turn(self, num_steps: int) -> Turn:
-        turn = super().turn(num_steps)
+    def __getattr__(self, name):
+        return getattr(self._decoder, name)
+
+    def timed_steps(self, num_steps: int) -> TimedTokens:
+        found = self._decoder.timed_steps(num_steps)
         self._left -= 1
         if self._left < 0:
-            logits_V = next(self._reader.logits_along(turn.tokens_BG))[0]
-            turn.tokens_BG[0, 0] = np.argmin(logits_V)
-        return turn
+            logits_V = next(self._reader.logits_along(found.tokens_BG))[0]
+            found.tokens_BG[0, 0] = np.argmin(logits_V)
+        return found
 
 
-@pytest.mark.parametrize("turns", [0, 2], ids=["before", "while timing"])
-def test_a_contender_that_writes_another_token_is_not_timed(monkeypatch, turns):
-    monkeypatch.setattr(
-        parity.bench.decode_cell, "TorchInPlace", functools.partial(Slipping, turns=turns)
-    )
+in_place = parity.bench.decode.torch_in_place
+
+
+@pytest.mark.parametrize("rounds", [0, 2], ids=["before", "while timing"])
+def test_a_decoder_that_writes_another_token_is_not_timed(monkeypatch, rounds):
+    slipping = functools.partial(Slipping, rounds=rounds)
+    monkeypatch.setattr(parity.bench.decode, "torch_in_place", slipping)
     message = r"bench: token 0 of row 0 in float32, batch 1, context 13: .* torch in place \d+, "
     with pytest.raises(ValueError, match=message):
         bench(names=(*TWINS, "torch in place"))
 
 
 @pytest.mark.parametrize("error", [1e-3, math.nan])
-def test_twins_that_part_while_they_write_are_not_timed(monkeypatch, error):
-    step = torch_gpt.Decoder.step
+def test_twins_that_diverge_while_they_write_are_not_timed(monkeypatch, error):
+    step = torch_gpt.Decoder.advance
 
     def wrong(decoder, tokens_B, cache):
         logits_BV, cache = step(decoder, tokens_B, cache)
         return logits_BV + error * logits_BV.abs().max(), cache
 
-    monkeypatch.setattr(torch_gpt.Decoder, "step", wrong)
-    monkeypatch.setattr(parity.bench.decode_cell, "_rounds", None)
+    monkeypatch.setattr(torch_gpt.Decoder, "advance", wrong)
+    monkeypatch.setattr(Bandwidth, "rates", None)  # measured in every round
     message = (
         r"bench: logits of flax and torch in float32, batch 1, context 13: (\d\.\de-0\d|nan) of "
         r"the largest apart > 1e-04\. Only twins .* `parity check`\."
@@ -294,14 +306,14 @@ def test_a_cache_that_counts_its_bytes_wrongly_is_not_timed(monkeypatch):
 
 def test_what_lies_in_free_slots_is_garbage_when_the_clock_starts(monkeypatch):
     seen = []
-    step = torch_gpt.Decoder.step
+    step = torch_gpt.Decoder.advance
 
     def watched(decoder, tokens_B, cache):
         length = int(cache.lengths_B.max())
         seen.extend(layer.keys_BKSH[:, :, length:].abs() for layer in cache.layers)
         return step(decoder, tokens_B, cache)
 
-    monkeypatch.setattr(torch_gpt.Decoder, "step", watched)
+    monkeypatch.setattr(torch_gpt.Decoder, "advance", watched)
     bench(names=("torch step",))
     assert seen and all(float(slots.mean()) > 0.3 for slots in seen if slots.numel() > 100)
     assert any(slots.numel() > 100 for slots in seen)
@@ -315,44 +327,44 @@ def test_several_rows_in_bfloat16_are_compared_too_and_peers_say_what_they_canno
     for times, dtype in ((wide, "float32"), (narrow, "bfloat16")):
         (cell,) = times.cells
         assert (cell.batch_size, cell.dtype) == (2, dtype)
-        assert cell.traffic.itemsize == (4 if dtype == "float32" else 2)
-        for timing in cell.contenders:
+        assert cell.bytes_moved.itemsize == (4 if dtype == "float32" else 2)
+        for timing in cell.timings:
             ran = INSTALLED.get(timing.name, True)
             ran &= (timing.name, dtype) != ("ctranslate2", "bfloat16")
-            assert bool(timing.turns_s) == ran, timing
+            assert bool(timing.rounds_s) == ran, timing
             if ran:
-                assert timing.num_tokens == (4 if timing.form == "uncached" else 10)
+                assert timing.tokens_compared == (4 if timing.form == "uncached" else 10)
     if INSTALLED["ctranslate2"]:
-        assert "ctranslate2: is measured in float32 on a CPU alone" in printed(narrow)
+        assert "ctranslate2: is measured in float32 on a CPU only" in printed(terminal(narrow))
 
 
 def test_peers_that_are_not_installed_are_named_with_the_remedy(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    (cell,) = bench(names=(*TWINS, "transformers", "ctranslate2")).cells
-    assert [x.name for x in cell.contenders if x.turns_s] == list(TWINS)
+    found = bench(names=(*TWINS, "transformers", "ctranslate2"))
+    (cell,) = found.cells
+    assert [x.name for x in cell.timings if x.rounds_s] == list(TWINS)
     assert cell.speed("flax step", "transformers") is None
     for name in ("transformers", "ctranslate2"):
-        assert f"\n{name}: {name} is not installed; pip install 'parity-gpt[bench]'" in printed(
-            cell
-        )
+        line = f"\n{name}: {name} is not installed; pip install 'parity-gpt[bench]'"
+        assert line in printed(terminal(found))
 
 
-def test_a_slow_contender_sits_out_later_rounds_and_ratios_take_the_shared_ones(monkeypatch):
-    monkeypatch.setattr(parity.bench.decode_cell, "_ALL_TURNS_S", 0.05)
-    monkeypatch.setattr(parity.bench.decode_cell, "_MIN_ROUNDS", 1)
+def test_a_slow_decoder_sits_out_later_rounds_and_ratios_take_the_shared_ones(monkeypatch):
+    monkeypatch.setattr(parity.bench.decode, "ALL_ROUNDS_S", 0.05)
+    monkeypatch.setattr(parity.bench.decode, "MIN_ROUNDS", 1)
+    timed_steps = Uncached.timed_steps
 
-    class Slow(TorchUncached):
-        def turn(self, num_steps: int) -> Turn:
-            time.sleep(0.06)
-            return super().turn(num_steps)
+    def slow(decoder, num_steps: int) -> TimedTokens:
+        time.sleep(0.06)
+        return timed_steps(decoder, num_steps)
 
-    monkeypatch.setattr(parity.bench.decode_cell, "TorchUncached", Slow)
+    monkeypatch.setattr(Uncached, "timed_steps", slow)
     (cell,) = bench(names=("torch step", "torch uncached"), rounds=3).cells
-    assert [len(x.turns_s) for x in cell.contenders] == [3, 1]
+    assert [len(x.rounds_s) for x in cell.timings] == [3, 1]
     assert cell.speed("torch step", "torch uncached") > 0
 
 
-def cell_of(rows: int = 1, context: int = 2048, **turns_s: tuple[float, ...]) -> DecodeCell:
+def cell_of(rows: int = 1, context: int = 2048, **rounds_s: tuple[float, ...]) -> DecodeCell:
     """A cell with these times, on a machine that reads 1e9, 5e8 and 2.5e8 bytes per second."""
     config = flax_gpt.GPTConfig.preset("gpt2")
     return DecodeCell(
@@ -360,30 +372,27 @@ def cell_of(rows: int = 1, context: int = 2048, **turns_s: tuple[float, ...]) ->
         batch_size=rows,
         context=context,
         prompt_length=context - 1,
-        traffic=Traffic(config, rows, 4),
+        bytes_moved=BytesMoved(config, rows, 4),
         agreement=Agreement(0.0, 1e-4, 0.0, 1, 1),
-        accounts=(),
-        contenders=tuple(
+        cache_layers={},
+        timings=tuple(
             Decoding(
                 name=name.replace("_", " "),
-                framework=name.split("_")[0],
-                form="cached",
-                ran="",
                 compile_s=1.5 if name == "flax_step" else None,
-                num_steps=1,
-                turns_s=seconds,
+                steps_per_round=1,
+                rounds_s=seconds,
             )
-            for name, seconds in turns_s.items()
+            for name, seconds in rounds_s.items()
         ),
-        bandwidths={"sum": (5e8, 5e8, 1e8), "matvec": (1e9, 2e8, 2.5e8)},
+        rates={"sum": (5e8, 5e8, 1e8), "matvec": (1e9, 2e8, 2.5e8)},
     )
 
 
-def outcome(*cells: DecodeCell, tests: tuple[StepPairs, ...] = ()) -> DecodeBench:
+def outcome(*cells: DecodeCell, pairs: tuple[StepPairs, ...] = ()) -> DecodeBench:
     environment = dict(load_before=0.1, load_after=0.2, devices="cpu", cores=2, threads=2)
     return DecodeBench(
-        environment=environment, preset="gpt2", config={}, seed=0, cells=cells,
-        capacity_tests=tests, laws=(),
+        environment=environment, preset="gpt2", config=flax_gpt.GPTConfig.preset("gpt2"), seed=0,
+        cells=cells, capacity=pairs, ratios=ratios(cells, pairs), complexity=(),
     )  # fmt: skip
 
 
@@ -391,41 +400,61 @@ def test_shares_and_speeds_are_taken_round_by_round():
     cell = cell_of(flax_step=(1.0, 2.0, 4.0), transformers=(2.0, 4.0, 8.0), flax_naive=(6.0, 12.0))
     assert cell.speed("flax step", "transformers") == 2.0
     assert cell.speed("flax step", "flax naive") == 6.0
-    num_bytes = cell.traffic.per_step(2047)
-    assert math.isclose(cell.share("flax step"), num_bytes / 1e9)
+    num_bytes = cell.bytes_moved.per_step(2047)
+    share = cell.numbers(cell.get("flax step"))["share_of_bandwidth"]
+    assert math.isclose(share, num_bytes / 1e9)
 
 
-def test_ratios_know_their_targets_and_where_these_hold():
+def test_ratios_sum_up_cells_batches_and_pairs_and_some_have_targets():
     cells = [
         cell_of(flax_step=(1.0,) * 3, torch_step=(1.2,) * 3, transformers=(2.0,) * 3,
                 flax_naive=(5.0,) * 3, ctranslate2=(1.1,) * 3),
         cell_of(8, flax_step=(2.0,) * 3, torch_step=(3.2,) * 3),
         cell_of(context=128, flax_step=(1.0,) * 3, flax_naive=(2.0,) * 3),
     ]  # fmt: skip
-    pairs = (1.05, 2.1, 4.2), (1.0, 2.0, 4.0)
-    test = StepPairs("8192 slots over 256, torch", 128, "8192 slots", "256 slots", *pairs)
-    handle = StepPairs(
-        HANDLE, 2048, "torch step", "torch in place", (1.02, 9.0, 4.0), (1.0, 8.0, 4.0)
-    )
-    cells[0] = dataclasses.replace(cells[0], handle=handle)
-    bench = outcome(*cells, tests=(test,))
-    met = {(x.name, x.cell, x.context): (round(x.found, 3), x.met) for x in bench.ratios}
+    pairs = StepPairs("8192 slots over 256, torch", 128, {}, 1.05)
+    cells[0] = dataclasses.replace(cells[0], handle=StepPairs(HANDLE, 2048, {}, 1.02))
+    found = outcome(*cells, pairs=(pairs,))
+    numbers = {(x.name, x.cell, x.context): round(x.found, 3) for x in found.ratios}
     one, eight = "float32, batch 1", "float32, batch 8"
-    assert met["flax over transformers", one, 2048] == (2.0, True)
-    assert met["torch over transformers", one, 2048] == (1.667, False)
-    assert met["torch step over flax step", one, 2048] == (1.2, False)
-    assert met["torch step over flax step", eight, 2048] == (1.6, False)
-    assert met["flax over naive", one, 2048] == (5.0, True)
-    assert met["flax over naive", one, 128] == (2.0, None)
-    assert met["torch handle over in place", one, 2048] == (1.02, True)
-    assert met["flax over ctranslate2", one, 2048] == (1.1, False)
-    assert met["batch 8 over batch 1", "flax, float32", 2048] == (4.0, True)
-    assert met["batch 8 over batch 1", "torch, float32", 2048] == (3.0, False)
-    assert met["8192 slots over 256, torch", one, 128] == (1.05, True)
-    assert met["flax step compile s", one, 2048] == (1.5, True)
-    assert met["flax share of bandwidth", one, 128][1] is None
-    table = printed(bench)
-    assert re.search(r"flax over naive +5 2 +>= 4 +float32 x 1 +2048 128", table)
+    assert numbers["flax over transformers", one, 2048] == 2.0
+    assert numbers["torch over transformers", one, 2048] == 1.667
+    assert numbers["torch step over flax step", one, 2048] == 1.2
+    assert numbers["torch step over flax step", eight, 2048] == 1.6
+    assert numbers["flax over naive", one, 2048] == 5.0
+    assert numbers["flax over naive", one, 128] == 2.0
+    assert numbers[HANDLE, one, 2048] == 1.02
+    assert numbers["flax over ctranslate2", one, 2048] == 1.1
+    assert numbers["batch 8 over batch 1", "flax, float32", 2048] == 4.0
+    assert numbers["batch 8 over batch 1", "torch, float32", 2048] == 3.0
+    assert numbers["8192 slots over 256, torch", one, 128] == 1.05
+    assert numbers["flax step compile s", one, 2048] == 1.5
+    missed = {(name, cell) for name, cell, _ in targets_missed(json.loads(to_json(found)))}
+    assert missed == {
+        ("torch over transformers", one),
+        ("torch step over flax step", one),
+        ("torch step over flax step", eight),
+        ("flax over ctranslate2", one),
+        ("batch 8 over batch 1", "torch, float32"),
+        ("flax share of bandwidth", one),
+        ("torch share of bandwidth", one),
+    }
+    assert re.search(r"flax over naive +5 2 +2048 128 +float32, batch 1", printed(terminal(found)))
+    assert "| flax over naive | 5 2 | 2048 128 | float32, batch 1 |" in markdown(found)
+
+
+def targets_missed(document: dict) -> set[tuple[str, str, int]]:
+    """Name, cell and context of the ratios of a bench that miss their targets."""
+    missed = set()
+    for ratio in document["ratios"]:
+        name, cell, context = ratio["name"], ratio["cell"], ratio["context"]
+        least, most, where, contexts = TARGETS.get(name, (-math.inf, math.inf, "", None))
+        # The names of cells end with their batch or with the dtype.
+        holds = cell.startswith(f"{where},") or cell.endswith(where)
+        holds &= contexts is None or context in contexts
+        if holds and not least <= ratio["found"] <= most:
+            missed.add((name, cell, context))
+    return missed
 
 
 class Ticking:
@@ -448,42 +477,41 @@ class Ticking:
 def test_two_step_in_turns_each_from_its_own_state_and_drift_cancels(monkeypatch):
     clock, drift = [0.0], lambda: 1.0 + clock[-1] / 50  # ever slower
     one, other = (Ticking(clock, lambda state, k=k: k * drift()) for k in (1.1, 1.0))
+    both = {"a": one, "b": other}
     monkeypatch.setattr(time, "perf_counter", lambda: clock[-1])
-    pairs = pair_steps("it", 7, ("a", one), ("b", other), rounds=2, num_steps=20)
-    assert len(pairs.one_s) == len(pairs.other_s) == 40
+    pairs = pair_steps("it", 7, both, rounds=2, num_steps=20)
+    assert (pairs.name, pairs.context) == ("it", 7)
+    assert [len(times) for times in pairs.seconds.values()] == [40, 40]
     assert one.waited == other.waited == 2 * [*range(1, 21)]
-    assert pairs.one_s[-1] > 2 * pairs.one_s[0]
+    assert pairs.seconds["a"][-1] > 2 * pairs.seconds["a"][0]
     assert abs(pairs.ratio - 1.1) < 0.005
-    assert pairs.to_dict() | {"one_s": (), "other_s": ()} == {
-        "name": "it", "context": 7, "one": "a", "other": "b", "ratio": pairs.ratio,
-        "one_s": (), "other_s": (),
-    }  # fmt: skip
 
 
 def test_the_handle_is_paired_with_steps_in_place_where_both_are_timed(times):
     for cell in times.cells:
-        assert (cell.handle.one, cell.handle.other) == ("torch step", "torch in place")
-        assert len(cell.handle.one_s) == 2 * cell.get("torch step").num_steps
-        assert all(seconds > 0 for seconds in cell.handle.one_s + cell.handle.other_s)
+        assert list(cell.handle.seconds) == ["torch step", "torch in place"]
+        for times_s in cell.handle.seconds.values():
+            assert len(times_s) == 2 * cell.get("torch step").steps_per_round
+            assert all(seconds > 0 for seconds in times_s)
     assert all(cell.handle is None for cell in bench(names=TWINS, contexts=CONTEXTS[:1]).cells)
 
 
-def test_the_pictures_are_drawn(times, tmp_path):
+def test_the_plots_are_drawn(times, tmp_path):
     paths = draw(times, tmp_path)
     assert [path.name for path in paths] == [
         "tokens_per_second.png", "cached_against_uncached.png", "share_of_bandwidth.png",
     ]  # fmt: skip
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
-    single = dataclasses.replace(times, cells=times.cells[:1], laws=())
+    single = dataclasses.replace(times, cells=times.cells[:1], complexity=())
     assert len(draw(single, tmp_path)) == 2
 
 
 def test_growth_of_memory_is_seen_where_it_can_be():
-    with MemoryGrowth(choose_devices("cpu")) as memory:
+    with MemoryGrowth(torch.device("cpu")) as memory:
         held = np.ones(1 << 22)
         time.sleep(0.02)
     assert memory.num_bytes is None or held.nbytes * 0.9 < memory.num_bytes < held.nbytes * 3
-    unknown = MemoryGrowth(choose_devices("cpu"))
+    unknown = MemoryGrowth(torch.device("cpu"))
     unknown._in_use = lambda: None
     with unknown:
         pass
@@ -502,7 +530,7 @@ def test_programs_are_counted_when_they_are_compiled_and_not_when_they_run():
 
 
 def test_the_read_bandwidth_has_a_rate_for_every_program():
-    rates = small_bandwidth(choose_devices("cpu")).rates()
+    rates = Bandwidth(torch.device("cpu")).rates()
     assert list(rates) == ["torch sum", "XLA sum", "XLA matvec"]
     assert all(1e6 < rate < 1e13 for rate in rates.values())
 
@@ -510,15 +538,14 @@ def test_the_read_bandwidth_has_a_rate_for_every_program():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(names=("flax setp",)), r"there is no contender 'flax setp', but flax step, "),
+        (dict(names=("flax setp",)), r"there is no decoder 'flax setp'"),
         (dict(names=()), "nothing is left to time"),
-        (dict(dtypes=("float16",)), "there is no dtype 'float16', but float32, bfloat16"),
-        (dict(contexts=(5, 30)), "context 5 with 4 tokens of a turn: at least 2 must be left"),
-        (dict(batch_sizes=(0,)), "batch 0, 1 rounds, 4 tokens of a turn: each is at least 1"),
+        (dict(dtypes=("float16",)), "there is no dtype 'float16'"),
+        (dict(contexts=(5, 30)), "context 5 with 4 tokens of a round: at least 2 must be left"),
+        (dict(batch_sizes=(0,)), "rows, rounds and tokens of a round are at least 1"),
     ],
 )
-def test_what_cannot_be_decoded_is_refused_before_anything_is_built(monkeypatch, options, message):
-    monkeypatch.setattr(parity.bench.decode, "_subject", None)
+def test_what_cannot_be_decoded_is_refused_before_anything_is_built(options, message):
     with pytest.raises(ValueError, match=rf"^bench: {message}"):
         bench(**options)
 
@@ -537,7 +564,7 @@ def invoke(*arguments: str):
         (["--without", "jax"], "--without jax: there are flax step"),
         (["--json", "no/folder/out.json"], "--json no/folder/out.json: no folder no/folder"),
         (["--preset", "huge"], "no preset 'huge'. Choose one of tiny, gpt2"),
-        (["--context", "32"], "context 32 with 32 tokens of a turn"),
+        (["--context", "32"], "context 32 with 32 tokens of a round"),
         (["--device", "tpu"], "--device tpu: there are auto, cpu and cuda"),
     ],
 )
@@ -548,47 +575,48 @@ def test_bad_input_exits_2_with_one_line(arguments, message):
     assert len(lines) == 1 and message in lines[0]
 
 
-def test_an_option_in_front_of_training_is_refused(monkeypatch):
-    monkeypatch.setattr(parity.bench, "bench_training", None)
-    done = invoke("--batch", "8", "training")
-    assert done.exit_code == 2 and "batch before training" in done.stderr
+def test_the_command_times_draws_and_writes_json_and_markdown(monkeypatch, times, tmp_path):
+    asked = []
 
-
-def test_the_command_times_draws_and_ends_with_json_on_one_line(monkeypatch, times, tmp_path):
-    asked = {}
-
-    def stand_in(preset, devices, **options):
-        asked.update(options, preset=preset)
+    def stand_in(options, devices, progress):
+        asked.append(options)
         return times
 
-    monkeypatch.setattr(parity.bench, "bench_decode", stand_in)
+    monkeypatch.setattr(parity.bench.decode, "bench_decode", stand_in)
     done = invoke(
-        "--batch", "1,8", "--context", "128", "--tokens", "8", "--rounds", "2",
+        "--batch", "1,8,1", "--context", "128", "--tokens", "8", "--rounds", "2",
         "--without", "ctranslate2, flax loop", "--json", "-", "--png", str(tmp_path / "out"),
     )  # fmt: skip
     assert done.exit_code == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["bench"] == "decode"
+    assert json.loads(done.stdout)["bench"] == "decode" and done.stdout.count("\n") == 1
     assert "torch in place" in done.stderr and len(list((tmp_path / "out").iterdir())) == 3
-    assert asked["preset"] == "gpt2" and asked["batch_sizes"] == (1, 8)
-    assert asked["contexts"] == (128,) and asked["num_steps"] == 8 and asked["rounds"] == 2
-    assert set(CONTENDERS) - set(asked["names"]) == {"ctranslate2", "flax loop"}
-    done = invoke("--json", str(tmp_path / "times.json"))
+    (options,) = asked
+    assert options.preset == "gpt2" and options.batch_sizes == (1, 8)
+    assert options.contexts == (128,) and options.num_steps == 8 and options.rounds == 2
+    assert set(DECODERS) - set(options.names) == {"ctranslate2", "flax loop"}
+    files = tmp_path / "times.json", tmp_path / "times.md"
+    done = invoke("--json", str(files[0]), "--markdown", str(files[1]))
     assert done.exit_code == 0 and "torch in place" in done.stdout
-    assert json.loads((tmp_path / "times.json").read_text())["schema"] == 1
+    assert json.loads(files[0].read_text())["schema"] == 1
+    assert "| flax step |" in files[1].read_text()
 
 
-def test_the_command_knows_the_contenders_and_dtypes_of_the_bench():
-    assert CLI_CONTENDERS == CONTENDERS and CLI_DTYPES == tuple(LOGITS)
+def test_the_tables_fit_80_columns(times):
+    console = Console(width=80)
+    for table in tables(times):
+        with console.capture() as capture:
+            console.print(table)
+        assert "…" not in capture.get()
 
 
-def test_progress_is_told_in_the_phases_that_were_announced():
-    told = []
-    bench(names=TWINS, contexts=(13, 13), progress=lambda phase, done: told.append((phase, done)))
-    announced = decode_phases(("float32",), (1,), (13, 13))
-    assert list(dict.fromkeys(phase for phase, _ in told)) == list(announced)
-    assert all(0.0 <= done <= 1.0 for _, done in told)
+def test_there_is_a_bound_on_the_logits_of_every_dtype():
+    assert tuple(LOGITS) == DTYPES
 
 
-def test_laws_without_a_fit_still_go_to_json():
-    law = Law(framework="flax", form="cached", quantity="time", source="", points=((1.0, 2.0),))
-    assert law.to_dict()["exponent"] is None
+def test_progress_is_called_with_the_phases_that_were_announced():
+    calls = []
+    bench(names=TWINS, contexts=(13,), progress=lambda phase, done: calls.append((phase, done)))
+    config = flax_gpt.GPTConfig.preset("tiny")
+    announced = DecodeOptions(preset="tiny", config=config, contexts=(13,), num_steps=4).phases()
+    assert list(dict.fromkeys(phase for phase, _ in calls)) == list(announced)
+    assert all(0.0 <= done <= 1.0 for _, done in calls)

@@ -24,7 +24,15 @@ import flax_gpt
 import torch_gpt
 from parity import cli
 from parity.check.check import check
-from parity.checkpoints import Checkpoint, Tokens, open_checkpoint, pair_of, save
+from parity.checkpoints import (
+    Checkpoint,
+    Tokens,
+    flax_model,
+    open_checkpoint,
+    pair_of,
+    save,
+    torch_model,
+)
 from parity.checkpoints import folder_of as folder_of_name
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.torch.leaves import torch_leaves
@@ -118,10 +126,10 @@ def folder_of(tmp_path_factory) -> Callable[[str], Path]:
 def both(checkpoint: Checkpoint) -> Iterator[list]:
     """Both twins of a checkpoint, as functions of arrays."""
     with jax.enable_x64(True), torch.no_grad():
-        flax, torch_model = checkpoint.flax(), checkpoint.torch()
+        flax, torch_twin = flax_model(checkpoint), torch_model(checkpoint)
         yield [
             (flax_gpt, flax, lambda x: jax.numpy.asarray(np.asarray(x)), np.asarray),
-            (torch_gpt, torch_model, lambda x: torch.from_numpy(np.array(x)), lambda x: x.numpy()),
+            (torch_gpt, torch_twin, lambda x: torch.from_numpy(np.array(x)), lambda x: x.numpy()),
         ]
 
 
@@ -199,7 +207,7 @@ def test_a_sharded_folder_in_half_precision_without_a_prefix_is_read(folder_of, 
         dataclasses.replace(checkpoint.config, dtype="float64")
         == Checkpoint.open(folder_of("gpt2")).config
     )
-    loaded = flax_leaves(checkpoint.flax()), torch_leaves(checkpoint.torch())
+    loaded = flax_leaves(flax_model(checkpoint)), torch_leaves(torch_model(checkpoint))
     name = "blocks.1.mlp.up.kernel"
     expected = half["h.1.mlp.c_fc.weight"]
     np.testing.assert_array_equal(loaded[0][name], expected)
@@ -370,7 +378,7 @@ def test_a_corrupt_folder_is_refused_in_one_line_and_nothing_runs(
     shutil.copytree(folder_of("llama"), tmp_path / "bad")
     corrupted(tmp_path / "bad", how)
     with pytest.raises(ValueError, match=BAD[how]) as raised:
-        Checkpoint.open(tmp_path / "bad").torch()
+        torch_model(Checkpoint.open(tmp_path / "bad"))
     assert "\n" not in str(raised.value)
     assert sorted(x.name for x in tmp_path.iterdir()) == ["bad"]  # nothing has exploded
 
@@ -492,14 +500,14 @@ def test_the_commands_convert_and_write_text(quiet_folder_of, tmp_path):
 
 
 @pytest.mark.parametrize("options", [("0",), ("0.8", "--top-k", "1")], ids=["greedy", "one left"])
-def test_twins_that_part_while_they_write_exit_1(options, quiet_folder_of, monkeypatch):
-    step = torch_gpt.Decoder.step
+def test_twins_that_diverge_while_they_write_exit_1(options, quiet_folder_of, monkeypatch):
+    advance = torch_gpt.Decoder.advance
 
     def wrong(decoder, tokens_B, cache):
-        logits_BV, cache = step(decoder, tokens_B, cache)
+        logits_BV, cache = advance(decoder, tokens_B, cache)
         return -logits_BV, cache
 
-    monkeypatch.setattr(torch_gpt.Decoder, "step", wrong)
+    monkeypatch.setattr(torch_gpt.Decoder, "advance", wrong)
     done = parity(
         "generate", quiet_folder_of("qwen3"), "5 17", "--tokens", "3", "--temperature", *options
     )

@@ -59,11 +59,11 @@ def test_chunks_read_what_one_call_reads_and_leave_the_cache_as_it_was(handles, 
     for twin in (*handles, FlaxTwin(handles[0].model, compiled=False)):
         whole = twin.logits(tokens)
         empty = twin.empty(2, 12)
-        for split in (1, 4):
-            first, cache = twin.read(empty, tokens[:, :split])
-            second, longer = twin.read(cache, tokens[:, split:])
-            pieces = np.concatenate([first, second], axis=1)
-            np.testing.assert_allclose(pieces, whole, rtol=0, atol=1e-12)
+        split = 4
+        first, cache = twin.read(empty, tokens[:, :split])
+        second, longer = twin.read(cache, tokens[:, split:])
+        pieces = np.concatenate([first, second], axis=1)
+        np.testing.assert_allclose(pieces, whole, rtol=0, atol=1e-12)
         lengths = np.array([split, split])
         cut = twin.truncate(longer, lengths)
         again, _ = twin.read(cut, tokens[:, split:])
@@ -141,4 +141,4 @@ def test_compilations_are_counted_where_the_package_compiles(handles, tokens):
     between = flax.num_compilations()
     flax.write(tokens, 3)
     assert between - flax.num_compilations() == 0 and between >= before
-    assert torch.num_compilations() is None
+    assert torch.num_compilations() == 0

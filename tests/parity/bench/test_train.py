@@ -1,7 +1,6 @@
 """The bench of the training steps: what it times, what it refuses, what it says."""
 
 import dataclasses
-import functools
 import json
 import math
 import statistics
@@ -19,39 +18,39 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 import flax_gpt
-import parity.bench
+import parity.bench.machine
+import parity.bench.train
 import torch_gpt
 from parity import cli
-from parity.bench import (
-    DTYPES,
-    Contest,
-    Matmul,
-    Timing,
-    TrainingBench,
-    bench_training,
-    best_matmul,
-    flop_per_step,
-)
-from parity.cli.bench import DTYPES as CLI_DTYPES
+from parity.bench.machine import Matmul, best_matmul
+from parity.bench.names import DTYPES
+from parity.bench.result import Timing, TrainBench, TrainingResult, to_json
+from parity.bench.roofline import flop_per_step
+from parity.bench.table import terminal
+from parity.bench.train import LOSSES, TrainOptions, bench_train
 from parity.system.devices import choose_devices
 
 NAMES = ["flax jit", "flax donated", "torch eager", "torch compiled"]
 SMALL = dict(context_length=16, embed_dim=12, num_layers=1, num_heads=3, mlp_dim=20)
-SIZES = dict(batch_size=2, width=12, changes=SMALL)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def short_turns() -> Iterator[None]:
-    """Turns and products that take no time."""
+def short_rounds() -> Iterator[None]:
+    """Rounds and products that take no time."""
     with pytest.MonkeyPatch.context() as monkeypatch:
-        small = functools.partial(best_matmul, sizes=(64, 128))
-        monkeypatch.setattr(parity.bench.training, "best_matmul", small)
-        monkeypatch.setattr(parity.bench.training, "_TURN_S", 0.02)
+        monkeypatch.setattr(parity.bench.machine, "SIZES", (64, 128))
+        monkeypatch.setattr(parity.bench.train, "ROUND_S", 0.02)
         yield
 
 
+def bench(corpus, rounds: int = 1, dtype: str = "float32") -> TrainBench:
+    config = flax_gpt.GPTConfig.preset("tiny", vocab_size=len(corpus.vocabulary), **SMALL)
+    options = TrainOptions("tiny", config, batch_size=2, width=12, rounds=rounds)
+    return bench_train(corpus, [options], dtype, choose_devices("cpu"), lambda phase, done: None)
+
+
 @pytest.fixture(scope="module")
-def times(corpus) -> TrainingBench:
+def times(corpus) -> TrainBench:
     """Three rounds of a small model; torch.compile traces, and then runs the graph as it is."""
     compile_module = nn.Module.compile
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -60,7 +59,7 @@ def times(corpus) -> TrainingBench:
             "compile",
             lambda module, **options: compile_module(module, backend="aot_eager", **options),
         )
-        return bench_training(corpus, ["tiny"], choose_devices("cpu"), repeats=3, **SIZES)
+        return bench(corpus, rounds=3)
 
 
 def printed(value) -> str:
@@ -70,8 +69,8 @@ def printed(value) -> str:
     return capture.get()
 
 
-def test_every_contender_is_timed_and_the_json_says_on_what(times):
-    document = json.loads(times.to_json())
+def test_every_step_is_timed_and_the_json_says_on_what(times):
+    document = json.loads(to_json(times))
     assert (document["schema"], document["bench"], document["dtype"]) == (1, "training", "float32")
     assert {"jax", "torch", "devices", "threads", "cores", "load_before", "load_after"} <= set(
         document["environment"]
@@ -79,53 +78,55 @@ def test_every_contender_is_timed_and_the_json_says_on_what(times):
     (preset,) = document["presets"]
     assert (preset["preset"], preset["batch_size"], preset["width"]) == ("tiny", 2, 12)
     assert preset["config"]["embed_dim"] == 12 and document["training"]["clip_norm"] == 1.0
-    assert preset["agreement"]["gap"] <= preset["agreement"]["bound"] == 2e-5
-    assert [contender["name"] for contender in preset["contenders"]] == NAMES
-    for contender in preset["contenders"]:
-        assert contender["unavailable"] is None and contender["ran"].startswith("train_step")
-        rounds, seconds = contender["rounds_s"], contender["step_s"]
+    losses = preset["losses"].values()
+    assert all(max(x) - min(x) <= preset["bound"] == 2e-5 for x in zip(*losses, strict=True))
+    assert [timing["name"] for timing in preset["timings"]] == NAMES
+    for timing in preset["timings"]:
+        assert timing["unavailable"] is None and timing["ran"].startswith("train_step")
+        rounds, seconds = timing["rounds_s"], timing["step_s"]
         assert len(rounds) == 3 and seconds == statistics.median(rounds)
-        assert contender["fastest_s"] <= seconds <= contender["slowest_s"]
-        assert math.isclose(contender["tokens_per_s"], 24 / seconds)
-        assert math.isclose(contender["flop_per_s"], preset["flop_per_step"] / seconds)
-        assert 0 < contender["share_of_fastest_matmul"] <= contender["share_of_own_matmul"] < 1
-        assert contender["steps_per_round"] >= 1
-        assert (contender["compile_s"] is None) == (contender["name"] == "torch eager")
-        assert (contender["memory_bytes"] is None) == (contender["framework"] == "torch")
-    assert preset["contenders"][2]["speed_over_torch_eager"] == 1.0
-    assert all(len(x["rounds_flop_per_s"]) == 3 for x in preset["matmul"].values())
+        assert math.isclose(timing["spread"] * seconds, max(rounds) - min(rounds))
+        assert math.isclose(timing["tokens_per_s"], 24 / seconds)
+        assert math.isclose(timing["flop_per_s"], preset["flop_per_step"] / seconds)
+        assert 0 < timing["share_of_fastest_matmul"] <= timing["share_of_own_matmul"] < 1
+        assert timing["steps_per_round"] >= 1
+        assert (timing["compile_s"] is None) == (timing["name"] == "torch eager")
+        assert (timing["memory_bytes"] is None) == (timing["framework"] == "torch")
+    assert preset["timings"][2]["speed_over_torch_eager"] == 1.0
+    assert set(preset["matmul_sizes"]) == set(preset["rates"]) == {"flax", "torch"}
+    assert all(len(rates) == 3 for rates in preset["rates"].values())
 
 
-def test_the_table_has_a_row_for_every_contender_and_says_what_ran(times):
-    table = printed(times)
+def test_the_table_has_a_row_for_every_step_and_says_what_ran(times):
+    table = printed(terminal(times))
     for name in NAMES:
         assert f"\n {name} " in table and f"\n{name}: train_step" in table
     assert "1.00x" in table and "cores, load" in table
 
 
 def test_shares_and_speeds_are_taken_round_by_round():
-    def timing(name: str, framework: str, *turns_s: float) -> Timing:
-        return Timing(name=name, framework=framework, ran="", steps_per_turn=1, turns_s=turns_s)
+    def timing(name: str, *rounds_s: float) -> Timing:
+        return Timing(name=name, steps_per_round=1, rounds_s=rounds_s)
 
-    contest = Contest(
+    result = TrainingResult(
         preset="tiny",
         config=flax_gpt.GPTConfig.preset("tiny"),
         batch_size=1,
         width=2,
-        flop=100,
+        flop_per_step=100,
         losses={"flax jit": [1.0], "torch eager": [1.0]},
         bound=2e-5,
         # The machine is half as fast in the second round and a quarter as fast in the third.
         timings=(
-            timing("flax jit", "flax", 1.0, 2.0, 4.0),
-            timing("torch eager", "torch", 2.0, 4.0, 8.0),
+            timing("flax jit", 1.0, 2.0, 4.0),
+            timing("torch eager", 2.0, 4.0, 8.0),
         ),
         matmul_sizes={"flax": 512, "torch": 512},
-        matmul_rates={"flax": [200.0, 100.0, 50.0], "torch": [400.0, 200.0, 100.0]},
+        rates={"flax": [200.0, 100.0, 50.0], "torch": [400.0, 200.0, 100.0]},
     )
-    flax, _ = contest.timings
-    assert contest.speed(flax) == 2.0
-    assert contest.share_of_matmul(flax, "flax") == 0.5 and contest.share_of_matmul(flax) == 0.25
+    numbers = result.numbers(result.timings[0])
+    assert numbers["speed_over_torch_eager"] == 2.0
+    assert numbers["share_of_own_matmul"] == 0.5 and numbers["share_of_fastest_matmul"] == 0.25
 
 
 def differently(right=torch_gpt.train_step, **changes):
@@ -156,13 +157,13 @@ def without_a_loss(batch, state, right=torch_gpt.train_step):
 )
 def test_steps_that_do_not_compute_the_same_are_not_timed(corpus, monkeypatch, step, number):
     monkeypatch.setattr(torch_gpt, "train_step", step)
-    monkeypatch.setattr(parity.bench.training, "_rounds", None)
+    monkeypatch.setattr(Matmul, "rate", None)  # measured before and in every round
     message = (
         rf"bench: loss of step {number} on tiny: flax jit [\d.]+, flax donated [\d.]+, torch eager "
         r"[\d.na]+, \S+ apart > 2e-05 in float32\. Only steps .* timing\. Find out .* `parity check"
     )
     with pytest.raises(ValueError, match=message):
-        bench_training(corpus, ["tiny"], choose_devices("cpu"), **SIZES)
+        bench(corpus)
 
 
 def test_without_a_compiler_the_rest_is_timed_and_the_reason_given(
@@ -171,18 +172,16 @@ def test_without_a_compiler_the_rest_is_timed_and_the_reason_given(
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "no-compiler"),))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", None)
-    times = bench_training(
-        corpus, ["tiny"], choose_devices("cpu"), repeats=1, dtype="bfloat16", **SIZES
-    )
-    (contest,) = times.contests
-    assert [x.name for x in contest.timings if x.unavailable is None] == NAMES[:3]
-    assert "No working C++ compiler found" in contest.timings[3].unavailable
-    document = json.loads(times.to_json())
+    times = bench(corpus, dtype="bfloat16")
+    (result,) = times.presets
+    assert [x.name for x in result.timings if x.unavailable is None] == NAMES[:3]
+    assert "No working C++ compiler found" in result.timings[3].unavailable
+    document = json.loads(to_json(times))
     (preset,) = document["presets"]
     assert document["training"]["compute_dtype"] == "bfloat16"
-    assert preset["config"]["dtype"] == "float32" and preset["agreement"]["bound"] == 2e-2
-    assert preset["contenders"][3]["step_s"] is None
-    assert "torch compiled: InvalidCxxCompiler" in printed(times)
+    assert preset["config"]["dtype"] == "float32" and preset["bound"] == 2e-2
+    assert "step_s" not in preset["timings"][3]
+    assert "torch compiled: InvalidCxxCompiler" in printed(terminal(times))
     assert capfd.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
 
@@ -232,14 +231,14 @@ def test_the_flop_of_a_step_are_those_of_the_products_that_torch_runs():
 
 @pytest.mark.parametrize("framework", ["flax", "torch"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_roof_is_the_fastest_of_the_sizes(framework, dtype):
-    found = best_matmul(framework, dtype, choose_devices("cpu"), sizes=(8, 64), repeats=1)
-    assert found.framework == framework and found.size == 64
-    assert found.rate() > 0
+def test_the_roofline_is_the_fastest_of_the_sizes(monkeypatch, framework, dtype):
+    monkeypatch.setattr(parity.bench.machine, "SIZES", (8, 64))
+    found = best_matmul(framework, dtype, torch.device("cpu"))
+    assert found.size == 64 and found.rate() > 0
 
 
-def test_a_rate_counts_every_product_of_the_turn():
-    slow = Matmul("torch", 100, lambda times: time.sleep(0.01 * times), times=3)
+def test_a_rate_counts_every_product():
+    slow = Matmul(100, lambda times: time.sleep(0.01 * times), times=3)
     assert 1e8 < slow.rate() <= 2 * 100**3 / 0.01
 
 
@@ -265,26 +264,27 @@ def test_bad_input_exits_2_with_one_line(arguments, message):
 
 
 def test_json_on_standard_output_is_nothing_but_json(monkeypatch, times):
-    asked = {}
+    asked = []
 
-    def bench(corpus, presets, devices, **options):
-        asked.update(options, presets=presets)
+    def stand_in(corpus, options, dtype, devices, progress):
+        asked.extend(options)
         return times
 
-    monkeypatch.setattr(parity.bench, "bench_training", bench)
-    done = invoke("--preset", "tiny", "--preset", "tiny", "--repeats", "3", "--json", "-")
+    monkeypatch.setattr(parity.bench.train, "bench_train", stand_in)
+    done = invoke("--preset", "tiny", "--preset", "tiny", "--rounds", "3", "--json", "-")
     assert done.exit_code == 0, done.stderr
     assert json.loads(done.stdout)["presets"][0]["preset"] == "tiny"
     assert "torch compiled" in done.stderr
-    assert asked["presets"] == ["tiny"] and asked["repeats"] == 3 and asked["width"] is None
+    (options,) = asked
+    assert (options.preset, options.batch_size, options.width, options.rounds) == ("tiny", 8, 64, 3)
 
 
 def test_json_in_a_file_leaves_the_table_on_standard_output(monkeypatch, times, tmp_path):
-    monkeypatch.setattr(parity.bench, "bench_training", lambda *_, **__: times)
+    monkeypatch.setattr(parity.bench.train, "bench_train", lambda *_: times)
     done = invoke("--json", str(tmp_path / "times.json"))
     assert done.exit_code == 0 and "torch compiled" in done.stdout
     assert json.loads((tmp_path / "times.json").read_text())["schema"] == 1
 
 
-def test_the_command_knows_the_dtypes_of_the_bench():
-    assert tuple(DTYPES) == CLI_DTYPES
+def test_there_is_a_bound_on_the_losses_of_every_dtype():
+    assert tuple(LOSSES) == DTYPES

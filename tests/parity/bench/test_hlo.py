@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 
 import flax_gpt
-from flax_gpt.decoding.decoder import _program
 from flax_gpt.decoding.generate import _loop
-from parity.bench.structure import remade_caches
+from parity.bench.hlo import remade_caches
 
 CONFIG = flax_gpt.GPTConfig(
     vocab_size=97, context_length=2048, embed_dim=48, num_layers=2, num_heads=3, mlp_dim=96
 )
-CAPACITY = 320  # rungs of 0, 256 and 320 slots
+CAPACITY = 320  # read sizes of 0, 256 and 320 slots
 
 
 def decoder_of(batch_size):
@@ -47,7 +46,7 @@ def test_a_step_and_the_loop_make_no_array_as_large_as_the_cache(batch_size):
     logits = np.zeros((batch_size, CONFIG.vocab_size), np.float32)
     operands = logits, np.zeros(0, np.int32), None, np.int32(3)
     cache = flax_gpt.KVCache.empty(CONFIG, batch_size, CAPACITY)
-    loop = decoder.program(_loop, *operands, state=cache, static=(flax_gpt.GREEDY, False))
+    loop = decoder.program(_loop, *operands, state=cache, static=(flax_gpt.GREEDY, decoder.steps))
     assert not remade_caches(loop.as_text(), shape)
 
 
@@ -106,8 +105,8 @@ def test_the_work_without_a_cache_is_quadratic_in_the_length():
 
 def test_the_programs_of_a_mix_of_prompts_are_bounded():
     decoder = decoder_of(1)
-    before = _program()._cache_size()
+    before = decoder.num_compilations()
     for length, new in itertools.product((3, 9, 17, 60, 130, 250), (1, 5)):
         flax_gpt.generate(decoder, np.ones((1, length), np.int32), new)
     # Prompts round up to 4, 16, 32, 64 and 256; all fit 256 slots, so there is one loop.
-    assert _program()._cache_size() - before == 5 + 1
+    assert decoder.num_compilations() - before == 5 + 1

@@ -1,9 +1,9 @@
-"""What a compiled program does to a cache, read off the program: exact, where times are not."""
+"""Copies of a cache in a compiled program: exact numbers, unlike times."""
 
 import re
 from collections.abc import Iterator, Sequence
 
-# An array of the cache's shape comes out of these without being made anew.
+# These return an array of the cache's shape without allocating one.
 _HANDED_ON = "parameter", "get-tuple-element", "bitcast", "tuple", "while", "conditional", "call"
 # These write a part of their first operand, in its own memory.
 _IN_PLACE = "dynamic-update-slice", "scatter"
@@ -13,10 +13,11 @@ _INSTRUCTION = re.compile(r"(ROOT )?%?\S+ = (\w+\[[\d,]*\])?.*?\s?([a-z][\w-]*)\
 
 
 def remade_caches(program: str, shape: Sequence[int]) -> list[str]:
-    """The instructions of a compiled program that make a cache anew, copies above all.
+    """List the instructions of a compiled program that allocate a cache, copies above all.
 
-    A program may hold a branch that zeroes garbage, which is taken where garbage is not finite. So
-    in what runs every time no array of the cache's shape may be made, and in branches none copied.
+    A program may hold a branch that zeroes free slots, which is taken where they are not finite.
+    So an array of the cache's shape must not be allocated where the program always runs, and not
+    copied in branches.
 
     Args:
         program: in XLA's text form, after its optimization.
@@ -51,8 +52,9 @@ def remade_caches(program: str, shape: Sequence[int]) -> list[str]:
 
 
 def _computations(program: str) -> Iterator[tuple[str, list[str]]]:
-    """Name and instructions of every computation; the entry's name says that it is that."""
-    name, lines = None, []
+    """Yield name and instructions of every computation; the entry's name begins with ENTRY."""
+    name: str | None = None
+    lines: list[str] = []
     for line in program.splitlines():
         start = re.match(r"(ENTRY )?%([\w.-]+) \(.*\{$", line)
         if start:
@@ -65,11 +67,12 @@ def _computations(program: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def _operation(line: str, operation: str, computations: dict[str, list[str]]) -> str:
-    """What an instruction does; for a fusion, what its result comes from."""
+    """Return the operation of an instruction; for a fusion, that of its result."""
     called = re.search(r"calls=%([\w.-]+)", line)
     if operation != "fusion" or called is None:
         return operation
     for inner in computations[called.group(1)]:
-        if inner.startswith("ROOT "):
-            return _INSTRUCTION.match(inner).group(3)
+        root = _INSTRUCTION.match(inner) if inner.startswith("ROOT ") else None
+        if root is not None:
+            return root.group(3)
     return operation

@@ -1,0 +1,15 @@
+"""Names of what the bench can time; free of imports, so that `parity bench --help` is instant."""
+
+DTYPES = "float32", "bfloat16"
+DECODERS = (
+    "flax step",
+    "flax loop",
+    "flax uncached",
+    "flax naive",
+    "torch step",
+    "torch uncached",
+    "torch in place",
+    "transformers",
+    "transformers static",
+    "ctranslate2",
+)
