@@ -24,12 +24,10 @@ if TYPE_CHECKING:
 
     Config = flax_gpt.GPTConfig | torch_gpt.GPTConfig
 
-# Fields of TrainConfig, and of Sampling, which has no filter or temperature that is not here.
-Constants = Mapping[str, "float | int | bool | str | None"]
-Sampling = Mapping[str, "float | int | None"]
+Constants = Sampling = Mapping[str, Any]  # fields of TrainConfig, and of Sampling
 GREEDY: Sampling = {"temperature": 0.0}
 # Tokens (B, T), and where there are such, counts (B,) and labels.
-Inputs = Sequence["np.ndarray | None"]
+Inputs = Sequence[np.ndarray | None]
 
 Array, Cache, Model = Any, Any, Any  # of the twin's framework
 
