@@ -111,11 +111,11 @@ class KVCache:
             )
         # Zeros, never uninitialised memory, which may hold NaN.
         shape = batch_size, config.kv_heads, capacity, config.head_width
-        dtype = jnp.dtype(dtype or config.dtype)
+        number = jnp.dtype(dtype or config.dtype)
         layers = tuple(
             LayerCache(
-                keys_BKSH=jnp.zeros(shape, dtype, device=device),
-                values_BKSH=jnp.zeros(shape, dtype, device=device),
+                keys_BKSH=jnp.zeros(shape, number, device=device),
+                values_BKSH=jnp.zeros(shape, number, device=device),
             )
             for _ in range(config.num_layers)
         )
@@ -136,7 +136,7 @@ class KVCache:
         """Bytes of keys and values, 2 * L * B * K * S * H * itemsize, and those of valid slots."""
         allocated = sum(2 * layer.keys_BKSH.nbytes for layer in self.layers)
         slot = allocated // (self.batch_size * self.capacity)
-        return CacheBytes(allocated, slot * int(np.sum(host_values(self.lengths_B))))
+        return CacheBytes(allocated, slot * int(self.lengths_B.sum()))
 
     def check_capacity(
         self, num_tokens: int, counts_B: jax.Array | None = None, context_length: int | None = None
@@ -153,10 +153,10 @@ class KVCache:
         """
         # twin: lengths traced by jax.jit cannot be read; a row that overflows gets NaN logits.
         lengths_B = host_values(self.lengths_B)
-        counts_B = np.asarray([num_tokens]) if counts_B is None else host_values(counts_B)
-        if lengths_B is None or counts_B is None:
+        new_B = np.asarray([num_tokens]) if counts_B is None else host_values(counts_B)
+        if lengths_B is None or new_B is None:
             return
-        totals_B = lengths_B + counts_B
+        totals_B = lengths_B + new_B
         row = int(np.argmax(totals_B))
         held, total = lengths_B[row], totals_B[row]
         words = f"KVCache: row {row} holds {held} tokens + {total - held} new = {total}"

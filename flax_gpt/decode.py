@@ -36,8 +36,9 @@ def prefill(
     check_counts(counts_B, *tokens_BT.shape, least=1)
     if chunk is not None and tokens_BT.shape[1] > chunk:
         return prefill_in_chunks(model, tokens_BT, cache, counts_B, chunk)
-    x_BTD, cache = model.hidden(tokens_BT, cache, counts_B)
-    return model.unembed(last(x_BTD, counts_B))[:, 0], cache
+    x_BTD, longer = model.hidden(tokens_BT, cache, counts_B)
+    assert longer is not None
+    return model.unembed(last(x_BTD, counts_B))[:, 0], longer
 
 
 def decode_step(model: GPT, tokens_B: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
@@ -51,8 +52,9 @@ def decode_step(model: GPT, tokens_B: jax.Array, cache: KVCache) -> tuple[jax.Ar
     Returns:
         Logits (B, V), and the cache with the tokens appended.
     """
-    logits_B1V, cache = model(tokens_B[:, None], cache)
-    return logits_B1V[:, 0], cache
+    logits_B1V, longer = model(tokens_B[:, None], cache)
+    assert longer is not None
+    return logits_B1V[:, 0], longer
 
 
 def prefill_in_chunks(
@@ -61,8 +63,8 @@ def prefill_in_chunks(
     """Compute `prefill` in passes of `chunk` tokens each, the last one padded."""
     batch_size, num_tokens = tokens_BT.shape
     cache.check_capacity(num_tokens, counts_B, model.context_length)
-    counts_B = num_tokens if counts_B is None else counts_B
-    counts_B = jnp.broadcast_to(jnp.asarray(counts_B, jnp.int32), batch_size)
+    given = num_tokens if counts_B is None else counts_B
+    counts_B = jnp.broadcast_to(jnp.asarray(given, jnp.int32), batch_size)
     tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, -num_tokens % chunk)))
 
     def append_chunk(carry, start):
@@ -70,10 +72,11 @@ def prefill_in_chunks(
         cache, left_B, x_BPD, ends_B = carry
         taken_B = jnp.minimum(left_B, chunk)
         part_BP = jax.lax.dynamic_slice_in_dim(tokens_BT, start, chunk, axis=1)
-        y_BPD, cache = model.hidden(part_BP, cache, taken_B)
+        y_BPD, longer = model.hidden(part_BP, cache, taken_B)
+        assert longer is not None
         x_BPD = jnp.where((taken_B > 0)[:, None, None], y_BPD, x_BPD)
         ends_B = jnp.where(taken_B > 0, taken_B, ends_B)
-        return (cache, left_B - taken_B, x_BPD, ends_B), None
+        return (longer, left_B - taken_B, x_BPD, ends_B), None
 
     # twin: jax compiles one chunk for all of them; torch takes one after the other.
     embedding = model.token_embedding.embedding[...]

@@ -6,7 +6,7 @@ dim.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from flax_gpt.attention import Drop, attention_weights, weighted_values, zero_un
 from flax_gpt.cache import LayerCache, host_values
 from flax_gpt.layers import identity
 from flax_gpt.metadata import AttentionMetadata
+
+_Result = TypeVar("_Result")
 
 _SMALLEST_SIZE = 256  # slots; reading fewer costs a step as much, and one program more to compile
 
@@ -88,8 +90,8 @@ def slots_to_read(
 
 
 def switch(
-    index: int | bool | jax.Array, branches: Sequence[Callable[..., Any]], *operands: Any
-) -> Any:
+    index: int | bool | jax.Array, branches: Sequence[Callable[..., _Result]], *operands: object
+) -> _Result:
     """Call `branches[index]` on the operands.
 
     The last branch must be correct for every index. It is taken where an accelerator would have to

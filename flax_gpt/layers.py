@@ -30,6 +30,7 @@ class RMSNormPlusOne(nnx.RMSNorm):
         """Norm the last axis, in float32 at least."""
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        assert self.scale is not None
         scale = 1.0 + self.scale[...].astype(wide.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
         return (wide * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(x.dtype)
 

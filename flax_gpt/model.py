@@ -95,21 +95,15 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention, then MLP, each normed before and added to the residual stream after.
-
-    Attributes:
-        window: tokens that a token sees, itself among them; None for all before it.
-    """
+    """Attention, then MLP, each normed before and added to the residual stream after."""
 
     def __init__(
         self,
         config: GPTConfig,
         key: jax.Array | None = None,
-        window: int | None = None,
         attend: Attend = fast_attention.attend,
     ):
         subkeys = split_or_none(key, 2)
-        self.window = window
         self.norm_1 = build.norm(config)
         self.attention = Attention(config, subkeys[0], attend)
         self.norm_2 = build.norm(config)
@@ -156,10 +150,10 @@ class GPT(nnx.Module):
         self.position_embedding = build.position_embedding(config, subkeys[1])
         self.distance_embedding = build.distance_embedding(config, subkeys[1])
         self.embedding_norm = build.embedding_norm(config)
-        pairs = zip(subkeys[2:-1], build.windows(config), strict=True)
-        self.blocks = nnx.List([Block(config, *pair, attend) for pair in pairs])
+        self.windows = build.windows(config)
+        self.blocks = nnx.List([Block(config, x, attend) for x in subkeys[2:-1]])
         self.norm = build.norm(config)
-        self.head = build.head(config, subkeys[-1])
+        self.head: build.Part | None = build.head(config, subkeys[-1])
 
     def __call__(
         self,
@@ -198,10 +192,10 @@ class GPT(nnx.Module):
         keys = split_or_none(key, len(self.blocks) + 1)
         x_BTD = self.embed(tokens_BT, metadata, keys[0])
         metadata = self.positions.prepare(metadata, self.distance_embedding)
-        views = {w: metadata.within(w) for w in dict.fromkeys(b.window for b in self.blocks)}
-        layers = [None] * len(self.blocks) if cache is None else list(cache.layers)
+        views = {window: metadata.within(window) for window in dict.fromkeys(self.windows)}
+        layers: list = [None] * len(self.blocks) if cache is None else list(cache.layers)
         for i, block in enumerate(self.blocks):
-            x_BTD, layers[i] = block(x_BTD, views[block.window], layers[i], keys[i + 1])
+            x_BTD, layers[i] = block(x_BTD, views[self.windows[i]], layers[i], keys[i + 1])
         cache = None if cache is None else KVCache(tuple(layers), metadata.ends_B)
         return self.norm(x_BTD), cache
 

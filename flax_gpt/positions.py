@@ -48,6 +48,7 @@ class Learned(NoPositions):
         self, x_BTD: jax.Array, metadata: AttentionMetadata, table: nnx.Embed | None
     ) -> jax.Array:
         """Add each token's row of the table."""
+        assert table is not None
         return x_BTD + table(metadata.positions_BT)
 
 
@@ -76,6 +77,7 @@ class Rotary(NoPositions):
     def rotate(self, x: jax.Array, metadata: AttentionMetadata) -> jax.Array:
         """Rotate queries or keys (B, T, heads, H); numbers beyond the pairs stay."""
         rotation, num_pairs = metadata.rotation, self.num_pairs
+        assert rotation is not None
         wide = x.astype(rotation.cos_BT1E.dtype)
         first = wide[..., :num_pairs]
         second = wide[..., num_pairs : 2 * num_pairs]
@@ -180,6 +182,7 @@ class T5(NoPositions):
         """Add the bias, from the table of scores (ranges, N)."""
         bucket_of = jnp.asarray(t5_buckets(self.num_buckets, self.max_distance), jnp.int32)
         bucket_BTS = bucket_of[jnp.minimum(distances(metadata), self.max_distance)]
+        assert table is not None
         bias_BNTS = jnp.moveaxis(table.embedding[...][bucket_BTS], -1, 1)
         B, _, T, S = bias_BNTS.shape
         bias_BKQTS = bias_BNTS.reshape(B, self.num_kv_heads, -1, T, S)

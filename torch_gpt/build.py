@@ -64,10 +64,10 @@ def head(config: GPTConfig, key: torch.Tensor | None) -> nn.Linear | None:
     return linear(config, config.embed_dim, config.vocab_size, config.init_std, key, bias=False)
 
 
-def windows(config: GPTConfig) -> list[int | None]:
+def windows(config: GPTConfig) -> tuple[int | None, ...]:
     """Return how many tokens a token sees in each block; None for all."""
     num_narrow = config.num_layers - config.num_full_layers
-    return [None] * config.num_full_layers + [config.window] * num_narrow
+    return (None,) * config.num_full_layers + (config.window,) * num_narrow
 
 
 def positions(config: GPTConfig) -> NoPositions:

@@ -50,8 +50,8 @@ class LayerCache:
         keys_BKSH, values_BKSH = self.keys_BKSH, self.values_BKSH
         if self._must_copy() or not self._take_claim(metadata.lengths_B):
             keys_BKSH, values_BKSH = keys_BKSH.clone(), values_BKSH.clone()
-        if metadata.all_valid and not metadata.padded:
-            end = metadata.longest
+        end = metadata.longest
+        if end is not None and metadata.all_valid and not metadata.padded:
             start = end - new.keys_BKSH.shape[2]
             keys_BKSH[:, :, start:end] = new.keys_BKSH
             values_BKSH[:, :, start:end] = new.values_BKSH
@@ -151,12 +151,12 @@ class KVCache:
             )
         # Zeros, never uninitialised memory, which may hold NaN.
         shape = batch_size, config.kv_heads, capacity, config.head_width
-        dtype = getattr(torch, dtype or config.dtype)
+        number = getattr(torch, dtype or config.dtype)
         lengths_B = torch.zeros(batch_size, dtype=torch.int64, device=device)
         layers = tuple(
             LayerCache(
-                keys_BKSH=torch.zeros(shape, dtype=dtype, device=device),
-                values_BKSH=torch.zeros(shape, dtype=dtype, device=device),
+                keys_BKSH=torch.zeros(shape, dtype=number, device=device),
+                values_BKSH=torch.zeros(shape, dtype=number, device=device),
             )._owned(lengths_B)
             for _ in range(config.num_layers)
         )
@@ -177,7 +177,7 @@ class KVCache:
         """Bytes of keys and values, 2 * L * B * K * S * H * itemsize, and those of valid slots."""
         allocated = sum(2 * layer.keys_BKSH.nbytes for layer in self.layers)
         slot = allocated // (self.batch_size * self.capacity)
-        return CacheBytes(allocated, slot * int(np.sum(host_values(self.lengths_B))))
+        return CacheBytes(allocated, slot * int(self.lengths_B.sum()))
 
     def check_capacity(
         self,
@@ -197,10 +197,10 @@ class KVCache:
         """
         # twin: lengths traced by jax.jit cannot be read; a row that overflows gets NaN logits.
         lengths_B = host_values(self.lengths_B)
-        counts_B = np.asarray([num_tokens]) if counts_B is None else host_values(counts_B)
-        if lengths_B is None or counts_B is None:
+        new_B = np.asarray([num_tokens]) if counts_B is None else host_values(counts_B)
+        if lengths_B is None or new_B is None:
             return
-        totals_B = lengths_B + counts_B
+        totals_B = lengths_B + new_B
         row = int(np.argmax(totals_B))
         held, total = lengths_B[row], totals_B[row]
         words = f"KVCache: row {row} holds {held} tokens + {total - held} new = {total}"

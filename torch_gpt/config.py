@@ -11,6 +11,7 @@ Dimension key of the whole project. An array's name ends in the letters of its a
 """
 
 import dataclasses
+from typing import Any
 
 DTYPES = "float64", "float32", "bfloat16", "float16"
 POSITIONS = "learned", "rotary", "alibi", "t5", "none"
@@ -18,7 +19,7 @@ NORMS = "layer", "rms", "rms_plus_one"
 ACTIVATIONS = "gelu_tanh", "gelu_bloom", "gelu", "silu"
 SCALINGS = "none", "linear", "dynamic", "llama3"
 
-_PRESETS = {
+_PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
         vocab_size=128, context_length=384, embed_dim=64, num_layers=3, num_heads=4, mlp_dim=256
     ),
@@ -246,7 +247,7 @@ class GPTConfig:
         return int(self.head_width * self.rotary.fraction)
 
     @classmethod
-    def preset(cls, name: str, **changes) -> "GPTConfig":
+    def preset(cls, name: str, **changes: Any) -> "GPTConfig":
         """Return the config of a published size, with any field changed.
 
         Args:

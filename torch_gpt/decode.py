@@ -37,8 +37,9 @@ def prefill(
     check_counts(counts_B, *tokens_BT.shape, least=1)
     if chunk is not None and tokens_BT.shape[1] > chunk:
         return prefill_in_chunks(model, tokens_BT, cache, counts_B, chunk)
-    x_BTD, cache = model.hidden(tokens_BT, cache, counts_B)
-    return model.unembed(last(x_BTD, counts_B))[:, 0], cache
+    x_BTD, longer = model.hidden(tokens_BT, cache, counts_B)
+    assert longer is not None
+    return model.unembed(last(x_BTD, counts_B))[:, 0], longer
 
 
 @torch.no_grad()
@@ -53,8 +54,9 @@ def decode_step(model: GPT, tokens_B: torch.Tensor, cache: KVCache) -> tuple[tor
     Returns:
         Logits (B, V), and the cache with the tokens appended.
     """
-    logits_B1V, cache = model(tokens_B[:, None], cache)
-    return logits_B1V[:, 0], cache
+    logits_B1V, longer = model(tokens_B[:, None], cache)
+    assert longer is not None
+    return logits_B1V[:, 0], longer
 
 
 @torch.no_grad()
@@ -64,8 +66,8 @@ def prefill_in_chunks(
     """Compute `prefill` in passes of `chunk` tokens each, the last one padded."""
     batch_size, num_tokens = tokens_BT.shape
     cache.check_capacity(num_tokens, counts_B, model.context_length)
-    counts_B = num_tokens if counts_B is None else counts_B
-    counts_B = torch.as_tensor(counts_B, device=tokens_BT.device).broadcast_to(batch_size)
+    given = num_tokens if counts_B is None else counts_B
+    counts_B = torch.as_tensor(given, device=tokens_BT.device).broadcast_to(batch_size)
     tokens_BT = F.pad(tokens_BT, (0, -num_tokens % chunk))
 
     def append_chunk(carry, start):
@@ -73,10 +75,11 @@ def prefill_in_chunks(
         cache, left_B, x_BPD, ends_B = carry
         taken_B = torch.clamp(left_B, max=chunk)
         part_BP = tokens_BT[:, start : start + chunk]
-        y_BPD, cache = model.hidden(part_BP, cache, taken_B)
+        y_BPD, longer = model.hidden(part_BP, cache, taken_B)
+        assert longer is not None
         x_BPD = torch.where((taken_B > 0)[:, None, None], y_BPD, x_BPD)
         ends_B = torch.where(taken_B > 0, taken_B, ends_B)
-        return cache, left_B - taken_B, x_BPD, ends_B
+        return longer, left_B - taken_B, x_BPD, ends_B
 
     # twin: jax compiles one chunk for all of them; torch takes one after the other.
     embedding = model.token_embedding.weight

@@ -5,7 +5,7 @@ dim.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TypeVar
 
 import torch
 
@@ -14,6 +14,8 @@ from torch_gpt.attention import Drop, attention_weights, weighted_values, zero_u
 from torch_gpt.cache import LayerCache
 from torch_gpt.layers import identity
 from torch_gpt.metadata import AttentionMetadata
+
+_Result = TypeVar("_Result")
 
 
 def attend(
@@ -71,8 +73,8 @@ def slots_to_read(
 
 
 def switch(
-    index: int | bool | torch.Tensor, branches: Sequence[Callable[..., Any]], *operands: Any
-) -> Any:
+    index: int | bool | torch.Tensor, branches: Sequence[Callable[..., _Result]], *operands: object
+) -> _Result:
     """Call `branches[index]` on the operands.
 
     The last branch must be correct for every index. It is taken where an accelerator would have to

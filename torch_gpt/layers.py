@@ -8,7 +8,7 @@ Dimension key: B batch, T new tokens, D embed dim, F mlp dim.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ class RMSNormPlusOne(nn.RMSNorm):
         """Norm the last axis, in float32 at least."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean_square = torch.mean(torch.square(wide), dim=-1, keepdim=True)
+        assert self.eps is not None
         scale = 1.0 + self.weight.to(wide.dtype)
         return (wide * torch.rsqrt(mean_square + self.eps) * scale).to(x.dtype)
 
@@ -127,7 +128,7 @@ def linear(
 ) -> nn.Linear:
     """Make the native linear layer with weights from our generator and biases of zero."""
     options = dict(dtype=parameter_dtype(config), device=torch.get_default_device())
-    layer = skip_init(nn.Linear, in_dim, out_dim, bias=bias, **options)
+    layer = cast(nn.Linear, skip_init(nn.Linear, in_dim, out_dim, bias=bias, **options))
     with torch.no_grad():
         layer.weight.copy_(initial(config, (in_dim, out_dim), std, key).T)
         if bias:
@@ -141,7 +142,7 @@ def embedding(
     """Make the native embedding table, D wide or as given, with weights from our generator."""
     width = config.embed_dim if width is None else width
     options = dict(dtype=parameter_dtype(config), device=torch.get_default_device())
-    table = skip_init(nn.Embedding, num_rows, width, **options)
+    table = cast(nn.Embedding, skip_init(nn.Embedding, num_rows, width, **options))
     with torch.no_grad():
         table.weight.copy_(initial(config, (num_rows, width), config.init_std, key))
     return table

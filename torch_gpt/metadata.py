@@ -89,13 +89,14 @@ class AttentionMetadata:
             return self
         first_BT = self.positions_BT - window + 1
         near_BTS = self.columns_BS[:, None, :] >= first_BT[:, :, None]
-        all_seen = self.all_seen and self.longest <= window
+        all_seen = self.all_seen and (self.longest or 0) <= window
         return dataclasses.replace(self, mask_BTS=self.mask_BTS & near_BTS, all_seen=all_seen)
 
     def written_tokens(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return rows and steps of the tokens that have a slot, as indices of (B, T)."""
         if self.padded:
-            return torch.nonzero(self.slots_BT != NOWHERE, as_tuple=True)
+            rows, steps = torch.nonzero(self.slots_BT != NOWHERE, as_tuple=True)
+            return rows, steps
         rows, steps = (torch.arange(n, device=self.slots_BT.device) for n in self.slots_BT.shape)
         return rows[:, None], steps[None, :]
 

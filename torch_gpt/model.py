@@ -10,6 +10,7 @@ A call without a key is an evaluation: dropout is active only where a key says w
 """
 
 import copy
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ from torch_gpt.cache import KVCache, LayerCache
 from torch_gpt.config import GPTConfig
 from torch_gpt.layers import dropout, dropping, embedding, linear, residual_std, split_or_none
 from torch_gpt.metadata import AttentionMetadata, attention_metadata, check_arguments
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class Attention(nn.Module):
@@ -41,7 +44,9 @@ class Attention(nn.Module):
         self.query = linear(config, width, inside, std, subkeys[0], bias)
         self.key = linear(config, width, shared, std, subkeys[1], bias)
         self.value = linear(config, width, shared, std, subkeys[2], bias)
-        self.out = linear(config, inside, width, residual_std(config), subkeys[3], config.out_bias)
+        self.out: nn.Module = linear(
+            config, inside, width, residual_std(config), subkeys[3], config.out_bias
+        )
         self.query_norm = build.head_norm(config)
         self.key_norm = build.head_norm(config)
         self.positions = build.positions(config)
@@ -98,22 +103,16 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each normed before and added to the residual stream after.
-
-    Attributes:
-        window: tokens that a token sees, itself among them; None for all before it.
-    """
+    """Attention, then MLP, each normed before and added to the residual stream after."""
 
     def __init__(
         self,
         config: GPTConfig,
         key: torch.Tensor | None = None,
-        window: int | None = None,
         attend: Attend = fast_attention.attend,
     ):
         super().__init__()
         subkeys = split_or_none(key, 2)
-        self.window = window
         self.norm_1 = build.norm(config)
         self.attention = Attention(config, subkeys[0], attend)
         self.norm_2 = build.norm(config)
@@ -161,10 +160,10 @@ class GPT(nn.Module):
         self.position_embedding = build.position_embedding(config, subkeys[1])
         self.distance_embedding = build.distance_embedding(config, subkeys[1])
         self.embedding_norm = build.embedding_norm(config)
-        pairs = zip(subkeys[2:-1], build.windows(config), strict=True)
-        self.blocks = nn.ModuleList([Block(config, *pair, attend) for pair in pairs])
+        self.windows = build.windows(config)
+        self.blocks = nn.ModuleList([Block(config, x, attend) for x in subkeys[2:-1]])
         self.norm = build.norm(config)
-        self.head = build.head(config, subkeys[-1])
+        self.head: nn.Module | None = build.head(config, subkeys[-1])
 
     def forward(
         self,
@@ -203,10 +202,10 @@ class GPT(nn.Module):
         keys = split_or_none(key, len(self.blocks) + 1)
         x_BTD = self.embed(tokens_BT, metadata, keys[0])
         metadata = self.positions.prepare(metadata, self.distance_embedding)
-        views = {w: metadata.within(w) for w in dict.fromkeys(b.window for b in self.blocks)}
-        layers = [None] * len(self.blocks) if cache is None else list(cache.layers)
+        views = {window: metadata.within(window) for window in dict.fromkeys(self.windows)}
+        layers: list = [None] * len(self.blocks) if cache is None else list(cache.layers)
         for i, block in enumerate(self.blocks):
-            x_BTD, layers[i] = block(x_BTD, views[block.window], layers[i], keys[i + 1])
+            x_BTD, layers[i] = block(x_BTD, views[self.windows[i]], layers[i], keys[i + 1])
         cache = None if cache is None else KVCache(tuple(layers), metadata.ends_B)
         return self.norm(x_BTD), cache
 
@@ -227,10 +226,11 @@ class GPT(nn.Module):
     def with_attend(self, attend: Attend) -> "GPT":
         """Return this model, its weights shared, with another attention in every block."""
         model = copied(self)
-        model.blocks = nn.ModuleList([copied(block) for block in self.blocks])
-        for block in model.blocks:
+        blocks = [copied(block) for block in cast("list[Block]", self.blocks)]
+        for block in blocks:
             block.attention = copied(block.attention)
             block.attention.attend = attend
+        model.blocks = nn.ModuleList(blocks)
         return model
 
     def attention_maps(
@@ -251,7 +251,7 @@ class GPT(nn.Module):
         return maps
 
 
-def copied(module: nn.Module) -> nn.Module:
+def copied(module: _Module) -> _Module:
     """Return a module with the same parts, of which any can be replaced without the other's."""
     other = copy.copy(module)
     other._modules = dict(module._modules)

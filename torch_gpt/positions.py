@@ -47,6 +47,7 @@ class Learned(NoPositions):
         self, x_BTD: torch.Tensor, metadata: AttentionMetadata, table: nn.Embedding | None
     ) -> torch.Tensor:
         """Add each token's row of the table."""
+        assert table is not None
         return x_BTD + table(metadata.positions_BT)
 
 
@@ -75,6 +76,7 @@ class Rotary(NoPositions):
     def rotate(self, x: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
         """Rotate queries or keys (B, T, heads, H); numbers beyond the pairs stay."""
         rotation, num_pairs = metadata.rotation, self.num_pairs
+        assert rotation is not None
         wide = x.to(rotation.cos_BT1E.dtype)
         first = wide[..., :num_pairs]
         second = wide[..., num_pairs : 2 * num_pairs]
@@ -178,6 +180,7 @@ class T5(NoPositions):
     def prepare(self, metadata: AttentionMetadata, table: nn.Embedding | None) -> AttentionMetadata:
         """Add the bias, from the table of scores (ranges, N)."""
         bucket_of = torch.from_numpy(t5_buckets(self.num_buckets, self.max_distance))
+        assert table is not None
         bucket_of = bucket_of.to(table.weight.device)
         bucket_BTS = bucket_of[torch.clamp(distances(metadata), max=self.max_distance)]
         bias_BNTS = torch.movedim(table.weight[bucket_BTS], -1, 1)

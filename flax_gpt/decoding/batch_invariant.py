@@ -89,8 +89,8 @@ def prefill(
     """
     batch_size, num_tokens = tokens_BT.shape
     check_counts(counts_B, batch_size, num_tokens, least=1)
-    counts_B = num_tokens if counts_B is None else counts_B
-    counts_B = jnp.broadcast_to(jnp.asarray(counts_B, jnp.int32), batch_size)
+    given = num_tokens if counts_B is None else counts_B
+    counts_B = jnp.broadcast_to(jnp.asarray(given, jnp.int32), batch_size)
     # The tokens of each row's open block, and right after them the new ones.
     open_B = cache.lengths_B - cache.blocks.lengths_B
     joined = jnp.concatenate([cache.tokens_BP, jnp.asarray(tokens_BT, jnp.int32)], axis=1)
@@ -135,7 +135,8 @@ def score_uncached(model: GPT, tokens_BT: jax.Array, counts_B: jax.Array) -> jax
     Returns:
         Logits (B, V) after each row's last real token.
     """
-    cache = BatchInvariantCache.empty(model.config, *tokens_BT.shape)
+    batch_size, capacity = tokens_BT.shape
+    cache = BatchInvariantCache.empty(model.config, batch_size, capacity)
     return prefill(model, tokens_BT, cache, counts_B)[0]
 
 

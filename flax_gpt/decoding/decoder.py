@@ -8,17 +8,21 @@ Dimension key: B batch, T prompt tokens, V vocab.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 
-from flax_gpt.cache import KVCache, host_values
+from flax_gpt.cache import KVCache
 from flax_gpt.config import GPTConfig
 from flax_gpt.decode import decode_step, prefill, score_uncached
 from flax_gpt.decoding.packing import PackedGPT, pack
 from flax_gpt.model import GPT
+
+Function = Callable[..., Any]
+_Result = TypeVar("_Result")
 
 _SMALLEST_CAPACITY = 256  # slots; a smaller cache saves nothing
 
@@ -34,10 +38,10 @@ class Steps:
         score_uncached: scores whole sequences, as `decode.score_uncached`.
     """
 
-    empty: Callable[..., Any]
-    prefill: Callable[..., Any]
-    decode_step: Callable[..., Any]
-    score_uncached: Callable[..., Any]
+    empty: Function
+    prefill: Function
+    decode_step: Function
+    score_uncached: Function
 
 
 class Decoder:
@@ -79,8 +83,8 @@ class Decoder:
 
     def prefill(
         self,
-        tokens_BT: jax.Array,
-        counts_B: jax.Array | None = None,
+        tokens_BT: ArrayLike,
+        counts_B: ArrayLike | None = None,
         capacity: int | None = None,
         chunk: int | None = None,
     ) -> tuple[jax.Array, KVCache]:
@@ -147,11 +151,11 @@ class Decoder:
 
     def run(
         self,
-        function: Callable[..., Any],
-        *operands: Any,
-        state: Any = None,
-        static: tuple[Any, ...] = (),
-    ) -> Any:
+        function: Callable[..., _Result],
+        *operands: object,
+        state: object = None,
+        static: tuple[object, ...] = (),
+    ) -> _Result:
         """Call a function on the model, compiled once for every size of its operands.
 
         Args:
@@ -167,10 +171,10 @@ class Decoder:
 
     def program(
         self,
-        function: Callable[..., Any],
-        *operands: Any,
-        state: Any = None,
-        static: tuple[Any, ...] = (),
+        function: Function,
+        *operands: object,
+        state: object = None,
+        static: tuple[object, ...] = (),
     ) -> jax.stages.Compiled:
         """Return the compiled program that `run` would execute.
 
@@ -187,20 +191,18 @@ class Decoder:
 
     def _arguments(
         self,
-        function: Callable[..., Any],
-        operands: tuple[Any, ...],
-        state: Any,
-        static: tuple[Any, ...],
-    ) -> tuple[Any, ...]:
+        function: Function,
+        operands: tuple[object, ...],
+        state: object,
+        static: tuple[object, ...],
+    ) -> tuple[object, ...]:
         state = () if state is None else (state,)
         return function, self._graphdef, self._tree, static, self._leaves, operands, state
 
     def _longest(self, cache: KVCache) -> int:
         """Return the longest row's length; ask the device only for a cache made elsewhere."""
         lengths_B, longest = self._known
-        return (
-            longest if lengths_B is cache.lengths_B else int(np.max(host_values(cache.lengths_B)))
-        )
+        return longest if lengths_B is cache.lengths_B else int(cache.lengths_B.max())
 
 
 def capacity_for(num_tokens: int, config: GPTConfig, least: int = _SMALLEST_CAPACITY) -> int:
@@ -209,7 +211,7 @@ def capacity_for(num_tokens: int, config: GPTConfig, least: int = _SMALLEST_CAPA
 
 
 @functools.cache
-def _program() -> Callable[..., Any]:
+def _program() -> Any:
     """Return `Decoder.run` under one `jax.jit` for all functions and sizes.
 
     XLA on a CPU copies what it will overwrite unless asked to look whether it is still read.
@@ -226,14 +228,14 @@ def _program() -> Callable[..., Any]:
 
 
 def _run(
-    function: Callable[..., Any],
+    function: Callable[..., _Result],
     graphdef: nnx.GraphDef,
     tree: jax.tree_util.PyTreeDef,
-    static: tuple[Any, ...],
+    static: tuple[object, ...],
     leaves: list[jax.Array],
-    operands: tuple[Any, ...],
-    state: tuple[Any, ...],
-) -> Any:
+    operands: tuple[object, ...],
+    state: tuple[object, ...],
+) -> _Result:
     model = nnx.merge(graphdef, jax.tree.unflatten(tree, leaves))
     return function(model, *operands, *state, *static)
 

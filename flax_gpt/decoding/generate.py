@@ -11,9 +11,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from flax_gpt import random
 from flax_gpt.cache import KVCache
+from flax_gpt.config import GPTConfig
 from flax_gpt.decoding.decoder import Decoder, Steps, capacity_for
 from flax_gpt.decoding.sampling import GREEDY, Sampling, filter_logits, widened
 from flax_gpt.model import GPT
@@ -41,9 +43,9 @@ class Generation:
 
 def generate(
     model: GPT | Decoder,
-    tokens_BT: jax.Array,
+    tokens_BT: ArrayLike,
     max_new_tokens: int,
-    counts_B: jax.Array | None = None,
+    counts_B: ArrayLike | None = None,
     stop_ids: Sequence[int] = (),
     use_cache: bool = True,
     sampling: Sampling = GREEDY,
@@ -75,14 +77,13 @@ def generate(
         ValueError: on empty prompts, ids outside the vocabulary, more tokens than the context
             holds, or nothing to draw from.
     """
-    counts_B = _check_prompts(model, tokens_BT, counts_B, max_new_tokens, sampling, key)
+    counts_B = _check_prompts(model.config, tokens_BT, counts_B, max_new_tokens, sampling, key)
     if sampling.temperature == 0.0:
         sampling, key = GREEDY, None  # the filters keep the first token, whatever they are
     tokens_BT = np.asarray(tokens_BT)[:, : model.config.context_length]  # beyond is padding
     batch_size, num_tokens = tokens_BT.shape
-    decoder = model
-    if not isinstance(model, Decoder):
-        decoder = Decoder(model, batch_size, packed=max_new_tokens >= _WORTH_PACKING)
+    packed = max_new_tokens >= _WORTH_PACKING
+    decoder = model if isinstance(model, Decoder) else Decoder(model, batch_size, packed)
     # twin: jax compiles the whole loop, once for all that need as much room; torch takes one step
     # after the other.
     # The last token is chosen and not appended.
@@ -95,9 +96,9 @@ def generate(
         state = jnp.asarray(sequences_BS), jnp.asarray(counts_B, jnp.int32)
         logits_BV = decoder.run(_score, state, static=(decoder.steps,))
     # Rounded up as well: no row ever chooses NO_TOKEN.
-    stop_ids = np.asarray(stop_ids, np.int32).reshape(-1)
-    stop_ids = np.pad(stop_ids, (0, -len(stop_ids) % 4), constant_values=NO_TOKEN)
-    operands = logits_BV, stop_ids, key, np.int32(max_new_tokens)
+    stops = np.asarray(stop_ids, np.int32).reshape(-1)
+    stops = np.pad(stops, (0, -len(stops) % 4), constant_values=NO_TOKEN)
+    operands = logits_BV, stops, key, np.int32(max_new_tokens)
     static = sampling, decoder.steps
     tokens_BS, margins_BS, _ = decoder.run(_loop, *operands, state=state, static=static)
     tokens_BG, margins_BG = tokens_BS[:, :max_new_tokens], margins_BS[:, :max_new_tokens]
@@ -177,7 +178,7 @@ def _loop(
     def choose(step, logits_BV, ended_B, tokens_BS, margins_BS):
         """Choose the next token of each row, write it down, and note which rows have ended."""
         scores_BV = widened(logits_BV)
-        if sampling.temperature > 0.0:
+        if key is not None:
             left_BV = filter_logits(logits_BV, sampling)
             scores_BV = random.perturb(random.fold_in(key, step), left_BV)
         tokens_B = jnp.argmax(scores_BV, axis=-1).astype(jnp.int32)
@@ -207,9 +208,9 @@ def _loop(
 
 
 def _check_prompts(
-    model: GPT,
-    tokens_BT: jax.Array,
-    counts_B: jax.Array | None,
+    config: GPTConfig,
+    tokens_BT: ArrayLike,
+    counts_B: ArrayLike | None,
     max_new_tokens: int,
     sampling: Sampling,
     key: jax.Array | None,
@@ -230,16 +231,16 @@ def _check_prompts(
         problems.append(f"counts {counts_B.tolist()} are not {B} numbers from 1 to {T}")
     else:
         ids = tokens_BT[np.arange(T)[None, :] < counts_B[:, None]]
-        if ids.min() < 0 or ids.max() >= model.config.vocab_size:
+        if ids.min() < 0 or ids.max() >= config.vocab_size:
             problems.append(
-                f"ids {ids.min()} to {ids.max()} are not all in [0, {model.config.vocab_size})"
+                f"ids {ids.min()} to {ids.max()} are not all in [0, {config.vocab_size})"
             )
-        room = model.config.context_length - int(counts_B.max())
+        room = config.context_length - int(counts_B.max())
         if max_new_tokens > room:
             problems.append(
                 f"{counts_B.max()} prompt tokens + {max_new_tokens} new tokens = "
                 f"{counts_B.max() + max_new_tokens} > context_length "
-                f"{model.config.context_length}; ask for at most {max(room, 0)}"
+                f"{config.context_length}; ask for at most {max(room, 0)}"
             )
     if sampling.temperature > 0.0 and key is None:
         problems.append(

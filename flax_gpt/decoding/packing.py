@@ -6,6 +6,8 @@ Dimension key: B batch, T new tokens, S cache slots, D embed dim, N query heads,
 heads of one kv head, H head dim, V vocab, I inputs, O outputs of a linear map.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -66,8 +68,8 @@ class PackedGPT(GPT):
         self._shared_bytes = 0
         # A tied head reads the embedding, which lies as it should.
         if model.head is None:
-            self.head = PackedLinear(model.token_embedding.embedding[...], None, batch_size)
-            self._shared_bytes = self.head.extra_bytes
+            head = PackedLinear(model.token_embedding.embedding[...], None, batch_size)
+            self.head, self._shared_bytes = head, head.extra_bytes
         else:
             self.head = _packed(model.head, batch_size)
 
@@ -95,6 +97,6 @@ def pack(model: GPT, batch_size: int) -> GPT:
     return PackedGPT(model, batch_size)
 
 
-def _packed(linear: nnx.Linear, batch_size: int) -> PackedLinear:
+def _packed(linear: Any, batch_size: int) -> PackedLinear:
     bias_O = None if linear.bias is None else linear.bias[...]
     return PackedLinear(linear.kernel[...].T, bias_O, batch_size)

@@ -10,8 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from flax_gpt.training.config import TrainConfig
+
+_State = Any  # of a chain of optax: a tuple of the states of its parts
 
 CLIP_EPSILON = 1e-6  # torch's, added to the norm that divides; optax adds nothing
 INITIAL_SCALE, GROWTH_INTERVAL = 2.0**16, 2000  # of the loss, in float16
@@ -33,7 +36,7 @@ def adamw(config: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def learning_rate(config: TrainConfig, count: int | jax.Array) -> jax.Array:
+def learning_rate(config: TrainConfig, count: ArrayLike) -> jax.Array:
     """Return the rate of the update that comes after `count` others.
 
     The frameworks' own schedules differ: optax's warm-up gives the first update a rate of 0, and
@@ -45,6 +48,7 @@ def learning_rate(config: TrainConfig, count: int | jax.Array) -> jax.Array:
     count = jnp.asarray(count).astype(jnp.result_type(float))
     progress = 0.0
     if config.schedule != "constant":
+        assert config.total_steps is not None  # as TrainConfig sees to
         span = config.total_steps - config.warmup_steps
         progress = jnp.clip((count - config.warmup_steps) / span, 0.0, 1.0)
     if config.schedule == "cosine":
@@ -54,12 +58,14 @@ def learning_rate(config: TrainConfig, count: int | jax.Array) -> jax.Array:
     return config.learning_rate * jnp.where(count < config.warmup_steps, warm, fraction)
 
 
-def num_updates(optimizer: Any) -> jax.Array:
+def num_updates(optimizer: _State) -> jax.Array:
     """Return the number of updates that an AdamW state has seen."""
     return optimizer[0].count
 
 
-def clip_gradients(config: TrainConfig, gradients: Any) -> tuple[Any, jax.Array]:
+def clip_gradients(
+    config: TrainConfig, gradients: optax.Updates
+) -> tuple[optax.Updates, jax.Array]:
     """Scale a whole gradient down to the largest norm allowed; return its norm before that too.
 
     Pascanu et al., "On the difficulty of training recurrent neural networks", 2013.
@@ -79,12 +85,14 @@ def clip_gradients(config: TrainConfig, gradients: Any) -> tuple[Any, jax.Array]
 def scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientTransformation:
     """Make Adam's direction, with bias corrections exact to rounding; state as in optax."""
 
-    def init(parameters: Any) -> optax.ScaleByAdamState:
+    def init(params: optax.Params) -> optax.OptState:
         # Two trees of zeros: a buffer that is in a state twice cannot be donated.
-        mu, nu = (jax.tree.map(jnp.zeros_like, parameters) for _ in range(2))
+        mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
-    def update(gradients: Any, state: optax.ScaleByAdamState, parameters: Any = None):
+    def update(
+        updates: optax.Updates, state: _State, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, _State]:
         def direction(m: jax.Array, v: jax.Array) -> jax.Array:
             # -expm1(n log b) is 1 - b**n without the cancellation.
             steps = count.astype(m.dtype)
@@ -93,8 +101,8 @@ def scale_by_adam(beta1: float, beta2: float, epsilon: float) -> optax.GradientT
             return m_hat / (jnp.sqrt(v_hat) + epsilon)
 
         count = state.count + 1
-        mu = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, gradients)
-        nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.nu, gradients)
+        mu = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, updates)
+        nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.nu, updates)
         return jax.tree.map(direction, mu, nu), optax.ScaleByAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
@@ -130,7 +138,7 @@ class LossScale:
         return LossScale(jnp.where(jnp.isfinite(scale), scale, self.scale), streak)
 
 
-def _decayed(config: TrainConfig, parameters: Any) -> Any:
+def _decayed(config: TrainConfig, parameters: optax.Params) -> optax.Params:
     """Mark the leaves that decay: the kernels of linear layers, or all."""
 
     def decays(path: tuple, _: jax.Array) -> bool:

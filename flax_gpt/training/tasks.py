@@ -55,11 +55,14 @@ def _next_token_targets(batch: Batch) -> jax.Array:
     return next_token_targets(labels, batch.counts_B)
 
 
-def _class_logits(model: Any, batch: Batch, key: jax.Array | None) -> jax.Array:
+def _class_logits(
+    model: Callable[..., jax.Array], batch: Batch, key: jax.Array | None
+) -> jax.Array:
     return model(batch.tokens_BT, batch.counts_B, key)
 
 
 def _token_targets(batch: Batch) -> jax.Array:
+    assert batch.labels is not None
     if batch.counts_B is None:
         return batch.labels
     real_BT = jnp.arange(batch.labels.shape[1])[None, :] < batch.counts_B[:, None]
@@ -67,6 +70,7 @@ def _token_targets(batch: Batch) -> jax.Array:
 
 
 def _sequence_targets(batch: Batch) -> jax.Array:
+    assert batch.labels is not None
     if batch.counts_B is None:
         return batch.labels
     return jnp.where(batch.counts_B > 0, batch.labels, IGNORE_INDEX)

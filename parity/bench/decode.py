@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
+import torch
 
 import flax_gpt
 import torch_gpt
+from flax_gpt.fast_attention import slots_to_read as flax_slots_to_read
 from parity.bench.agreement import Reference, agree
 from parity.bench.decoders.flax import FlaxLoop, FlaxStep, flax_naive, flax_step, step_program
 from parity.bench.decoders.peers import LIBRARIES, Peers
@@ -42,6 +44,7 @@ from parity.system.devices import Devices, pinned_precision
 from parity.twins.flax import FlaxTwin
 from parity.twins.torch import TorchTwin
 from parity.weights.randomize import randomized
+from torch_gpt.fast_attention import slots_to_read as torch_slots_to_read
 
 Progress = Callable[[str, float], None]
 
@@ -241,32 +244,48 @@ class _Decoders:
         self._twins, self._peers, self._task = twins, peers, task
 
     @functools.cached_property
+    def flax_decoder(self) -> flax_gpt.Decoder:
+        """The Flax twin made ready for the task's batch size."""
+        return flax_gpt.Decoder(self._twins.flax.model, self._task.batch_size)
+
+    @functools.cached_property
+    def torch_decoder(self) -> torch_gpt.Decoder:
+        """The PyTorch twin made ready for the task's batch size."""
+        return torch_gpt.Decoder(self._twins.torch.model, self._task.batch_size)
+
+    @functools.cached_property
     def flax_step(self) -> FlaxStep:
         """The Flax twin's step."""
-        return flax_step(self._twins.flax.model, self._task)
+        return flax_step(self.flax_decoder, self._task)
 
     @functools.cached_property
     def torch_step(self) -> TorchStep:
         """The PyTorch twin's step."""
-        return torch_step(self._twins.torch.model, self._task)
+        return torch_step(self.torch_decoder, self._task)
 
     @functools.cached_property
-    def torch_in_place(self) -> OtherStep:
+    def torch_in_place(self) -> OtherStep[torch_gpt.KVCache, torch.Tensor]:
         """The PyTorch twin's layers without a handle."""
-        return torch_in_place(self.torch_step)
+        return torch_in_place(self.torch_decoder.model, self.torch_step)
 
     def make(self, name: str) -> Decoder:
         """Make a decoder; `Unavailable` if it cannot run here."""
-        makers: dict[str, Callable[[], Decoder]] = {
-            "flax step": lambda: self.flax_step,
-            "flax loop": lambda: FlaxLoop(self.flax_step),
-            "flax uncached": lambda: Uncached(self._twins.flax, self._task),
-            "flax naive": lambda: flax_naive(self._twins.flax.model, self.flax_step),
-            "torch step": lambda: self.torch_step,
-            "torch uncached": lambda: Uncached(self._twins.torch, self._task),
-            "torch in place": lambda: self.torch_in_place,
-        }
-        return makers.get(name, lambda: self._peers.make(name, self._task))()
+        match name:
+            case "flax step":
+                return self.flax_step
+            case "flax loop":
+                return FlaxLoop(self.flax_decoder, self._task)
+            case "flax uncached":
+                return Uncached(self._twins.flax, self._task)
+            case "flax naive":
+                return flax_naive(self._twins.flax.model, self.flax_step)
+            case "torch step":
+                return self.torch_step
+            case "torch uncached":
+                return Uncached(self._twins.torch, self._task)
+            case "torch in place":
+                return self.torch_in_place
+        return self._peers.make(name, self._task)
 
     def set_up(self, name: str) -> _Entry:
         """Make a decoder and run it once, watching memory and compilation; raises as `make`."""
@@ -336,7 +355,8 @@ def _time_cell(
     caches = {"flax": decoders.flax_step.cache, "torch": decoders.torch_step.cache}
     layers = {name: _account(name, task, cache) for name, cache in caches.items()}
     keys_BKSH = decoders.flax_step.cache.layers[0].keys_BKSH
-    copies = remade_caches(step_program(decoders.flax_step).as_text(), keys_BKSH.shape)
+    program = step_program(decoders.flax_decoder, decoders.flax_step.cache)
+    copies = remade_caches(str(program.as_text()), keys_BKSH.shape)
     timed = [entries[name] for name in options.names if name in entries]
     rates = _time_rounds(
         timed, reference, options.rounds, bandwidth, lambda done: progress(timing, done)
@@ -403,8 +423,8 @@ def _account(
             f"{given[1]} valid, by its own account; 2 B K S H x itemsize in {layers} layers is "
             f"{formula[0]:.0f} and {formula[1]:.0f}. One of them is wrong. Look into num_bytes."
         )
-    package = flax_gpt if framework == "flax" else torch_gpt
-    sizes, _ = package.fast_attention.slots_to_read(cache.capacity, task.prompt_length)
+    slots_to_read = flax_slots_to_read if framework == "flax" else torch_slots_to_read
+    sizes, _ = slots_to_read(cache.capacity, task.prompt_length)
     read = int(moved.layer_cache(sizes[-1]))
     found = {"allocated": given[0] // layers, "valid": given[1] // layers, "read": read}
     return {"capacity": cache.capacity} | found
@@ -416,9 +436,11 @@ def _pair_capacities(
     """Time steps with few valid slots in a large and in a small cache, in turns, one row."""
     task = twins.task(1, VALID, options.num_steps)
     small, large = CAPACITIES
+    flax_decoder = flax_gpt.Decoder(twins.flax.model, 1)
+    torch_decoder = torch_gpt.Decoder(twins.torch.model, 1)
     makers: dict[str, Callable[[int], FlaxStep | TorchStep]] = {
-        "flax step": lambda slots: flax_step(twins.flax.model, task, slots),
-        "torch step": lambda slots: torch_step(twins.torch.model, task, slots),
+        "flax step": lambda slots: flax_step(flax_decoder, task, slots),
+        "torch step": lambda slots: torch_step(torch_decoder, task, slots),
     }
     found = []
     wanted = [name for name in TWIN_STEPS if name in options.names]

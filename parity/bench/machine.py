@@ -182,7 +182,8 @@ class MemoryGrowth:
 
     def __enter__(self) -> "MemoryGrowth":
         hand_back_freed_memory()
-        self._before = self._highest = self._in_use()
+        self._before = self._in_use()
+        self._highest = self._before or 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         if self._before is not None:
@@ -194,11 +195,11 @@ class MemoryGrowth:
             return
         self._done.set()
         self._thread.join()
-        self.num_bytes = max(self._highest, self._in_use()) - self._before
+        self.num_bytes = max(self._highest, self._in_use() or 0) - self._before
 
     def _watch(self) -> None:
         while not self._done.wait(_SAMPLE_S):
-            self._highest = max(self._highest, self._in_use())
+            self._highest = max(self._highest, self._in_use() or 0)
 
     def _in_use(self) -> int | None:
         if self._device.type == "cuda":
@@ -245,7 +246,7 @@ class Compilations:
             self.seconds += max(0.0, end - max(start, reached))
             reached = max(reached, end)
 
-    def _note(self, event: str, start: float, end: float, **_: object) -> None:
+    def _note(self, event: str, start_time: float, end_time: float, **_: str | int) -> None:
         if event.startswith("/jax/core/compile/"):
-            self._spans.append((start, end))
+            self._spans.append((start_time, end_time))
             self.count += event.endswith("backend_compile_duration")

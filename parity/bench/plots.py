@@ -62,7 +62,7 @@ def _speed(bench: DecodeBench, panels: Sequence[Sequence[DecodeCell]]) -> Figure
             if not points:
                 continue
             contexts = [context for context, _, _ in points]
-            rates = [rows / np.array(seconds) for _, rows, seconds in points]
+            rates = [[rows / x for x in seconds] for _, rows, seconds in points]
             style = {"color": colour, "linestyle": line, "marker": marker, "markersize": 5}
             axis.errorbar(contexts, *_middles(rates), **style, **_BARS, label=name)
         _contexts(axis, [cell.context for cell in cells])

@@ -221,7 +221,10 @@ def _compiling() -> Iterator[None]:
             warnings.catch_warnings(),
             # Without caches, torch leaves a folder for every graph.
             tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
-            torch.compiler.config.patch(force_disable_caches=True),
+            # Installed at import, where no type checker sees it.
+            torch.compiler.config.patch(  # pyrefly: ignore[missing-attribute]
+                force_disable_caches=True
+            ),
         ):
             warnings.simplefilter("ignore")
             os.environ[variable] = folder

@@ -18,13 +18,6 @@ from parity.report.html import render
 from parity.report.json import to_json
 from parity.report.record import Verdict
 
-_COLOURS = {
-    Verdict.PASS: "green",
-    Verdict.ABSTAIN: "yellow",
-    Verdict.BLOCKED: "dim",
-    Verdict.FAIL: "bold red",
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
@@ -33,6 +26,15 @@ class Answer:
     detector: Detector
     finding: Finding
     seconds: float
+
+    @property
+    def advice(self) -> Text:
+        """What was seen, why it matters and what to try."""
+        seen, asked = self.finding.sentence, self.detector
+        lines = ("seen", seen), ("why it matters", asked.matters), ("try next", asked.remedy)
+        return Text.assemble(
+            *(x for word, line in lines for x in ((f"{word}: ", "bold"), f"{line}\n"))
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,14 +77,9 @@ class Diagnosis:
             "num_params": self.num_params,
             "fired": list(self.fired),
             "answers": [
-                {
-                    "detector": x.detector.name,
-                    "verdict": x.finding.verdict,
-                    "sentence": x.finding.sentence,
-                    "value": x.finding.value,
-                    "bound": x.finding.bound,
-                    "seconds": round(x.seconds, 3),
-                }
+                {"detector": x.detector.name}
+                | dataclasses.asdict(x.finding)
+                | {"seconds": round(x.seconds, 3)}
                 for x in self.answers
             ],
         }
@@ -96,40 +93,23 @@ class Diagnosis:
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
         for heading in ("question", "answer", "what was seen"):
             table.add_column(heading, no_wrap=heading != "what was seen")
+        advice: list[RenderableType] = []
         silent: dict[str, list[str]] = {}
         for answer in self.answers:
-            verdict = answer.finding.verdict
+            name, verdict = answer.detector.name, answer.finding.verdict
             if verdict in (Verdict.ABSTAIN, Verdict.BLOCKED):
-                silent.setdefault(answer.finding.sentence, []).append(answer.detector.name)
+                silent.setdefault(answer.finding.sentence, []).append(name)
                 continue
-            table.add_row(
-                answer.detector.name,
-                Text(verdict, style=_COLOURS[verdict]),
-                Text(answer.finding.sentence, style="" if verdict is Verdict.FAIL else "dim"),
-            )
-        parts: list[RenderableType] = [
-            Text(f"{self.name}, {self.framework}, {self.num_params:,} weights"),
-            table,
-        ]
-        for answer in self.answers:
-            if answer.finding.verdict is Verdict.FAIL:
-                parts += _advice(answer)
-        for reason, names in silent.items():
-            parts.append(Text(f"not asked: {', '.join(names)}. {reason}", style="dim"))
+            answered, seen = ("bold red", "") if verdict is Verdict.FAIL else ("green", "dim")
+            sentence = Text(answer.finding.sentence, style=seen)
+            table.add_row(name, Text(verdict, style=answered), sentence)
+            if verdict is Verdict.FAIL:
+                advice += [Text(name, style="bold red"), Padding(answer.advice, (0, 0, 0, 2))]
+        title = Text(f"{self.name}, {self.framework}, {self.num_params:,} weights")
+        notes = [f"not asked: {', '.join(names)}. {reason}" for reason, names in silent.items()]
         style = {0: "bold green", 1: "bold red"}.get(self.exit_code, "bold yellow")
-        parts.append(Text(self.summary, style=style))
-        return Group(*parts)
-
-
-def _advice(answer: Answer) -> list[RenderableType]:
-    """Render what was found, why it matters and what to try."""
-    lines = (answer.finding.sentence, answer.detector.matters, answer.detector.remedy)
-    words = "seen", "why it matters", "try next"
-    body = Text()
-    for word, line in zip(words, lines, strict=True):
-        body.append(f"{word}: ", style="bold")
-        body.append(f"{line}\n")
-    return [Text(answer.detector.name, style="bold red"), Padding(body, (0, 0, 0, 2))]
+        summary = Text(self.summary, style=style)
+        return Group(title, table, *advice, *(Text(x, style="dim") for x in notes), summary)
 
 
 def examine(

@@ -88,6 +88,7 @@ OTHER_PARAMETERS = {
 OTHER_DOCSTRINGS = {
     (OPTIMIZER, "adamw"): "flax says why it does not use optax.adamw",
     (OPTIMIZER, "clip_gradients"): "torch scales in place",
+    ("decoding/generate.py", "_loop"): "torch loops over a decoder's steps",
     (
         STEP,
         "_parts",

@@ -92,8 +92,8 @@ def prefill(
     """
     batch_size, num_tokens = tokens_BT.shape
     check_counts(counts_B, batch_size, num_tokens, least=1)
-    counts_B = num_tokens if counts_B is None else counts_B
-    counts_B = torch.as_tensor(counts_B, device=tokens_BT.device).broadcast_to(batch_size)
+    given = num_tokens if counts_B is None else counts_B
+    counts_B = torch.as_tensor(given, device=tokens_BT.device).broadcast_to(batch_size)
     # The tokens of each row's open block, and right after them the new ones.
     open_B = cache.lengths_B - cache.blocks.lengths_B
     joined = torch.cat([cache.tokens_BP, tokens_BT], dim=1)
@@ -140,7 +140,8 @@ def score_uncached(model: GPT, tokens_BT: torch.Tensor, counts_B: torch.Tensor) 
     Returns:
         Logits (B, V) after each row's last real token.
     """
-    cache = BatchInvariantCache.empty(model.config, *tokens_BT.shape, device=tokens_BT.device)
+    (batch_size, capacity), device = tokens_BT.shape, tokens_BT.device
+    cache = BatchInvariantCache.empty(model.config, batch_size, capacity, device=device)
     return prefill(model, tokens_BT, cache, counts_B)[0]
 
 

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from torch_gpt.cache import KVCache, LayerCache, host_values
+from torch_gpt.cache import KVCache, LayerCache
 from torch_gpt.config import GPTConfig
 from torch_gpt.decode import decode_step, prefill, score_uncached
 from torch_gpt.decoding.packing import PackedGPT, pack
 from torch_gpt.model import GPT
+
+Function = Callable[..., Any]
 
 _SMALLEST_CAPACITY = 256  # slots; a smaller cache saves nothing
 
@@ -33,10 +35,10 @@ class Steps:
         score_uncached: scores whole sequences, as `decode.score_uncached`.
     """
 
-    empty: Callable[..., Any]
-    prefill: Callable[..., Any]
-    decode_step: Callable[..., Any]
-    score_uncached: Callable[..., Any]
+    empty: Function
+    prefill: Function
+    decode_step: Function
+    score_uncached: Function
 
 
 class Decoder:
@@ -77,8 +79,8 @@ class Decoder:
 
     def prefill(
         self,
-        tokens_BT: torch.Tensor,
-        counts_B: torch.Tensor | None = None,
+        tokens_BT: torch.Tensor | np.ndarray,
+        counts_B: torch.Tensor | np.ndarray | None = None,
         capacity: int | None = None,
         chunk: int | None = None,
     ) -> tuple[torch.Tensor, KVCache]:
@@ -149,9 +151,7 @@ class Decoder:
     def _longest(self, cache: KVCache) -> int:
         """Return the longest row's length; ask the device only for a cache made elsewhere."""
         lengths_B, longest = self._known
-        return (
-            longest if lengths_B is cache.lengths_B else int(np.max(host_values(cache.lengths_B)))
-        )
+        return longest if lengths_B is cache.lengths_B else int(cache.lengths_B.max())
 
 
 def capacity_for(num_tokens: int, config: GPTConfig, least: int = _SMALLEST_CAPACITY) -> int:
@@ -186,7 +186,7 @@ class _Replay:
         self._values = [torch.zeros_like(layer.values_BKSH) for layer in cache.layers]
         self._newest: Callable[[], torch.Tensor | None] = lambda: None
         self._view: Callable[[], torch.Tensor | None] = lambda: None
-        options = None
+        options: dict[str, str | int | bool | Callable[..., Any]] | None = None
         if cache.lengths_B.is_cuda:
             # Makes products of one row loops, into which masks and casts can be fused.
             options = {"coordinate_descent_tuning": True}

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from torch_gpt import random
 from torch_gpt.cache import KVCache
+from torch_gpt.config import GPTConfig
 from torch_gpt.decoding.decoder import Decoder, capacity_for
 from torch_gpt.decoding.sampling import GREEDY, Sampling, filter_logits, widened
 from torch_gpt.model import GPT
@@ -41,9 +42,9 @@ class Generation:
 
 def generate(
     model: GPT | Decoder,
-    tokens_BT: torch.Tensor,
+    tokens_BT: torch.Tensor | np.ndarray,
     max_new_tokens: int,
-    counts_B: torch.Tensor | None = None,
+    counts_B: torch.Tensor | np.ndarray | None = None,
     stop_ids: Sequence[int] = (),
     use_cache: bool = True,
     sampling: Sampling = GREEDY,
@@ -75,14 +76,13 @@ def generate(
         ValueError: on empty prompts, ids outside the vocabulary, more tokens than the context
             holds, or nothing to draw from.
     """
-    counts_B = _check_prompts(model, tokens_BT, counts_B, max_new_tokens, sampling, key)
+    counts_B = _check_prompts(model.config, tokens_BT, counts_B, max_new_tokens, sampling, key)
     if sampling.temperature == 0.0:
         sampling, key = GREEDY, None  # the filters keep the first token, whatever they are
     tokens_BT = torch.as_tensor(tokens_BT)[:, : model.config.context_length]  # beyond is padding
     batch_size, num_tokens = tokens_BT.shape
-    decoder = model
-    if not isinstance(model, Decoder):
-        decoder = Decoder(model, batch_size, packed=max_new_tokens >= _WORTH_PACKING)
+    packed = max_new_tokens >= _WORTH_PACKING
+    decoder = model if isinstance(model, Decoder) else Decoder(model, batch_size, packed)
     # twin: jax compiles the whole loop, once for all that need as much room; torch takes one step
     # after the other.
     # The last token is chosen and not appended.
@@ -94,9 +94,9 @@ def generate(
         sequences_BS = F.pad(tokens_BT.to(device).long(), (0, capacity - num_tokens))
         state = sequences_BS, torch.as_tensor(counts_B, device=device).long()
         logits_BV = decoder.steps.score_uncached(decoder.model, *state)
-    stop_ids = torch.as_tensor(stop_ids, device=device).long().reshape(-1)
+    stops = torch.as_tensor(stop_ids, device=device).long().reshape(-1)
     key = None if key is None else key.to(device)
-    operands = logits_BV, stop_ids, key, max_new_tokens
+    operands = logits_BV, stops, key, max_new_tokens
     tokens_BG, margins_BG, _ = _loop(decoder, *operands, state, sampling)
     return Generation(tokens_BG, torch.sum(tokens_BG != NO_TOKEN, dim=1), margins_BG)
 
@@ -168,7 +168,7 @@ def _loop(
     def choose(step, logits_BV, ended_B, tokens_BG, margins_BG):
         """Choose the next token of each row, write it down, and note which rows have ended."""
         scores_BV = widened(logits_BV)
-        if sampling.temperature > 0.0:
+        if key is not None:
             left_BV = filter_logits(logits_BV, sampling)
             scores_BV = random.perturb(random.fold_in(key, step), left_BV)
         tokens_B = torch.argmax(scores_BV, dim=-1)
@@ -192,9 +192,9 @@ def _loop(
 
 
 def _check_prompts(
-    model: GPT,
-    tokens_BT: torch.Tensor,
-    counts_B: torch.Tensor | None,
+    config: GPTConfig,
+    tokens_BT: torch.Tensor | np.ndarray,
+    counts_B: torch.Tensor | np.ndarray | None,
     max_new_tokens: int,
     sampling: Sampling,
     key: torch.Tensor | None,
@@ -215,16 +215,16 @@ def _check_prompts(
         problems.append(f"counts {counts_B.tolist()} are not {B} numbers from 1 to {T}")
     else:
         ids = tokens_BT[np.arange(T)[None, :] < counts_B[:, None]]
-        if ids.min() < 0 or ids.max() >= model.config.vocab_size:
+        if ids.min() < 0 or ids.max() >= config.vocab_size:
             problems.append(
-                f"ids {ids.min()} to {ids.max()} are not all in [0, {model.config.vocab_size})"
+                f"ids {ids.min()} to {ids.max()} are not all in [0, {config.vocab_size})"
             )
-        room = model.config.context_length - int(counts_B.max())
+        room = config.context_length - int(counts_B.max())
         if max_new_tokens > room:
             problems.append(
                 f"{counts_B.max()} prompt tokens + {max_new_tokens} new tokens = "
                 f"{counts_B.max() + max_new_tokens} > context_length "
-                f"{model.config.context_length}; ask for at most {max(room, 0)}"
+                f"{config.context_length}; ask for at most {max(room, 0)}"
             )
     if sampling.temperature > 0.0 and key is None:
         problems.append(

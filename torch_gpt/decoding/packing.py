@@ -8,6 +8,7 @@ heads of one kv head, H head dim, V vocab, I inputs, O outputs of a linear map.
 
 import copy
 import functools
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 from torch_gpt import fast_attention
 from torch_gpt.cache import LayerCache
 from torch_gpt.metadata import AttentionMetadata
-from torch_gpt.model import GPT, Attention, copied
+from torch_gpt.model import GPT, Attention, Block, copied
 
 
 class PackedLinear(nn.Module):
@@ -140,10 +141,10 @@ class PackedGPT(GPT):
     """
 
     def __init__(self, model: GPT, batch_size: int):
-        vars(self).update(vars(copied(model)))
+        self.__dict__.update(copied(model).__dict__)
         shared = {id(x): x for x in (*model.parameters(), model.config)}
         self.blocks = copy.deepcopy(model.blocks, shared)
-        for block in self.blocks:
+        for block in cast("list[Block]", self.blocks):
             block.attention = PackedAttention(block.attention, batch_size)
             for name, linear in list(block.mlp.named_children()):
                 setattr(block.mlp, name, _packed(linear, batch_size))
@@ -175,7 +176,7 @@ def pack(model: GPT, batch_size: int) -> GPT:
     return PackedGPT(model, batch_size)
 
 
-def _packed(linear: nn.Linear, batch_size: int) -> PackedLinear:
+def _packed(linear: Any, batch_size: int) -> PackedLinear:
     bias_O = None if linear.bias is None else linear.bias.detach()
     return PackedLinear(linear.weight.detach(), bias_O, batch_size)
 

@@ -3,6 +3,7 @@
 Read beside flax_gpt/training/optimizer.py.
 """
 
+import functools
 import math
 
 import torch
@@ -38,6 +39,7 @@ def learning_rate(config: TrainConfig, count: int) -> float:
     """
     progress = 0.0
     if config.schedule != "constant":
+        assert config.total_steps is not None  # as TrainConfig sees to
         span = config.total_steps - config.warmup_steps
         progress = min(max((count - config.warmup_steps) / span, 0.0), 1.0)
     if config.schedule == "cosine":
@@ -64,7 +66,8 @@ def clip_gradients(config: TrainConfig, model: nn.Module) -> torch.Tensor:
     # twin: torch's own norm adds squares up one after the other on a CPU, and in float32 that of
     # GPT-2's embedding comes out 0.3 % too small; so both sum them by hand.
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.sqrt(sum(torch.sum(torch.square(gradient)) for gradient in gradients))
+    squares = [torch.sum(torch.square(gradient)) for gradient in gradients]
+    norm = torch.sqrt(functools.reduce(torch.add, squares))
     nn.utils.clip_grads_with_norm_(model.parameters(), clip_norm, norm)
     return norm
 

@@ -138,12 +138,11 @@ def train_step(batch: Batch, state: TrainState) -> tuple[StepResult, TrainState]
 
     # twin: jax compiles one part and scans over them all; torch adds up in .grad, one by one.
     state.optimizer.zero_grad()
-    loss = None
+    losses = []
     for index, part in enumerate(_parts(batch, config.accumulation_steps)):
         share, part_loss = share_of_mean(part, index)
         share.backward()
-        part_loss = TokenLoss(part_loss.total.detach(), part_loss.num_tokens)
-        loss = part_loss if loss is None else loss + part_loss
+        losses.append(TokenLoss(part_loss.total.detach(), part_loss.num_tokens))
     if scaler is not None:
         scaler.unscale_(state.optimizer)
     norm = clip_gradients(config, state.model)
@@ -154,6 +153,7 @@ def train_step(batch: Batch, state: TrainState) -> tuple[StepResult, TrainState]
         state.optimizer.step()
     if scaler is not None:
         scaler.update()
+    loss = functools.reduce(TokenLoss.__add__, losses)
     return StepResult(loss, norm, applied), dataclasses.replace(state, step=state.step + 1)
 
 

@@ -57,11 +57,14 @@ def _next_token_targets(batch: Batch) -> torch.Tensor:
     return next_token_targets(labels, batch.counts_B)
 
 
-def _class_logits(model: Any, batch: Batch, key: torch.Tensor | None) -> torch.Tensor:
+def _class_logits(
+    model: Callable[..., torch.Tensor], batch: Batch, key: torch.Tensor | None
+) -> torch.Tensor:
     return model(batch.tokens_BT, batch.counts_B, key)
 
 
 def _token_targets(batch: Batch) -> torch.Tensor:
+    assert batch.labels is not None
     if batch.counts_B is None:
         return batch.labels
     real_BT = (
@@ -72,6 +75,7 @@ def _token_targets(batch: Batch) -> torch.Tensor:
 
 
 def _sequence_targets(batch: Batch) -> torch.Tensor:
+    assert batch.labels is not None
     if batch.counts_B is None:
         return batch.labels
     return torch.where(batch.counts_B > 0, batch.labels, IGNORE_INDEX)

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 import flax_gpt
+from flax_gpt.attention import attend
 from flax_gpt.decoding.decoder import capacity_for
 from parity.bench.decoders.protocol import Arrays, DecodeTask, TimedTokens, noise_like
 from parity.bench.decoders.twins import OtherStep, TwinStep
@@ -41,20 +42,28 @@ FLAX = Arrays(
     on_host=_on_host,
     copy=_copy,
     with_noise=_with_noise,
+    grow=lambda cache, slots: cache if cache.capacity >= slots else cache.grow(slots),
     wait=jax.block_until_ready,
 )
 
 
-def flax_step(model: flax_gpt.GPT, task: DecodeTask, capacity: int | None = None) -> FlaxStep:
-    """Return flax_gpt.Decoder.advance as a decoder."""
+def flax_step(decoder: flax_gpt.Decoder, task: DecodeTask, capacity: int | None = None) -> FlaxStep:
+    """Return a decoder's `advance`; `capacity` are the slots of its cache, None for its default."""
+    prompt_BT = jnp.asarray(task.prompt_BT)
     ran = "Decoder.advance in a Python loop: one compiled program per step, its cache donated"
-    decoder = flax_gpt.Decoder(model, task.batch_size)
-    return TwinStep(FLAX, decoder, task, ran, capacity)
+    return TwinStep(
+        FLAX,
+        task,
+        lambda: decoder.prefill(prompt_BT, capacity=capacity),
+        decoder.advance,
+        ran,
+        decoder.extra_bytes,
+    )
 
 
-def flax_naive(model: flax_gpt.GPT, reader: FlaxStep) -> OtherStep:
+def flax_naive(model: flax_gpt.GPT, reader: FlaxStep) -> OtherStep[flax_gpt.KVCache, jax.Array]:
     """Return flax_gpt.decode_step under a plain `jax.jit`, as people first write it."""
-    graphdef, parameters = nnx.split(model.with_attend(flax_gpt.attention.attend))
+    graphdef, parameters = nnx.split(model.with_attend(attend))
 
     def step(
         parameters: nnx.State, token_B: jax.Array, cache: flax_gpt.KVCache
@@ -66,23 +75,22 @@ def flax_naive(model: flax_gpt.GPT, reader: FlaxStep) -> OtherStep:
         "decode_step with the defining attention, over the whole capacity, under jax.jit with its "
         "cache donated; no compiler option, no packed weights"
     )
-    return OtherStep(
-        "flax naive", ran, reader, lambda x, cache, _: program(parameters, x, cache), 0
-    )
+    return OtherStep("flax naive", ran, reader, lambda x, c, _: program(parameters, x, c), 0)
 
 
-def step_program(step: FlaxStep) -> jax.stages.Compiled:
-    """Return the compiled program of a step after the prompt."""
-    shapes = jax.eval_shape(lambda: step.cache)
-    tokens_B = jax.ShapeDtypeStruct((step.task.batch_size,), jnp.int32)
-    return step.decoder.program(flax_gpt.decode_step, tokens_B, state=shapes)
+def step_program(decoder: flax_gpt.Decoder, cache: flax_gpt.KVCache) -> jax.stages.Compiled:
+    """Return the compiled program of a step from a cache."""
+    shapes = jax.eval_shape(lambda: cache)
+    tokens_B = jax.ShapeDtypeStruct((cache.batch_size,), jnp.int32)
+    return decoder.program(flax_gpt.decode_step, tokens_B, state=shapes)
 
 
 class FlaxLoop:
     """flax_gpt.generate: all steps in one compiled loop, after a prompt that has been read.
 
     Args:
-        reader: has the weights as they lie for its steps.
+        decoder: has the weights as they lie for its steps.
+        task: what is decoded.
     """
 
     name = "flax loop"
@@ -90,9 +98,10 @@ class FlaxLoop:
     ran = "generate(Decoder) after its prompt: all steps in one compiled loop, its cache donated"
     reads_prompt = False
 
-    def __init__(self, reader: FlaxStep):
-        self._task, self.extra_weight_bytes = reader.task, reader.extra_weight_bytes
-        self._decoder = _PrefilledDecoder(reader.decoder.model, reader.task)
+    def __init__(self, decoder: flax_gpt.Decoder, task: DecodeTask):
+        self.extra_weight_bytes: int | None = decoder.extra_bytes
+        self._prompt_BT = jnp.asarray(task.prompt_BT)
+        self._decoder = _PrefilledDecoder(decoder.model, task)
 
     def prefill(self) -> None:
         """Run Decoder.prefill, which `generate` calls first."""
@@ -102,7 +111,7 @@ class FlaxLoop:
         """Time what `generate` does after it has read the prompt."""
         self._decoder.rewind()
         start = time.perf_counter()
-        generation = flax_gpt.generate(self._decoder, self._task.prompt_BT, num_steps + 1)
+        generation = flax_gpt.generate(self._decoder, self._prompt_BT, num_steps + 1)
         jax.block_until_ready(generation.tokens_BG)
         seconds = time.perf_counter() - start
         return TimedTokens(np.asarray(generation.tokens_BG), seconds)
@@ -118,7 +127,7 @@ class _PrefilledDecoder(flax_gpt.Decoder):
     def read(self) -> None:
         """Read the prompt into a cache of the capacity that `generate` wants for a full round."""
         capacity = capacity_for(self._task.context, self.config)
-        logits_BV, cache = super().prefill(self._task.prompt_BT, capacity=capacity)
+        logits_BV, cache = super().prefill(jnp.asarray(self._task.prompt_BT), capacity=capacity)
         cache = _with_noise(cache, self._task.prompt_length)
         self._read = jax.block_until_ready((logits_BV, cache))
 

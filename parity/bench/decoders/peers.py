@@ -11,7 +11,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -19,8 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 import flax_gpt
 from parity.bench.decoders.protocol import DecodeTask, TimedTokens
+from parity.bench.decoders.worker import RemoteDecoder, Worker
 from parity.bench.machine import Unavailable
-from parity.bench.worker import RemoteDecoder, Worker
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.torch.leaves import load_torch, torch_leaves
 from parity.twins.flax import FlaxTwin
@@ -29,7 +29,7 @@ from parity.weights.weight_map import resolve
 
 if TYPE_CHECKING:
     from ctranslate2 import GenerationStepResult
-    from ctranslate2.specs.common_spec import LayerNormSpec, LinearSpec
+    from transformers.cache_utils import StaticLayer
 
 LIBRARIES = "transformers", "ctranslate2"
 
@@ -121,11 +121,18 @@ class Transformers:
             "from one streamed token to the last"
         )
         self._static, self._device, self._context = static, task.device, task.context
-        sizes = {"vocab_size": config.vocab_size, "n_positions": task.context + 1}
-        sizes |= {"n_embd": config.embed_dim, "n_layer": config.num_layers}
-        sizes |= {"n_head": config.num_heads, "n_inner": config.mlp_dim}
-        tokens = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
-        self._config = GPT2Config(layer_norm_epsilon=config.norm_epsilon, **sizes, **tokens)
+        self._config = GPT2Config(
+            vocab_size=config.vocab_size,
+            n_positions=task.context + 1,
+            n_embd=config.embed_dim,
+            n_layer=config.num_layers,
+            n_head=config.num_heads,
+            n_inner=config.mlp_dim,
+            layer_norm_epsilon=config.norm_epsilon,
+            bos_token_id=None,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         with torch.device("meta"):  # nothing is drawn that would be written over
             self._model = GPT2LMHeadModel(self._config).to(getattr(torch, config.dtype)).eval()
         self._model.to_empty(device="cpu").tie_weights()
@@ -139,8 +146,8 @@ class Transformers:
         weight_map = resolve(HF_GPT2, blank, leaves)
         kept = {name: blank[name] for name in weight_map.ignored}
         load_torch(self._model, weight_map.to_torch(leaves) | kept)
-        self._model.to(self._device)
-        self.extra_weight_bytes = sum(x.nbytes for x in self._model.parameters())
+        torch.nn.Module.to(self._model, self._device)
+        self.extra_weight_bytes: int | None = sum(x.nbytes for x in self._model.parameters())
         self._model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
         self._prompt_BT = torch.from_numpy(task.prompt_BT).long().to(self._device)
         self._mask_BT = torch.ones_like(self._prompt_BT)
@@ -167,7 +174,7 @@ class Transformers:
         if isinstance(self._cache, DynamicCache):
             self._cache.crop(held - self._cache.get_seq_length())
         else:
-            for layer in self._cache.layers:
+            for layer in cast("list[StaticLayer]", self._cache.layers):
                 layer.cumulative_length.fill_(held)
         clock = self._generate(num_steps + 1)
         return TimedTokens(np.stack(clock.tokens, axis=1), clock.times[-1] - clock.times[0])
@@ -177,13 +184,10 @@ class Transformers:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         with torch.no_grad():
-            self._model.generate(
-                self._prompt_BT,
-                attention_mask=self._mask_BT,
-                past_key_values=self._cache,
-                max_new_tokens=num_tokens,
-                streamer=clock,
-            )
+            options = {"attention_mask": self._mask_BT, "past_key_values": self._cache}
+            options |= {"max_new_tokens": num_tokens, "streamer": clock}
+            # By the stubs, no GPT-2 is a model that generates.
+            self._model.generate(self._prompt_BT, **options)  # pyrefly: ignore[bad-argument-type]
         return clock
 
 
@@ -230,7 +234,7 @@ class CTranslate2:
 
         with tempfile.TemporaryDirectory() as folder:
             _write_ctranslate2(_leaves(weights, task.context), task.config, Path(folder))
-            self.extra_weight_bytes = (Path(folder) / "model.bin").stat().st_size
+            self.extra_weight_bytes: int | None = (Path(folder) / "model.bin").stat().st_size
             self._generator = ctranslate2.Generator(
                 folder, compute_type="float32", intra_threads=torch.get_num_threads()
             )
@@ -292,10 +296,11 @@ def _write_ctranslate2(leaves: Leaves, config: flax_gpt.GPTConfig, folder: Path)
     decoder.scale_embeddings = False
     table_VD = leaves["token_embedding.embedding"]
     table_VD = np.concatenate([table_VD, np.zeros_like(table_VD[:1])])
-    decoder.embeddings.weight = decoder.projection.weight = table_VD
-    decoder.projection.bias = np.zeros(len(table_VD), np.float32)
-    decoder.projection.bias[-1] = _NEVER
-    decoder.position_encodings.encodings = leaves["position_embedding.embedding"]
+    bias_V = np.zeros(len(table_VD), np.float32)
+    bias_V[-1] = _NEVER
+    _set(decoder.embeddings, weight=table_VD)
+    _set(decoder.projection, weight=table_VD, bias=bias_V)
+    _set(decoder.position_encodings, encodings=leaves["position_embedding.embedding"])
     _norm(decoder.layer_norm, leaves, "norm")
     for index, layer in enumerate(decoder.layer):
         block = f"blocks.{index}"
@@ -307,8 +312,8 @@ def _write_ctranslate2(leaves: Leaves, config: flax_gpt.GPTConfig, folder: Path)
         _linear(layer.ffn.linear_0, leaves, f"{block}.mlp.up")
         _linear(layer.ffn.linear_1, leaves, f"{block}.mlp.down")
     spec.register_vocabulary([*map(str, range(config.vocab_size)), _END])
-    spec.config.bos_token = spec.config.eos_token = spec.config.unk_token = _END
-    spec.config.layer_norm_epsilon = config.norm_epsilon
+    _set(spec.config, bos_token=_END, eos_token=_END, unk_token=_END)
+    _set(spec.config, layer_norm_epsilon=config.norm_epsilon)
     spec.validate()
     spec.optimize(quantization="float32")
     spec.save(str(folder))
@@ -317,13 +322,19 @@ def _write_ctranslate2(leaves: Leaves, config: flax_gpt.GPTConfig, folder: Path)
         raise Unavailable(f"has no option for the norm's epsilon, {config.norm_epsilon}")
 
 
-def _norm(spec: "LayerNormSpec", leaves: Leaves, name: str) -> None:
+def _set(spec: object, **fields: object) -> None:
+    """Set fields of a layer, which are strings before they are arrays."""
+    for name, value in fields.items():
+        setattr(spec, name, value)
+
+
+def _norm(spec: object, leaves: Leaves, name: str) -> None:
     """Copy scale and bias."""
-    spec.gamma, spec.beta = leaves[f"{name}.scale"], leaves[f"{name}.bias"]
+    _set(spec, gamma=leaves[f"{name}.scale"], beta=leaves[f"{name}.bias"])
 
 
-def _linear(spec: "LinearSpec", leaves: Leaves, *names: str) -> None:
+def _linear(spec: object, leaves: Leaves, *names: str) -> None:
     """Copy one of the twin's linear layers, or several side by side, as (out, in)."""
     kernel = np.concatenate([leaves[f"{name}.kernel"] for name in names], axis=1)
-    spec.weight = np.ascontiguousarray(kernel.T)
-    spec.bias = np.concatenate([leaves[f"{name}.bias"] for name in names])
+    bias = np.concatenate([leaves[f"{name}.bias"] for name in names])
+    _set(spec, weight=np.ascontiguousarray(kernel.T), bias=bias)

@@ -113,6 +113,7 @@ class Arrays(Generic[Cache, Array]):
         on_host: copies to the host, floats as float32.
         copy: copies a cache, with the right to write into its free slots.
         with_noise: copies a cache and fills its slots from a length on; see `noise_like`.
+        grow: gives a cache a capacity of at least this many slots.
         wait: blocks until arrays, or trees of them, are computed.
     """
 
@@ -122,6 +123,7 @@ class Arrays(Generic[Cache, Array]):
     on_host: Callable[[Array], np.ndarray]
     copy: Callable[[Cache], Cache]
     with_noise: Callable[[Cache, int], Cache]
+    grow: Callable[[Cache, int], Cache]
     wait: Callable[[object], object]
 
 

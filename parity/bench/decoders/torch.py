@@ -1,5 +1,8 @@
 """The PyTorch twin's cached decoding: step by step, and in place without a handle."""
 
+from collections.abc import Iterable
+from typing import cast
+
 import numpy as np
 import torch
 from torch.nn import functional as F
@@ -39,24 +42,37 @@ TORCH = Arrays(
     on_host=_on_host,
     copy=_copy,
     with_noise=_with_noise,
+    grow=lambda cache, slots: cache if cache.capacity >= slots else cache.grow(slots),
     wait=lambda _: torch.cuda.synchronize() if torch.cuda.is_initialized() else None,
 )
 
 
-def torch_step(model: torch_gpt.GPT, task: DecodeTask, capacity: int | None = None) -> TorchStep:
-    """Return torch_gpt.Decoder.advance as a decoder."""
+def torch_step(
+    decoder: torch_gpt.Decoder, task: DecodeTask, capacity: int | None = None
+) -> TorchStep:
+    """Return a decoder's `advance`; `capacity` are the slots of its cache, None for its default."""
+    prompt_BT = torch.from_numpy(task.prompt_BT).long().to(task.device)
     how = "eager" if task.device.type == "cpu" else "one compiled graph per step"
     ran = f"Decoder.advance in a Python loop, {how}; the newest handle writes in place"
-    decoder = torch_gpt.Decoder(model, task.batch_size)
-    return TwinStep(TORCH, decoder, task, ran, capacity)
+    return TwinStep(
+        TORCH,
+        task,
+        torch.no_grad()(lambda: decoder.prefill(prompt_BT, capacity=capacity)),
+        decoder.advance,
+        ran,
+        decoder.extra_bytes,
+    )
 
 
-def torch_in_place(reader: TorchStep) -> OtherStep:
-    """Return a bare step that writes into the buffers of a cache.
+def torch_in_place(
+    model: torch_gpt.GPT, reader: TorchStep
+) -> OtherStep[torch_gpt.KVCache, torch.Tensor]:
+    """Return a bare step of a decoder's model that writes into the buffers of a cache.
 
     No handle, no lengths, no checks: all rows have the same length.
     """
-    model = reader.decoder.model
+    blocks = cast(Iterable[torch_gpt.Block], model.blocks)
+    positions_TD = model.get_parameter("position_embedding.weight")
 
     @torch.no_grad()
     def step(
@@ -64,8 +80,8 @@ def torch_in_place(reader: TorchStep) -> OtherStep:
     ) -> tuple[torch.Tensor, torch_gpt.KVCache]:
         B = len(token_B)
         x_B1D = model.token_embedding(token_B[:, None])
-        x_B1D = x_B1D + model.position_embedding.weight[length]
-        for block, layer in zip(model.blocks, cache.layers, strict=True):
+        x_B1D = x_B1D + positions_TD[length]
+        for block, layer in zip(blocks, cache.layers, strict=True):
             keys_BKSH, values_BKSH = layer.keys_BKSH, layer.values_BKSH
             attention, y_B1D = block.attention, block.norm_1(x_B1D)
             q_B1KH, k_B1KH, v_B1KH = attention.project(y_B1D)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Generic, Protocol
+from typing import Generic
 
 import numpy as np
 
@@ -15,19 +15,8 @@ from parity.bench.decoders.protocol import (
     TimedTokens,
     timed_steps,
 )
-from parity.twins.twin import Twin
-
-
-class TwinDecoder(Protocol[Cache, Array]):
-    """The part of flax_gpt.Decoder and torch_gpt.Decoder that is timed."""
-
-    extra_bytes: int
-
-    def prefill(self, tokens_BT: np.ndarray, *, capacity: int | None = None) -> tuple[Array, Cache]:
-        """Read prompts into a new cache."""
-
-    def advance(self, token_B: Array, cache: Cache) -> tuple[Array, Cache]:
-        """Append one token per row and score the next."""
+from parity.twins.flax import FlaxTwin
+from parity.twins.torch import TorchTwin
 
 
 class TwinStep(Generic[Cache, Array]):
@@ -35,10 +24,11 @@ class TwinStep(Generic[Cache, Array]):
 
     Args:
         arrays: operations of its framework.
-        decoder: of the twin.
         task: what is decoded.
+        prefill: reads the prompt into a new cache and scores the next token.
+        advance: appends one token per row and scores the next.
         ran: see `Decoder`.
-        capacity: slots of the cache; None for the decoder's default.
+        extra_weight_bytes: see `Decoder`.
     """
 
     form = "cached"
@@ -47,24 +37,23 @@ class TwinStep(Generic[Cache, Array]):
     def __init__(
         self,
         arrays: Arrays[Cache, Array],
-        decoder: TwinDecoder[Cache, Array],
         task: DecodeTask,
+        prefill: Callable[[], tuple[Array, Cache]],
+        advance: Callable[[Array, Cache], tuple[Array, Cache]],
         ran: str,
-        capacity: int | None = None,
+        extra_weight_bytes: int | None,
     ):
-        self.name = f"{arrays.framework} step"
-        self.arrays, self.decoder, self.task, self.ran = arrays, decoder, task, ran
-        self._capacity = capacity
-        self.extra_weight_bytes: int | None = decoder.extra_bytes
+        self.name, self.ran = f"{arrays.framework} step", ran
+        self.extra_weight_bytes = extra_weight_bytes
+        self.arrays, self.task, self._prefill, self._advance = arrays, task, prefill, advance
         self._prefilled: tuple[Array, Cache] | None = None
         self._filled = False
 
     def prefill(self) -> None:
         """Run Decoder.prefill."""
         self._prefilled, self._filled = None, False  # its memory can be reused
-        logits_BV, cache = self.decoder.prefill(self.task.prompt_BT, capacity=self._capacity)
-        self.wait(State(cache, logits_BV, self.task.prompt_length))
-        self._prefilled = logits_BV, cache
+        self._prefilled = self._prefill()
+        self.arrays.wait(self._prefilled)
 
     def timed_steps(self, num_steps: int) -> TimedTokens:
         """Append tokens to the prompt."""
@@ -81,7 +70,7 @@ class TwinStep(Generic[Cache, Array]):
 
     def advance(self, state: State[Cache, Array]) -> State[Cache, Array]:
         """Start one step."""
-        logits_BV, cache = self.decoder.advance(state.token_B, state.cache)
+        logits_BV, cache = self._advance(state.token_B, state.cache)
         return State(cache, self.arrays.greedy(logits_BV), state.length + 1)
 
     def wait(self, state: State[Cache, Array]) -> None:
@@ -99,7 +88,7 @@ class TwinStep(Generic[Cache, Array]):
         cache = self.start().cache
         for token_B in tokens_BG.T[:-1]:
             tokens = self.arrays.tokens(token_B, self.task.device)
-            logits_BV, cache = self.decoder.advance(tokens, cache)
+            logits_BV, cache = self._advance(tokens, cache)
             yield self.arrays.on_host(logits_BV)
 
     def _after_prompt(self) -> tuple[Array, Cache]:
@@ -144,9 +133,7 @@ class OtherStep(Generic[Cache, Array]):
     def start(self) -> State[Cache, Array]:
         """Copy the reader's state, with a slot for every token of a full round."""
         state, context = self._reader.start(), self._reader.task.context
-        if state.cache.capacity < context:
-            state = state._replace(cache=state.cache.grow(context))
-        return state
+        return state._replace(cache=self._reader.arrays.grow(state.cache, context))
 
     def advance(self, state: State[Cache, Array]) -> State[Cache, Array]:
         """Start one step."""
@@ -170,7 +157,7 @@ class Uncached:
     reads_prompt = False
     extra_weight_bytes: int | None = 0
 
-    def __init__(self, twin: Twin, task: DecodeTask):
+    def __init__(self, twin: FlaxTwin | TorchTwin, task: DecodeTask):
         self.name = f"{twin.framework} uncached"
         how = "one compiled loop" if twin.framework == "flax" else "eager"
         self.ran = f"generate(use_cache=False): {how}, every token from the whole sequence"

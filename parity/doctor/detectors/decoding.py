@@ -83,7 +83,7 @@ def _ragged(model: CanDecode, ids: Array, whole: Array, capacity: int) -> Readin
 
 def growing_graph(model: CanKeepGraph) -> Finding:
     """Decode: the cache must not keep the graph of every step alive."""
-    if model.keeps_graph(tokens(model, ROWS, 4)):
+    if model.keeps_graph(tokens(model, length=4)):
         return failed("The cache behind generated tokens requires grad: memory grows by the step.")
     return passed("The cache behind generated tokens is free of any graph.")
 
@@ -93,8 +93,7 @@ def recompilation(model: Compiles) -> Finding:
     longest = max(min(model.context_length - 2, 16), 4)
     lengths = tuple(range(longest - 3, longest + 1))
     found = model.num_programs(lengths)
-    seen = f"{found} programs for prompts of {lengths[0]} to {lengths[-1]} tokens."
-    return judged(found, 1, seen)
+    return judged(found, 1, f"{found} programs for prompts of {lengths[0]} to {longest} tokens.")
 
 
 def sampling(model: CanGenerate) -> Finding:
@@ -132,8 +131,7 @@ def sampling(model: CanGenerate) -> Finding:
     stop = int(greedy[0, 2])
     first = int(np.flatnonzero(greedy[0] == stop)[0])
     stopped = model.generate(prompt, 6, stop_ids=(stop,))
-    if not np.array_equal(stopped[0, : first + 1], greedy[0, : first + 1]) or np.any(
-        stopped[0, first + 1 :] >= 0
-    ):
+    expected = np.where(np.arange(6) <= first, greedy[0], -1)
+    if not np.array_equal(np.maximum(stopped[0], -1), expected):
         return failed(f"A row does not end behind its stop, token {first + 1}.")
     return passed("Greedy, hot and cold draws and stops are as they should be.")

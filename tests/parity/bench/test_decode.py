@@ -252,8 +252,8 @@ def test_any_other_token_is_refused_with_who_and_where(tokens, noise, message):
 class Slipping:
     """Writes the worst token once, from a round on."""
 
-    def __init__(self, reader, rounds: int):
-        self._decoder, self._reader, self._left = in_place(reader), reader, rounds
+    def __init__(self, model, reader, rounds: int):
+        self._decoder, self._reader, self._left = in_place(model, reader), reader, rounds
 
     def __getattr__(self, name):
         return getattr(self._decoder, name)

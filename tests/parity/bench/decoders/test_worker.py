@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from parity.bench.decoders.protocol import TimedTokens
+from parity.bench.decoders.worker import Worker
 from parity.bench.machine import Unavailable
-from parity.bench.worker import Worker
 
 
 class Counting:
