@@ -10,12 +10,14 @@ import numpy as np
 
 import flax_gpt
 from parity.doctor.flax import FlaxModel
-from parity.doctor.model import AdamW, Array, Counts, Score
+from parity.doctor.model import AdamW, Array, Counts, Loss, Score
 from parity.doctor.torch import TorchModel
 from parity.frameworks.protocols import Trainer
 from parity.twins.flax import FlaxTwin as FlaxHandle
 from parity.twins.torch import TorchTwin as TorchHandle
 from parity.twins.twin import Constants
+
+GPT = Tensor = Any  # of either framework
 
 # Sizes that all differ, and dropout that only a call with a key may switch on.
 CONFIG = flax_gpt.GPTConfig(
@@ -51,7 +53,7 @@ def twin_model(
         healthy: the package that it should do the same as.
     """
     kind, handle = {"flax": (FlaxTwin, FlaxHandle), "torch": (TorchTwin, TorchHandle)}[framework]
-    module: Any = handle.build(config, seed=seed, package=package).model
+    module: GPT = handle.build(config, seed=seed, package=package).model
     model = kind(module, seed=seed)
     model.package, model.ignore_index = package, package.IGNORE_INDEX
     if healthy is not None:
@@ -70,7 +72,7 @@ class _Handled:
 
     takes_counts = ragged = bounded = True
     package: ModuleType
-    module: Any
+    module: GPT
     handle: Callable[..., FlaxHandle | TorchHandle]
     with_module: Callable[..., Self]
 
@@ -79,11 +81,11 @@ class _Handled:
         """The handle of the module."""
         return self.handle(self.module, self.package)
 
-    def forward(self, module: Any, tokens_BT: Any, counts_B: Any) -> Any:
+    def forward(self, module: GPT, tokens_BT: Tensor, counts_B: Tensor) -> Tensor:
         """Return logits (B, T, V)."""
         return module(tokens_BT, counts_B=counts_B)[0]
 
-    def loss(self, logits_BTV: Any, labels_BT: Any, counts_B: Any) -> tuple[Any, Any]:
+    def loss(self, logits_BTV: Tensor, labels_BT: Tensor, counts_B: Tensor) -> Loss:
         """Return the total over the scored tokens, and their number."""
         found = self.package.next_token_loss(logits_BTV, labels_BT, counts_B)
         return found.total, found.num_tokens
