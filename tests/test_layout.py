@@ -13,8 +13,12 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 TWINS = "flax_gpt", "torch_gpt"
 PACKAGES = *TWINS, "parity"
-# Programs that `parity exercise` hands out; nothing imports them.
-HANDED_OUT = {ROOT / "parity" / "exercise" / framework for framework in ("flax", "torch")}
+# Programs that are data: the starters that the exercise hands out, and ports as users write them,
+# which the self-test breaks.
+HANDED_OUT = {
+    *(ROOT / "parity" / "exercise" / framework for framework in ("flax", "torch")),
+    ROOT / "parity" / "faults" / "selftest" / "pairs",
+}
 # What a forward pass of a twin runs through.
 FORWARD = "model.py", "attention.py", "fast_attention.py", "layers.py", "positions.py"
 
@@ -85,7 +89,8 @@ def test_parity_has_at_most_24_rooms():
 
 
 def test_the_product_has_at_most_29_000_lines():
-    assert sum(len(path.read_text().splitlines()) for path in sources(*PACKAGES)) <= 29_000
+    code = [path for path in sources(*PACKAGES) if path.parent not in HANDED_OUT]
+    assert sum(len(path.read_text().splitlines()) for path in code) <= 29_000
 
 
 def test_fewer_than_120_lines_hold_the_type_that_says_nothing():
@@ -129,7 +134,7 @@ def test_the_hidden_states_of_the_gpt_take_at_most_20_lines(twin):
 
 @pytest.mark.parametrize("twin", TWINS)
 def test_a_cached_step_runs_through_220_lines_of_five_files(twin):
-    """docs/architecture.md lists them after `<!-- cached step -->`, a line for each file."""
+    """docs/architecture.md lists them after `<!-- cached step -->`; docstrings are not counted."""
     page = (ROOT / "docs" / "architecture.md").read_text()
     listed = re.search(r"<!-- cached step -->\n+(.*?)(?:\n\n|\Z)", page, re.DOTALL)[1].splitlines()
     assert 0 < len(listed) <= 5
@@ -143,7 +148,8 @@ def test_a_cached_step_runs_through_220_lines_of_five_files(twin):
         }
         assert steps
         spans = [defined[step.replace("forward", "__call__")] for step in steps]
-        length += sum(span.end_lineno - span.lineno + 1 for span in spans)
+        text = (ROOT / twin / file).read_text()
+        length += sum(code_lines(span, text) for span in spans)
     assert length <= 220
 
 
