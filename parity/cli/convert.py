@@ -6,51 +6,44 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from parity.cli.options import DTYPES, check_dtype, check_outputs, in_one_line
+from parity.cli.options import check_dtype, check_outputs, in_one_line
 
 KINDS = "flax", "torch", "hf"
 
 
 def convert(
-    source: Annotated[
-        str,
-        typer.Argument(
-            help="A folder of transformers (config.json and safetensors), one that this command "
-            "wrote, or a name of the Hugging Face hub."
-        ),
-    ],
-    out: Annotated[Path, typer.Argument(help="The new folder.")],
-    to: Annotated[str, typer.Option(help=f"Kind of the new folder: {', '.join(KINDS)}.")],
-    dtype: Annotated[
-        str | None,
-        typer.Option(help=f"Store weights in: {', '.join(DTYPES)}. Default: as they are."),
-    ] = None,
-    torch: Annotated[
-        str | None, typer.Option(help="For a file of weights: your PyTorch module, net.py:build.")
-    ] = None,
-    flax: Annotated[str | None, typer.Option(help="And your Flax NNX module.")] = None,
-    rules: Annotated[
-        str, typer.Option(help="Which weight is which: a rules file, or auto to go by names.")
-    ] = "auto",
+    source: str,
+    out: Path,
+    to: Annotated[str, typer.Option()],
+    dtype: str | None = None,
+    torch: str | None = None,
+    flax: str | None = None,
+    rules: str = "auto",
 ) -> None:
     """Convert a checkpoint: into the names of a twin, back into a folder of transformers, or a file
     of weights from your module to its port.
 
     Families: gpt2, llama, mistral, qwen2, qwen3 and bloom. Every tensor goes to one place, bit for
     bit unless --dtype rounds it (types that differ go into the widest), and the tokenizer's files
-    go along. A pickle is never opened. The
-    new folder appears whole or not at all.
+    go along. A pickle is never opened. The new folder appears whole or not at all.
+
+    Options:
+        source: A folder of transformers (config.json and safetensors), one that this command
+            wrote, or a name of the Hugging Face hub.
+        out: The new folder.
+        to: Kind of the new folder: flax, torch, hf.
+        dtype: Store weights in: float64, float32, bfloat16, float16. Default: as they are.
+        torch: For a file of weights: your PyTorch module, net.py:build.
+        flax: And your Flax NNX module.
+        rules: Which weight is which: a rules file, or auto to go by names.
 
     Exit codes: 0 written, 2 bad input.
 
     Examples:
-
-    parity convert ./llama --to flax ./llama-flax
-
-    parity convert ./llama-flax --to hf ./llama-again --dtype bfloat16
-
-    parity convert net.safetensors port.safetensors --to flax --torch net.py:build --flax
-    port.py:build
+        parity convert ./llama --to flax ./llama-flax
+        parity convert ./llama-flax --to hf ./llama-again --dtype bfloat16
+        parity convert net.safetensors port.safetensors --to flax --torch net.py:build --flax
+            port.py:build
 
     In Python: parity.checkpoints.flax_model(parity.checkpoints.open_checkpoint(Path("llama-flax")))
     """
