@@ -55,11 +55,8 @@ OnTrace = Callable[[Trace], None]
 def lockstep(*captures: Callable[[OnTrace], None]) -> Iterator[list[Iterator[Trace]]]:
     """Yield an iterator of traces for each of several captures, which run in threads.
 
-    A capture waits until its next trace is asked for, so that at most one trace of each exists.
-    Leaving the block ends all captures.
-
-    Args:
-        captures: each runs one capture with the `on_trace` that it is given.
+    A capture, which runs with the `on_trace` that it is given, waits until its next trace is asked
+    for, so that at most one trace of each exists. Leaving the block ends all captures.
     """
     streams = [_Stream(capture) for capture in captures]
     try:

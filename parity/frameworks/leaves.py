@@ -71,11 +71,7 @@ def different_leaves(present: Leaves, given: Mapping[str, np.ndarray]) -> list[s
 
 
 def require_same(framework: str, present: Leaves, given: Mapping[str, np.ndarray]) -> None:
-    """Refuse leaves that are not exactly the module's.
-
-    Raises:
-        ValueError: with every difference of names, shapes and dtypes.
-    """
+    """Refuse leaves that are not exactly the module's, with every difference."""
     if problems := different_leaves(present, given):
         raise ValueError(
             f"load_{framework}: {'; '.join(problems)}. Give exactly the module's leaves."

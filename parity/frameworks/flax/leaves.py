@@ -21,11 +21,7 @@ def state_leaves(state: nnx.State) -> Leaves:
 
 
 def load_flax(module: nnx.Module, leaves: Mapping[str, np.ndarray]) -> None:
-    """Overwrite every variable of a module.
-
-    Raises:
-        ValueError: when names, shapes or dtypes are not exactly the module's.
-    """
+    """Overwrite every variable of a module; names, shapes and dtypes must be equal."""
     variables = _variables(module)
     require_same("flax", {x: np.asarray(v[...]) for x, v in variables.items()}, leaves)
     # Without 64-bit types jax would round a float64 leaf to float32 on its way in.

@@ -16,11 +16,7 @@ def torch_leaves(module: torch.nn.Module) -> Leaves:
 
 
 def load_torch(module: torch.nn.Module, leaves: Mapping[str, np.ndarray]) -> None:
-    """Overwrite every parameter and persistent buffer of a module.
-
-    Raises:
-        ValueError: when names, shapes or dtypes are not exactly the module's.
-    """
+    """Overwrite all parameters and persistent buffers; names, shapes and dtypes must be equal."""
     tensors = module.state_dict()
     # Only shapes and types, for a copy would be one more model in memory.
     blank = {x: np.broadcast_to(to_numpy(v.new_empty(())), v.shape) for x, v in tensors.items()}
