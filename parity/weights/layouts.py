@@ -6,7 +6,7 @@ last in it, so that leaves that are fused in one framework and apart in the othe
 
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -58,11 +58,10 @@ class Link:
             leaves: of flax, by name.
             shapes: of torch's leaves by name, needed where there are several.
         """
-        joined = join([from_flax(leaves[name], self.layout) for name in self.flax], self.heads)
-        parts = _split(joined, self._widths(self.torch, shapes, "torch"), self.heads)
+        whole = join([from_flax(leaves[name], self.layout) for name in self.flax], self.heads)
         return {
             name: np.array(as_torch(part, self.layout), order="C", copy=None)
-            for name, part in zip(self.torch, parts, strict=True)
+            for name, part in self._parts(whole, self.torch, shapes, "torch")
         }
 
     def to_flax(
@@ -75,24 +74,30 @@ class Link:
             shapes: of flax's leaves by name, needed where there are several, or heads have an axis
                 of their own.
         """
-        joined = join([from_torch(leaves[name], self.layout) for name in self.torch], self.heads)
-        parts = _split(joined, self._widths(self.flax, shapes, "flax"), self.heads)
-        return {
-            name: np.array(
-                as_flax(part, self.layout, shapes[name] if shapes else part.shape),
-                order="C",
-                copy=None,
-            )
-            for name, part in zip(self.flax, parts, strict=True)
-        }
+        whole = join([from_torch(leaves[name], self.layout) for name in self.torch], self.heads)
+        made = {}
+        for name, part in self._parts(whole, self.flax, shapes, "flax"):
+            leaf = as_flax(part, self.layout, shapes[name] if shapes else part.shape)
+            made[name] = np.array(leaf, order="C", copy=None)
+        return made
 
-    def _widths(
-        self, names: tuple[str, ...], shapes: Mapping[str, Shape] | None, framework: str
-    ) -> list[int]:
+    def _parts(
+        self,
+        whole: np.ndarray,
+        names: tuple[str, ...],
+        shapes: Mapping[str, Shape] | None,
+        framework: str,
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield by name the parts that `join` puts side by side."""
         if len(names) == 1:
-            return [0]
+            yield names[0], whole
+            return
         assert shapes is not None, f"{self}: to split a leaf needs shapes"
-        return [joined_shape(shapes[x], self.layout, framework)[-1] for x in names]
+        widths = [joined_shape(shapes[x], self.layout, framework)[-1] for x in names]
+        by_head = whole.reshape(*whole.shape[:-1], self.heads, -1)
+        parts = np.split(by_head, np.cumsum(widths)[:-1] // self.heads, axis=-1)
+        for name, part in zip(names, parts, strict=True):
+            yield name, part.reshape(*whole.shape[:-1], -1)
 
     def misfits(self, torch: Mapping[str, np.ndarray], flax: Mapping[str, np.ndarray]) -> list[str]:
         """Describe what keeps the link from working: dtypes, axes or shapes."""
@@ -202,12 +207,3 @@ def join(parts: Sequence[np.ndarray], heads: int) -> np.ndarray:
         return parts[0]
     by_head = [part.reshape(*part.shape[:-1], heads, -1) for part in parts]
     return np.concatenate(by_head, axis=-1).reshape(*parts[0].shape[:-1], -1)
-
-
-def _split(joined: np.ndarray, widths: Sequence[int], heads: int) -> list[np.ndarray]:
-    """Return the parts, each `widths` wide, that `join` put side by side."""
-    if len(widths) == 1:
-        return [joined]
-    by_head = joined.reshape(*joined.shape[:-1], heads, -1)
-    ends = np.cumsum(widths)[:-1] // heads
-    return [x.reshape(*joined.shape[:-1], -1) for x in np.split(by_head, ends, axis=-1)]

@@ -94,29 +94,18 @@ def resolve(
     links: list[Link] = []
     for link in found:
         ours, theirs = ", ".join(link.torch), ", ".join(link.flax)
-        missing = [
-            f"flax leaf {theirs} wants torch leaf {name}, which does not exist"
-            for name in link.torch
-            if name not in mapped
-        ]
-        missing += [
-            f"torch leaf {ours} wants flax leaf {name}, which does not exist"
-            for name in link.flax
-            if name not in flax_leaves
-        ]
-        problems += missing
-        if not missing and all(uses[name] == 1 for name in link.torch):
+        wants = [(f"flax leaf {theirs} wants torch", x) for x in link.torch if x not in mapped]
+        wants += [(f"torch leaf {ours} wants flax", x) for x in link.flax if x not in flax_leaves]
+        problems += [f"{wish} leaf {name}, which does not exist" for wish, name in wants]
+        if not wants and all(uses[name] == 1 for name in link.torch):
             links.append(link)
     taken = Counter(name for link in links for name in link.flax)
     problems += [
         f"flax leaf {name} is used by {n} torch leaves" for name, n in taken.items() if n > 1
     ]
     problems += [f"no torch leaf for flax leaf {name}" for name in flax_leaves if not taken[name]]
-    problems += [
-        f"rule {rule} matches nothing"
-        for rule, of_rule in by_rule
-        if not rule.optional and not of_rule
-    ]
+    unused = [rule for rule, of_rule in by_rule if not rule.optional and not of_rule]
+    problems += [f"rule {rule} matches nothing" for rule in unused]
     for alias, original in aliases.items():
         if original not in torch_leaves:
             problems.append(f"torch leaf {alias} is tied to {original}, which does not exist")
