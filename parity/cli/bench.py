@@ -92,8 +92,7 @@ def decode(
     if context.invoked_subcommand is not None:
         _refuse_options(context)
         return
-    errors = Console(stderr=True)
-    with in_one_line(errors):
+    with in_one_line(Console(stderr=True)) as errors:
         check_outputs({"--json": json, "--markdown": markdown})
         batch_sizes, lengths = _numbers("--batch", batch), _numbers("--context", contexts)
         dtypes = _words("--dtype", dtype, DTYPES)
@@ -163,8 +162,7 @@ def training(
         parity bench training --preset tiny --batch-size 32 --json times.json
         parity bench training --preset gpt2 --dtype bfloat16 --device cuda
     """
-    errors = Console(stderr=True)
-    with in_one_line(errors):
+    with in_one_line(Console(stderr=True)) as errors:
         check_outputs({"--json": json, "--markdown": markdown})
         if dtype not in DTYPES:
             raise ValueError(f"--dtype {dtype}: there are {', '.join(DTYPES)}. Choose one of them.")

@@ -44,8 +44,7 @@ def list_bugs(category: str | None = None, json: bool = False) -> None:
         parity bugs list
         parity bugs list --category masks
     """
-    errors = Console(stderr=True)
-    with in_one_line(errors):
+    with in_one_line(Console(stderr=True)):
         from parity.faults import GALLERY
 
         if category is not None and category not in GALLERY:
@@ -83,8 +82,7 @@ def show(ids: list[str], framework: str | None = None) -> None:
         parity bugs show no-shift
         parity bugs show offset-zero mask-zero --framework torch
     """
-    errors = Console(stderr=True)
-    with in_one_line(errors):
+    with in_one_line(Console(stderr=True)) as errors:
         chosen = frameworks(framework)
         with errors.status("loading"):
             from parity.doctor import DETECTORS
@@ -99,8 +97,8 @@ def show(ids: list[str], framework: str | None = None) -> None:
                 Text.assemble(("what one sees  ", "bold"), bug.symptom),
                 Text.assemble(("why  ", "bold"), bug.why),
                 Text.assemble(("seen  ", "bold"), bug.seen),
+                Text("what finds it", style="bold"),
             ]
-            parts.append(Text("what finds it", style="bold"))
             for name in bug.caught_by:
                 parts.append(Padding(Text.assemble((name, "green"), f"  {asks[name]}"), (0, 2)))
             for name in chosen:
@@ -140,8 +138,7 @@ def run(
         parity bugs run no-shift double-shift shift-backwards --plot --out alignment.png
         parity bugs run offset-zero --framework flax --steps 100
     """
-    errors = Console(stderr=True)
-    with in_one_line(errors):
+    with in_one_line(Console(stderr=True)) as errors:
         check_data(data)
         (framework,) = frameworks(framework)
         if plot:
@@ -193,8 +190,7 @@ def matrix(
         parity bugs matrix mask-missing mask-zero --healthy 0
         parity bugs matrix --markdown matrix.md --png matrix.png --json matrix.json
     """
-    errors = Console(stderr=True)
-    with in_one_line(errors):
+    with in_one_line(Console(stderr=True)) as errors:
         check_outputs({"--json": json, "--markdown": markdown, "--png": png})
         chosen = frameworks(framework)
         with errors.status("loading jax and torch"):

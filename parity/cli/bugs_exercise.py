@@ -33,8 +33,7 @@ def exercise(folder: Path, framework: str = "torch", level: int = 4, seed: Natur
         parity bugs exercise todo --level 4 --seed 7
         parity bugs exercise todo-flax --framework flax --level 4 --seed 7
     """
-    errors = Console(stderr=True)
-    with in_one_line(errors):
+    with in_one_line(Console(stderr=True)):
         from parity.exercise import write_starter
 
         write_starter(folder, framework, level, seed)
@@ -65,8 +64,7 @@ def grade(
         parity bugs grade todo --hint --hint
         parity bugs grade todo-flax todo --json grades.json
     """
-    errors = Console(stderr=True)
-    with in_one_line(errors):
+    with in_one_line(Console(stderr=True)) as errors:
         check_outputs({"--json": json})
         if len(folders) > 2:
             raise ValueError(f"grade: {len(folders)} folders. One is graded, two are compared.")
@@ -82,23 +80,18 @@ def grade(
         if len(folders) == 2 and all(found.exit_code == 0 for found in grades):
             with errors.status("proving that the two are one function"):
                 report = prove(by_framework["flax"], by_framework["torch"])
-        _show(Console(stderr=json == "-"), grades, report, hint, len(folders) == 2)
+        console = Console(stderr=json == "-")
+        for found in grades:
+            console.print(found)
+            for line in found.hints(hint):
+                console.print(line, markup=False, highlight=False, style="cyan")
+        if report is not None:
+            console.print(report)
+        elif len(folders) == 2:
+            console.print("Whether the two are one function is asked when both are without bugs.")
         write_output(json, lambda: _document(grades, report))
         code = max(found.exit_code for found in grades)
     raise typer.Exit(max(code, min(report.exit_code, 1)) if report else code)
-
-
-def _show(
-    console: Console, grades: "list[Grade]", report: "Report | None", hint: int, two: bool
-) -> None:
-    for found in grades:
-        console.print(found)
-        for line in found.hints(hint):
-            console.print(line, markup=False, highlight=False, style="cyan")
-    if report is not None:
-        console.print(report)
-    elif two:
-        console.print("Whether the two are one function is asked when both are without bugs.")
 
 
 def _document(grades: "list[Grade]", report: "Report | None") -> str:

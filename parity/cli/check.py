@@ -19,7 +19,7 @@ from parity.cli.options import (
     in_one_line,
     write_output,
 )
-from parity.cli.record import only_one
+from parity.cli.record import build_module, only_one
 from parity.system.memory import return_freed_memory_at_once
 from parity.system.progress import interruptible, shown
 from parity.twins.names import PRESETS
@@ -110,9 +110,8 @@ def check(
         parity check --torch my_pkg.net:build --flax my_port.net:build --inputs inputs.py:make
         parity check --golden net.safetensors --flax my_port.net:build --rules rules.toml
     """
-    errors = Console(stderr=True)
     files = {"--json": json, "--markdown": markdown, "--html": html, "--save-rules": save_rules}
-    with in_one_line(errors):
+    with in_one_line(Console(stderr=True)) as errors:
         check_outputs(files)
         dtypes = tuple(name.strip() for name in dtype.split(","))
         if dtypes not in (DTYPES[:1], DTYPES):
@@ -183,7 +182,10 @@ def check(
         Console(stderr="-" in files.values()).print(report)
         write_output(json, report.to_json)
         write_output(markdown, report.to_markdown)
-        write_output(html, lambda: _page(report))
+        if html is not None:
+            from parity.report.page import page  # jinja2 waits until a page is wanted
+
+            write_output(html, lambda: page(report))
     raise typer.Exit(report.exit_code)
 
 
@@ -220,12 +222,6 @@ def _own_pair(own: Mapping[str, str | None], rules: str, seed: int) -> "Pair":
     return pair_of(*modules, load_attribute(str(own["--inputs"])), rules=rules, seed=seed)
 
 
-def _page(report: "Report") -> str:
-    from parity.report.page import page  # jinja2 waits until a page is wanted
-
-    return page(report)
-
-
 def _check_golden(
     errors: Console,
     golden: Path,
@@ -242,7 +238,6 @@ def _check_golden(
         )
     name, target = only_one("check --golden", own["--torch"], own["--flax"])
     from parity.golden import check, read, weight_rules
-    from parity.golden.target import build_module
 
     recorded = read(golden)
     found = weight_rules(None if rules == "auto" else Path(rules), recorded, name)

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from parity.cli.options import check_dtype, check_outputs, in_one_line
+from parity.system.import_target import built, load_attribute
 
 KINDS = "flax", "torch", "hf"
 
@@ -47,14 +48,22 @@ def convert(
 
     In Python: parity.checkpoints.flax_model(parity.checkpoints.open_checkpoint(Path("llama-flax")))
     """
-    errors = Console(stderr=True)
-    with in_one_line(errors):
+    with in_one_line(Console(stderr=True)) as errors:
         if to not in KINDS:
             raise ValueError(f"--to {to}: there are {', '.join(KINDS)}. Choose one of them.")
         if dtype is not None:
             check_dtype(dtype)
         if torch is not None or flax is not None:
-            _convert_file(errors, source, out, to, dtype, torch, flax, rules)
+            if torch is None or flax is None or to == "hf" or dtype is not None:
+                raise ValueError(
+                    "--torch and --flax: both, with --to torch or flax and no --dtype. A file of "
+                    "weights goes from a module to its port, bit for bit. Give these."
+                )
+            check_outputs({"out": str(out)})
+            with errors.status("loading jax and torch"):
+                count = _convert_file(Path(source), out, to, (torch, flax), rules)
+            line = f"{out}: {count} tensors for {to}"
+            errors.print(line, style="dim", highlight=False, soft_wrap=True)
             return
         with errors.status("loading jax and torch"):
             from parity.checkpoints import check_new, folder_of, open_checkpoint, save, write_twin
@@ -74,33 +83,14 @@ def convert(
         errors.print(line, style="dim", highlight=False, soft_wrap=True)
 
 
-def _convert_file(
-    errors: Console,
-    source: str,
-    out: Path,
-    to: str,
-    dtype: str | None,
-    torch: str | None,
-    flax: str | None,
-    rules: str,
-) -> None:
-    """Convert a file of one module's weights into that of its port."""
-    if torch is None or flax is None or to == "hf" or dtype is not None:
-        raise ValueError(
-            "--torch and --flax: both, with --to torch or flax and no --dtype. A file of weights "
-            "goes from a module to its port, bit for bit. Give these."
-        )
-    check_outputs({"out": str(out)})
-    with errors.status("loading jax and torch"):
-        from flax import nnx
-        from torch import nn
+def _convert_file(source: Path, out: Path, to: str, targets: tuple[str, str], rules: str) -> int:
+    """Convert a file of one module's weights into that of its port; return their number."""
+    from flax import nnx
+    from torch import nn
 
-        from parity.system.import_target import built, load_attribute
-        from parity.weights.convert import convert_file
-        from parity.weights.rules import Rules
+    from parity.weights.convert import convert_file
+    from parity.weights.rules import Rules
 
-        kinds = nn.Module, nnx.Module
-        port, original = (built(x, load_attribute(x), kinds) for x in (torch, flax))
-        found = None if rules == "auto" else Rules.load(Path(rules))
-        count = convert_file(Path(source), out, port, original, to, found)
-    errors.print(f"{out}: {count} tensors for {to}", style="dim", highlight=False, soft_wrap=True)
+    port, original = (built(x, load_attribute(x), (nn.Module, nnx.Module)) for x in targets)
+    found = None if rules == "auto" else Rules.load(Path(rules))
+    return convert_file(source, out, port, original, to, found)

@@ -57,8 +57,8 @@ def doctor(
         parity doctor net.py:build --vocab-size 128 --context-length 64 --html net.html
         parity doctor net.py:build --only causality --only best-lag
     """
-    errors = Console(stderr=True, emoji=False)  # a target such as net.py:key: is no emoji
-    with in_one_line(errors):
+    # A target such as net.py:key: is no emoji.
+    with in_one_line(Console(stderr=True, emoji=False)) as errors:
         check_outputs({"--json": json, "--html": html})
         with errors.status("loading jax and torch"):
             from parity.doctor import DETECTORS, examine

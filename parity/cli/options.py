@@ -71,15 +71,13 @@ def register(add: Callable[..., Any], command: Callable[..., None], **settings: 
 
 
 @contextlib.contextmanager
-def in_one_line(errors: Console, interrupted: str = "nothing was written") -> Iterator[None]:
-    """End bad input with one line and exit code 2, an interrupt with one line and 130.
+def in_one_line(errors: Console, interrupted: str = "nothing was written") -> Iterator[Console]:
+    """Yield the error stream; end bad input with one line and code 2, an interrupt with 130.
 
-    Args:
-        errors: the error stream.
-        interrupted: describes what an interrupt leaves.
+    `interrupted` describes what an interrupt leaves.
     """
     try:
-        yield
+        yield errors
     except (ValueError, OSError) as error:
         text = f"parity: {error}"
         errors.print(text, style="red", markup=False, highlight=False, emoji=False, soft_wrap=True)

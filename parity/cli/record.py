@@ -8,6 +8,8 @@ from rich.console import Console
 
 from parity.check.levels.names import OPTIMIZER_STEPS
 from parity.cli.options import Natural, check_outputs, in_one_line
+from parity.frameworks.handle import handle
+from parity.system.import_target import built, load_attribute
 
 
 def record(
@@ -42,18 +44,14 @@ def record(
         parity check --golden net.safetensors --flax port.py:build --rules rules.toml
         parity check --golden net.safetensors --torch net.py:build
     """
-    errors = Console(stderr=True)
-    with in_one_line(errors):
+    with in_one_line(Console(stderr=True)) as errors:
         if str(out) == "-":
             raise ValueError("record -: a golden is binary. Name a file.")
         check_outputs({"record": str(out)})
         name, target = only_one("record", torch, flax)
-        from parity.system.import_target import load_attribute
-
         given = load_attribute(inputs)
         with errors.status(f"recording {target}"):
             from parity.golden import record as run
-            from parity.golden.target import build_module
 
             module = build_module(name, target, seed)
             golden = run(module, given, weights=weights, seed=seed, steps=steps)
@@ -74,3 +72,15 @@ def only_one(command: str, torch: str | None, flax: str | None) -> tuple[str, st
     raise ValueError(
         f"{command}: {given}. A golden has one side, and one side is run. Give one of them."
     )
+
+
+def build_module(framework: str, target: str, seed: int) -> object:
+    """Return the module that a target stands for, built with torch's own generator at a seed."""
+    here = handle(framework)
+    found = here.seeded(seed, lambda: built(target, load_attribute(target), (here.MODULE,)))
+    if not isinstance(found, here.MODULE):
+        raise ValueError(
+            f"{target}: {type(found).__name__}. --{framework} wants a {framework} module or a "
+            "function that builds one. Name one."
+        )
+    return found

@@ -36,8 +36,7 @@ def self_test(
         parity self-test --markdown docs/self_test.md
         parity self-test --only encoder --seeds 0
     """
-    errors = Console(stderr=True)
-    with in_one_line(errors):
+    with in_one_line(Console(stderr=True)) as errors:
         check_outputs({"--json": json, "--markdown": markdown})
         if importlib.util.find_spec("transformers") is None:
             raise ValueError(

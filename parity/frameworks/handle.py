@@ -4,12 +4,10 @@ What works with a single framework, as goldens do, asks here, so that the other 
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Protocol, TypeVar, cast
 
-import numpy as np
-
-from parity.frameworks.leaves import Leaves
+from parity.frameworks.leaves import Arrays, Leaves
 from parity.frameworks.protocols import LiveRunner
 from parity.frameworks.spec import ModelSpec, ModuleUse
 
@@ -41,7 +39,7 @@ class Handle(Protocol):
     def code_leaves(self, module: object) -> tuple[str, ...]:
         """Name the leaves that belong to the code, such as masks and tables of angles."""
 
-    def runner(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> LiveRunner:
+    def runner(self, spec: ModelSpec, weights: Arrays) -> LiveRunner:
         """Return a runner in float64 on the CPU."""
 
     def learning_rate(self, module: object, optimizer: object) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 
 from parity.frameworks.batch import Batch
 from parity.frameworks.capture import Backward, OnTrace, Trace
-from parity.frameworks.leaves import Leaves
+from parity.frameworks.leaves import Arrays, Leaves
 from parity.frameworks.purity import Purity
 
 Module_co = TypeVar("Module_co", covariant=True)
@@ -97,7 +97,7 @@ class LiveRunner(Runner, Protocol[Module_co]):
     def leaves(self) -> Leaves:
         """Return the model's weights in its dtype."""
 
-    def at(self, leaves: Mapping[str, np.ndarray]) -> Self:
+    def at(self, leaves: Arrays) -> Self:
         """Return the same model with other weights; what is compiled stays so."""
 
     def traces(self, batch: Batch, on_trace: OnTrace) -> None:

@@ -24,7 +24,7 @@ def convert_file(
     to: str,
     rules: Rules | None = None,
 ) -> int:
-    """Write the weights of a safetensors file under the names and in the layouts of the port.
+    """Write a file of one module's weights as one of its port's.
 
     Bit for bit, in the dtypes of the file, which has exactly the weights of the module. The modules
     give names and shapes alone.

@@ -37,20 +37,14 @@ class Leaf:
 Act = Callable[[np.ndarray], np.ndarray]
 _WINDOWS = torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d
 _CONVOLUTIONS = {3: "conv1d", 4: "conv2d", 5: "conv3d"}
-_TORCH_KINDS = {
-    "embedding": torch.nn.Embedding,
-    "norm": torch.nn.LayerNorm | torch.nn.RMSNorm | torch.nn.GroupNorm,
-    "batch norm": torch.nn.modules.batchnorm._BatchNorm,
-    "convolution": _WINDOWS,
-    "transposed convolution": torch.nn.modules.conv._ConvTransposeNd,
-}
-_FLAX_KINDS = {
-    "linear": nnx.Linear | nnx.LinearGeneral,
-    "embedding": nnx.Embed,
-    "norm": nnx.LayerNorm | nnx.RMSNorm | nnx.GroupNorm,
-    "batch norm": nnx.BatchNorm,
-    "convolution": nnx.Conv,
-    "transposed convolution": nnx.ConvTranspose,
+_KINDS = {
+    torch.nn.Linear | nnx.Linear | nnx.LinearGeneral: "linear",
+    torch.nn.Embedding | nnx.Embed: "embedding",
+    torch.nn.LayerNorm | torch.nn.RMSNorm | torch.nn.GroupNorm: "norm",
+    nnx.LayerNorm | nnx.RMSNorm | nnx.GroupNorm: "norm",
+    torch.nn.modules.batchnorm._BatchNorm | nnx.BatchNorm: "batch norm",
+    _WINDOWS | nnx.Conv: "convolution",
+    torch.nn.modules.conv._ConvTransposeNd | nnx.ConvTranspose: "transposed convolution",
 }
 _TORCH_ROLES = {"running_mean": "mean", "running_var": "var"}
 _FLAX_ROLES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
@@ -68,10 +62,8 @@ def torch_leaf(module: torch.nn.Module, name: str) -> Leaf | None:
         kind, role = "linear", name.removeprefix("in_proj_")
     elif isinstance(module, torch.nn.RNNBase) and name.startswith(("weight", "bias")):
         kind, (role, _, part) = "linear", name.partition("_")
-    elif isinstance(module, torch.nn.Linear) or _is_conv1d(module):
-        kind, role = "linear", name
     else:
-        kind = next((k for k, types in _TORCH_KINDS.items() if isinstance(module, types)), "")
+        kind = "linear" if _is_conv1d(module) else _kind(module)
         role = _TORCH_ROLES.get(name, name)
     if not kind or role not in ("weight", "bias", "mean", "var"):
         loose = "parameter" if name in dict(module.named_parameters(recurse=False)) else "buffer"
@@ -88,8 +80,7 @@ def flax_leaf(module: nnx.Module, name: str) -> Leaf:
     """Describe a leaf of a module."""
     variable = getattr(module, name) if not isinstance(module, nnx.List) else module[int(name)]
     shape = tuple(variable[...].shape)
-    kind = next((k for k, types in _FLAX_KINDS.items() if isinstance(module, types)), "")
-    role = _FLAX_ROLES.get(name, name)
+    kind, role = _kind(module), _FLAX_ROLES.get(name, name)
     if not kind or role not in ("weight", "bias", "mean", "var"):
         loose = "parameter" if isinstance(variable, nnx.Param) else "buffer"
         return Leaf(loose, "weight", Layout.SAME, shape)
@@ -173,6 +164,10 @@ def torch_owner(module: torch.nn.Module, leaf: str) -> tuple[torch.nn.Module, st
     """Return the module that owns a leaf, and the leaf's name in it."""
     path, _, name = leaf.rpartition(".")
     return module.get_submodule(path), name
+
+
+def _kind(module: object) -> str:
+    return next((kind for types, kind in _KINDS.items() if isinstance(module, types)), "")
 
 
 def _is_conv1d(module: torch.nn.Module) -> bool:

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from parity.frameworks.leaves import Leaves
+from parity.frameworks.leaves import Arrays, Leaves
 
 Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
 
 
 class Layout(enum.StrEnum):
@@ -49,35 +50,20 @@ class Link:
     def __str__(self) -> str:
         return f"{', '.join(self.torch)} <-> {', '.join(self.flax)} ({self.layout})"
 
-    def to_torch(
-        self, leaves: Mapping[str, np.ndarray], shapes: Mapping[str, Shape] | None = None
-    ) -> Leaves:
-        """Return the torch leaves.
-
-        Args:
-            leaves: of flax, by name.
-            shapes: of torch's leaves by name, needed where there are several.
-        """
+    def to_torch(self, leaves: Arrays, shapes: Shapes | None = None) -> Leaves:
+        """Return the torch leaves; where there are several, their shapes are needed."""
         whole = join([from_flax(leaves[name], self.layout) for name in self.flax], self.heads)
         return {
             name: np.array(as_torch(part, self.layout), order="C", copy=None)
             for name, part in self._parts(whole, self.torch, shapes, "torch")
         }
 
-    def to_flax(
-        self, leaves: Mapping[str, np.ndarray], shapes: Mapping[str, Shape] | None = None
-    ) -> Leaves:
-        """Return the flax leaves.
-
-        Args:
-            leaves: of torch, by name.
-            shapes: of flax's leaves by name, needed where there are several, or heads have an axis
-                of their own.
-        """
+    def to_flax(self, leaves: Arrays, shapes: Shapes | None = None) -> Leaves:
+        """Return the flax leaves; shapes are needed for several, and for an axis of heads."""
         whole = join([from_torch(leaves[name], self.layout) for name in self.torch], self.heads)
         made = {}
         for name, part in self._parts(whole, self.flax, shapes, "flax"):
-            leaf = as_flax(part, self.layout, shapes[name] if shapes else part.shape)
+            leaf = part.reshape(shapes[name]) if shapes else part
             made[name] = np.array(leaf, order="C", copy=None)
         return made
 
@@ -85,7 +71,7 @@ class Link:
         self,
         whole: np.ndarray,
         names: tuple[str, ...],
-        shapes: Mapping[str, Shape] | None,
+        shapes: Shapes | None,
         framework: str,
     ) -> Iterator[tuple[str, np.ndarray]]:
         """Yield by name the parts that `join` puts side by side."""
@@ -99,7 +85,7 @@ class Link:
         for name, part in zip(names, parts, strict=True):
             yield name, part.reshape(*whole.shape[:-1], -1)
 
-    def misfits(self, torch: Mapping[str, np.ndarray], flax: Mapping[str, np.ndarray]) -> list[str]:
+    def misfits(self, torch: Arrays, flax: Arrays) -> list[str]:
         """Describe what keeps the link from working: dtypes, axes or shapes."""
         leaves, parts = [torch[x] for x in self.torch], [flax[x] for x in self.flax]
         ours, theirs = ", ".join(self.torch), ", ".join(self.flax)
@@ -123,7 +109,7 @@ class Link:
         shape = list(as_torch(np.broadcast_to(np.int8(0), made), self.layout).shape)
         return [f"{noun} {ours} is {list(leaves[0].shape)}, flax {theirs} makes {shape}"]
 
-    def torch_shape(self, shapes: Mapping[str, Shape]) -> Shape:
+    def torch_shape(self, shapes: Shapes) -> Shape:
         """Return the shape of the torch leaf, where it is one, for flax leaves of these shapes."""
         made = _side_by_side([joined_shape(shapes[x], self.layout, "flax") for x in self.flax])
         assert made is not None, f"{self} is no link of a resolved weight map"
@@ -140,12 +126,6 @@ def from_flax(leaf: np.ndarray, layout: Layout) -> np.ndarray:
         case Layout.FLAT:
             return leaf.reshape(-1)
     return leaf
-
-
-def as_flax(joined: np.ndarray, layout: Layout, shape: Shape) -> np.ndarray:
-    """Return a flax leaf of that shape from its joined form, as a view."""
-    heads = layout in (Layout.HEADS_OUT, Layout.HEADS_IN, Layout.FLAT)
-    return joined.reshape(shape) if heads else joined
 
 
 def from_torch(leaf: np.ndarray, layout: Layout) -> np.ndarray:

@@ -4,7 +4,7 @@ A `parity.frameworks.handle.Handle`.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -15,9 +15,9 @@ from flax import nnx
 
 from parity.frameworks import default_call
 from parity.frameworks.flax.leaves import cast_flax, flax_leaves, state_leaves
-from parity.frameworks.flax.runner import FlaxRunner
+from parity.frameworks.flax.runner import FlaxRunner, FlaxSpec
 from parity.frameworks.flax.scope import jax_scope
-from parity.frameworks.leaves import Leaves, cast_array
+from parity.frameworks.leaves import Arrays, Leaves, cast_array
 from parity.frameworks.protocols import Moments
 from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
 
@@ -30,7 +30,7 @@ FlaxUse = ModuleUse[jax.Array, optax.GradientTransformation]
 Program = Callable[..., tuple[jax.Array, nnx.State, nnx.State, optax.OptState]]
 
 
-def spec(module: nnx.Module, use: FlaxUse = BY_DEFAULT) -> ModelSpec[nnx.Module, jax.Array]:
+def spec(module: nnx.Module, use: FlaxUse = BY_DEFAULT) -> FlaxSpec:
     """Return the spec of a Flax NNX module, which is copied for every use and never changed."""
 
     def forward(model: nnx.Module, *inputs: jax.Array) -> jax.Array:
@@ -57,10 +57,7 @@ def spec(module: nnx.Module, use: FlaxUse = BY_DEFAULT) -> ModelSpec[nnx.Module,
 class FlaxTrainer:
     """Training by jax.value_and_grad and optax, in training mode but without dropout.
 
-    Args:
-        module: with its initial weights.
-        program: of `compile_step`.
-        optimizer: the one that the program was compiled with.
+    `program` is that of `compile_step`, compiled with this optimizer.
     """
 
     def __init__(
@@ -148,7 +145,7 @@ def seeded(seed: int, build: Callable[[], Built]) -> Built:
     return build()
 
 
-def initial_leaves(spec: ModelSpec[nnx.Module, jax.Array], dtype: str) -> Leaves:
+def initial_leaves(spec: FlaxSpec, dtype: str) -> Leaves:
     """Return the weights that a model is built with, on the CPU."""
     with jax_scope(dtype, jax.devices("cpu")[0]):
         return flax_leaves(spec.build(dtype))
@@ -159,7 +156,7 @@ def code_leaves(module: nnx.Module) -> tuple[str, ...]:
     return ()
 
 
-def runner(spec: ModelSpec[nnx.Module, jax.Array], weights: Mapping[str, np.ndarray]) -> FlaxRunner:
+def runner(spec: FlaxSpec, weights: Arrays) -> FlaxRunner:
     """Return a runner in float64 on the CPU."""
     return FlaxRunner(spec, weights, "float64", jax.devices("cpu")[0])
 

@@ -3,18 +3,18 @@
 A `parity.frameworks.handle.Handle`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import numpy as np
 import torch
 
 from parity.frameworks import default_call
-from parity.frameworks.leaves import Leaves, cast_array
+from parity.frameworks.leaves import Arrays, Leaves, cast_array
 from parity.frameworks.protocols import Moments
 from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
 from parity.frameworks.torch.leaves import cast_torch, from_numpy, numpy_view, torch_leaves
-from parity.frameworks.torch.runner import TorchRunner
+from parity.frameworks.torch.runner import TorchRunner, TorchSpec
 
 NAME, MODULE = "torch", torch.nn.Module
 
@@ -27,9 +27,7 @@ MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 TorchUse = ModuleUse[torch.Tensor, MakeOptimizer]
 
 
-def spec(
-    module: torch.nn.Module, use: TorchUse = BY_DEFAULT
-) -> ModelSpec[torch.nn.Module, torch.Tensor]:
+def spec(module: torch.nn.Module, use: TorchUse = BY_DEFAULT) -> TorchSpec:
     """Return the spec of a PyTorch module, which is copied for every use and never changed."""
 
     def forward(model: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
@@ -53,13 +51,7 @@ def spec(
 
 
 class TorchTrainer:
-    """Training by loss.backward() and optimizer.step(), in training mode but without dropout.
-
-    Args:
-        module: with its initial weights.
-        loss: (module, *inputs) to a scalar.
-        optimizer: parameters to an optimizer.
-    """
+    """Training by loss.backward() and optimizer.step(), in training mode but without dropout."""
 
     def __init__(self, module: torch.nn.Module, loss: Loss, optimizer: MakeOptimizer):
         self._module, self._loss = module.train(), loss
@@ -113,7 +105,7 @@ def seeded(seed: int, build: Callable[[], Built]) -> Built:
         return build()
 
 
-def initial_leaves(spec: ModelSpec[torch.nn.Module, torch.Tensor], dtype: str) -> Leaves:
+def initial_leaves(spec: TorchSpec, dtype: str) -> Leaves:
     """Return the weights that a model is built with."""
     return torch_leaves(spec.build(dtype))
 
@@ -124,9 +116,7 @@ def code_leaves(module: torch.nn.Module) -> tuple[str, ...]:
     return tuple(name for name in names if name.rpartition(".")[2] not in _STATISTICS)
 
 
-def runner(
-    spec: ModelSpec[torch.nn.Module, torch.Tensor], weights: Mapping[str, np.ndarray]
-) -> TorchRunner:
+def runner(spec: TorchSpec, weights: Arrays) -> TorchRunner:
     """Return a runner in float64 on the CPU."""
     return TorchRunner(spec, weights, "float64", torch.device("cpu"))
 
