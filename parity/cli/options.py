@@ -126,15 +126,7 @@ def check_dtype(dtype: str) -> None:
 def run_config(
     corpus: "Corpus", preset: str, model: "Constants", training: "Constants", **fields: object
 ) -> "RunConfig":
-    """Return the config of a run, after a look for numbers that clash.
-
-    Args:
-        corpus: the text to learn from.
-        preset: size of the twins.
-        model: fields of GPTConfig that differ from the preset.
-        training: fields of TrainConfig.
-        fields: of RunConfig, rows and width among them.
-    """
+    """Return the config of a run with these fields of each config; refuse what clashes."""
     from flax_gpt import TrainConfig
     from parity.training import RunConfig
     from parity.twins.pair import preset_config

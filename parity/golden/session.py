@@ -25,12 +25,7 @@ class GoldenSession(Session):
     """
 
     def __init__(
-        self,
-        golden: Golden,
-        here: Handle,
-        module: object,
-        spec: ModelSpec,
-        rules: Rules | None,
+        self, golden: Golden, here: Handle, module: object, spec: ModelSpec, rules: Rules | None
     ):
         def not_run(*args: object) -> NoReturn:
             raise ValueError("a golden is not run")

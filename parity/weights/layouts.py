@@ -31,6 +31,15 @@ class Layout(enum.StrEnum):
     FLAT = "flat"  # (heads * width) is (heads, width): biases
 
 
+# Numbers of axes, in torch and in flax; of other layouts they are equal.
+_AXES = {
+    Layout.TRANSPOSED: (2, 2),
+    Layout.HEADS_OUT: (2, 3),
+    Layout.HEADS_IN: (2, 3),
+    Layout.FLAT: (1, 2),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Link:
     """Torch leaves and the flax leaves that hold the same numbers.
@@ -68,11 +77,7 @@ class Link:
         return made
 
     def _parts(
-        self,
-        whole: np.ndarray,
-        names: tuple[str, ...],
-        shapes: Shapes | None,
-        framework: str,
+        self, whole: np.ndarray, names: tuple[str, ...], shapes: Shapes | None, framework: str
     ) -> Iterator[tuple[str, np.ndarray]]:
         """Yield by name the parts that `join` puts side by side."""
         if len(names) == 1:
@@ -156,16 +161,9 @@ def as_torch(joined: np.ndarray, layout: Layout) -> np.ndarray:
 
 def has_axes(layout: Layout, torch_axes: int, flax_axes: int) -> bool:
     """Whether leaves with these numbers of axes can lie in each other this way."""
-    match layout:
-        case Layout.SAME:
-            return torch_axes == flax_axes
-        case Layout.TRANSPOSED:
-            return torch_axes == flax_axes == 2
-        case Layout.HEADS_OUT | Layout.HEADS_IN:
-            return (torch_axes, flax_axes) == (2, 3)
-        case Layout.FLAT:
-            return (torch_axes, flax_axes) == (1, 2)
-    return torch_axes == flax_axes >= 3
+    if layout in _AXES:
+        return (torch_axes, flax_axes) == _AXES[layout]
+    return torch_axes == flax_axes and (layout is Layout.SAME or flax_axes >= 3)
 
 
 def joined_shape(shape: Shape, layout: Layout, framework: str) -> Shape:

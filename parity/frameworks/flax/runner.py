@@ -39,13 +39,7 @@ class FlaxRunner:
     Its leaves may have any float type; `dtype` is the one to compute in.
     """
 
-    def __init__(
-        self,
-        spec: FlaxSpec,
-        leaves: Arrays,
-        dtype: str,
-        device: jax.Device,
-    ):
+    def __init__(self, spec: FlaxSpec, leaves: Arrays, dtype: str, device: jax.Device):
         self.name = spec.name
         # As they were given: a copy in another type would be one more model in memory.
         self._spec, self._leaves = spec, leaves

@@ -26,13 +26,7 @@ class TorchRunner:
     Its leaves may have any float type; `dtype` is the one to compute in.
     """
 
-    def __init__(
-        self,
-        spec: TorchSpec,
-        leaves: Arrays,
-        dtype: str,
-        device: torch.device,
-    ):
+    def __init__(self, spec: TorchSpec, leaves: Arrays, dtype: str, device: torch.device):
         self.name = spec.name
         # As they were given: a copy in another type would be one more model in memory.
         self._spec, self._leaves = spec, leaves
