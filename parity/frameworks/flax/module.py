@@ -64,8 +64,12 @@ class FlaxTrainer:
         self, module: nnx.Module, program: Program, optimizer: optax.GradientTransformation
     ):
         module.train()
+        # Nothing is dropped, for the frameworks draw masks from different generators.
         for _, submodule in nnx.iter_modules(module):
-            _disable_dropout(submodule)
+            if isinstance(submodule, nnx.Dropout):
+                submodule.rate = 0.0
+            if isinstance(submodule, nnx.MultiHeadAttention):
+                submodule.dropout_rate = 0.0
         self._graphdef, self._parameters, self._rest = nnx.split(module, nnx.Param, ...)
         self._program, self._state = program, optimizer.init(self._parameters)
         self._dtype = str(jax.tree.leaves(self._parameters)[0].dtype)
@@ -173,11 +177,3 @@ def learning_rate(module: nnx.Module, optimizer: optax.GradientTransformation | 
 
 def _is_adam(state: object) -> bool:
     return all(hasattr(state, name) for name in ("mu", "nu", "count"))
-
-
-def _disable_dropout(module: nnx.Module) -> None:
-    """Drop nothing: the frameworks draw masks from different generators."""
-    if isinstance(module, nnx.Dropout):
-        module.rate = 0.0
-    if isinstance(module, nnx.MultiHeadAttention):
-        module.dropout_rate = 0.0

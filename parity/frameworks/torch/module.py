@@ -55,8 +55,12 @@ class TorchTrainer:
 
     def __init__(self, module: torch.nn.Module, loss: Loss, optimizer: MakeOptimizer):
         self._module, self._loss = module.train(), loss
+        # Nothing is dropped, for the frameworks draw masks from different generators.
         for submodule in module.modules():
-            _disable_dropout(submodule)
+            if isinstance(submodule, torch.nn.modules.dropout._DropoutNd):
+                submodule.p = 0.0
+            if isinstance(submodule, torch.nn.MultiheadAttention | torch.nn.RNNBase):
+                submodule.dropout = 0.0
         self._optimizer = optimizer(list(module.parameters()))
         first = next(module.parameters())
         self._dtype, self._device = str(first.dtype).removeprefix("torch."), first.device
@@ -125,11 +129,3 @@ def learning_rate(module: torch.nn.Module, optimizer: MakeOptimizer | None) -> f
     """Return the largest learning rate among the parameter groups of a module's optimizer."""
     groups = (optimizer or adamw)(list(module.parameters())).param_groups
     return max(float(group["lr"]) for group in groups)
-
-
-def _disable_dropout(module: torch.nn.Module) -> None:
-    """Drop nothing: the frameworks draw masks from different generators."""
-    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-        module.p = 0.0
-    if isinstance(module, torch.nn.MultiheadAttention | torch.nn.RNNBase):
-        module.dropout = 0.0
