@@ -67,7 +67,11 @@ def record(
     batches = tuple(calls.training_batch(step) for step in range(steps))
     purity = _required_purity(runner, probe)
     # A trainer of its own, as in the levels: its schedule may span another number of steps.
-    states = _states(runner, batches[:OPTIMIZER_STEPS])
+    trainer, states = runner.trainer(HORIZON), []
+    for batch in batches[:OPTIMIZER_STEPS]:
+        trainer.step(*batch.inputs)
+        first, second, count = trainer.moments()
+        states.append(State(trainer.parameters(), copied(first), copied(second), count))
     trainer = runner.trainer(steps)
     losses = np.array([trainer.step(*batch.inputs) for batch in batches])
     return Golden(
@@ -83,7 +87,7 @@ def record(
         gradients=gradients,
         batches=batches,
         losses=losses,
-        states=states,
+        states=tuple(states),
         final=trainer.parameters(),
         purity=purity,
     )
@@ -99,13 +103,3 @@ def _required_purity(runner: Runner, probe: Batch) -> Mapping[str, Purity]:
             "float64 alone. Mend the model or check both as they run, where float32 decides."
         )
     return purity
-
-
-def _states(runner: Runner, batches: tuple[Batch, ...]) -> tuple[State, ...]:
-    """Return parameters and moments after each step on one of the batches."""
-    trainer, states = runner.trainer(HORIZON), []
-    for batch in batches:
-        trainer.step(*batch.inputs)
-        first, second, count = trainer.moments()
-        states.append(State(trainer.parameters(), copied(first), copied(second), count))
-    return tuple(states)
