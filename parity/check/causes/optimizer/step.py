@@ -13,31 +13,22 @@ _SAMPLE = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One optimizer step, by leaf, in float64.
-
-    Attributes:
-        before: weights.
-        after: weights.
-        first: first moments after it.
-        second: second moments after it.
-        gradient: of the loss by the weights before it.
-        norm: of the whole gradient.
-    """
+    """Weights, moments after one optimizer step, and gradient before it; by leaf, in float64."""
 
     before: Leaves
     after: Leaves
     first: Leaves
     second: Leaves
     gradient: Leaves
-    norm: float
+    norm: float  # of the whole gradient
 
     @classmethod
     def sampled(
         cls, before: Leaves, after: Leaves, first: Leaves, second: Leaves, gradient: Leaves
     ) -> "Step":
         """Keep of a step only as many elements as it takes to infer it."""
-        norm, moments = gradient_norm(gradient), (sample(first), sample(second))
-        return cls(sample(before), sample(after), *moments, sample(gradient), norm)
+        kept = map(sample, (before, after, first, second, gradient))
+        return cls(*kept, gradient_norm(gradient))
 
     @property
     def names(self) -> list[str]:
