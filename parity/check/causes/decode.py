@@ -206,7 +206,7 @@ class _Decoding:
 
     def fitting(self, x: object, at: Place) -> Iterator[tuple[Place, Done]]:
         """Yield other places whose result could stand in for a tensor."""
-        for place, done in self.done.items() if isinstance(x, torch.Tensor) else ():
+        for place, done in self.done.items():
             if place != at and done.result is not x and _fits(done.result, x):
                 yield place, done
 
@@ -273,10 +273,11 @@ class _Diverged(BaseException):
     """A call has a wrong output, so the rest need not run."""
 
 
-def _fits(x: object, tensor: torch.Tensor) -> TypeGuard[torch.Tensor]:
+def _fits(x: object, tensor: object) -> TypeGuard[torch.Tensor]:
     """Whether something is a tensor that can stand in for another, or for all its rows."""
     return (
         isinstance(x, torch.Tensor)
+        and isinstance(tensor, torch.Tensor)
         and x.dtype == tensor.dtype
         and x.ndim == tensor.ndim > 0
         and all(n == m or 1 in (n, m) for n, m in zip(x.shape, tensor.shape, strict=True))

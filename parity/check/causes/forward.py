@@ -117,7 +117,7 @@ def _is_bare(module: torch.nn.Module) -> bool:
 def _calls(run: TorchRunner, batch: Batch, module: torch.nn.Module) -> list[tuple[tuple, dict]]:
     """Return the arguments of each call of a module in a forward pass."""
     calls: list[tuple[tuple, dict]] = []
-    with module.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True):
+    with module.register_forward_pre_hook(lambda _, a, k: calls.append((a, k)), with_kwargs=True):
         run.outputs(batch)
     return calls
 

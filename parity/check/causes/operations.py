@@ -172,20 +172,21 @@ def _linear(done: Done) -> Found:
 
 def _convolutions(done: Done) -> Found:
     """Yield paddings: torch pads both ends alike, "SAME" in jax pads more at the end if uneven."""
-    names = "input", "weight", "bias", "stride", "padding", "dilation", "groups"
-    defaults = dict(zip(names, (None, None, None, 1, 0, 1, 1), strict=True))
-    given = defaults | dict(zip(names, done.args, strict=False)) | done.kwargs
-    x, weight, bias, *rest = (given[name] for name in names)
+
+    def arguments(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        return input, weight, bias, stride, padding, dilation, groups
+
+    x, weight, bias, *rest = arguments(*done.args, **done.kwargs)
     space, window = x.shape[2:], weight.shape[2:]
     strides, dilations = (
         (value,) * len(space) if isinstance(value, int) else tuple(value)
-        for value in (given["stride"], given["dilation"])
+        for value in (rest[0], rest[2])
     )
     ends: list[int] = []
     for size, taps, step, gap in zip(space, window, strides, dilations, strict=True):
         total = max((-(-size // step) - 1) * step + (taps - 1) * gap + 1 - size, 0)
         ends = [total // 2, total - total // 2, *ends]
-    unpadded = strides, 0, dilations, given["groups"]
+    unpadded = strides, 0, dilations, rest[3]
     for words, pads in (
         ("SAME as jax pads", ends),
         ("no padding", [0] * len(ends)),

@@ -11,7 +11,8 @@ from parity.check.causes.optimizer.reading import Reading
 from parity.check.causes.optimizer.update import Update
 from parity.check.null_gradients import kinds_of
 
-Side, Setting = TypeVar("Side"), TypeVar("Setting")
+Side = TypeVar("Side")
+Setting = TypeVar("Setting")
 
 # Kinds of leaves that are named; the rest is counted.
 _NAMED = 3

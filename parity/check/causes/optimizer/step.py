@@ -27,8 +27,8 @@ class Step:
         cls, before: Leaves, after: Leaves, first: Leaves, second: Leaves, gradient: Leaves
     ) -> "Step":
         """Keep of a step only as many elements as it takes to infer it."""
-        kept = map(sample, (before, after, first, second, gradient))
-        return cls(*kept, gradient_norm(gradient))
+        norm, moments = gradient_norm(gradient), (sample(first), sample(second))
+        return cls(sample(before), sample(after), *moments, sample(gradient), norm)
 
     @property
     def names(self) -> list[str]:
