@@ -230,13 +230,11 @@ def _both(
 
 
 def _inputs_differ(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...], gap: Gap) -> bool:
-    """Whether the inputs of two modules differ.
-
-    Where they take different numbers of arguments, each float of the fewer must be among the
-    others: torch's attention is given its input three times and flax's once.
-    """
+    """Whether the inputs of two modules differ."""
     if len(a) == len(b):
         return any(gap(x, y) is not None for x, y in zip(a, b, strict=True))
+    # Each float of the fewer must be among the others: torch's attention is given its input three
+    # times and flax's once.
     few, many = sorted((_floats(a), _floats(b)), key=len)
     return any(all(gap(x, y) is not None for y in many) for x in few)
 

@@ -9,6 +9,7 @@ import torch
 
 from parity.check import bounds
 from parity.check.causes.forward import describe_match
+from parity.check.causes.operations import left_out, on_argument
 from parity.check.causes.replay import Change, Operation, Replay, Watch, name_of, named
 from parity.check.metrics import relative_l2
 from parity.check.pair_session import PairSession
@@ -94,9 +95,7 @@ def _changed(place: int, argument: int | None) -> Change:
         if at != place:
             return None
         if argument is None:
-            return lambda x, *args, **kwargs: x
-        return lambda *args, **kwargs: operation(
-            *args[:argument], args[argument].detach(), *args[argument + 1 :], **kwargs
-        )
+            return left_out
+        return on_argument(argument, operation, lambda x: x.detach())
 
     return change

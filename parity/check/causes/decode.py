@@ -172,20 +172,13 @@ def _sums(place: Place, replay: "_Decoding") -> Found:
 
 
 class _Decoding:
-    """A decode that can be repeated with one place changed.
-
-    Attributes:
-        done: by place, the operation as it first ran.
-        paths: by place, the module in which it first ran.
-        outputs: of the model's calls.
-        sizes: of axes, of which scales are made.
-    """
+    """A decode that can be repeated with one place changed."""
 
     def __init__(self, module: torch.nn.Module, decode: Callable[[], Sequence[np.ndarray]]):
         self._module, self._decode = module, decode
-        self.done: dict[Place, Done] = {}
-        self.paths: dict[Place, str] = {}
-        self.outputs: list[np.ndarray] = []
+        self.done: dict[Place, Done] = {}  # the operation as it first ran
+        self.paths: dict[Place, str] = {}  # the module in which that was
+        self.outputs: list[np.ndarray] = []  # of the model's calls
 
         def look(
             place: Place, path: str, operation: Operation, args: tuple, kwargs: dict

@@ -56,7 +56,7 @@ def alternative(done: Done, sizes: Collection[int], number: int) -> Operation | 
     return next(found, (None, None))[1]
 
 
-def _same(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+def left_out(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
     """Return the first argument: the operation left out."""
     return x
 
@@ -71,7 +71,7 @@ def _with(operation: Operation, **changes: object) -> Operation:
     return lambda *args, **kwargs: operation(*args, **kwargs | changes)
 
 
-def _on(place: int, operation: Operation, change: Operation) -> Operation:
+def on_argument(place: int, operation: Operation, change: Operation) -> Operation:
     """Change one argument of an operation."""
     return lambda *a, **k: operation(*a[:place], change(a[place]), *a[place + 1 :], **k)
 
@@ -81,7 +81,7 @@ def _integers(done: Done) -> Found:
     for shift in (1, -1):
         yield f"{words} {shift:+d}", _then(done.operation, lambda x, s=shift: x + s)
     if done.name == "add" and all(isinstance(x, torch.Tensor) for x in done.args[:2]):
-        yield "x in place of x + y", _same
+        yield "x in place of x + y", left_out
 
 
 def _activations(done: Done) -> Found:
@@ -120,7 +120,7 @@ def _casts(done: Done) -> Found:
         if isinstance(x, torch.Tensor) and x.is_floating_point()
     ]
     if len(floats) == 2 and floats[1].bits < floats[0].bits:
-        yield f"no cast to {floats[1].dtype}", _same
+        yield f"no cast to {floats[1].dtype}", left_out
 
 
 def _norms(done: Done) -> Found:
@@ -132,8 +132,8 @@ def _norms(done: Done) -> Found:
         if epsilon != now and "eps" in kwargs:
             yield f"eps={epsilon:g}", _with(operation, eps=epsilon)
         elif epsilon != now and place is not None:
-            yield f"eps={epsilon:g}", _on(place, operation, lambda _, e=epsilon: e)
-    yield "no norm", _same
+            yield f"eps={epsilon:g}", on_argument(place, operation, lambda _, e=epsilon: e)
+    yield "no norm", left_out
     if done.name == "layer_norm":
         if (weight := kwargs.get("weight")) is not None:
             yield "no scale", _with(operation, weight=None)
@@ -250,9 +250,9 @@ def _inside_attention(done: Done, sizes: Collection[int]) -> Found:
 def _embedding(done: Done) -> Found:
     rows, width = done.args[1].shape
     for shift in (1, -1, 2):
-        shifted = _on(0, done.operation, lambda ids, s=shift: (ids + s).clamp(0, rows - 1))
+        shifted = on_argument(0, done.operation, lambda ids, s=shift: (ids + s).clamp(0, rows - 1))
         yield f"ids shifted by {shift:+d}", shifted
-    yield "all ids 0", _on(0, done.operation, lambda ids: ids * 0)
+    yield "all ids 0", on_argument(0, done.operation, lambda ids: ids * 0)
     yield f"times sqrt({width})", _then(done.operation, lambda x: x * width**0.5)
 
 
@@ -261,16 +261,16 @@ def _masked(done: Done) -> Found:
     place = 0 if keeps else 1
     if len(args) != 3 or not isinstance(mask := args[place], torch.Tensor):
         return
-    yield "the mask inverted", _on(place, operation, lambda mask: ~mask)
-    yield "no mask", _on(place, operation, lambda mask: torch.full_like(mask, keeps))
+    yield "the mask inverted", on_argument(place, operation, lambda mask: ~mask)
+    yield "no mask", on_argument(place, operation, lambda mask: torch.full_like(mask, keeps))
     if mask.ndim and mask.shape[-1] > 1:
         for shift in (1, -1):
-            shifted = _on(place, operation, lambda mask, s=shift: _shifted(mask, s))
+            shifted = on_argument(place, operation, lambda mask, s=shift: _shifted(mask, s))
             yield f"the mask shifted by {shift:+d}", shifted
     # Against a number that is minus infinity for all purposes: what leaks through a small one.
     is_number = isinstance(args[2], float | int) and not isinstance(args[2], bool)
     for value in (0.0, -1.0, -math.e, -10.0, -1e4, -1e9) if is_number or not keeps else ():
-        yield f"{value:g} behind the mask", _on(2, operation, lambda _, v=value: v)
+        yield f"{value:g} behind the mask", on_argument(2, operation, lambda _, v=value: v)
 
 
 def _shifted(mask: torch.Tensor, by: int) -> torch.Tensor:
@@ -321,7 +321,10 @@ def _slices(done: Done) -> Found:
         for (now, given), (words, other) in ((first, last), (last, first)):
             if isinstance(part, slice) and part == given:
                 changed = *index[:place], other, *index[place + 1 :]
-                yield f"{words} in place of {now}", _on(1, done.operation, lambda _, o=changed: o)
+                yield (
+                    f"{words} in place of {now}",
+                    on_argument(1, done.operation, lambda _, o=changed: o),
+                )
 
 
 def _arithmetic(done: Done, sizes: Collection[int]) -> Found:
@@ -337,10 +340,10 @@ def _arithmetic(done: Done, sizes: Collection[int]) -> Found:
             for epsilon in _EPSILONS:
                 if epsilon != number:
                     place = 1 if isinstance(args[1], float) else 0
-                    yield f"eps={epsilon:g}", _on(place, operation, lambda _, e=epsilon: e)
+                    yield f"eps={epsilon:g}", on_argument(place, operation, lambda _, e=epsilon: e)
     elif len(tensors) == 2:
         sign = next(sign for word, sign in _SIGNS.items() if word in name)
-        yield f"x in place of x {sign} y", _same
+        yield f"x in place of x {sign} y", left_out
         yield f"y in place of x {sign} y", lambda x, y, **k: y
         if sign == "+":
             yield "x - y in place of x + y", lambda x, y, **k: x - y
@@ -356,7 +359,7 @@ def substitutes(done: Done, others: Mapping[str, torch.Tensor]) -> Found:
         for name, tensor in others.items():
             if isinstance(side, torch.Tensor) and side.shape == tensor.shape and side is not tensor:
                 words = f"{name} on the {('left', 'right')[place]} of its sum"
-                yield words, _on(place, done.operation, lambda _, tensor=tensor: tensor)
+                yield words, on_argument(place, done.operation, lambda _, tensor=tensor: tensor)
 
 
 def common_sizes(operations: Iterable[Done]) -> list[int]:
@@ -412,13 +415,13 @@ _FIXED: dict[str, tuple[str, Operation]] = {
     "argmax": ("argmin in place of argmax", torch.argmin),
     "argmin": ("argmax in place of argmin", torch.argmax),
     "cat": ("parts in reverse order", lambda parts, *a, **k: torch.cat(parts[::-1], *a, **k)),
-    "flip": ("no flip", _same),
+    "flip": ("no flip", left_out),
     "mean": ("a sum in place of the mean", torch.sum),
-    "neg": ("no change of sign", _same),
+    "neg": ("no change of sign", left_out),
     "repeat_interleave": (
         "repeats tiled, not next to each other",
         lambda x, n, dim=None, **k: torch.cat([x] * n, dim=dim or 0),
     ),
-    "roll": ("no roll", _same),
+    "roll": ("no roll", left_out),
     "sum": ("a mean in place of the sum", torch.mean),
 }
