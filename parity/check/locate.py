@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # it imports both frameworks, and a golden is checked where o
     from parity.check.pair_session import PairSession
 
 Call = TypeVar("Call", Trace, Backward)
-Gap = Callable[[np.ndarray, np.ndarray], float | None]
+Gap = Callable[[np.ndarray, np.ndarray], float | None]  # None if it is rounding
 
 
 def locate_forward(session: "PairSession", batch: Batch) -> Divergence | None:
@@ -32,12 +32,9 @@ def locate_backward(session: "PairSession", leaves: Mapping[str, float]) -> Dive
     """Return the first module, from the loss on, that passes back another gradient in float64.
 
     A module diverges that gets the same gradient by its output as its counterpart and passes
-    another one on, or has another one by a leaf of its own. Where the gradient that reaches a
-    module already differs and all modules after it agree, its caller diverges.
-
-    Args:
-        session: the pair.
-        leaves: by flax's names, the gaps of the gradients that differ.
+    another one on, or has another one by one of the leaves, whose gaps are given by flax's names.
+    Where the gradient that reaches a module already differs and all modules after it agree, its
+    caller diverges.
 
     Returns:
         None when all that pass gradients on agree.
@@ -148,13 +145,7 @@ def first_divergence(
 ) -> Divergence | None:
     """Return the first module to complete whose output differs although its inputs agree.
 
-    Args:
-        a: traces of one model.
-        b: traces of the other, under the same paths.
-        gap: difference between two arrays; None if it is rounding.
-        root: name of the model itself.
-        phase: of the divergence.
-        paths: of the modules that are called.
+    Both have the same paths; `root` is the name of the model itself.
 
     Returns:
         The caller of a module whose inputs differ while all that completed before it agrees: it was

@@ -108,11 +108,7 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         return found
 
     def proof_of_float64(self, part: str) -> Iterator[Record]:
-        """Yield proofs that a forward pass, or also its gradient, is float64, or one that abstains.
-
-        Args:
-            part: "forward" or "gradient".
-        """
+        """Yield proofs that "forward" or "gradient" is in float64, or a record that abstains."""
         if self.impurities:
             models = "; ".join(f"{name}: {words}" for name, words in self.impurities.items())
             yield abstain("float64", f"{IMPURE}; in {models}")

@@ -47,14 +47,7 @@ Judge = Callable[[int, np.ndarray], bool]
 def explain_chunks(
     session: PairSession, found: Divergence, calls: Calls, capacity: int
 ) -> Divergence:
-    """Return the divergence of a chunked sequence, with its cause if one change makes torch match.
-
-    Args:
-        session: the pair.
-        found: the module where cached and uncached diverge.
-        calls: tokens (B, T) and counts (B,) of each.
-        capacity: of the cache.
-    """
+    """Return the divergence of a chunked sequence, with its cause if a change makes torch match."""
     flax, port = session.runs("float64")
     wanted = flax.decoder().chunks(calls, capacity)
 
@@ -204,11 +197,7 @@ class _Decoding:
                 yield place, done
 
     def run(self, changed: Place, instead: Instead, early: Judge) -> Sequence[np.ndarray] | None:
-        """Return the decode's arrays with one place changed.
-
-        Returns:
-            None if it raises, or once `early` says that a call is wrong.
-        """
+        """Return the decode's arrays with one place changed; None if it raises or is wrong."""
         latest: dict[Place, object] = {}
 
         def run(place: Place, path: str, operation: Operation, args: tuple, kwargs: dict) -> object:

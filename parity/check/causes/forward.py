@@ -47,11 +47,9 @@ def explain_output(session: PairSession, probe: str, found: Divergence) -> Diver
 def describe_match(
     calls: Iterable[tuple[Replay, np.ndarray]], modules: Mapping[str, torch.nn.Module]
 ) -> str | None:
-    """Describe the first change that makes a call produce the expected output.
+    """Describe the first change that makes a call produce its expected output, if one does.
 
-    Args:
-        calls: each with its expected output.
-        modules: of the model, by path, whose weights may be the right ones.
+    The right weights may be those of another of the modules, which are given by path.
 
     Returns:
         None if none does within 20 s per call.

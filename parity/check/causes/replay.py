@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from parity.frameworks.capture import leaves_of
@@ -48,14 +49,9 @@ class Done:
 
 
 class Replay:
-    """One call of one module that can be repeated.
+    """One call of a module that can be repeated, up to the first output of an observed one in it.
 
-    Args:
-        module: the one to run.
-        args: of the call.
-        kwargs: of the call.
-        agreeing: modules inside it, by path, whose operations are not its own.
-        observed: the module inside it whose first output is wanted; itself when None.
+    Agreeing modules, by path, are inside it, and their operations are not its own.
     """
 
     def __init__(
@@ -66,9 +62,8 @@ class Replay:
         agreeing: Mapping[str, torch.nn.Module],
         observed: torch.nn.Module | None = None,
     ):
-        self.module = module
-        self.agreeing = agreeing
-        self._args, self._kwargs, self._observed = args, kwargs, observed
+        self.module, self.agreeing, self._observed = module, agreeing, observed
+        self._call = args, dict(kwargs)
 
     def output(
         self,
@@ -76,18 +71,10 @@ class Replay:
         exchange: Exchange = lambda path, module, args, kwargs, output: None,
         weights: Mapping[str, torch.Tensor] | None = None,
     ) -> np.ndarray | None:
-        """Return the first array of the output; None if the module raises.
-
-        Args:
-            change: replaces operations.
-            exchange: replaces outputs of submodules.
-            weights: parameters to use instead of the module's own, by name.
-        """
+        """Return the output's first array with this changed; None if the module raises."""
         with torch.no_grad(), Watch(change) as watch, self._hooked(watch, exchange):
             try:
-                output = torch.func.functional_call(
-                    self.module, dict(weights or {}), self._args, dict(self._kwargs)
-                )
+                output = functional_call(self.module, dict(weights or {}), *self._call)
             except _Observed as seen:
                 output = seen.output
             except Exception:  # shapes that do not fit, say: then it was not that

@@ -41,16 +41,8 @@ def read(steps: Sequence[Step]) -> Reading:
 
 
 def shares(first: Leaves, parts: Sequence[Leaves]) -> tuple[Number, ...] | None:
-    """Return the weights, of sum 1, by which gradients of parts of a batch make the first moment.
-
-    Args:
-        first: moments after the first step, as `Step.sampled` keeps them.
-        parts: gradients by leaf, whole.
-
-    Returns:
-        None when they do not.
-    """
-    kept = [sample(part) for part in parts]
+    """Return the weights, of sum 1, that mix gradients of parts of a batch to a moment."""
+    kept = [sample(part) for part in parts]  # as `Step.sampled` keeps moments
     noise = GRADIENT_ROUNDING * norm([norm(m) for m in first.values()])
     terms = {name: tuple(part[name] for part in kept) for name, m in first.items() if m.size}
     found = solve([Equations(0, first[name], x, noise=noise) for name, x in terms.items()])
