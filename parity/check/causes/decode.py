@@ -59,7 +59,7 @@ def explain_chunks(
         return float64_gap(wanted[number][real], output[real]) is None
 
     replay = _Decoding(port.module, lambda: port.decoder().chunks(calls, capacity))
-    early = right if len(replay.outputs) == len(calls) else _any
+    early = right if len(replay.outputs) == len(calls) else _go_on
     divergent = session.modules.get(found.where, found.where)
     return dataclasses.replace(found, cause=_cause(replay, right, divergent, early))
 
@@ -74,11 +74,11 @@ def explain_tokens(session: PairSession, found: Divergence, use_cache: bool) -> 
     replay = _Decoding(
         port.module, lambda: [port.decoder().generate(tokens, counts, length, use_cache)]
     )
-    cause = _cause(replay, lambda _, written: np.array_equal(written, target), "", _any)
+    cause = _cause(replay, lambda _, written: np.array_equal(written, target), "", _go_on)
     return dataclasses.replace(found, cause=cause)
 
 
-def _any(number: int, output: np.ndarray) -> bool:
+def _go_on(number: int, output: np.ndarray) -> bool:
     return True
 
 

@@ -64,7 +64,7 @@ def records(session: PairSession) -> Iterator[Record]:
                     written, margins = drawn
                 else:
                     written = decoder.generate(tokens, counts, length, kind == "cached")
-                way = "drawn" if temperature else "greedy"
+                way = "greedy" if margins is None else "drawn"
                 if way not in references:
                     if margins is None:
                         margins, errors = _margins(session, tokens, counts, written)
