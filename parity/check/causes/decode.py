@@ -59,7 +59,7 @@ def explain_chunks(
         return float64_gap(wanted[number][real], output[real]) is None
 
     replay = _Decoding(port.module, lambda: port.decoder().chunks(calls, capacity))
-    early = right if len(replay.outputs) == len(calls) else _go_on
+    early = right if len(replay.outputs) == len(calls) else None
     divergent = session.modules.get(found.where, found.where)
     return dataclasses.replace(found, cause=_cause(replay, right, divergent, early))
 
@@ -74,15 +74,11 @@ def explain_tokens(session: PairSession, found: Divergence, use_cache: bool) -> 
     replay = _Decoding(
         port.module, lambda: [port.decoder().generate(tokens, counts, length, use_cache)]
     )
-    cause = _cause(replay, lambda _, written: np.array_equal(written, target), "", _go_on)
+    cause = _cause(replay, lambda _, written: np.array_equal(written, target), "", None)
     return dataclasses.replace(found, cause=cause)
 
 
-def _go_on(number: int, output: np.ndarray) -> bool:
-    return True
-
-
-def _cause(replay: "_Decoding", right: Judge, divergent: str, early: Judge) -> str | None:
+def _cause(replay: "_Decoding", right: Judge, divergent: str, early: Judge | None) -> str | None:
     """Describe the first change that makes the decode match; the divergent module's come first."""
     start = time.perf_counter()
     own = [place for place, path in replay.paths.items() if _kind(path) == _kind(divergent)]
@@ -196,7 +192,9 @@ class _Decoding:
             if place != at and done.result is not x and _fits(done.result, x):
                 yield place, done
 
-    def run(self, changed: Place, instead: Instead, early: Judge) -> Sequence[np.ndarray] | None:
+    def run(
+        self, changed: Place, instead: Instead, early: Judge | None
+    ) -> Sequence[np.ndarray] | None:
         """Return the decode's arrays with one place changed; None if it raises or is wrong."""
         latest: dict[Place, object] = {}
 
@@ -215,7 +213,7 @@ class _Decoding:
 
     @contextlib.contextmanager
     def _watched(
-        self, run: Callable[[Place, str, Operation, tuple, dict], object], early: Judge
+        self, run: Callable[[Place, str, Operation, tuple, dict], object], early: Judge | None
     ) -> Iterator[None]:
         """Let `run` run each operation of a block, given its place and module."""
         stack: list[tuple[str, Counter]] = []
@@ -240,7 +238,7 @@ class _Decoding:
 
                 def leave(module: torch.nn.Module, args: tuple, output: object, path=path) -> None:
                     stack.pop()
-                    if not path:
+                    if not path and early is not None:
                         arrays = [x for x in leaves_of(output) if isinstance(x, torch.Tensor)]
                         if not early(next(count), to_numpy(arrays[0])):
                             raise _Diverged

@@ -47,15 +47,10 @@ def explain_output(session: PairSession, probe: str, found: Divergence) -> Diver
 def describe_match(
     calls: Iterable[tuple[Replay, np.ndarray]], modules: Mapping[str, torch.nn.Module]
 ) -> str | None:
-    """Describe the first change that makes a call produce its expected output, if one does.
-
-    The right weights may be those of another of the modules, which are given by path.
-
-    Returns:
-        None if none does within 20 s per call.
-    """
+    """Describe the first change that makes a call's output as expected; None after 20 s each."""
     for replay, target in calls:
         start = time.perf_counter()
+        # Of the same model: their weights may be the right ones.
         others = {name: x for name, x in modules.items() if x is not replay.module}
         for words, output in _attempts(replay, others):
             if output is not None and float64_gap(target, output) is None:
