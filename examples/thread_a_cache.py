@@ -10,7 +10,6 @@ same in both frameworks, because one seed gives both the same weights.
 from types import ModuleType
 
 import jax.numpy as jnp
-import numpy as np
 import torch
 
 import flax_gpt
@@ -21,10 +20,9 @@ PROMPT = [3, 1, 4, 1, 5]
 SIZES = dict(vocab_size=128, context_length=32, embed_dim=48, num_layers=2, num_heads=4, mlp_dim=96)
 
 
-def show(gpt: ModuleType, array) -> list[int]:
+def write(gpt: ModuleType, model, array) -> list[int]:
     """Continue the prompt by six tokens and print how the cache grows."""
     print(gpt.__name__)
-    model = gpt.GPT(gpt.GPTConfig(**SIZES, init_std=0.3), gpt.random.key(0))
     empty = gpt.KVCache.empty(model.config, batch_size=1, capacity=16)
     logits, cache = gpt.prefill(model, array([PROMPT]), empty)
     print(f"  prefill      length {length(empty)} -> {length(cache)}")
@@ -35,9 +33,6 @@ def show(gpt: ModuleType, array) -> list[int]:
         logits, longer = gpt.decode_step(model, array([token]), cache)
         print(f"  token {token:3d}    length {length(cache)} -> {length(longer)}")
         cache = longer
-    whole, _ = model(array([PROMPT + written]))
-    uncached = np.asarray(whole[0].argmax(-1)).tolist()[len(PROMPT) - 1 : -1]
-    print(f"  without a cache the same tokens: {uncached == written}")
     return written
 
 
@@ -46,6 +41,12 @@ def length(cache) -> int:
     return cache.lengths_B.tolist()[0]
 
 
-with torch.no_grad():
-    same = show(torch_gpt, torch.tensor) == show(flax_gpt, jnp.array)
-print(f"both frameworks wrote the same tokens: {same}")
+torch_model, flax_model = (
+    gpt.GPT(gpt.GPTConfig(**SIZES, init_std=0.3), gpt.random.key(0))
+    for gpt in (torch_gpt, flax_gpt)
+)
+text = write(torch_gpt, torch_model, torch.tensor)
+whole, _ = torch_model(torch.tensor([PROMPT + text]))
+uncached = whole[0].argmax(-1).tolist()[len(PROMPT) - 1 : -1]
+print(f"the same without a cache: {uncached == text}")
+print(f"the same in Flax: {write(flax_gpt, flax_model, jnp.array) == text}")

@@ -16,7 +16,7 @@ import torch
 import flax_gpt
 import torch_gpt
 
-LENGTHS = 64, 128, 255
+LENGTHS = 64, 255
 SIZES = dict(vocab_size=128, context_length=256, embed_dim=128, num_heads=4, mlp_dim=512)
 
 

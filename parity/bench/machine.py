@@ -5,6 +5,7 @@ Its matrix product rate bounds a training step, its read bandwidth a decoding st
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import math
 import os
@@ -57,17 +58,11 @@ def environment(devices: Devices, libraries: Sequence[str] = ()) -> dict[str, st
 
 @dataclasses.dataclass(frozen=True)
 class Matmul:
-    """Products of two square matrices in one framework.
-
-    Attributes:
-        size: rows and columns of both.
-        run: multiplies the given number of times and waits for the last product.
-        times: products per measurement.
-    """
+    """Products of two square matrices of a size; `run` computes `times` of them and waits."""
 
     size: int
-    run: Callable[[int], None]
-    times: int = 1
+    times: int
+    run: Callable[[int], object]
 
     def rate(self) -> float:
         """Measure FLOP/s; a product of size n has 2 n**3."""
@@ -81,47 +76,40 @@ def best_matmul(framework: str, dtype: str, device: torch.device) -> Matmul:
     """
     found: list[tuple[float, Matmul]] = []
     for size in SIZES:
-        rng = np.random.default_rng(0)
-        a, b = (rng.standard_normal((size, size), np.float32) for _ in range(2))
-        b /= np.float32(math.sqrt(size))  # repeated products with it stay near 1
-        run = _flax_product(a, b, dtype)
-        if framework == "torch":
-            run = _torch_product(a, b, dtype, device)
+        run = (_flax_products if framework == "flax" else _torch_products)(size, dtype, device)
         run(1)  # compiles, and wakes the threads
         seconds = _seconds(lambda run=run: run(1))
-        matmul = Matmul(size, run, max(1, math.ceil(_MATMUL_S / seconds)))
+        matmul = Matmul(size, max(1, math.ceil(_MATMUL_S / seconds)), run)
         found.append((statistics.median(matmul.rate() for _ in range(_REPEATS)), matmul))
         if seconds > _LONG_S:
             break
     return max(found, key=lambda pair: pair[0])[1]
 
 
-def _flax_product(a: np.ndarray, b: np.ndarray, dtype: str) -> Callable[[int], None]:
-    first, factor = (jnp.asarray(x).astype(dtype) for x in (a, b))
+def _flax_products(size: int, dtype: str, device: torch.device) -> Callable[[int], object]:
+    first, factor = (jnp.asarray(x).astype(dtype) for x in _matrices(size))
     product = jax.jit(jnp.matmul).lower(first, factor).compile()
-
-    def run(times: int) -> None:
-        found = first
-        for _ in range(times):
-            found = product(found, factor)
-        jax.block_until_ready(found)
-
-    return run
+    products = functools.partial(functools.reduce, lambda found, _: product(found, factor))
+    return lambda times: jax.block_until_ready(products(range(times), first))
 
 
-def _torch_product(
-    a: np.ndarray, b: np.ndarray, dtype: str, device: torch.device
-) -> Callable[[int], None]:
-    first, factor = (torch.from_numpy(x).to(device, getattr(torch, dtype)) for x in (a, b))
+def _torch_products(size: int, dtype: str, device: torch.device) -> Callable[[int], object]:
+    first, factor = (torch.from_numpy(x).to(device, getattr(torch, dtype)) for x in _matrices(size))
+    products = functools.partial(functools.reduce, lambda found, _: found @ factor)
+    return lambda times: wait_for_torch(products(range(times), first))
 
-    def run(times: int) -> None:
-        found = first
-        for _ in range(times):
-            found = found @ factor
-        if found.is_cuda:
-            torch.cuda.synchronize(device)
 
-    return run
+def _matrices(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw two matrices; repeated products with the second stay near 1."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal((size, size), np.float32) for _ in range(2))
+    return a, b / np.float32(math.sqrt(size))
+
+
+def wait_for_torch(_: object = None) -> None:
+    """Block until what was started on a GPU is computed."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 class Bandwidth:
@@ -142,8 +130,7 @@ class Bandwidth:
         if device.type == "cuda":
             target = torch.empty_like(shared)
             self._num_bytes *= 2
-            copy = "torch copy"
-            self._programs[copy] = lambda: torch.cuda.synchronize(target.copy_(shared).device)
+            self._programs["torch copy"] = lambda: wait_for_torch(target.copy_(shared))
             return
         array, vector = jnp.from_dlpack(shared), jnp.ones(rows, jnp.float32)
         add = jax.jit(jnp.sum).lower(array).compile()

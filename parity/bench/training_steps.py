@@ -18,7 +18,7 @@ import torch
 
 import flax_gpt
 import torch_gpt
-from parity.bench.machine import Unavailable
+from parity.bench.machine import Unavailable, wait_for_torch
 from parity.frameworks.flax.donation import OPTION, donated, has_option
 from parity.system.devices import Devices
 from parity.twins.flax import FlaxTwin
@@ -97,7 +97,7 @@ class _TorchStep(TrainingStep[torch_gpt.Batch, torch_gpt.TrainState]):
         middle = time.perf_counter()
         # The step frees the last gradients first, which would be subtracted from its own.
         self._state.optimizer.zero_grad()
-        self._wait(self._state)
+        wait_for_torch()
         on_gpu, before = torch.cuda.is_initialized(), torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats() if on_gpu else None
         second = float(self._step().loss.mean)
@@ -128,25 +128,27 @@ def training_steps(
     twin = FlaxTwin.build(config, devices.flax, seed=0)
     leaves = twin.leaves()
     for donate in (False, True):
-        yield _flax_step(twin.copy().model, training, batches, donate, devices.flax)
+        state = flax_gpt.TrainState.create(twin.copy().model, training)
+        yield _flax_step(state, batches, donate, devices.flax)
     constants = torch_gpt.TrainConfig(**dataclasses.asdict(training))
     for compiled in (False, True):
         model = TorchTwin.build(config, devices.torch, leaves=leaves.items()).model
-        yield _torch_step(model, constants, batches, compiled, devices.torch)
+        if compiled:
+            # In place, so that train_step finds the model that it knows. Graphs of earlier models
+            # count against a limit, beyond which torch stops compiling.
+            torch.compiler.reset()
+            model.compile(fullgraph=True)
+        state = torch_gpt.TrainState.create(model, constants)
+        yield _torch_step(state, batches, compiled, devices.torch)
 
 
 def _flax_step(
-    model: flax_gpt.GPT,
-    config: flax_gpt.TrainConfig,
-    batches: Sequence[np.ndarray],
-    donate: bool,
-    device: jax.Device,
+    state: flax_gpt.TrainState, batches: Sequence[np.ndarray], donate: bool, device: jax.Device
 ) -> TrainingStep:
     """Compile flax_gpt.train_step to one program, which may write the new state over the old."""
     ran = "train_step as one program under jax.jit, "
     ran += "its state donated" if donate else "its new state beside the old"
     ran += f" and {OPTION} set" if donate and has_option(device) else ""
-    state = flax_gpt.TrainState.create(model, config)
     made = [flax_gpt.Batch(jnp.asarray(x, jnp.int32)) for x in batches]
 
     # Looked up when it is traced, as a caller of the package would find it.
@@ -169,39 +171,18 @@ def _flax_step(
 
 
 def _torch_step(
-    model: torch_gpt.GPT,
-    config: torch_gpt.TrainConfig,
-    batches: Sequence[np.ndarray],
-    compiled: bool,
-    device: torch.device,
+    state: torch_gpt.TrainState, batches: Sequence[np.ndarray], compiled: bool, device: torch.device
 ) -> TrainingStep:
-    """Return torch_gpt.train_step, eager or with the model's passes compiled."""
-    name, ran = "torch eager", "train_step, eager"
+    """Return torch_gpt.train_step, eager or on a model that compiles."""
+    ran = "train_step, eager"
     if compiled:
-        name, ran = (
-            "torch compiled",
-            (
-                "train_step, the model's forward and backward by torch.compile in one graph; loss, "
-                "clipping and AdamW eager"
-            ),
+        ran = (
+            "train_step, the model's forward and backward by torch.compile in one graph; loss, "
+            "clipping and AdamW eager"
         )
-        # In place, so that train_step finds the model that it knows. Graphs of earlier models
-        # count against a limit, beyond which torch stops compiling.
-        torch.compiler.reset()
-        model.compile(fullgraph=True)
-    state = torch_gpt.TrainState.create(model, config)
     made = [torch_gpt.Batch(torch.from_numpy(np.array(x)).long().to(device)) for x in batches]
-
-    def step(
-        batch: torch_gpt.Batch, state: torch_gpt.TrainState
-    ) -> tuple[torch_gpt.StepResult, torch_gpt.TrainState]:
-        return torch_gpt.train_step(batch, state)
-
-    def wait(_: object) -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-
-    found = _TorchStep(name, ran, step, state, made, wait)
+    name, step = "torch compiled" if compiled else "torch eager", torch_gpt.train_step
+    found = _TorchStep(name, ran, step, state, made, wait_for_torch)
     found.compiles = compiled
     return found
 

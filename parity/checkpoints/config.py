@@ -1,4 +1,4 @@
-"""config.json in both directions: read with suspicion, all problems in one message."""
+"""config.json in both directions; all problems are in one message."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -27,17 +27,17 @@ _ROPE_TYPES = {"default": "none", "linear": "linear", "dynamic": "dynamic", "lla
 def read_config(
     document: Mapping[str, Any], where: str
 ) -> tuple[Family, dict[str, Any], list[str], list[str]]:
-    """What a config.json says, in our words.
+    """Read a config.json as fields of GPTConfig.
 
     Args:
         document: the parsed file.
         where: its name, for the message.
 
     Returns:
-        The family, the fields of GPTConfig, all problems, and notes on what was left aside.
+        The family, the fields, all problems, and notes on what was ignored.
 
     Raises:
-        ValueError: for a family that there is not, or entries of another type than they should be.
+        ValueError: for an unknown family, or entries of the wrong type.
     """
     name = document.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
@@ -56,13 +56,17 @@ def read_config(
 
 
 def write_config(family: Family, config: GPTConfig, dtype: str) -> dict[str, Any]:
-    """The config.json of a model.
+    """Return the config.json of a model.
 
     Raises:
         ValueError: when the family has no such models, all reasons in one message.
     """
     theirs = {activation: name for name, activation in reversed(ACTIVATIONS.items())}
-    document = {"architectures": [family.architecture], "model_type": family.name, "dtype": dtype}
+    document: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": family.name,
+        "dtype": dtype,
+    }
     problems = [
         f"{name} is {getattr(config, name)!r} and not {value!r}"
         for name, value in family.fixed.items()
@@ -159,14 +163,14 @@ def _read(
     if family.window is not None:
         known |= {*family.window, "layer_types"}
         if "num_layers" in fields:
-            fields |= _window(family, document, fields["num_layers"], problems)
+            fields |= _window(family.window, document, fields["num_layers"], problems)
     left = sorted(set(document) - known)
     notes = [f"{where}: {', '.join(left)}: not understood and left aside"] if left else []
     return family, fields, problems, notes
 
 
 def _rotary(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Rotary positions in the old spelling (rope_theta, rope_scaling) or the new one."""
+    """Read rotary positions in the old spelling (rope_theta, rope_scaling) or the new one."""
     new, old = document.get("rope_parameters"), document.get("rope_scaling")
     given = dict(new or old or {})
     kind = given.get("rope_type", given.get("type", "default"))
@@ -198,7 +202,7 @@ def _rotary(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _rope_parameters(rotary: Rotary) -> dict[str, Any]:
-    """Rotary positions in the new spelling."""
+    """Return rotary positions in the new spelling."""
     kind = next(name for name, scaling in _ROPE_TYPES.items() if scaling == rotary.scaling)
     found: dict[str, Any] = {"rope_theta": rotary.base, "rope_type": kind}
     if kind != "default":
@@ -211,10 +215,13 @@ def _rope_parameters(rotary: Rotary) -> dict[str, Any]:
 
 
 def _window(
-    family: Family, document: Mapping[str, Any], num_layers: int, problems: list[str]
+    entries: tuple[str, str, str],
+    document: Mapping[str, Any],
+    num_layers: int,
+    problems: list[str],
 ) -> dict[str, Any]:
-    """The window, and how many first layers have none."""
-    switch, size, full = family.window
+    """Read the window, and how many first layers have none."""
+    switch, size, full = entries
     if switch and not document.get(switch, False):
         return {"window": None}
     window = document.get(size, 4096)
@@ -225,7 +232,7 @@ def _window(
     if kinds is not None:
         first = sum(kind == "full_attention" for kind in kinds)
         if list(kinds) != ["full_attention"] * first + ["sliding_attention"] * (num_layers - first):
-            problems.append("layer_types has layers without a window behind others with one")
+            problems.append("layer_types has layers without a window after others with one")
     first = min(first, num_layers)
     # A window that no layer has is none.
     return {"window": None} if first == num_layers else {"window": window, "num_full_layers": first}

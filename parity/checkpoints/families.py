@@ -1,11 +1,10 @@
-"""The families of checkpoints that can be read and written, each as a table: which entry of its
-config.json is which field of ours, what it takes for granted, and which tensor is which leaf.
-"""
+"""Each family of checkpoints as a table: entries of config.json, fixed fields, tensors."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from flax_gpt import GPTConfig
 from parity.weights.layouts import Layout
 from parity.weights.rules import Rule, Rules
 from parity.weights.tables import HF_GPT2
@@ -25,18 +24,18 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One field of ours in a config.json.
+    """A field of GPTConfig in a config.json.
 
     Attributes:
         names: its spellings there; the first is the one that is written.
         field: its name in GPTConfig.
-        default: what a folder without it means; an entry that is null means None, which leaves it
-            to GPTConfig, or to four widths in the MLP.
+        default: its value where the entry is missing; an entry that is null means None, which
+            leaves it to GPTConfig, or to four widths in the MLP.
     """
 
     names: tuple[str, ...]
     field: str
-    default: Any = REQUIRED
+    default: object = REQUIRED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +47,9 @@ class Family:
         architecture: the class in transformers.
         prefix: of all tensors but the head's; a base model is saved without it.
         entries: of config.json.
-        fixed: fields of ours that have one value in the family.
-        accepted: entries that we have no field for, and the values that mean nothing to us; the
-            first is what is left out.
+        fixed: fields of GPTConfig that have one value in the family.
+        accepted: entries without a field, and their values that change nothing; the first is the
+            default.
         rules: the weight map of a config.
         activation: the entry that names the activation, where there is one.
         rotary: whether it has rotary positions.
@@ -61,16 +60,16 @@ class Family:
     architecture: str
     prefix: str
     entries: tuple[Entry, ...]
-    fixed: Mapping[str, Any]
-    accepted: Mapping[str, tuple[Any, ...]]
-    rules: Callable[[Any], Rules]
+    fixed: Mapping[str, object]
+    accepted: Mapping[str, tuple[object, ...]]
+    rules: Callable[[GPTConfig], Rules]
     activation: tuple[str, str] | None = None
     rotary: bool = False
     window: tuple[str, str, str] | None = None
 
 
-def _llama_rules(config: Any) -> Rules:
-    """Llama, Mistral and Qwen name their tensors alike."""
+def _llama_rules(config: GPTConfig) -> Rules:
+    """Return the rules of Llama, Mistral and Qwen, which name their tensors alike."""
     theirs, ours = "model.layers.*", "blocks.*"
     linear = {
         **{f"self_attn.{name[0]}_proj": f"attention.{name}" for name in ("query", "key", "value")},
@@ -95,37 +94,34 @@ def _llama_rules(config: Any) -> Rules:
     return _with_head(rules, config, "model.embed_tokens.weight", ignored)
 
 
-def _bloom_rules(config: Any) -> Rules:
+def _bloom_rules(config: GPTConfig) -> Rules:
     theirs, ours = "transformer.h.*", "blocks.*"
     fused = f"{ours}.attention.{{query,key,value}}"
+    attention = f"{theirs}.self_attention.query_key_value"
     rules = [
         Rule("transformer.word_embeddings.weight", "token_embedding.embedding"),
         *_norm("transformer.word_embeddings_layernorm", "embedding_norm"),
         *_norm(f"{theirs}.input_layernorm", f"{ours}.norm_1"),
         *_norm(f"{theirs}.post_attention_layernorm", f"{ours}.norm_2"),
         # Fused head by head: query, key and value of the first, then those of the second.
-        Rule(
-            f"{theirs}.self_attention.query_key_value.weight", f"{fused}.kernel",
-            Layout.TRANSPOSED, heads=config.num_heads,
-        ),
-        Rule(
-            f"{theirs}.self_attention.query_key_value.bias", f"{fused}.bias",
-            heads=config.num_heads,
-        ),
+        Rule(f"{attention}.weight", f"{fused}.kernel", Layout.TRANSPOSED, heads=config.num_heads),
+        Rule(f"{attention}.bias", f"{fused}.bias", heads=config.num_heads),
         *_linear(f"{theirs}.self_attention.dense", f"{ours}.attention.out"),
         *_linear(f"{theirs}.mlp.dense_h_to_4h", f"{ours}.mlp.up"),
         *_linear(f"{theirs}.mlp.dense_4h_to_h", f"{ours}.mlp.down"),
         *_norm("transformer.ln_f", "norm"),
-    ]  # fmt: skip
+    ]
     return _with_head(rules, config, "transformer.word_embeddings.weight", ())
 
 
-def _gpt2_rules(config: Any) -> Rules:
+def _gpt2_rules(config: GPTConfig) -> Rules:
     return _with_head(list(HF_GPT2.rules), config, HF_GPT2.ties[0][1], HF_GPT2.ignored)
 
 
-def _with_head(rules: list[Rule], config: Any, embedding: str, ignored: tuple[str, ...]) -> Rules:
-    """The rules, with a head that is the embedding or has a matrix of its own."""
+def _with_head(
+    rules: list[Rule], config: GPTConfig, embedding: str, ignored: tuple[str, ...]
+) -> Rules:
+    """Add the rule of a head that is the embedding or has a matrix of its own."""
     if config.tied_head:
         return Rules(tuple(rules), (("lm_head.weight", embedding),), ignored)
     head = Rule("lm_head.weight", "head.kernel", Layout.TRANSPOSED)
@@ -150,7 +146,7 @@ _UNTIED = Entry(("tie_word_embeddings",), "tied_head", False)
 def _llama_entries(
     kv_heads: int | None, head_dim: int | None, has_head_dim: bool = True
 ) -> tuple[Entry, ...]:
-    """Those of Llama and its kin, which differ in what they take where nothing is said."""
+    """Return the entries of Llama and its kin, which differ in their defaults."""
     own = (Entry(("head_dim",), "head_dim", head_dim),) if has_head_dim else ()
     return (
         _VOCABULARY,
@@ -171,9 +167,9 @@ _BIASES = (
     Entry(("attention_bias",), "out_bias", False),
 )
 _LLAMA_FIXED = dict(positions="rotary", norm="rms", gated=True)
-_LLAMA = dict(
-    prefix="model.", rules=_llama_rules, activation=("hidden_act", "silu"), rotary=True,
-)  # fmt: skip
+_LLAMA: dict[str, Any] = dict(
+    prefix="model.", rules=_llama_rules, activation=("hidden_act", "silu"), rotary=True
+)
 
 FAMILIES = {
     family.name: family

@@ -51,23 +51,22 @@ class Checkpoint:
         family, fields, problems, notes = read_config(document, f"{where}/{CONFIG}")
         tensors = headers(path)
         named = _named(tensors, family, problems)
-        if not problems:
-            try:
-                config = GPTConfig(**fields, dtype=dtype or "float32")
-            except (ValueError, TypeError) as error:
-                problems.append(str(error))
+        remedy = "Give a checkpoint without these."
         if problems:
-            raise ValueError(f"{where}: {'; '.join(problems)}. Give a checkpoint without these.")
+            raise ValueError(f"{where}: {'; '.join(problems)}. {remedy}")
+        try:
+            config = GPTConfig(**fields, dtype=dtype or "float32")
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{where}: {error}. {remedy}") from error
         rules = family.rules(config)
         aliases = {alias: original for alias, original in rules.ties if alias in named}
         read = {name: x for name, x in named.items() if not rules.is_ignored(name)}
-        problems += [
+        if problems := [
             f"{x.name} is stored as {x.kind}, there are {', '.join(STORED)}"
             for x in read.values()
             if x.kind not in STORED
-        ]
-        if problems:
-            raise ValueError(f"{where}: {'; '.join(problems)}. Give a checkpoint without these.")
+        ]:
+            raise ValueError(f"{where}: {'; '.join(problems)}. {remedy}")
         if dtype is None:
             config = dataclasses.replace(config, dtype=_widest({x.kind for x in read.values()}))
         blanks = {name: blank(x.shape) for name, x in read.items() if name not in aliases}

@@ -74,9 +74,10 @@ def write_folder(
     with new_folder(path) as folder:
         (folder / CONFIG).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         save_file(tensors, folder / SINGLE, metadata={"format": kind})
-        for name in _COPIED if source is not None else ():
-            if (source / name).is_file():
-                shutil.copyfile(source / name, folder / name)
+        found = [] if source is None else [source / name for name in _COPIED]
+        for file in found:
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
         for file in folder.iterdir():
             file.chmod(0o644)  # safetensors lets nobody else read what it writes
 

@@ -11,7 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from parity.cli.bugs_exercise import exercise, grade
-from parity.cli.options import Data, check_data, check_outputs, frameworks, in_one_line, unwrapped
+from parity.cli.options import (
+    Data,
+    check_data,
+    check_outputs,
+    frameworks,
+    in_one_line,
+    unwrapped,
+    write_output,
+)
 
 bugs = typer.Typer(
     no_args_is_help=True,
@@ -192,19 +200,14 @@ def matrix(
         with errors.status("loading jax and torch"):
             from parity.faults import find
             from parity.faults.matrix import draw, measure
-            from parity.system.files import write_atomically
             from parity.system.progress import interruptible, shown
 
         chosen_bugs = list(find(ids or ()))
         with shown(errors, chosen) as show, interruptible(show) as progress:
             found = measure(chosen_bugs, chosen, range(healthy), progress)
         Console(stderr=json == "-").print(found)
-        if json == "-":
-            typer.echo(found.to_json(), nl=False)
-        elif json is not None:
-            write_atomically(Path(json), found.to_json())
-        if markdown is not None:
-            write_atomically(Path(markdown), found.to_markdown() + "\n")
+        write_output(json, found.to_json)
+        write_output(markdown, lambda: found.to_markdown() + "\n")
         if png is not None:
             draw(found, Path(png))
     raise typer.Exit(found.exit_code)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from parity.cli.options import check_outputs, in_one_line
+from parity.cli.options import check_outputs, in_one_line, write_output
 
 if TYPE_CHECKING:
     from parity.exercise import Grade
@@ -94,8 +94,7 @@ def grade(
             with errors.status("proving that the two are one function"):
                 report = prove(by_framework["flax"], by_framework["torch"])
         _show(Console(stderr=json == "-"), grades, report, hint, len(folders) == 2)
-        if json is not None:
-            _write(json, grades, report)
+        write_output(json, lambda: _document(grades, report))
         code = max(found.exit_code for found in grades)
     raise typer.Exit(max(code, min(report.exit_code, 1)) if report else code)
 
@@ -113,19 +112,13 @@ def _show(
         console.print("Whether the two are one function is asked when both are without bugs.")
 
 
-def _write(name: str, grades: "list[Grade]", report: "Report | None") -> None:
-    """Write the grades, and the report where there is one, as one document."""
+def _document(grades: "list[Grade]", report: "Report | None") -> str:
+    """Return the grades, and the report where there is one, as one document."""
     import json
-
-    from parity.system.files import write_atomically
 
     document = {
         "schema": 1,
         "grades": [json.loads(found.to_json()) for found in grades],
         "proof": json.loads(report.to_json()) if report is not None else None,
     }
-    text = json.dumps(document, indent=1) + "\n"
-    if name == "-":
-        typer.echo(text, nl=False)
-    else:
-        write_atomically(Path(name), text)
+    return json.dumps(document, indent=1) + "\n"

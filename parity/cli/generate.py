@@ -45,7 +45,9 @@ class GenerateOptions:
         """
         from flax_gpt import Sampling
 
-        return Sampling(self.temperature, self.top_k, self.top_p, self.min_p)
+        return Sampling(
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
+        )
 
 
 def generate(

@@ -6,7 +6,7 @@ Dimension key: B batch, T tokens, D embed dim, V vocab.
 import contextlib
 import copy
 from collections.abc import Callable, Generator, Mapping
-from typing import Any, Self, Unpack, cast
+from typing import Self, Unpack, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from jax import Array as Tensor
 
-from parity.doctor.model import Array, Counts, LanguageModel, Score
+from parity.doctor.model import Array, Counts, LanguageModel, Loss, Output, Score
 from parity.doctor.sizes import Options, identify, logits_of
 from parity.frameworks.capture import leaves_of
 from parity.frameworks.default_call import projection
@@ -35,19 +35,20 @@ class FlaxModel(LanguageModel):
 
     def __init__(self, module: nnx.Module, **options: Unpack[Options]):
         tables = {f"{x}.embedding": y.num_embeddings for x, y in _embeddings(module).items()}
+        matrices = [name for name, leaf in flax_leaves(module).items() if leaf.ndim >= 2]
         self.given_loss = options.get("loss")
-        identify(self, module, options, flax_leaves(module), tables)
+        identify(self, module, options, matrices, tables)
         programs = _of_parts(self._logits), jax.grad(_of_parts(self._cross_entropy), argnums=1)
         if self.compiled:
             programs = tuple(jax.jit(program, static_argnums=0) for program in programs)
         self._run_forward, self._run_gradient = programs
         self._hold(nnx.clone(module))
 
-    def forward(self, module: nnx.Module, tokens_BT: Tensor, counts_B: Tensor | None) -> Any:
+    def forward(self, module: nnx.Module, tokens_BT: Tensor, counts_B: Tensor | None) -> Output:
         """Return logits (B, T, V), alone, first in a tuple, or as `logits`."""
         return module(tokens_BT)
 
-    def loss(self, logits_BTV: Tensor, labels_BT: Tensor, counts_B: Tensor | None) -> Any:
+    def loss(self, logits_BTV: Tensor, labels_BT: Tensor, counts_B: Tensor | None) -> Loss:
         """Return the model's own loss, a mean or a total and a number; None if it has none."""
         return self.given_loss and self.given_loss(logits_BTV, labels_BT, counts_B)
 
@@ -147,7 +148,9 @@ class FlaxModel(LanguageModel):
         embeddings, shapes = _embeddings(self.module), []
 
         def asked(zeros_TTD: Tensor | None) -> Tensor:
-            def add_zeros(path: str, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+            def add_zeros(
+                path: str, call: Callable[..., Output], args: tuple, kwargs: dict
+            ) -> Output:
                 output = call(*args, **kwargs)
                 if path not in embeddings or not is_asked(next(leaves_of((args, kwargs)))):
                     return output
@@ -160,9 +163,9 @@ class FlaxModel(LanguageModel):
             weights_V = jnp.asarray(projection(self.vocab_size), logits_TTV.dtype)
             return jnp.sum(logits_TTV[np.arange(T), np.arange(T)] @ weights_V)
 
-        def is_asked(ids: Any) -> bool:
-            traced = isinstance(ids, jax.core.Tracer)  # inside the model's own jit
-            return not traced and np.array_equal(ids, tokens_TT)
+        def is_asked(ids: object) -> bool:  # not where the model's own jit traces them
+            concrete = isinstance(ids, Tensor) and not isinstance(ids, jax.core.Tracer)
+            return concrete and np.array_equal(ids, tokens_TT)
 
         with self._differentiating():
             asked(None)

@@ -13,6 +13,8 @@ from parity.frameworks.leaves import Leaves
 
 Array = np.ndarray
 Counts = np.ndarray | None  # real tokens per row; None for all
+Loss = Any  # of a loss function: a mean, or a total and a number of tokens
+Output = Any  # of a call of a module
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Score:
     num_tokens: int | None = None
 
     @classmethod
-    def of(cls, loss: Any) -> "Score":
-        """Read what a loss function returns: a mean, or a total and a number of tokens."""
+    def of(cls, loss: Loss) -> "Score":
+        """Read what a loss function returns."""
         if not isinstance(loss, tuple):
             return cls(float(loss))
         total, number = (float(x) for x in loss)

@@ -1,9 +1,9 @@
 """Find a model's name, vocabulary size, context length and logits when they are not given."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypedDict
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypedDict
 
-from parity.doctor.model import LanguageModel
+from parity.doctor.model import LanguageModel, Loss, Output
 
 # Where models keep their sizes, and what they call them.
 _PLACES = "config", "cfg", "args", "params", "hparams"
@@ -36,7 +36,7 @@ class Options(TypedDict, total=False):
     name: str
     vocab_size: int | None
     context_length: int | None
-    loss: Callable[..., Any] | None
+    loss: Callable[..., Loss] | None
     ignore_index: int | None
     seed: int
     trained: bool
@@ -44,9 +44,9 @@ class Options(TypedDict, total=False):
 
 def identify(
     model: LanguageModel,
-    module: Any,
+    module: object,
     options: Options,
-    leaves: Mapping[str, Any],
+    matrices: Iterable[str],
     tables: Mapping[str, int],
 ) -> None:
     """Set the attributes of a model: as given, as its config says, or as its tables do.
@@ -55,7 +55,7 @@ def identify(
         model: to set them of.
         module: that may say its sizes itself, or in its `config`.
         options: as given.
-        leaves: all weights by name.
+        matrices: names of the weights with two axes or more.
         tables: rows of each embedding layer's weight.
 
     Raises:
@@ -86,12 +86,12 @@ def identify(
         )
     model.vocab_size, model.context_length = vocab_size, context
     # A matrix whose name says so, or an embedding of something else than tokens.
-    named = [name for name, leaf in leaves.items() if leaf.ndim >= 2 and _is_position(name)]
+    named = [name for name in matrices if _is_position(name)]
     others = [name for name, rows in tables.items() if rows != vocab_size]
     model.position_table = next(iter(named + others), None)
 
 
-def _said(module: Any, names: tuple[str, ...]) -> int | None:
+def _said(module: object, names: tuple[str, ...]) -> int | None:
     """Return the first of these sizes that a module knows."""
     for place in (*(getattr(module, place, None) for place in _PLACES), module):
         for name in names:
@@ -106,7 +106,7 @@ def _is_position(name: str) -> bool:
     return any(word in name.lower() for word in words) or "pos" in name.split(".")
 
 
-def logits_of(output: Any, shape: tuple[int, ...], vocab_size: int) -> Any:
+def logits_of(output: Output, shape: tuple[int, ...], vocab_size: int) -> Output:
     """Return the logits (B, T, V) of an output: itself, its field `logits`, or its first item.
 
     Raises:

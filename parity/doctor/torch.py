@@ -5,14 +5,14 @@ Dimension key: B batch, T tokens, V vocab.
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Self, Unpack
+from typing import Self, Unpack
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from parity.doctor.model import Array, Counts, LanguageModel, Score
+from parity.doctor.model import Array, Counts, LanguageModel, Loss, Output, Score
 from parity.doctor.sizes import Options, identify, logits_of
 from parity.frameworks.default_call import projection
 from parity.frameworks.leaves import Leaves
@@ -45,17 +45,18 @@ class TorchModel(LanguageModel):
     framework = "torch"
 
     def __init__(self, module: nn.Module, **options: Unpack[Options]):
-        parts, leaves = module.named_modules(), dict(module.named_parameters())
+        parts, leaves = module.named_modules(), module.named_parameters()
+        matrices = [name for name, leaf in leaves if leaf.ndim >= 2]
         tables = {f"{x}.weight": y.num_embeddings for x, y in parts if isinstance(y, nn.Embedding)}
         self.given_loss = options.get("loss")
-        identify(self, module, options, leaves, tables)
+        identify(self, module, options, matrices, tables)
         self.module = copy.deepcopy(module).eval()
 
-    def forward(self, module: nn.Module, tokens_BT: Tensor, counts_B: Tensor | None) -> Any:
+    def forward(self, module: nn.Module, tokens_BT: Tensor, counts_B: Tensor | None) -> Output:
         """Return logits (B, T, V), alone, first in a tuple, or as `logits`."""
         return module(tokens_BT)
 
-    def loss(self, logits_BTV: Tensor, labels_BT: Tensor, counts_B: Tensor | None) -> Any:
+    def loss(self, logits_BTV: Tensor, labels_BT: Tensor, counts_B: Tensor | None) -> Loss:
         """Return the model's own loss, a mean or a total and a number; None if it has none."""
         return self.given_loss and self.given_loss(logits_BTV, labels_BT, counts_B)
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from parity.doctor.model import Array, Counts
+from parity.doctor.model import Array, Counts, Loss, Output
+from parity.doctor.offers import Cache
 from parity.doctor.sizes import Options
 from parity.doctor.torch import TorchModel
 from parity.frameworks.torch.leaves import load_torch, to_numpy, torch_leaves
@@ -49,12 +50,12 @@ class TransformersModel(TorchModel):
             self.ignore_index = -100
         self._shows_attention = self._attention_is_its_own()
 
-    def forward(self, module: nn.Module, tokens_BT: Tensor, counts_B: Tensor | None) -> Any:
+    def forward(self, module: nn.Module, tokens_BT: Tensor, counts_B: Tensor | None) -> Output:
         """Return an output with logits (B, T, V)."""
         mask_BT = _mask(tokens_BT, counts_B)
         return module(input_ids=tokens_BT, attention_mask=mask_BT, use_cache=False)
 
-    def loss(self, logits_BTV: Tensor, labels_BT: Tensor, counts_B: Tensor | None) -> Any:
+    def loss(self, logits_BTV: Tensor, labels_BT: Tensor, counts_B: Tensor | None) -> Loss:
         """Return the loss that was given, else the module's own."""
         if self.given_loss is not None:
             return self.given_loss(logits_BTV, labels_BT, counts_B)
@@ -75,20 +76,20 @@ class TransformersModel(TorchModel):
         """What reads tokens through the cache: the model itself."""
         return self
 
-    def empty(self, num_rows: int, capacity: int) -> Any:
+    def empty(self, num_rows: int, capacity: int) -> Cache:
         """Return a cache that holds nothing."""
         from transformers import DynamicCache
 
         return DynamicCache()
 
     @torch.no_grad()
-    def read(self, cache: Any, tokens_BT: Array, counts_B: None = None) -> tuple[Array, Any]:
+    def read(self, cache: Cache, tokens_BT: Array, counts_B: None = None) -> tuple[Array, Cache]:
         """Return logits (B, T, V) and the longer cache."""
         cache = copy.deepcopy(cache)  # the library's are written in place
         output = self.module(input_ids=self.ids(tokens_BT), past_key_values=cache, use_cache=True)
         return to_numpy(output.logits), output.past_key_values
 
-    def select(self, cache: Any, rows: Array) -> Any:
+    def select(self, cache: Cache, rows: Array) -> Cache:
         """Return the cache of these rows, in this order."""
         cache = copy.deepcopy(cache)
         cache.reorder_cache(torch.from_numpy(rows))
@@ -135,7 +136,7 @@ class TransformersModel(TorchModel):
         num_tokens: int,
         temperature: float = 0.0,
         stop_ids: tuple[int, ...] = (),
-    ) -> Any:
+    ) -> Output:
         from transformers import GenerationConfig
 
         # What is not said here the model's own settings say, such as a penalty for repeating

@@ -10,12 +10,14 @@ import numpy as np
 
 import flax_gpt
 from parity.doctor.flax import FlaxModel
-from parity.doctor.model import AdamW, Array, Counts, Score
+from parity.doctor.model import AdamW, Array, Counts, Loss, Score
 from parity.doctor.torch import TorchModel
 from parity.frameworks.protocols import Trainer
-from parity.twins.flax import FlaxTwin as FlaxHandle
-from parity.twins.torch import TorchTwin as TorchHandle
+from parity.twins.flax import FlaxTwin
+from parity.twins.torch import TorchTwin
 from parity.twins.twin import Constants
+
+GPT = Tensor = Any  # of either framework
 
 # Sizes that all differ, and dropout that only a call with a key may switch on.
 CONFIG = flax_gpt.GPTConfig(
@@ -40,7 +42,7 @@ def twin_model(
     config: flax_gpt.GPTConfig = CONFIG,
     seed: int = 0,
     healthy: ModuleType | None = None,
-) -> "FlaxTwin | TorchTwin":
+) -> "FlaxTwinModel | TorchTwinModel":
     """Build a twin, or a changed copy of it, with initial weights from a seed.
 
     Args:
@@ -50,8 +52,9 @@ def twin_model(
         seed: of the weights and of the probes.
         healthy: the package that it should do the same as.
     """
-    kind, handle = {"flax": (FlaxTwin, FlaxHandle), "torch": (TorchTwin, TorchHandle)}[framework]
-    module: Any = handle.build(config, seed=seed, package=package).model
+    kinds = {"flax": (FlaxTwinModel, FlaxTwin), "torch": (TorchTwinModel, TorchTwin)}
+    kind, handle = kinds[framework]
+    module: GPT = handle.build(config, seed=seed, package=package).model
     model = kind(module, seed=seed)
     model.package, model.ignore_index = package, package.IGNORE_INDEX
     if healthy is not None:
@@ -70,20 +73,20 @@ class _Handled:
 
     takes_counts = ragged = bounded = True
     package: ModuleType
-    module: Any
-    handle: Callable[..., FlaxHandle | TorchHandle]
+    module: GPT
+    handle: Callable[..., FlaxTwin | TorchTwin]
     with_module: Callable[..., Self]
 
     @property
-    def decoder(self) -> FlaxHandle | TorchHandle:
+    def decoder(self) -> FlaxTwin | TorchTwin:
         """The handle of the module."""
         return self.handle(self.module, self.package)
 
-    def forward(self, module: Any, tokens_BT: Any, counts_B: Any) -> Any:
+    def forward(self, module: GPT, tokens_BT: Tensor, counts_B: Tensor) -> Tensor:
         """Return logits (B, T, V)."""
         return module(tokens_BT, counts_B=counts_B)[0]
 
-    def loss(self, logits_BTV: Any, labels_BT: Any, counts_B: Any) -> tuple[Any, Any]:
+    def loss(self, logits_BTV: Tensor, labels_BT: Tensor, counts_B: Tensor) -> Loss:
         """Return the total over the scored tokens, and their number."""
         found = self.package.next_token_loss(logits_BTV, labels_BT, counts_B)
         return found.total, found.num_tokens
@@ -147,10 +150,10 @@ class _Handled:
         return self.decoder.attention_weights(tokens_BT, counts_B)
 
 
-class TorchTwin(_Handled, TorchModel):
+class TorchTwinModel(_Handled, TorchModel):
     """The PyTorch twin under examination."""
 
-    handle = TorchHandle
+    handle = TorchTwin
 
     def keeps_graph(self, tokens_BT: Array) -> bool:
         """Whether the cache after a few decoded tokens keeps an autograd graph alive."""
@@ -162,15 +165,15 @@ class TorchTwin(_Handled, TorchModel):
         return cache.layers[0].keys_BKSH.requires_grad
 
 
-class FlaxTwin(_Handled, FlaxModel):
+class FlaxTwinModel(_Handled, FlaxModel):
     """The Flax twin under examination."""
 
     compiled = False  # what is compiled for one operation serves all changed copies
-    handle = functools.partial(FlaxHandle, compiled=False)
+    handle = functools.partial(FlaxTwin, compiled=False)
 
     def num_programs(self, lengths: tuple[int, ...]) -> int:
         """Return the number of programs compiled to continue prompts of these lengths."""
-        twin, counts = FlaxHandle(self.module, self.package), []
+        twin, counts = FlaxTwin(self.module, self.package), []
         for length in lengths:
             twin.write(np.zeros((1, length), np.int32), 2)
             counts.append(twin.num_compilations())

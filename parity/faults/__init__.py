@@ -5,7 +5,7 @@ ones on the same batches, and `selftest` measures the check. They load both fram
 of bugs does not need, so each is imported by its own name.
 """
 
+from parity.faults.bug import BUGS, GALLERY, Bug, find
 from parity.faults.edit import Edit, mutated
-from parity.faults.gallery import BUGS, GALLERY, Bug, find
 
 __all__ = ["BUGS", "GALLERY", "Bug", "Edit", "find", "mutated"]

@@ -20,8 +20,8 @@ import flax_gpt
 from parity.doctor import LanguageModel, examine, twin_model
 from parity.doctor.detectors.forward import cross_entropies
 from parity.doctor.offers import CanDecode, CanGenerate
+from parity.faults.bug import Bug
 from parity.faults.edit import mutated, twin
-from parity.faults.gallery import Bug
 from parity.pair.text import Corpus, decode, encode
 from parity.report.figures import plain, save
 from parity.twins.flax import FlaxTwin

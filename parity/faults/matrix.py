@@ -12,8 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from parity.doctor import DETECTORS, examine, twin_model
+from parity.faults.bug import GALLERY, Bug
 from parity.faults.edit import FRAMEWORKS, mutated, twin
-from parity.faults.gallery import GALLERY, Bug
 from parity.report.figures import save
 from parity.report.record import Verdict
 

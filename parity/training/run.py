@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NotRequired, Self, TypedDict
+from typing import Any, NotRequired, Self, TypedDict
 
 from flax_gpt import GPTConfig, TrainConfig
 from parity.frameworks.leaves import Leaves
@@ -62,7 +62,7 @@ class RunConfig:
     one_batch: bool = False
 
     @classmethod
-    def of(cls, corpus: Corpus, **fields: object) -> Self:
+    def of(cls, corpus: Corpus, **fields: Any) -> Self:
         """Return the config for a text, with its other fields given by name."""
         text = hashlib.sha256(corpus.ids.tobytes()).hexdigest()
         return cls(source=corpus.source, text=text, vocabulary=corpus.vocabulary, **fields)

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ import flax_gpt
 from parity.frameworks.flax.donation import donated
 from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
 from parity.frameworks.flax.scope import jax_scope
-from parity.frameworks.leaves import Leaves, cast, dotted
+from parity.frameworks.leaves import Leaves, dotted
 from parity.frameworks.protocols import Moments
 from parity.system.memory import is_large
 from parity.twins.state import (
@@ -32,29 +32,6 @@ from parity.twins.twin import Constants, Inputs, Twin, task_of
 
 if TYPE_CHECKING:
     from parity.twins.twin import Config
-
-Args = ParamSpec("Args")
-Result = TypeVar("Result")
-
-
-class _Scoped(Protocol):
-    def scope(self) -> contextlib.AbstractContextManager[None]: ...
-
-
-Self = TypeVar("Self", bound=_Scoped)
-
-
-def _scoped(
-    method: Callable[Concatenate[Self, Args], Result],
-) -> Callable[Concatenate[Self, Args], Result]:
-    """Run a method in the scope of its object."""
-
-    @functools.wraps(method)
-    def run(self: Self, *args: Args.args, **kwargs: Args.kwargs) -> Result:
-        with self.scope():
-            return method(self, *args, **kwargs)
-
-    return run
 
 
 class FlaxTwin(Twin):
@@ -106,11 +83,6 @@ class FlaxTwin(Twin):
                 variables[name].set_value(jnp.asarray(leaf))
             return cls(model, package)
 
-    @property
-    def config(self) -> flax_gpt.GPTConfig:
-        """Of the model."""
-        return self.model.config
-
     def scope(self) -> contextlib.AbstractContextManager[None]:
         """See `Twin`."""
         return jax_scope(self.dtype, self.device)
@@ -134,22 +106,15 @@ class FlaxTwin(Twin):
         model = nnx.merge(*jax.tree.map(jnp.copy, nnx.split(self.model)))
         return FlaxTwin(model, self.package, self.compiled)
 
-    def cast(self, dtype: str) -> FlaxTwin:
-        """See `Twin`."""
-        config = dataclasses.replace(self.config, dtype=dtype)
-        other = FlaxTwin.build(config, self.device, package=self.package)
-        other.load(cast(self.leaves(), dtype))
-        return FlaxTwin(other.model, self.package, self.compiled)
-
-    @_scoped
     def leaves(self) -> Leaves:
         """See `Twin`."""
-        return flax_leaves(self.model)
+        with self.scope():
+            return flax_leaves(self.model)
 
-    @_scoped
     def load(self, leaves: Mapping[str, np.ndarray]) -> None:
         """See `Twin`."""
-        load_flax(self.model, leaves)
+        with self.scope():
+            load_flax(self.model, leaves)
 
     def trainer(
         self, constants: Constants, task: str = "next-token", seed: int | None = None
@@ -157,10 +122,10 @@ class FlaxTwin(Twin):
         """See `Twin`."""
         return FlaxTrainer(self, constants, task, seed)
 
-    @_scoped
     def empty(self, num_rows: int, capacity: int) -> flax_gpt.KVCache:
         """See `Twin`."""
-        return self.package.KVCache.empty(self.config, num_rows, capacity)
+        with self.scope():
+            return self.package.KVCache.empty(self.config, num_rows, capacity)
 
     def forward(
         self, tokens_BT: jax.Array, cache: flax_gpt.KVCache | None, counts_B: jax.Array | None
@@ -212,66 +177,68 @@ class FlaxTrainer:
         scale = self._state.loss_scale
         return None if scale is None else float(scale.scale)
 
-    @_scoped
     def step(self, *inputs: np.ndarray | None) -> float:
         """See `Trainer`; the inputs are tokens, and where there are such, counts and labels."""
-        result, self._state = self._step(self._package.Batch(*map(self._ints, inputs)), self._state)
-        self.gradient_norm, self.applied = float(result.gradient_norm), bool(result.applied)
-        return float(result.loss.mean)
+        with self.scope():
+            result, self._state = self._step(
+                self._package.Batch(*map(self._ints, inputs)), self._state
+            )
+            self.gradient_norm, self.applied = float(result.gradient_norm), bool(result.applied)
+            return float(result.loss.mean)
 
     def evaluate(self, batches: Iterable[Inputs]) -> dict[str, float]:
         """See `TwinTrainer`."""
         return FlaxTwin(self.model, self._package).evaluate(batches, self._task)
 
-    @_scoped
     def parameters(self) -> Leaves:
         """See `Trainer`."""
-        return flax_leaves(self.model)
+        with self.scope():
+            return flax_leaves(self.model)
 
-    @_scoped
     def moments(self) -> Moments:
         """See `Trainer`."""
-        adam = self._state.optimizer[0]
-        return state_leaves(adam.mu), state_leaves(adam.nu), int(adam.count)
+        with self.scope():
+            adam = self._state.optimizer[0]
+            return state_leaves(adam.mu), state_leaves(adam.nu), int(adam.count)
 
-    @_scoped
     def save(self) -> Leaves:
         """See `TwinTrainer`."""
-        state = self._state
-        first, second, updates = self.moments()
-        saved = named_state(self.parameters(), first, second, updates, int(state.step))
-        if state.key is not None:
-            saved["key"] = np.asarray(state.key)
-        if state.loss_scale is not None:
-            saved["scale"] = np.asarray(state.loss_scale.scale)
-            saved["streak"] = np.asarray(state.loss_scale.streak)
-        return saved
+        with self.scope():
+            state = self._state
+            first, second, updates = self.moments()
+            saved = named_state(self.parameters(), first, second, updates, int(state.step))
+            if state.key is not None:
+                saved["key"] = np.asarray(state.key)
+            if state.loss_scale is not None:
+                saved["scale"] = np.asarray(state.loss_scale.scale)
+                saved["streak"] = np.asarray(state.loss_scale.streak)
+            return saved
 
-    @_scoped
     def restore(self, saved: Leaves) -> None:
         """See `TwinTrainer`."""
-        require_same_state(self.save(), saved)
-        state, model = self._state, self.model
-        load_flax(model, leaves_under("parameters.", saved))
-        adam, decay, rate = state.optimizer
-        count = jnp.asarray(saved["updates"], jnp.int32)
-        adam = optax.ScaleByAdamState(
-            count,
-            _like(adam.mu, leaves_under("first.", saved)),
-            _like(adam.nu, leaves_under("second.", saved)),
-        )
-        scale = state.loss_scale
-        if scale is not None:
-            scale = type(scale)(jnp.asarray(saved["scale"]), jnp.asarray(saved["streak"]))
-        key = None if state.key is None else jnp.asarray(saved["key"])
-        self._state = dataclasses.replace(
-            state,
-            parameters=nnx.split(model)[1],
-            optimizer=(adam, decay, rate._replace(count=count)),
-            loss_scale=scale,
-            key=key,
-            step=jnp.asarray(saved["step"], jnp.int32),
-        )
+        with self.scope():
+            require_same_state(self.save(), saved)
+            state, model = self._state, self.model
+            load_flax(model, leaves_under("parameters.", saved))
+            adam, decay, rate = state.optimizer
+            count = jnp.asarray(saved["updates"], jnp.int32)
+            adam = optax.ScaleByAdamState(
+                count,
+                _like(adam.mu, leaves_under("first.", saved)),
+                _like(adam.nu, leaves_under("second.", saved)),
+            )
+            scale = state.loss_scale
+            if scale is not None:
+                scale = type(scale)(jnp.asarray(saved["scale"]), jnp.asarray(saved["streak"]))
+            key = None if state.key is None else jnp.asarray(saved["key"])
+            self._state = dataclasses.replace(
+                state,
+                parameters=nnx.split(model)[1],
+                optimizer=(adam, decay, rate._replace(count=count)),
+                loss_scale=scale,
+                key=key,
+                step=jnp.asarray(saved["step"], jnp.int32),
+            )
 
 
 def _like(state: nnx.State, leaves: Leaves) -> nnx.State:

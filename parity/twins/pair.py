@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -30,12 +30,13 @@ _PROBE_SIZE = 1 << 26  # logits of one probe at most, half a gigabyte in float64
 _PROMPT_LENGTH = 64
 _SEQUENCE_LENGTH = 96
 _TRAINING_BATCH = 8, 64
+_LEARNING_RATE = 1e-3
 _SAMPLING = dict(temperature=0.8, top_k=40, top_p=0.95, min_p=0.02)
 _UNSCORED = 0.1  # share of labels that are not scored
 _CHARACTER_KINDS = str.isalpha, str.isdigit, str.isspace  # and any other
 
 
-def preset_config(corpus: Corpus, preset: str, **changes: float | int | str) -> flax_gpt.GPTConfig:
+def preset_config(corpus: Corpus, preset: str, **changes: Any) -> flax_gpt.GPTConfig:
     """Return the sizes of a preset; `tiny` takes its vocabulary size from the text.
 
     Args:
@@ -71,7 +72,7 @@ def training(num_steps: int) -> Constants:
     """Return fields of TrainConfig that switch on everything that can differ."""
     warmup = max(2, num_steps // 10)
     return dict(
-        learning_rate=1e-3,
+        learning_rate=_LEARNING_RATE,
         schedule="cosine",
         warmup_steps=warmup,
         total_steps=max(num_steps, warmup + 1),
@@ -137,7 +138,7 @@ def twins(
         rules=TWINS if decodes else CLASSIFIERS,
         probes=_probes(corpus, config, task, seed),
         training_batch=lambda step: training_batch(corpus, rows, width, task, seed, step),
-        learning_rate=training(1)["learning_rate"],
+        learning_rate=_LEARNING_RATE,
         prompts=prompts,
         new_tokens=max_new_tokens,
         sampling=_SAMPLING if decodes else None,
@@ -215,8 +216,7 @@ def labels(
     passage: in which fourth of 0 to 1 its share of letters lies.
     """
     classes = tokens
-    if task != "next-token":
-        kinds = np.array([_kind(character) for character in corpus.vocabulary])[tokens]
+    kinds = np.array([_kind(character) for character in corpus.vocabulary])[tokens]
     if task == "sequence-class":
         real = np.arange(tokens.shape[1]) < counts[:, None]
         share = np.sum(real & (kinds == 0), axis=1) / np.maximum(counts, 1)

@@ -4,36 +4,20 @@ A saved state has `parameters.`, `first.` and `second.` followed by a leaf name,
 and where there are such: `key`, `scale`, `streak`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol, SupportsFloat, SupportsInt
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
 from parity.frameworks.leaves import Leaves, copied, different_leaves, require_same
 
 
-class _Loss(Protocol):
-    """Either package's `TokenLoss`."""
-
-    mean: SupportsFloat
-    perplexity: SupportsFloat
-    num_tokens: SupportsInt
-
-
-class _Evaluation(Protocol):
-    """Either package's `Evaluation`."""
-
-    loss: _Loss
-    accuracy: SupportsFloat
-
-
 def fitting(
-    side: str, expected: Mapping[str, np.ndarray], given: Iterable[tuple[str, np.ndarray]]
+    framework: str, expected: Leaves, given: Iterable[tuple[str, np.ndarray]]
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the leaves that fit, one after the other.
 
     Args:
-        side: the framework, for the message.
+        framework: for the message.
         expected: arrays of the right shapes and dtypes.
         given: leaves by name; few of them need to be in memory at once.
 
@@ -48,7 +32,7 @@ def fitting(
         seen[name] = np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape)
         if name in expected and not different_leaves({name: expected[name]}, {name: leaf}):
             yield name, leaf
-    require_same(side, dict(expected), seen)
+    require_same(framework, expected, seen)
 
 
 def named_state(
@@ -63,16 +47,6 @@ def named_state(
 def leaves_under(prefix: str, saved: Leaves) -> Leaves:
     """Return the arrays whose name begins with `prefix`, without it."""
     return {name.removeprefix(prefix): x for name, x in saved.items() if name.startswith(prefix)}
-
-
-def evaluation_numbers(evaluation: _Evaluation) -> dict[str, float]:
-    """Return the numbers of either package's `Evaluation`."""
-    return {
-        "loss": float(evaluation.loss.mean),
-        "perplexity": float(evaluation.loss.perplexity),
-        "accuracy": float(evaluation.accuracy),
-        "tokens": int(evaluation.loss.num_tokens),
-    }
 
 
 def require_same_state(present: Leaves, given: Leaves) -> None:

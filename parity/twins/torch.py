@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import torch_gpt
-from parity.frameworks.leaves import Leaves, cast
+from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import Moments
 from parity.frameworks.torch.leaves import (
     from_numpy,
@@ -76,11 +76,6 @@ class TorchTwin(Twin):
             np.copyto(arrays[name], leaf)
         return cls(model.to(device), package)
 
-    @property
-    def config(self) -> torch_gpt.GPTConfig:
-        """Of the model."""
-        return self.model.config
-
     def scope(self) -> contextlib.AbstractContextManager[None]:
         """See `Twin`."""
         return torch.no_grad()
@@ -100,13 +95,6 @@ class TorchTwin(Twin):
     def copy(self) -> TorchTwin:
         """See `Twin`."""
         return TorchTwin(copy.deepcopy(self.model), self.package)
-
-    def cast(self, dtype: str) -> TorchTwin:
-        """See `Twin`."""
-        config = dataclasses.replace(self.config, dtype=dtype)
-        other = TorchTwin.build(config, self.device, package=self.package)
-        other.load(cast(self.leaves(), dtype))
-        return other
 
     def leaves(self) -> Leaves:
         """See `Twin`."""

@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
-from parity.frameworks.leaves import Leaves
+from parity.frameworks.leaves import Leaves, cast
 from parity.frameworks.protocols import Calls, Trainer
-from parity.twins.state import evaluation_numbers
 
 if TYPE_CHECKING:
     import flax_gpt
@@ -24,12 +23,10 @@ if TYPE_CHECKING:
 
     Config = flax_gpt.GPTConfig | torch_gpt.GPTConfig
 
-# Fields of TrainConfig, and of Sampling, which has no filter or temperature that is not here.
-Constants = Mapping[str, "float | int | bool | str | None"]
-Sampling = Mapping[str, "float | int | None"]
+Constants = Sampling = Mapping[str, Any]  # fields of TrainConfig, and of Sampling
 GREEDY: Sampling = {"temperature": 0.0}
 # Tokens (B, T), and where there are such, counts (B,) and labels.
-Inputs = Sequence["np.ndarray | None"]
+Inputs = Sequence[np.ndarray | None]
 
 Array, Cache, Model = Any, Any, Any  # of the twin's framework
 
@@ -89,6 +86,7 @@ class Twin(Protocol):
         original: the twin's package.
         package: that of the model: the original, or a changed copy.
         model: the GPT, or a classifier around one, which cannot decode.
+        device: of the framework.
     """
 
     name: str
@@ -96,6 +94,7 @@ class Twin(Protocol):
     original: ModuleType
     package: ModuleType
     model: Model
+    device: Any
 
     @classmethod
     def build(
@@ -123,9 +122,6 @@ class Twin(Protocol):
 
     def copy(self) -> Self:
         """Return the same model with arrays of its own."""
-
-    def cast(self, dtype: str) -> Self:
-        """Return the same model with its weights in another dtype."""
 
     def leaves(self) -> Leaves:
         """Return every weight under the package's own name."""
@@ -165,6 +161,18 @@ class Twin(Protocol):
 
     # What follows is the same for both: their packages have the same names.
 
+    @property
+    def config(self) -> flax_gpt.GPTConfig:
+        """Of the model; the packages have the same class of their own."""
+        return self.model.config
+
+    def cast(self, dtype: str) -> Self:
+        """Return the same model with its weights in another dtype."""
+        config = dataclasses.replace(self.config, dtype=dtype)
+        other = self.build(config, self.device, package=self.package)
+        other.load(cast(self.leaves(), dtype))
+        return other
+
     def logits(self, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None) -> np.ndarray:
         """Return logits (B, T, V) without a cache."""
         return self.read(None, tokens_BT, counts_B)[0]
@@ -174,7 +182,12 @@ class Twin(Protocol):
         with self.package_scope():
             arrays = (self.package.Batch(*map(self.ints, inputs)) for inputs in batches)
             found = self.package.evaluate(self.model, arrays, task_of(self.package, task))
-            return evaluation_numbers(found)
+            return {
+                "loss": float(found.loss.mean),
+                "perplexity": float(found.loss.perplexity),
+                "accuracy": float(found.accuracy),
+                "tokens": int(found.loss.num_tokens),
+            }
 
     def read(
         self, cache: Cache, tokens_BT: np.ndarray, counts_B: np.ndarray | None = None

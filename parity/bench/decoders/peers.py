@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 import flax_gpt
 from parity.bench.decoders.protocol import DecodeTask, TimedTokens
 from parity.bench.decoders.worker import RemoteDecoder, Worker
-from parity.bench.machine import Unavailable
+from parity.bench.machine import Unavailable, wait_for_torch
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.torch.leaves import load_torch, torch_leaves
 from parity.twins.flax import FlaxTwin
@@ -181,8 +181,7 @@ class Transformers:
 
     def _generate(self, num_tokens: int) -> "_Clock":
         clock = _Clock()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        wait_for_torch()
         with torch.no_grad():
             options = {"attention_mask": self._mask_BT, "past_key_values": self._cache}
             options |= {"max_new_tokens": num_tokens, "streamer": clock}

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import torch_gpt
 from parity.bench.decoders.protocol import Arrays, DecodeTask, noise_like
 from parity.bench.decoders.twins import OtherStep, TwinStep
+from parity.bench.machine import wait_for_torch
 
 TorchStep = TwinStep[torch_gpt.KVCache, torch.Tensor]
 
@@ -43,7 +44,7 @@ TORCH = Arrays(
     copy=_copy,
     with_noise=_with_noise,
     grow=lambda cache, slots: cache if cache.capacity >= slots else cache.grow(slots),
-    wait=lambda _: torch.cuda.synchronize() if torch.cuda.is_initialized() else None,
+    wait=wait_for_torch,
 )
 
 

@@ -436,8 +436,6 @@ def test_ratios_sum_up_cells_batches_and_pairs_and_some_have_targets():
         ("torch step over flax step", eight),
         ("flax over ctranslate2", one),
         ("batch 8 over batch 1", "torch, float32"),
-        ("flax share of bandwidth", one),
-        ("torch share of bandwidth", one),
     }
     assert re.search(r"flax over naive +5 2 +2048 128 +float32, batch 1", printed(terminal(found)))
     assert "| flax over naive | 5 2 | 2048 128 | float32, batch 1 |" in markdown(found)
@@ -463,7 +461,7 @@ class Ticking:
     def __init__(self, clock, seconds):
         self.clock, self.seconds, self.waited = clock, seconds, []
 
-    def state(self):
+    def start(self):
         return 0
 
     def advance(self, state):

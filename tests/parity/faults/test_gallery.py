@@ -5,8 +5,8 @@ import re
 import pytest
 
 from parity.doctor import DETECTORS
+from parity.faults.bug import BUGS, GALLERY
 from parity.faults.edit import FRAMEWORKS, mutated_text, package_folder
-from parity.faults.gallery import BUGS, GALLERY
 
 PLANTS = [(bug, framework) for bug in BUGS for framework in bug.frameworks]
 

@@ -44,7 +44,7 @@ class Bug(Mutation):
 _CHAPTERS = "alignment", "masks", "positions", "blocks", "optimization", "cache"
 
 GALLERY = {
-    chapter: read_catalogue(Path(__file__).with_name(f"{chapter}.toml"), Bug)
+    chapter: read_catalogue(Path(__file__).parent / "gallery" / f"{chapter}.toml", Bug)
     for chapter in _CHAPTERS
 }
 BUGS = tuple(bug for bugs in GALLERY.values() for bug in bugs)
