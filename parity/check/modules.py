@@ -108,6 +108,9 @@ def pair_of(
         weights: "random", or "torch" for those that the PyTorch module has.
         seed: of the inputs' generator.
 
+    Returns:
+        The pair, for `parity.check.check.check`.
+
     Raises:
         ValueError: for modules, inputs or rules that cannot be used.
     """
