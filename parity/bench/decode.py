@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-import torch
 
 import flax_gpt
 import torch_gpt
@@ -23,7 +22,7 @@ from parity.bench.decoders.flax import FlaxLoop, FlaxStep, flax_naive, flax_step
 from parity.bench.decoders.peers import LIBRARIES, Peers
 from parity.bench.decoders.protocol import Decoder, DecodeTask
 from parity.bench.decoders.torch import TorchStep, torch_in_place, torch_step
-from parity.bench.decoders.twins import OtherStep, Uncached
+from parity.bench.decoders.twins import Uncached
 from parity.bench.hlo import remade_caches
 from parity.bench.machine import (
     Bandwidth,
@@ -195,14 +194,7 @@ def _twins(config: flax_gpt.GPTConfig, devices: Devices) -> TwinModels:
 
 
 class _Entry:
-    """A decoder that has run once, and what is known of it so far.
-
-    Args:
-        decoder: which has read the prompt.
-        first: what is known of it.
-        num_steps: of its rounds.
-        tokens_BG: that it has written.
-    """
+    """A decoder that has run once and written tokens (B, G), and what is known of it so far."""
 
     def __init__(self, decoder: Decoder, first: Decoding, num_steps: int, tokens_BG: np.ndarray):
         self.decoder, self.num_steps, self.tokens_BG = decoder, num_steps, tokens_BG
@@ -264,7 +256,7 @@ class _Decoders:
         return torch_step(self.torch_decoder, self._task)
 
     @functools.cached_property
-    def torch_in_place(self) -> OtherStep[torch_gpt.KVCache, torch.Tensor]:
+    def torch_in_place(self) -> TorchStep:
         """The PyTorch twin's layers without a handle."""
         return torch_in_place(self.torch_decoder.model, self.torch_step)
 
@@ -292,8 +284,7 @@ class _Decoders:
         pid = self._peers.worker(name).pid if name.split()[0] in LIBRARIES else None
         with MemoryGrowth(self._task.device, pid) as memory:
             decoder = self.make(name)
-            with Compilations() as reading:
-                decoder.prefill()
+            decoder.prefill()
             # Without a cache a token is a whole prefill, so a round is as short as it can be.
             num_steps = 1 if decoder.form == "uncached" else self._task.num_steps
             with Compilations() as writing:
@@ -317,7 +308,6 @@ class _Decoders:
             ran=decoder.ran,
             form=decoder.form,
             compile_s=compile_s,
-            prefill_compile_s=reading.seconds if reading.count else None,
             prefills_s=tuple(prefills_s),
             memory_bytes=memory.num_bytes,
             extra_weight_bytes=decoder.extra_weight_bytes,
@@ -352,11 +342,10 @@ def _time_cell(
         except Unavailable as error:
             absent[name] = Decoding(name=name, unavailable=str(error))
     progress(agreeing, 1.0)
-    caches = {"flax": decoders.flax_step.cache, "torch": decoders.torch_step.cache}
-    layers = {name: _account(name, task, cache) for name, cache in caches.items()}
-    keys_BKSH = decoders.flax_step.cache.layers[0].keys_BKSH
-    program = step_program(decoders.flax_decoder, decoders.flax_step.cache)
-    copies = remade_caches(str(program.as_text()), keys_BKSH.shape)
+    cache, torch_cache = decoders.flax_step.after_prompt[1], decoders.torch_step.after_prompt[1]
+    layers = {"flax": _account("flax", task, cache), "torch": _account("torch", task, torch_cache)}
+    program = step_program(decoders.flax_decoder, cache)
+    copies = remade_caches(str(program.as_text()), cache.layers[0].keys_BKSH.shape)
     timed = [entries[name] for name in options.names if name in entries]
     rates = _time_rounds(
         timed, reference, options.rounds, bandwidth, lambda done: progress(timing, done)

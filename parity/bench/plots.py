@@ -1,11 +1,10 @@
-"""Plots of the decode bench: speed, growth and bandwidth against the context."""
+"""Plots of the decode bench: speed and growth against the context."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
@@ -46,7 +45,6 @@ def draw(bench: DecodeBench, folder: Path) -> tuple[Path, ...]:
     fitted = [(fit, exponent) for fit, exponent in fits if exponent is not None]
     if fitted:
         figures["cached_against_uncached.png"] = _growth(bench, fitted)
-    figures["share_of_bandwidth.png"] = _share(bench, panels)
     for name, figure in figures.items():
         save(figure, folder / name)
     return tuple(folder / name for name in figures)
@@ -100,42 +98,6 @@ def _growth(bench: DecodeBench, fits: Sequence[tuple[ScalingFit, Exponent]]) -> 
     cell = bench.cells[0]
     figure.suptitle(
         f"{bench.preset}, {cell.dtype}, batch {cell.batch_size}: a token with and without cache",
-        fontsize=11,
-    )
-    return figure
-
-
-def _share(bench: DecodeBench, panels: Sequence[Sequence[DecodeCell]]) -> Figure:
-    """Plot the share of the read bandwidth, a group of bars per context."""
-    figure, axes = _panels(len(panels))
-    for axis, cells in zip(axes, panels, strict=True):
-        found = {
-            name: [
-                0.0 if (x := cell.get(name)) is None else cell.numbers(x)["share_of_bandwidth"]
-                for cell in cells
-            ]
-            for name in _STYLES
-        }
-        names = [name for name, shares in found.items() if any(shares)]
-        width = 0.84 / max(1, len(names))
-        for index, name in enumerate(names):
-            colour, line, _ = _STYLES[name]
-            if line != "-":
-                colour = tuple(0.5 + 0.5 * channel for channel in to_rgb(colour))
-            shares = [100 * (share or 0.0) for share in found[name]]
-            places = np.arange(len(cells)) + (index - (len(names) - 1) / 2) * width
-            style = {"color": colour, "hatch": None if line != ":" else "///", "linewidth": 0.4}
-            axis.bar(places, shares, width * 0.92, label=name, edgecolor="white", **style)
-        axis.set_axisbelow(True)
-        axis.grid(visible=False, axis="x")
-        axis.set_xticks(range(len(cells)), [f"{cell.context:,}" for cell in cells])
-        axis.set_xlabel("context, tokens")
-        axis.set_ylim(0, max(100, axis.get_ylim()[1]))
-        axis.set_ylabel("share of the read bandwidth, %")
-        axis.set_title(f"{cells[0].dtype}, batch {cells[0].batch_size}", fontsize=10)
-    _legend(figure, axes)
-    figure.suptitle(
-        f"{bench.preset}: weights and valid cache, read once per step, over what the machine reads",
         fontsize=11,
     )
     return figure

@@ -69,7 +69,6 @@ class Decoding(Timing):
 
     Attributes:
         form: cached, uncached or loop.
-        prefill_compile_s: seconds of compilation for reading the prompt; None if none.
         prefills_s: seconds to read the prompt, by repetition; empty if it does not read.
         extra_weight_bytes: memory of weights beside the twin's own; None if unknown.
         tokens_compared: tokens compared before it was timed.
@@ -78,7 +77,6 @@ class Decoding(Timing):
     """
 
     form: str = "cached"
-    prefill_compile_s: float | None = None
     prefills_s: tuple[float, ...] = ()
     extra_weight_bytes: int | None = None
     tokens_compared: int = 0

@@ -33,7 +33,7 @@ class Table:
 
     def __rich__(self) -> RenderableType:
         # Narrow enough for 80 columns.
-        found = rich_table.Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        found = rich_table.Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
         for number, head in enumerate(self.heads):
             side = "left" if number in self.left else "right"
             found.add_column(head.replace(" ", "\n"), justify=side, no_wrap=True)

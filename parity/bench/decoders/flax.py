@@ -11,9 +11,9 @@ import flax_gpt
 from flax_gpt.attention import attend
 from flax_gpt.decoding.decoder import capacity_for
 from parity.bench.decoders.protocol import Arrays, DecodeTask, TimedTokens, noise_like
-from parity.bench.decoders.twins import OtherStep, TwinStep
+from parity.bench.decoders.twins import StepDecoder
 
-FlaxStep = TwinStep[flax_gpt.KVCache, jax.Array]
+FlaxStep = StepDecoder[flax_gpt.KVCache, jax.Array]
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
@@ -50,18 +50,18 @@ FLAX = Arrays(
 def flax_step(decoder: flax_gpt.Decoder, task: DecodeTask, capacity: int | None = None) -> FlaxStep:
     """Return a decoder's `advance`; `capacity` are the slots of its cache, None for its default."""
     prompt_BT = jnp.asarray(task.prompt_BT)
-    ran = "Decoder.advance in a Python loop: one compiled program per step, its cache donated"
-    return TwinStep(
+    return StepDecoder(
+        "flax step",
+        "Decoder.advance in a Python loop: one compiled program per step, its cache donated",
         FLAX,
         task,
         lambda: decoder.prefill(prompt_BT, capacity=capacity),
-        decoder.advance,
-        ran,
+        lambda state: decoder.advance(state.token_B, state.cache),
         decoder.extra_bytes,
     )
 
 
-def flax_naive(model: flax_gpt.GPT, reader: FlaxStep) -> OtherStep[flax_gpt.KVCache, jax.Array]:
+def flax_naive(model: flax_gpt.GPT, reader: FlaxStep) -> FlaxStep:
     """Return flax_gpt.decode_step under a plain `jax.jit`, as people first write it."""
     graphdef, parameters = nnx.split(model.with_attend(attend))
 
@@ -75,7 +75,7 @@ def flax_naive(model: flax_gpt.GPT, reader: FlaxStep) -> OtherStep[flax_gpt.KVCa
         "decode_step with the defining attention, over the whole capacity, under jax.jit with its "
         "cache donated; no compiler option, no packed weights"
     )
-    return OtherStep("flax naive", ran, reader, lambda x, c, _: program(parameters, x, c), 0)
+    return reader.other("flax naive", ran, lambda x: program(parameters, x.token_B, x.cache), 0)
 
 
 def step_program(decoder: flax_gpt.Decoder, cache: flax_gpt.KVCache) -> jax.stages.Compiled:

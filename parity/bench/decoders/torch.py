@@ -8,11 +8,11 @@ import torch
 from torch.nn import functional as F
 
 import torch_gpt
-from parity.bench.decoders.protocol import Arrays, DecodeTask, noise_like
-from parity.bench.decoders.twins import OtherStep, TwinStep
+from parity.bench.decoders.protocol import Arrays, DecodeTask, State, noise_like
+from parity.bench.decoders.twins import StepDecoder
 from parity.bench.machine import wait_for_torch
 
-TorchStep = TwinStep[torch_gpt.KVCache, torch.Tensor]
+TorchStep = StepDecoder[torch_gpt.KVCache, torch.Tensor]
 
 
 def _on_host(array: torch.Tensor) -> np.ndarray:
@@ -54,20 +54,18 @@ def torch_step(
     """Return a decoder's `advance`; `capacity` are the slots of its cache, None for its default."""
     prompt_BT = torch.from_numpy(task.prompt_BT).long().to(task.device)
     how = "eager" if task.device.type == "cpu" else "one compiled graph per step"
-    ran = f"Decoder.advance in a Python loop, {how}; the newest handle writes in place"
-    return TwinStep(
+    return StepDecoder(
+        "torch step",
+        f"Decoder.advance in a Python loop, {how}; the newest handle writes in place",
         TORCH,
         task,
         torch.no_grad()(lambda: decoder.prefill(prompt_BT, capacity=capacity)),
-        decoder.advance,
-        ran,
+        lambda state: decoder.advance(state.token_B, state.cache),
         decoder.extra_bytes,
     )
 
 
-def torch_in_place(
-    model: torch_gpt.GPT, reader: TorchStep
-) -> OtherStep[torch_gpt.KVCache, torch.Tensor]:
+def torch_in_place(model: torch_gpt.GPT, reader: TorchStep) -> TorchStep:
     """Return a bare step of a decoder's model that writes into the buffers of a cache.
 
     No handle, no lengths, no checks: all rows have the same length.
@@ -77,11 +75,11 @@ def torch_in_place(
 
     @torch.no_grad()
     def step(
-        token_B: torch.Tensor, cache: torch_gpt.KVCache, length: int
+        state: State[torch_gpt.KVCache, torch.Tensor],
     ) -> tuple[torch.Tensor, torch_gpt.KVCache]:
+        cache, token_B, length = state
         B = len(token_B)
-        x_B1D = model.token_embedding(token_B[:, None])
-        x_B1D = x_B1D + positions_TD[length]
+        x_B1D = model.token_embedding(token_B[:, None]) + positions_TD[length]
         for block, layer in zip(blocks, cache.layers, strict=True):
             keys_BKSH, values_BKSH = layer.keys_BKSH, layer.values_BKSH
             attention, y_B1D = block.attention, block.norm_1(x_B1D)
@@ -97,4 +95,4 @@ def torch_in_place(
         return model.unembed(model.norm(x_B1D))[:, 0], cache
 
     ran = "an eager step with the decoder's kernels that writes into (B, K, S, H) buffers"
-    return OtherStep("torch in place", ran, reader, step, reader.extra_weight_bytes)
+    return reader.other("torch in place", ran, step, reader.extra_weight_bytes)

@@ -238,7 +238,7 @@ def test_the_roofline_is_the_fastest_of_the_sizes(monkeypatch, framework, dtype)
 
 
 def test_a_rate_counts_every_product():
-    slow = Matmul(100, lambda times: time.sleep(0.01 * times), times=3)
+    slow = Matmul(100, 3, lambda times: time.sleep(0.01 * times))
     assert 1e8 < slow.rate() <= 2 * 100**3 / 0.01
 
 
