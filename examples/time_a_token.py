@@ -3,7 +3,7 @@
     python examples/time_a_token.py
 
 Look at how a row grows: without a cache a token costs the whole text again, with a cache hardly
-more than before. `parity bench decode` measures this properly, on GPT-2, in turns, against peers.
+more than before. `parity bench` measures this properly, on GPT-2, in turns, against peers.
 """
 
 import time
