@@ -31,15 +31,11 @@ def attend(
 ) -> tuple[jax.Array, LayerCache | None]:
     """Compute `attention.attend` at a cost that follows a cache's length, not its capacity.
 
-    Args:
-        q_BKQTH: see `attention.attend`.
-        new: likewise.
-        past: likewise.
-        metadata: likewise.
-        drop: likewise; with another function than `identity`, all slots are read.
+    The results are equal up to rounding. With any `drop` but `identity`, which must see the weights
+    of all slots, it is `attention.attend` itself.
 
     Returns:
-        What `attention.attend` returns, up to the rounding of its sums.
+        See `attention.attend`.
     """
     if past is None or drop is not identity:
         return attention.attend(q_BKQTH, new, past, metadata, drop)

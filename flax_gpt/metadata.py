@@ -96,20 +96,21 @@ def attention_metadata(
     num_tokens = tokens_BT.shape[1]
     num_slots = num_tokens if cache is None else min(cache.capacity, context_length)
     lengths_B = jnp.zeros(1, jnp.int32) if cache is None else cache.lengths_B
+    lengths_B1 = lengths_B[:, None]
     counts_B1 = jnp.full((1, 1), num_tokens, jnp.int32) if counts_B is None else counts_B[:, None]
     steps_1T = jnp.arange(num_tokens, dtype=jnp.int32)[None, :]
     real_BT = steps_1T < counts_B1
     # twin: only traced lengths can overflow here; elsewhere KVCache.check_capacity has raised.
     # A real token without a slot gets a position without a row, which makes its logits NaN.
-    slots_BT = lengths_B[:, None] + steps_1T
+    slots_BT = lengths_B1 + steps_1T
     slots_BT = jnp.where(real_BT & (slots_BT < num_slots), slots_BT, NOWHERE)
     # twin: torch has written the tokens before it reads, so its columns are the slots; jax has not.
     columns_BS = slots_BT
     if cache is not None:
         slots = jnp.arange(cache.capacity, dtype=jnp.int32)[None, :]
-        held = jnp.where(slots < lengths_B[:, None], slots, NOWHERE)
+        held = jnp.where(slots < lengths_B1, slots, NOWHERE)
         columns_BS = jnp.concatenate([held, slots_BT], axis=1)
-    seen_BT = lengths_B[:, None] + jnp.minimum(steps_1T + 1, counts_B1)
+    seen_BT = lengths_B1 + jnp.minimum(steps_1T + 1, counts_B1)
     return AttentionMetadata(
         real_BT=real_BT,
         lengths_B=lengths_B,

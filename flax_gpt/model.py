@@ -228,9 +228,10 @@ class GPT(nnx.Module):
 
         def recording(q_BKQTH, new, past, metadata, drop):
             def keep(weights_BKQTS):
+                weights_BKQTS = drop(weights_BKQTS)
                 B, K, Q, T, S = weights_BKQTS.shape
                 maps.append(weights_BKQTS.reshape(B, K * Q, T, S))
-                return drop(weights_BKQTS)
+                return weights_BKQTS
 
             return attention.attend(q_BKQTH, new, past, metadata, keep)
 

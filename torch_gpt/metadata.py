@@ -111,12 +111,13 @@ def attention_metadata(
     num_tokens = tokens_BT.shape[1]
     num_slots = num_tokens if cache is None else min(cache.capacity, context_length)
     lengths_B = tokens_BT.new_zeros(1) if cache is None else cache.lengths_B
+    lengths_B1 = lengths_B[:, None]
     steps_1T = torch.arange(num_tokens, device=tokens_BT.device)[None, :]
     counts_B1 = steps_1T.new_full((1, 1), num_tokens) if counts_B is None else counts_B[:, None]
     real_BT = steps_1T < counts_B1
     # twin: only traced lengths can overflow here; elsewhere KVCache.check_capacity has raised.
     # A real token without a slot gets a position without a row, which makes its logits NaN.
-    slots_BT = lengths_B[:, None] + steps_1T
+    slots_BT = lengths_B1 + steps_1T
     slots_BT = torch.where(real_BT & (slots_BT < num_slots), slots_BT, NOWHERE)
     # twin: torch has written the tokens before it reads, so its columns are the slots; jax has not.
     columns_BS = slots_BT
@@ -126,7 +127,7 @@ def attention_metadata(
         ends = host_values(ends_B)
     longest = None if ends is None else int(ends.max())
     all_valid = ends is not None and bool(np.all(ends == longest))
-    seen_BT = lengths_B[:, None] + torch.minimum(steps_1T + 1, counts_B1)
+    seen_BT = lengths_B1 + torch.minimum(steps_1T + 1, counts_B1)
     return AttentionMetadata(
         real_BT=real_BT,
         lengths_B=lengths_B,

@@ -176,17 +176,7 @@ class Decoder:
         state: object = None,
         static: tuple[object, ...] = (),
     ) -> jax.stages.Compiled:
-        """Return the compiled program that `run` would execute.
-
-        Args:
-            function: see `run`.
-            operands: likewise; `jax.ShapeDtypeStruct`s may stand for arrays.
-            state: likewise.
-            static: likewise.
-
-        Returns:
-            The program, with its text and its costs.
-        """
+        """Return the compiled program that `run` would execute; shapes may stand for arrays."""
         return _program().lower(*self._arguments(function, operands, state, static)).compile()
 
     def _arguments(

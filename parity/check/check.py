@@ -12,17 +12,9 @@ from parity.pair.pair import Pair
 from parity.report import Level, Report
 from parity.report.plot_data import ModuleGaps
 from parity.report.record import Record, error
-from parity.system.devices import Devices, choose_devices, fingerprint, pinned_precision
+from parity.system.devices import Devices, fingerprint, pinned_precision
 
-_MODULES: tuple[ModuleType, ...] = (
-    weights,
-    logits,
-    gradients,
-    optimizer,
-    trajectory,
-    cache,
-    tokens,
-)
+_MODULES: tuple[ModuleType, ...] = weights, logits, gradients, optimizer, trajectory, cache, tokens
 
 
 def check(
@@ -64,13 +56,9 @@ def check(
             f"check: dtypes {', '.join(dtypes)}. float64 is the truth that judges float32. "
             "Ask for float64, or for float64 and float32."
         )
-    devices = devices or choose_devices("cpu")
     session = PairSession(pair, devices, dtypes=dtypes, seed=seed, steps=steps)
-    chosen = {
-        name: (module.records, module.locate)
-        for name, module in zip(LEVELS, _MODULES, strict=True)
-        if name in wanted
-    }
+    modules = zip(LEVELS, _MODULES, strict=True)
+    chosen = {name: (x.records, x.locate) for name, x in modules if name in wanted}
 
     def keep_gaps(level: Level) -> None:
         if plot_data and level.name == "logits":
@@ -78,7 +66,7 @@ def check(
 
     with pinned_precision():
         finished, divergence = run_levels(chosen, session, progress, keep_gaps)
-        environment = fingerprint(devices)
+        environment = fingerprint(session.devices)
     subject = {
         "torch": pair.torch.name,
         "flax": pair.flax.name,

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # it imports both frameworks, and a golden is checked where o
     from parity.check.pair_session import PairSession
 
 Call = TypeVar("Call", Trace, Backward)
-Gap = Callable[[np.ndarray, np.ndarray], float | None]
+Gap = Callable[[np.ndarray, np.ndarray], float | None]  # None if it is rounding
 
 
 def locate_forward(session: "PairSession", batch: Batch) -> Divergence | None:
@@ -32,18 +32,25 @@ def locate_backward(session: "PairSession", leaves: Mapping[str, float]) -> Dive
     """Return the first module, from the loss on, that passes back another gradient in float64.
 
     A module diverges that gets the same gradient by its output as its counterpart and passes
-    another one on, or has another one by a leaf of its own. Where the gradient that reaches a
-    module already differs and all modules after it agree, its caller diverges.
+    another one on, or has another one by one of the leaves, whose gaps are given by flax's names.
+    Where the gradient that reaches a module already differs and all modules after it agree, its
+    caller diverges.
 
-    Args:
-        session: the pair.
-        leaves: by flax's names, the gaps of the gradients that differ.
+    Returns:
+        None when all that pass gradients on agree.
     """
     flax, torch = (run.backward(session.gradient_probe) for run in session.runs("float64"))
-    flax = list(translated(flax, session.modules))
-    largest = max((size_of(x) for call in torch for x in _passed(call)), default=0.0)
-    gap = functools.partial(_gradient_gap, floor=bounds.ZERO_GRADIENT * largest)
-    pairs = [(call, twin) for call, twin in matched(torch, flax) if twin is not None]
+    passed = (x for call in torch for x in (*call.inputs, call.output) if x is not None)
+    # Below this size a gradient is rounding of larger ones.
+    floor = bounds.ZERO_GRADIENT * max(map(size_of, passed), default=0.0)
+
+    def gap(a: np.ndarray, b: np.ndarray) -> float | None:
+        size = max(size_of(a), size_of(b), floor)
+        found = max_abs(a, aligned(b, a)) / size if size else 0.0
+        return None if found <= bounds.MODULE_GRADIENT else found
+
+    twins = matched(torch, translated(flax, session.modules))
+    pairs = [(call, twin) for call, twin in twins if twin is not None]
     # The gap between the gradients that reach each call, and by path that of its last call.
     gaps = [
         None if call.output is None or twin.output is None else gap(call.output, twin.output)
@@ -74,35 +81,15 @@ def locate_backward(session: "PairSession", leaves: Mapping[str, float]) -> Dive
 
 
 def _inputs_gap(a: Backward, b: Backward, gap: Gap) -> float | None:
-    """Return the largest gap between the gradients that two calls pass back by their arguments.
-
-    Where they take different numbers of arguments their sums are compared: torch's attention is
-    given its input three times and flax's once.
-    """
+    """Return the largest gap between the gradients that two calls pass back by their arguments."""
     sides = [list(call.inputs) for call in (a, b)]
     if len(sides[0]) != len(sides[1]):
+        # Torch's attention is given its input three times and flax's once: sums are compared.
         if not all(side and len({x.shape for x in side}) == 1 for side in sides):
             return None
         sides = [[np.sum(side, axis=0)] for side in sides]
     gaps = [gap(x, y) for x, y in zip(*sides, strict=True)]
     return max((x for x in gaps if x is not None), default=None)
-
-
-def _passed(call: Backward) -> tuple[np.ndarray, ...]:
-    return call.inputs if call.output is None else (*call.inputs, call.output)
-
-
-def _gradient_gap(a: np.ndarray, b: np.ndarray, floor: float) -> float | None:
-    """Return the largest difference relative to the largest number; None if it is rounding.
-
-    Args:
-        a: a gradient.
-        b: the other framework's.
-        floor: size below which a gradient is rounding of larger ones.
-    """
-    size = max(size_of(a), size_of(b), floor)
-    gap = max_abs(a, aligned(b, a)) / size if size else 0.0
-    return None if gap <= bounds.MODULE_GRADIENT else gap
 
 
 def locate_rounding(session: "PairSession", batch: Batch) -> Divergence | None:
@@ -120,9 +107,8 @@ def locate_rounding(session: "PairSession", batch: Batch) -> Divergence | None:
             ratio = _ratio(trace.output, twin.output, right.output)
             if ratio <= bounds.RATIO:
                 continue
-            where = trace.path
-            inputs = zip(trace.inputs, twin.inputs, right.inputs, strict=False)
-            if where and any(_ratio(*x) > bounds.RATIO for x in inputs if _are_floats(x)):
+            where, inputs = trace.path, zip(trace.inputs, twin.inputs, right.inputs, strict=False)
+            if where and any(len(_floats(x)) == 3 and _ratio(*x) > bounds.RATIO for x in inputs):
                 where = _caller(where, session.modules.values())
             agrees = "" if session.impurities else "; float64 agrees"
             detail = f"Value is the larger float32 error over the smaller{agrees}."
@@ -134,8 +120,8 @@ def _ratio(flax: np.ndarray, torch: np.ndarray, truth: np.ndarray) -> float:
     return error_ratio(aligned(flax, torch), torch, truth)
 
 
-def _are_floats(arrays: Iterable[np.ndarray]) -> bool:
-    return all(np.issubdtype(array.dtype, np.floating) for array in arrays)
+def _floats(arrays: Iterable[np.ndarray]) -> list[np.ndarray]:
+    return [x for x in arrays if np.issubdtype(x.dtype, np.floating)]
 
 
 def _caller(path: str, paths: Collection[str]) -> str:
@@ -149,36 +135,21 @@ def _caller(path: str, paths: Collection[str]) -> str:
 def gaps_by_module(session: "PairSession", batch: Batch) -> list[tuple[str, float]]:
     """Return path and largest difference of the outputs of each module, in order of completion."""
     with _both(session, batch) as sides:
-        return [
-            (
-                trace.path or session.model_name,
-                max_abs(trace.output, aligned(twin.output, trace.output)),
-            )
-            for trace, twin in matched(*sides)
-            if twin is not None
-        ]
+        pairs = ((a, b.output) for a, b in matched(*sides) if b is not None)
+        root = session.model_name
+        return [(a.path or root, max_abs(a.output, aligned(b, a.output))) for a, b in pairs]
 
 
 def first_divergence(
-    a: Iterable[Trace],
-    b: Iterable[Trace],
-    gap: Gap,
-    root: str,
-    phase: str,
-    paths: Collection[str],
+    a: Iterable[Trace], b: Iterable[Trace], gap: Gap, root: str, phase: str, paths: Collection[str]
 ) -> Divergence | None:
     """Return the first module to complete whose output differs although its inputs agree.
 
-    A module whose inputs differ while all that completed before it agrees was fed by wrong code
-    outside of modules, in the body of its caller; then its caller is returned.
+    Both have the same paths; `root` is the name of the model itself.
 
-    Args:
-        a: traces of one model.
-        b: traces of the other, under the same paths.
-        gap: difference between two arrays; None if it is rounding.
-        root: name of the model itself.
-        phase: of the divergence.
-        paths: of the modules that are called.
+    Returns:
+        The caller of a module whose inputs differ while all that completed before it agrees: it was
+        fed by wrong code outside of modules, in its caller's body. None when nothing differs.
     """
     for trace, twin in matched(a, b):
         if twin is None or (found := gap(trace.output, twin.output)) is None:
@@ -228,20 +199,15 @@ def aligned(array: np.ndarray, like: np.ndarray) -> np.ndarray:
     Torch has channels after the batch and flax has them last; some have time before the batch;
     heads may share an axis with their width.
     """
-    arrangements = [array]
+    tried = [array]
     if array.ndim >= 3:
-        arrangements += [
-            np.moveaxis(array, 1, -1),
-            np.moveaxis(array, -1, 1),
-            np.swapaxes(array, 0, 1),
-        ]
+        tried += np.moveaxis(array, 1, -1), np.moveaxis(array, -1, 1), np.swapaxes(array, 0, 1)
     if array.size == like.size:
-        arrangements.append(array.reshape(like.shape))
-    fitting = [x for x in arrangements if x.shape == like.shape]
+        tried.append(array.reshape(like.shape))
+    fitting = [x for x in tried if x.shape == like.shape]
     if len(fitting) < 2:
         return (fitting or [array])[0]
-    gaps = [max_abs(x, like) for x in fitting]
-    return fitting[int(np.nanargmin(gaps))] if not np.all(np.isnan(gaps)) else fitting[0]
+    return min(fitting, key=lambda x: np.nan_to_num(max_abs(x, like), nan=np.inf))
 
 
 @contextlib.contextmanager
@@ -255,15 +221,12 @@ def _both(
 
 
 def _inputs_differ(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...], gap: Gap) -> bool:
-    """Whether the inputs of two modules differ.
-
-    Where they take different numbers of arguments, each float of the fewer must be among the
-    others: torch's attention is given its input three times and flax's once.
-    """
+    """Whether the inputs of two modules differ."""
     if len(a) == len(b):
         return any(gap(x, y) is not None for x, y in zip(a, b, strict=True))
-    floats = [[x for x in side if np.issubdtype(x.dtype, np.floating)] for side in (a, b)]
-    few, many = sorted(floats, key=len)
+    # Each float of the fewer must be among the others: torch's attention is given its input three
+    # times and flax's once.
+    few, many = sorted((_floats(a), _floats(b)), key=len)
     return any(all(gap(x, y) is not None for y in many) for x in few)
 
 

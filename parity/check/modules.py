@@ -13,10 +13,12 @@ from parity.check.levels.names import DTYPES, LEVELS
 from parity.check.metrics import max_abs, size_of
 from parity.check.pair_session import PairSession
 from parity.frameworks.flax.leaves import flax_leaves
-from parity.frameworks.flax.module import FlaxUse, flax_spec
+from parity.frameworks.flax.module import FlaxUse
+from parity.frameworks.flax.module import spec as flax_spec
 from parity.frameworks.spec import BY_DEFAULT
 from parity.frameworks.torch.leaves import torch_leaves
-from parity.frameworks.torch.module import TorchUse, largest_learning_rate, torch_spec
+from parity.frameworks.torch.module import TorchUse, learning_rate
+from parity.frameworks.torch.module import spec as torch_spec
 from parity.pair.inputs import as_inputs
 from parity.pair.pair import Pair
 from parity.report import Report
@@ -106,6 +108,9 @@ def pair_of(
         weights: "random", or "torch" for those that the PyTorch module has.
         seed: of the inputs' generator.
 
+    Returns:
+        The pair, for `parity.check.check.check`.
+
     Raises:
         ValueError: for modules, inputs or rules that cannot be used.
     """
@@ -119,8 +124,7 @@ def pair_of(
     if weights not in ("random", "torch"):
         raise ValueError(f"check_pair: weights {weights!r}: there are random and torch.")
     calls = as_inputs(inputs, seed)
-    port = flax_spec(flax_module, flax.call, flax.loss, flax.optimizer)
-    original = torch_spec(torch_module, torch.call, torch.loss, torch.optimizer)
+    port, original = flax_spec(flax_module, flax), torch_spec(torch_module, torch)
 
     def made(rules: Rules) -> Pair:
         return Pair(port, original, rules, calls.probes, calls.training_batch, pure=False)
@@ -129,9 +133,8 @@ def pair_of(
         rules = infer_rules(torch_module, flax_module, lambda found: _output_gap(made(found)))
     elif not isinstance(rules, Rules):
         rules = Rules.load(Path(rules))
-    pair = dataclasses.replace(
-        made(rules), learning_rate=largest_learning_rate(torch_module, torch.optimizer)
-    )
+    rate = learning_rate(torch_module, torch.optimizer)
+    pair = dataclasses.replace(made(rules), learning_rate=rate)
     if weights == "torch":
         ours = torch_leaves(original.build("float32"))
         theirs = flax_leaves(PairSession(pair).build_flax())

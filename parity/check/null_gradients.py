@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence, Set
 
 import numpy as np
+from numpy.linalg import norm
 
 from parity.check.metrics import along_ones, gradient_norm
 from parity.frameworks.leaves import Leaves
@@ -15,51 +16,34 @@ from parity.frameworks.leaves import Leaves
 
 @dataclasses.dataclass(frozen=True)
 class NullDirections:
-    """Where the gradient in float64 is zero up to rounding in both frameworks.
+    """Where the gradient in float64 is zero up to rounding in both frameworks."""
 
-    Attributes:
-        leaves: whole leaves. A key bias shifts all scores of a query alike, and softmax does not
-            see it.
-        means: leaves, and one axis each over which the mean of the gradient is zero. What is added
-            to all channels of the residual stream alike is removed by the norms that read it; what
-            is added to the scores of all classes alike, by the softmax of the loss.
-        trained: all leaves that have a gradient.
-        gradient_norm: of the whole gradient.
-    """
-
+    # Whole leaves. A key bias shifts all scores of a query alike, and softmax does not see it.
     leaves: tuple[str, ...]
+    # Leaves, and one axis each over which the mean of the gradient is zero. What is added to all
+    # channels of the residual stream alike is removed by the norms that read it; what is added to
+    # the scores of all classes alike, by the softmax of the loss.
     means: tuple[tuple[str, int], ...]
-    trained: Set[str]
-    gradient_norm: float
+    trained: Set[str]  # all leaves that have a gradient
+    gradient_norm: float  # of the whole gradient
 
     @classmethod
     def find(cls, flax: Leaves, torch: Leaves, zero: float) -> "NullDirections":
-        """Find the null directions of two gradients.
-
-        Args:
-            flax: gradient by leaf.
-            torch: the other framework's, by the same names and in the same layouts.
-            zero: share of a norm up to which a part of it is rounding.
-        """
+        """Find the null directions of two gradients; up to `zero` of a norm is rounding."""
         leaves = null_leaves((flax, torch), zero)
-        means = tuple(
-            (name, axis)
-            for name in flax
-            if name not in leaves
-            for axis, size in enumerate(flax[name].shape)
-            if size > 1
-            and all(
-                np.linalg.norm(along_ones(side[name], axis)) <= zero * np.linalg.norm(side[name])
-                for side in (flax, torch)
-            )
+        axes = (
+            (x, i) for x in flax if x not in leaves for i, n in enumerate(flax[x].shape) if n > 1
         )
+
+        def is_null(gradient: np.ndarray, axis: int) -> bool:
+            return bool(norm(along_ones(gradient, axis)) <= zero * norm(gradient))
+
+        means = tuple(x for x in axes if all(is_null(side[x[0]], x[1]) for side in (flax, torch)))
         return cls(leaves, means, frozenset(flax), gradient_norm(flax))
 
     def __str__(self) -> str:
         """Name all directions; layers of one kind are named once."""
-        groups: dict[str, list[str]] = {}
-        for name in self.leaves:
-            groups.setdefault("", []).append(name)
+        groups: dict[str, list[str]] = {"": list(self.leaves)} if self.leaves else {}
         for name, axis in self.means:
             groups.setdefault(f"the mean over axis {axis} of ", []).append(name)
         return "; ".join(words + ", ".join(kinds_of(names)) for words, names in groups.items())
@@ -67,15 +51,8 @@ class NullDirections:
 
 def null_leaves(gradients: Sequence[Leaves], zero: float) -> tuple[str, ...]:
     """Return the leaves that are at most `zero` of the norm of each whole gradient."""
-    limits = [zero * gradient_norm(gradient) for gradient in gradients]
-    return tuple(
-        name
-        for name in gradients[0]
-        if all(
-            np.linalg.norm(gradient[name]) <= limit
-            for gradient, limit in zip(gradients, limits, strict=True)
-        )
-    )
+    sides = [(gradient, zero * gradient_norm(gradient)) for gradient in gradients]
+    return tuple(x for x in gradients[0] if all(norm(g[x]) <= limit for g, limit in sides))
 
 
 def kinds_of(names: Iterable[str]) -> list[str]:

@@ -20,15 +20,7 @@ from parity.weights.weight_map import WeightMap, resolve
 
 
 class PairSession(Session[FlaxRunner, TorchRunner]):
-    """Both models of a pair.
-
-    Args:
-        pair: the models and inputs.
-        devices: where they run; the CPU when None.
-        dtypes: of the runners, float64 first.
-        seed: of the weights, and of how sequences are cut into chunks.
-        steps: of the trajectory.
-    """
+    """Both models of a pair, on devices that are the CPU when None; see `Session`."""
 
     def __init__(
         self,
@@ -59,9 +51,8 @@ class PairSession(Session[FlaxRunner, TorchRunner]):
         Raises:
             TransplantError: when they do not fit it.
         """
-        return resolve(
-            self.pair.rules, torch_leaves(self.pair.torch.build("float32")), self.flax_leaves
-        )
+        unmapped = torch_leaves(self.pair.torch.build("float32"))
+        return resolve(self.pair.rules, unmapped, self.flax_leaves)
 
     @functools.cached_property
     def modules(self) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import abc
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -102,17 +102,13 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         for run in self.runs("float64") if not self.pair.pure else ():
             batch = self.gradient_probe
             if impure := run.forward_purity(batch).impure or run.gradient_purity(batch).impure:
-                words = [f"{name} ({n}x)" for name, n in impure.items()]
+                words = _counted(impure)
                 more = f" and {len(words) - 3} more" if len(words) > 3 else ""
                 found[run.name] = ", ".join(words[:3]) + more
         return found
 
     def proof_of_float64(self, part: str) -> Iterator[Record]:
-        """Yield records that prove that float64 runs compute in float64, or one that abstains.
-
-        Args:
-            part: "forward" for the forward pass, "gradient" for that and the backward pass.
-        """
+        """Yield proofs that "forward" or "gradient" is in float64, or a record that abstains."""
         if self.impurities:
             models = "; ".join(f"{name}: {words}" for name, words in self.impurities.items())
             yield abstain("float64", f"{IMPURE}; in {models}")
@@ -120,17 +116,12 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         for run in self.runs("float64"):
             if self.is_large:
                 self.release()
-            count = run.forward_purity if part == "forward" else run.gradient_purity
-            found = count(self.gradient_probe)
-            yield judge(
-                f"{run.name}, {part} in float64",
-                "float64",
-                "narrow operations",
-                sum(found.impure.values()),
-                0,
-                found.num_operations,
-                note=", ".join(f"{name} ({n}x)" for name, n in found.impure.items()) or None,
-            )
+            measure = run.forward_purity if part == "forward" else run.gradient_purity
+            found = measure(self.gradient_probe)
+            name, num = f"{run.name}, {part} in float64", sum(found.impure.values())
+            note = ", ".join(_counted(found.impure)) or None
+            metric, count = "narrow operations", found.num_operations
+            yield judge(name, "float64", metric, num, 0, count, note=note)
 
     def truth(self, flax: np.ndarray, torch: np.ndarray) -> np.ndarray:
         """Return the float64 output by which float32 is judged: that of a model which is pure."""
@@ -164,10 +155,7 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
 
     @functools.cached_property
     def null_in_training(self) -> tuple[str, ...]:
-        """Null leaves, and those that training makes so: a bias before a batch norm is subtracted.
-
-        The statistics of such a norm follow that bias wherever rounding takes it.
-        """
+        """Null leaves, and those that training makes null: a batch norm subtracts a bias."""
         if self.null.trained == self.flax_leaves.keys():  # no statistics that training moves
             return self.null.leaves
         moments = []
@@ -177,5 +165,10 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
             moments.append(convert(trainer.moments()[0]))
         found = null_leaves(moments, self._zero)
         if set(found) > set(self.null.leaves):
+            # The statistics of such a norm follow that bias wherever rounding takes it.
             found += tuple(name for name in self.flax_leaves if name not in self.null.trained)
         return tuple(dict.fromkeys((*self.null.leaves, *found)))
+
+
+def _counted(operations: Mapping[str, int]) -> list[str]:
+    return [f"{name} ({n}x)" for name, n in operations.items()]

@@ -104,7 +104,7 @@ def torch_blanks(rules: Rules, leaves: Leaves) -> Leaves:
     return {
         name: blank(link.torch_shape(shapes), leaves[link.flax[0]].dtype)
         for rule in rules.rules
-        for link in rule.links_of_flax(leaves)
+        for link in rule.links(leaves, "flax")
         for name in link.torch
     }
 

@@ -26,7 +26,7 @@ from parity.cli import (
     self_test,
     train,
 )
-from parity.cli.options import unwrapped
+from parity.cli.options import register
 from parity.system.threads import use_passive_threads
 
 app = typer.Typer(
@@ -71,10 +71,7 @@ def parity(
     """
 
 
-for command in (
-    check.check, train.train, generate.generate, convert.convert, precision.precision,
-    doctor.doctor, record.record, self_test.self_test,
-):  # fmt: skip
-    app.command(help=unwrapped(command))(command)
+for module in (check, train, generate, convert, precision, doctor, record, self_test):
+    register(app.command, getattr(module, module.__name__.rpartition(".")[2]))
 app.add_typer(bench.bench, name="bench")
 app.add_typer(bugs.bugs, name="bugs")

@@ -9,13 +9,17 @@ from rich.console import Console
 from parity.bench.names import DECODERS, DTYPES
 from parity.cli.options import (
     PRESETS,
+    AtLeastTwoOrNone,
     Device,
+    Positive,
+    PositiveOrNone,
     Preset,
     check_outputs,
     in_one_line,
-    unwrapped,
+    register,
     write_output,
 )
+from parity.system.progress import interruptible, shown
 from parity.system.threads import use_spinning_threads
 
 if TYPE_CHECKING:
@@ -23,44 +27,21 @@ if TYPE_CHECKING:
 
 bench = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
 
-Json = Annotated[
-    str | None, typer.Option(help="Write the times to this file; - for standard output.")
-]
-Markdown = Annotated[
-    str | None, typer.Option(help="Write the tables to this file; - for standard output.")
-]
-
 
 def decode(
     context: typer.Context,
     preset: Preset = "gpt2",
-    batch: Annotated[str, typer.Option(help="Rows, commas between more: 1,8.")] = "1",
-    contexts: Annotated[
-        str,
-        typer.Option("--context", help="Tokens of a row when a round ends, commas between more."),
-    ] = "128,512,2048",
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help=f"Of weights, cache and computation, commas between: {','.join(DTYPES)}."
-        ),
-    ] = "float32",
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each decoder.")] = 5,
-    tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens that a round appends to each row.")
-    ] = 32,
-    only: Annotated[
-        str | None, typer.Option(help="Decoders to time, commas between. Default: all.")
-    ] = None,
-    without: Annotated[
-        str | None, typer.Option(help="Decoders to leave out, commas between.")
-    ] = None,
+    batch: str = "1",
+    contexts: Annotated[str, typer.Option("--context")] = "128,512,2048",
+    dtype: str = "float32",
+    rounds: Positive = 5,
+    tokens: Positive = 32,
+    only: str | None = None,
+    without: str | None = None,
     device: Device = "auto",
-    json: Json = None,
-    markdown: Markdown = None,
-    png: Annotated[
-        Path | None, typer.Option(help="Draw into this folder, which is made if it is not there.")
-    ] = None,
+    json: str | None = None,
+    markdown: str | None = None,
+    png: Path | None = None,
 ) -> None:
     """Time one token: both twins with and without cache, baselines, and peers that are installed.
 
@@ -88,23 +69,30 @@ def decode(
 
     On two CPU cores the default takes eight to eleven minutes. Peers run in processes of their own.
 
+    Options:
+        batch: Rows, commas between more: 1,8.
+        contexts: Tokens of a row when a round ends, commas between more.
+        dtype: Of weights, cache and computation, commas between: float32,bfloat16.
+        rounds: Turns of each decoder.
+        tokens: Tokens that a round appends to each row.
+        only: Decoders to time, commas between. Default: all.
+        without: Decoders to leave out, commas between.
+        json: Write the times to this file; - for standard output.
+        markdown: Write the tables to this file; - for standard output.
+        png: Draw into this folder, which is made if it is not there.
+
     Exit codes: 0 timed, 2 bad input, or decoders that do not write the same.
 
     Examples:
-
-    parity bench
-
-    parity bench --batch 1,8 --context 512 --only 'flax step,torch step,transformers'
-
-    parity bench --dtype float32,bfloat16 --json times.json --png plots
-
-    parity bench --preset gpt2-xl --dtype bfloat16 --device cuda --without ctranslate2
+        parity bench
+        parity bench --batch 1,8 --context 512 --only 'flax step,torch step,transformers'
+        parity bench --dtype float32,bfloat16 --json times.json --png plots
+        parity bench --preset gpt2-xl --dtype bfloat16 --device cuda --without ctranslate2
     """
     if context.invoked_subcommand is not None:
         _refuse_options(context)
         return
-    errors = Console(stderr=True)
-    with in_one_line(errors):
+    with in_one_line(Console(stderr=True)) as errors:
         check_outputs({"--json": json, "--markdown": markdown})
         batch_sizes, lengths = _numbers("--batch", batch), _numbers("--context", contexts)
         dtypes = _words("--dtype", dtype, DTYPES)
@@ -116,7 +104,6 @@ def decode(
             from parity.bench.decode import DecodeOptions, bench_decode
             from parity.bench.plots import draw
             from parity.system.devices import choose_devices
-            from parity.system.progress import interruptible, shown
 
             devices = choose_devices(device)
         options = DecodeOptions(
@@ -145,26 +132,13 @@ def training(
             help=f"Model size, repeat for more: {', '.join(PRESETS)}. Default: tiny and gpt2."
         ),
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Rows of a batch. Default: 8 of tiny, 1 of others.")
-    ] = None,
-    width: Annotated[
-        int | None,
-        typer.Option(min=2, help="Tokens of a row. Default: 64 of tiny, 128 of others."),
-    ] = None,
-    rounds: Annotated[
-        int | None,
-        typer.Option(min=1, help="Turns of each step. Default: 15 of tiny, 5 of others."),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help=f"{' or '.join(DTYPES)}; the second computes in it with weights in float32."
-        ),
-    ] = "float32",
+    batch_size: PositiveOrNone = None,
+    width: AtLeastTwoOrNone = None,
+    rounds: PositiveOrNone = None,
+    dtype: str = "float32",
     device: Device = "auto",
-    json: Json = None,
-    markdown: Markdown = None,
+    json: str | None = None,
+    markdown: str | None = None,
 ) -> None:
     """Time one training step: flax jit, flax donated, torch eager, torch compiled.
 
@@ -173,18 +147,22 @@ def training(
     is the rate that their FLOP/s are a share of. Compilation is timed apart, from nothing. On two
     CPU cores this takes a few minutes and, for gpt2, 10 GB of memory.
 
+    Options:
+        batch_size: Rows of a batch. Default: 8 of tiny, 1 of others.
+        width: Tokens of a row. Default: 64 of tiny, 128 of others.
+        rounds: Turns of each step. Default: 15 of tiny, 5 of others.
+        dtype: float32 or bfloat16; the second computes in it with weights in float32.
+        json: Write the times to this file; - for standard output.
+        markdown: Write the tables to this file; - for standard output.
+
     Exit codes: 0 timed, 2 bad input, or steps that do not compute the same.
 
     Examples:
-
-    parity bench training
-
-    parity bench training --preset tiny --batch-size 32 --json times.json
-
-    parity bench training --preset gpt2 --dtype bfloat16 --device cuda
+        parity bench training
+        parity bench training --preset tiny --batch-size 32 --json times.json
+        parity bench training --preset gpt2 --dtype bfloat16 --device cuda
     """
-    errors = Console(stderr=True)
-    with in_one_line(errors):
+    with in_one_line(Console(stderr=True)) as errors:
         check_outputs({"--json": json, "--markdown": markdown})
         if dtype not in DTYPES:
             raise ValueError(f"--dtype {dtype}: there are {', '.join(DTYPES)}. Choose one of them.")
@@ -193,7 +171,6 @@ def training(
             from parity.bench.train import TrainOptions, bench_train
             from parity.pair.text import Corpus
             from parity.system.devices import choose_devices
-            from parity.system.progress import interruptible, shown
 
             devices, corpus = choose_devices(device), Corpus.load()
         options = [TrainOptions.of_preset(corpus, x, batch_size, width, rounds) for x in presets]
@@ -204,11 +181,7 @@ def training(
 
 
 def _refuse_options(context: typer.Context) -> None:
-    """Refuse options before a subcommand, which would be dropped without a word.
-
-    Raises:
-        typer.BadParameter: for the first of them.
-    """
+    """Refuse options before a subcommand, which would be dropped without a word."""
     for name in context.params:
         # By its name, for typer may bring a click of its own.
         source = context.get_parameter_source(name)
@@ -229,11 +202,7 @@ def _write(found: "DecodeBench | TrainBench", json: str | None, markdown: str | 
 
 
 def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """Read whole numbers of at least 1, with commas between; each counts once.
-
-    Raises:
-        ValueError: for anything else.
-    """
+    """Read whole numbers of at least 1, with commas between; each counts once."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) >= 1 for part in parts):
         raise ValueError(
@@ -243,11 +212,7 @@ def _numbers(option: str, text: str) -> tuple[int, ...]:
 
 
 def _words(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
-    """Read some of the known words, with commas between; each counts once.
-
-    Raises:
-        ValueError: for any other.
-    """
+    """Read some of the known words, with commas between; each counts once."""
     parts = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
     if not set(parts) <= set(known):
         raise ValueError(
@@ -256,5 +221,5 @@ def _words(option: str, text: str, known: tuple[str, ...]) -> tuple[str, ...]:
     return parts
 
 
-bench.command(help=unwrapped(training))(training)
-bench.callback(invoke_without_command=True, help=unwrapped(decode))(decode)
+register(bench.command, training)
+register(bench.callback, decode, invoke_without_command=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.syntax import Syntax
 from rich.table import Table
@@ -13,13 +13,15 @@ from rich.text import Text
 from parity.cli.bugs_exercise import exercise, grade
 from parity.cli.options import (
     Data,
+    Natural,
     check_data,
     check_outputs,
     frameworks,
     in_one_line,
-    unwrapped,
+    register,
     write_output,
 )
+from parity.system.progress import interruptible, shown
 
 bugs = typer.Typer(
     no_args_is_help=True,
@@ -28,25 +30,21 @@ bugs = typer.Typer(
     help="Break a transformer on purpose: what it looks like, and what finds it.",
 )
 
-Ids = Annotated[list[str] | None, typer.Argument(help="Bugs by id; all of them for none.")]
+Ids = Annotated[list[str] | None, typer.Argument()]
 
 
-def list_bugs(
-    category: Annotated[
-        str | None, typer.Option(help="Only this part of the program, such as masks.")
-    ] = None,
-    json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
-) -> None:
+def list_bugs(category: str | None = None, json: bool = False) -> None:
     """List the bugs: id, what one sees, where it was seen in the wild.
 
+    Options:
+        category: Only this part of the program, such as masks.
+        json: For machines.
+
     Examples:
-
-    parity bugs list
-
-    parity bugs list --category masks
+        parity bugs list
+        parity bugs list --category masks
     """
-    errors = Console(stderr=True)
-    with in_one_line(errors):
+    with in_one_line(Console(stderr=True)):
         from parity.faults import GALLERY
 
         if category is not None and category not in GALLERY:
@@ -55,11 +53,12 @@ def list_bugs(
         if json:
             import json as encoder
 
+            fields = "title", "symptom", "seen", "frameworks", "caught_by"
             rows = [
-                dict(id=bug.id, category=name, title=bug.title, symptom=bug.symptom,
-                     seen=bug.seen, frameworks=bug.frameworks, caught_by=bug.caught_by)
-                for name, found in chosen.items() for bug in found
-            ]  # fmt: skip
+                {"id": bug.id, "category": name} | {field: getattr(bug, field) for field in fields}
+                for name, found in chosen.items()
+                for bug in found
+            ]
             typer.echo(encoder.dumps(rows, indent=2))
             return
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -72,22 +71,18 @@ def list_bugs(
         Console().print(table)
 
 
-def show(
-    ids: Annotated[list[str], typer.Argument(help="Bugs by id.")],
-    framework: Annotated[
-        str | None, typer.Option(help="The lines of one twin alone: flax or torch.")
-    ] = None,
-) -> None:
+def show(ids: list[str], framework: str | None = None) -> None:
     """Show a bug: its lines, wrong and right, why it is wrong, what one sees, what finds it.
 
+    Options:
+        ids: Bugs by id.
+        framework: The lines of one twin alone: flax or torch.
+
     Examples:
-
-    parity bugs show no-shift
-
-    parity bugs show offset-zero mask-zero --framework torch
+        parity bugs show no-shift
+        parity bugs show offset-zero mask-zero --framework torch
     """
-    errors = Console(stderr=True)
-    with in_one_line(errors):
+    with in_one_line(Console(stderr=True)) as errors:
         chosen = frameworks(framework)
         with errors.status("loading"):
             from parity.doctor import DETECTORS
@@ -96,14 +91,14 @@ def show(
         asks = {detector.name: detector.asks for detector in DETECTORS}
         for bug in find(ids):
             category = next(name for name, found in GALLERY.items() if bug in found)
-            parts = [
+            parts: list[RenderableType] = [
                 Text.assemble((bug.id, "bold red"), f"  {bug.title}  ", (category, "dim")),
                 Text(""),
                 Text.assemble(("what one sees  ", "bold"), bug.symptom),
                 Text.assemble(("why  ", "bold"), bug.why),
                 Text.assemble(("seen  ", "bold"), bug.seen),
+                Text("what finds it", style="bold"),
             ]
-            parts.append(Text("what finds it", style="bold"))
             for name in bug.caught_by:
                 parts.append(Padding(Text.assemble((name, "green"), f"  {asks[name]}"), (0, 2)))
             for name in chosen:
@@ -116,15 +111,13 @@ def show(
 
 
 def run(
-    ids: Annotated[
-        list[str] | None, typer.Argument(help="Bugs by id; the exercise's four for none.")
-    ] = None,
-    framework: Annotated[str, typer.Option(help="flax or torch.")] = "torch",
-    steps: Annotated[int, typer.Option(min=20, help="Training steps of each model.")] = 300,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of weights, batches and text.")] = 0,
+    ids: Ids = None,
+    framework: str = "torch",
+    steps: Annotated[int, typer.Option(min=20)] = 300,
+    seed: Natural = 0,
     data: Data = None,
-    plot: Annotated[bool, typer.Option("--plot", help="Draw the curves, to --out.")] = False,
-    out: Annotated[str, typer.Option(help="The picture that --plot draws.")] = "bugs.png",
+    plot: bool = False,
+    out: str = "bugs.png",
 ) -> None:
     """Train a healthy model and broken ones side by side, and show what each learned.
 
@@ -132,16 +125,20 @@ def run(
     tells it, how far the cache drifts from reading at once, what it writes, and which detectors
     fire. Without ids: the four of the exercise this project comes from.
 
+    Options:
+        ids: Bugs by id; the exercise's four for none.
+        framework: flax or torch.
+        steps: Training steps of each model.
+        seed: Seed of weights, batches and text.
+        plot: Draw the curves, to --out.
+        out: The picture that --plot draws.
+
     Examples:
-
-    parity bugs run --plot
-
-    parity bugs run no-shift double-shift shift-backwards --plot --out alignment.png
-
-    parity bugs run offset-zero --framework flax --steps 100
+        parity bugs run --plot
+        parity bugs run no-shift double-shift shift-backwards --plot --out alignment.png
+        parity bugs run offset-zero --framework flax --steps 100
     """
-    errors = Console(stderr=True)
-    with in_one_line(errors):
+    with in_one_line(Console(stderr=True)) as errors:
         check_data(data)
         (framework,) = frameworks(framework)
         if plot:
@@ -151,7 +148,6 @@ def run(
             from parity.faults import find
             from parity.faults.compare_training import compare_training, draw
             from parity.pair.text import Corpus
-            from parity.system.progress import interruptible, shown
 
             chosen = list(find(ids or classic))
             corpus = Corpus.load(data)
@@ -170,37 +166,36 @@ def run(
 
 def matrix(
     ids: Ids = None,
-    framework: Annotated[
-        str | None, typer.Option(help="One twin alone: flax or torch. Default: both.")
-    ] = None,
-    healthy: Annotated[int, typer.Option(min=0, help="Healthy models among the broken.")] = 20,
-    json: Annotated[
-        str | None, typer.Option(help="Write every answer to this file; - for standard output.")
-    ] = None,
-    markdown: Annotated[str | None, typer.Option(help="Write tables to this file.")] = None,
-    png: Annotated[str | None, typer.Option(help="Draw the matrix to this file.")] = None,
+    framework: str | None = None,
+    healthy: Natural = 20,
+    json: str | None = None,
+    markdown: str | None = None,
+    png: str | None = None,
 ) -> None:
     """Plant every bug in both twins and put every question to each; healthy models among them.
 
     Exit codes: 0 every bug seen and no false alarm, 1 not so, 2 bad input. All of it takes half an
     hour, nearly all in flax, which runs operation by operation; torch alone takes three minutes.
 
+    Options:
+        ids: Bugs by id; all of them for none.
+        framework: One twin alone: flax or torch. Default: both.
+        healthy: Healthy models among the broken.
+        json: Write every answer to this file; - for standard output.
+        markdown: Write tables to this file.
+        png: Draw the matrix to this file.
+
     Examples:
-
-    parity bugs matrix --framework torch
-
-    parity bugs matrix mask-missing mask-zero --healthy 0
-
-    parity bugs matrix --markdown matrix.md --png matrix.png --json matrix.json
+        parity bugs matrix --framework torch
+        parity bugs matrix mask-missing mask-zero --healthy 0
+        parity bugs matrix --markdown matrix.md --png matrix.png --json matrix.json
     """
-    errors = Console(stderr=True)
-    with in_one_line(errors):
+    with in_one_line(Console(stderr=True)) as errors:
         check_outputs({"--json": json, "--markdown": markdown, "--png": png})
         chosen = frameworks(framework)
         with errors.status("loading jax and torch"):
             from parity.faults import find
             from parity.faults.matrix import draw, measure
-            from parity.system.progress import interruptible, shown
 
         chosen_bugs = list(find(ids or ()))
         with shown(errors, chosen) as show, interruptible(show) as progress:
@@ -213,6 +208,6 @@ def matrix(
     raise typer.Exit(found.exit_code)
 
 
-bugs.command("list", help=unwrapped(list_bugs))(list_bugs)
+register(bugs.command, list_bugs, name="list")
 for command in (show, run, matrix, exercise, grade):
-    bugs.command(help=unwrapped(command))(command)
+    register(bugs.command, command)

@@ -1,7 +1,6 @@
 """`parity check`: are two models the same function, the twins or two of your own?"""
 
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -12,14 +11,17 @@ from parity.check.levels.names import DTYPES, LEVELS
 from parity.cli.options import (
     Data,
     Device,
-    Task,
+    Natural,
+    Positive,
+    PositiveOrNone,
     check_data,
     check_outputs,
     in_one_line,
     write_output,
 )
-from parity.cli.record import only_one
+from parity.cli.record import build_module, only_one
 from parity.system.memory import return_freed_memory_at_once
+from parity.system.progress import interruptible, shown
 from parity.twins.names import PRESETS
 
 if TYPE_CHECKING:
@@ -38,79 +40,27 @@ def check(
             "and --tokens are small."
         ),
     ] = "tiny",
-    checkpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="The weights and sizes of a folder of transformers (gpt2, llama, mistral, qwen2, "
-            "qwen3, bloom), of one that `parity convert` made, or of a name of the hub."
-        ),
-    ] = None,
-    torch: Annotated[
-        str | None,
-        typer.Option(
-            help="Your PyTorch module, or what builds it: my_pkg.net:build or net.py:Net."
-        ),
-    ] = None,
-    flax: Annotated[
-        str | None, typer.Option(help="Your Flax NNX module, or a function that builds it.")
-    ] = None,
-    inputs: Annotated[
-        str | None,
-        typer.Option(
-            help="What to call both with: an array, a tuple of arrays, several such in a dict, or "
-            "a function of a NumPy random generator that returns one of these."
-        ),
-    ] = None,
-    rules: Annotated[
-        str,
-        typer.Option(help="Which weight is which: a rules file, or auto to infer it."),
-    ] = "auto",
-    save_rules: Annotated[
-        str | None,
-        typer.Option(help="Write the rules that were used to this file, to keep and edit."),
-    ] = None,
-    golden: Annotated[
-        Path | None,
-        typer.Option(
-            help="A file of `parity record`: checks one module of yours against it, in float64 "
-            "alone and without the other framework."
-        ),
-    ] = None,
-    task: Task = "next-token",
+    checkpoint: str | None = None,
+    torch: str | None = None,
+    flax: str | None = None,
+    inputs: str | None = None,
+    rules: str = "auto",
+    save_rules: str | None = None,
+    golden: Path | None = None,
+    task: str = "next-token",
     level: Annotated[
         list[str] | None,
         typer.Option(help=f"Run only this level; repeat for more: {', '.join(LEVELS)}."),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help="float64 decides; float64,float32 also judges float32 by it.")
-    ] = "float64,float32",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of the trajectory.")] = 100,
-    dropout: Annotated[
-        float, typer.Option(help="Dropout in training, with the same masks in both.")
-    ] = 0.0,
-    tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Tokens to generate after each of four prompts. Default: 256, or half of a "
-            "checkpoint's context where that is less.",
-        ),
-    ] = None,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Seed of the weights and of the text passages.")
-    ] = 0,
+    dtype: str = "float64,float32",
+    steps: Positive = 100,
+    dropout: float = 0.0,
+    tokens: PositiveOrNone = None,
+    seed: Natural = 0,
     device: Device = "auto",
-    json: Annotated[
-        str | None, typer.Option(help="Write the report to this file; - for standard output.")
-    ] = None,
-    markdown: Annotated[
-        str | None,
-        typer.Option(help="Write the table to this file, for a README; - for standard output."),
-    ] = None,
-    html: Annotated[
-        str | None,
-        typer.Option(help="Write a page to this file, with plots of gaps, losses and margins."),
-    ] = None,
+    json: str | None = None,
+    markdown: str | None = None,
+    html: str | None = None,
 ) -> None:
     """Prove that a Flax model and a PyTorch model are the same function: the twins, or yours.
 
@@ -128,25 +78,40 @@ def check(
     Training runs with warm-up, cosine, clipping, a decay mask, label smoothing, accumulation over
     ragged parts and labels that are not scored; --dropout adds dropout.
 
+    Options:
+        checkpoint: The weights and sizes of a folder of transformers (gpt2, llama, mistral, qwen2,
+            qwen3, bloom), of one that `parity convert` made, or of a name of the hub.
+        torch: Your PyTorch module, or what builds it: my_pkg.net:build or net.py:Net.
+        flax: Your Flax NNX module, or a function that builds it.
+        inputs: What to call both with: an array, a tuple of arrays, several such in a dict, or a
+            function of a NumPy random generator that returns one of these.
+        rules: Which weight is which: a rules file, or auto to infer it.
+        save_rules: Write the rules that were used to this file, to keep and edit.
+        golden: A file of `parity record`: checks one module of yours against it, in float64 alone
+            and without the other framework.
+        task: next-token, or a classifier's head on the GPT: token-class (what kind of character
+            came before), sequence-class (how many of a passage's characters are letters).
+        dtype: float64 decides; float64,float32 also judges float32 by it.
+        steps: Training steps of the trajectory.
+        dropout: Dropout in training, with the same masks in both.
+        tokens: Tokens to generate after each of four prompts. Default: 256, or half of a
+            checkpoint's context where that is less.
+        seed: Seed of the weights and of the text passages.
+        json: Write the report to this file; - for standard output.
+        markdown: Write the table to this file, for a README; - for standard output.
+        html: Write a page to this file, with plots of gaps, losses and margins.
+
     Examples:
-
-    parity check
-
-    parity check --data shakespeare.txt --html report.html --json report.json
-
-    parity check --steps 1000 --dropout 0.1 --level trajectory
-
-    parity check --level logits --level gradients --dtype float64
-
-    parity check --checkpoint ./llama --steps 3
-
-    parity check --torch my_pkg.net:build --flax my_port.net:build --inputs inputs.py:make
-
-    parity check --golden net.safetensors --flax my_port.net:build --rules rules.toml
+        parity check
+        parity check --data shakespeare.txt --html report.html --json report.json
+        parity check --steps 1000 --dropout 0.1 --level trajectory
+        parity check --level logits --level gradients --dtype float64
+        parity check --checkpoint ./llama --steps 3
+        parity check --torch my_pkg.net:build --flax my_port.net:build --inputs inputs.py:make
+        parity check --golden net.safetensors --flax my_port.net:build --rules rules.toml
     """
-    errors = Console(stderr=True)
     files = {"--json": json, "--markdown": markdown, "--html": html, "--save-rules": save_rules}
-    with in_one_line(errors):
+    with in_one_line(Console(stderr=True)) as errors:
         check_outputs(files)
         dtypes = tuple(name.strip() for name in dtype.split(","))
         if dtypes not in (DTYPES[:1], DTYPES):
@@ -155,183 +120,106 @@ def check(
             raise ValueError(f"--level {min(unknown)}: no such level. Choose {', '.join(LEVELS)}.")
         levels = [name for name in LEVELS if not level or name in level]
         own = {"--torch": torch, "--flax": flax, "--inputs": inputs}
-        of_twins = preset != "tiny" or task != "next-token"
-        text = _Text(data, dropout, tokens, seed)
         return_freed_memory_at_once()
         if golden is not None:
             others = {"--data": data, "--checkpoint": checkpoint, "--inputs": inputs}
             others |= {"--save-rules": save_rules}
             report = _check_golden(errors, golden, own, rules, levels, others)
         else:
-            if any(own.values()):
-                if checkpoint is not None or data is not None or of_twins:
-                    raise ValueError(
-                        "--torch and --flax with --checkpoint, --data, --preset or --task: those "
-                        "are of the twins. Leave one or the other out."
-                    )
-                make = _own_pair(own, rules, seed)
+            is_own = any(own.values())
+            of_twins = preset != "tiny" or task != "next-token"
+            if is_own and (checkpoint is not None or data is not None or of_twins):
+                raise ValueError(
+                    "--torch and --flax with --checkpoint, --data, --preset or --task: those are "
+                    "of the twins. Leave one or the other out."
+                )
+            if is_own:
+                _refuse_part_of_pair(own, rules)
             elif rules != "auto" or save_rules is not None:
                 raise ValueError(
                     "--rules: the twins have their own. Give --torch, --flax and --inputs."
                 )
-            elif checkpoint is None:
-                make = _preset_pair(preset, task, text)
-            elif of_twins:
+            elif checkpoint is not None and of_twins:
                 raise ValueError(
                     f"--checkpoint {checkpoint} with --preset or --task: a checkpoint has sizes of "
                     "its own and predicts the next token. Leave the others out."
                 )
-            else:
-                make = _checkpoint_pair(errors, checkpoint, text)
-            pair, report = _run(
-                errors,
-                make,
-                device,
-                levels=levels,
-                dtypes=dtypes,
-                seed=seed,
-                steps=steps,
-                plot_data=html is not None,
-            )
+            check_data(data)
+            with errors.status("loading jax and torch"):
+                from parity.check.check import check as run
+                from parity.pair.text import Corpus
+                from parity.system.devices import choose_devices
+
+                devices = choose_devices(device)
+                if is_own:
+                    pair = _own_pair(own, rules, seed)
+                elif checkpoint is not None:
+                    from parity.checkpoints import folder_of, open_checkpoint, pair_of
+
+                    weights = open_checkpoint(folder_of(checkpoint))
+                    for note in weights.notes:
+                        errors.print(note, style="yellow", highlight=False, soft_wrap=True)
+                    sizes = dict(dropout=dropout, seed=seed, max_new_tokens=tokens)
+                    pair = pair_of(weights, Corpus.load(data), **sizes)
+                else:
+                    from parity.twins.pair import preset_config, twins
+
+                    corpus = Corpus.load(data)
+                    config = preset_config(corpus, preset, dropout=dropout)
+                    pair = twins(corpus, config, task=task, seed=seed, max_new_tokens=tokens or 256)
+            with shown(errors, levels) as show, interruptible(show) as progress:
+                report = run(
+                    pair,
+                    levels=levels,
+                    dtypes=dtypes,
+                    devices=devices,
+                    seed=seed,
+                    steps=steps,
+                    plot_data=html is not None,
+                    progress=progress,
+                )
             write_output(save_rules, pair.rules.to_toml)
         Console(stderr="-" in files.values()).print(report)
         write_output(json, report.to_json)
         write_output(markdown, report.to_markdown)
-        write_output(html, lambda: _page(report))
+        if html is not None:
+            from parity.report.page import page  # jinja2 waits until a page is wanted
+
+            write_output(html, lambda: page(report))
     raise typer.Exit(report.exit_code)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Text:
-    """What the twins read and write.
-
-    Attributes:
-        data: a text file; None for Python's own language reference.
-        dropout: in training.
-        tokens: to generate after each prompt; None for the default.
-        seed: of passages and weights.
-    """
-
-    data: Path | None
-    dropout: float
-    tokens: int | None
-    seed: int
-
-
-def _own_pair(own: Mapping[str, str | None], rules: str, seed: int) -> "Callable[[], Pair]":
-    """Return a function that makes the pair of a user's modules, once frameworks are loaded.
-
-    Args:
-        own: targets by option.
-        rules: a rules file, or auto.
-        seed: of the inputs.
-
-    Raises:
-        ValueError: when one is missing or there is no such rules file.
-    """
+def _refuse_part_of_pair(own: Mapping[str, str | None], rules: str) -> None:
+    """Refuse targets, by option, of which one is missing, and a rules file that does not exist."""
     if missing := [option for option, target in own.items() if target is None]:
         raise ValueError(
             f"{' and '.join(missing)}: missing. A pair is two modules and what to call them with. "
             "Give --torch, --flax and --inputs."
         )
-    targets = {option: target for option, target in own.items() if target is not None}
     if rules != "auto" and not Path(rules).is_file():
         raise ValueError(f"--rules {rules}: no such file. Give a rules file, or auto.")
 
-    def make() -> "Pair":
-        from flax import nnx
-        from torch import nn
 
-        from parity.check.modules import pair_of
-        from parity.system.import_target import built, load_attribute
+def _own_pair(own: Mapping[str, str | None], rules: str, seed: int) -> "Pair":
+    """Return the pair of a user's modules, whose targets are given by option."""
+    from flax import nnx
+    from torch import nn
 
-        def module(option: str, kind: type[Kind]) -> Kind:
-            target = targets[option]
-            found = built(target, load_attribute(target), (kind,))
-            if not isinstance(found, kind):
-                raise ValueError(
-                    f"{option} {target}: gave an object of type {type(found).__name__}. It must be "
-                    f"a {kind.__module__.split('.')[0]} module or a function that builds one."
-                )
-            return found
+    from parity.check.modules import pair_of
+    from parity.system.import_target import built, load_attribute
 
-        modules = module("--torch", nn.Module), module("--flax", nnx.Module)
-        return pair_of(*modules, load_attribute(targets["--inputs"]), rules=rules, seed=seed)
+    def module(option: str, kind: type[Kind]) -> Kind:
+        target = str(own[option])
+        found = built(target, load_attribute(target), (kind,))
+        if not isinstance(found, kind):
+            raise ValueError(
+                f"{option} {target}: gave an object of type {type(found).__name__}. It must be a "
+                f"{kind.__module__.split('.')[0]} module or a function that builds one."
+            )
+        return found
 
-    return make
-
-
-def _checkpoint_pair(errors: Console, checkpoint: str, text: _Text) -> "Callable[[], Pair]":
-    """Return a function that makes the twins of a checkpoint, once frameworks are loaded."""
-    check_data(text.data)
-
-    def make() -> "Pair":
-        from parity.checkpoints import folder_of, open_checkpoint, pair_of
-        from parity.pair.text import Corpus
-
-        weights = open_checkpoint(folder_of(checkpoint))
-        for note in weights.notes:
-            errors.print(note, style="yellow", highlight=False, soft_wrap=True)
-        corpus, tokens = Corpus.load(text.data), text.tokens
-        return pair_of(weights, corpus, dropout=text.dropout, seed=text.seed, max_new_tokens=tokens)
-
-    return make
-
-
-def _preset_pair(preset: str, task: str, text: _Text) -> "Callable[[], Pair]":
-    """Return a function that makes the twins of a preset, once frameworks are loaded."""
-    check_data(text.data)
-
-    def make() -> "Pair":
-        from parity.pair.text import Corpus
-        from parity.twins.pair import preset_config, twins
-
-        corpus = Corpus.load(text.data)
-        config = preset_config(corpus, preset, dropout=text.dropout)
-        tokens = text.tokens or 256
-        return twins(corpus, config, task=task, seed=text.seed, max_new_tokens=tokens)
-
-    return make
-
-
-def _run(
-    errors: Console,
-    make: "Callable[[], Pair]",
-    device: str,
-    *,
-    levels: Sequence[str],
-    dtypes: tuple[str, ...],
-    seed: int,
-    steps: int,
-    plot_data: bool,
-) -> "tuple[Pair, Report]":
-    """Return the pair and its report; show a live progress line on the error stream."""
-    with errors.status("loading jax and torch"):
-        from parity.check.check import check as run
-        from parity.system.devices import choose_devices
-
-        devices = choose_devices(device)
-        pair = make()
-    from parity.system.progress import interruptible, shown
-
-    with shown(errors, levels) as show, interruptible(show) as progress:
-        report = run(
-            pair,
-            levels=levels,
-            dtypes=dtypes,
-            devices=devices,
-            seed=seed,
-            steps=steps,
-            plot_data=plot_data,
-            progress=progress,
-        )
-    return pair, report
-
-
-def _page(report: "Report") -> str:
-    from parity.report.page import page  # jinja2 waits until a page is wanted
-
-    return page(report)
+    modules = module("--torch", nn.Module), module("--flax", nnx.Module)
+    return pair_of(*modules, load_attribute(str(own["--inputs"])), rules=rules, seed=seed)
 
 
 def _check_golden(
@@ -342,19 +230,7 @@ def _check_golden(
     levels: Sequence[str],
     others: Mapping[str, object],
 ) -> "Report":
-    """Check a module against a golden, with a live progress line on the error stream.
-
-    Args:
-        errors: the error stream.
-        golden: the file.
-        own: targets by option.
-        rules: a rules file, or auto where none is given.
-        levels: to run.
-        others: options that must not be given beside it.
-
-    Raises:
-        ValueError: for a golden, a module or rules that cannot be used.
-    """
+    """Check a module against a golden, beside which none of the `others` must be given."""
     if given := [option for option, value in others.items() if value is not None]:
         raise ValueError(
             f"--golden {golden} with {', '.join(given)}: a golden has inputs and weights of its "
@@ -362,8 +238,6 @@ def _check_golden(
         )
     name, target = only_one("check --golden", own["--torch"], own["--flax"])
     from parity.golden import check, read, weight_rules
-    from parity.golden.target import build_module
-    from parity.system.progress import interruptible, shown
 
     recorded = read(golden)
     found = weight_rules(None if rules == "auto" else Path(rules), recorded, name)

@@ -7,46 +7,22 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from parity.cli.options import check_outputs, in_one_line, write_output
+from parity.cli.options import AtLeastTwoOrNone, check_outputs, in_one_line, write_output
+from parity.system.progress import interruptible, shown
 
 
 def doctor(
-    target: Annotated[
-        str,
-        typer.Argument(help="A function that builds the model: my_pkg.net:build or net.py:build."),
-    ] = "",
-    vocab_size: Annotated[
-        int | None, typer.Option(min=2, help="Token ids; found in the model where it says so.")
-    ] = None,
-    context_length: Annotated[
-        int | None, typer.Option(min=2, help="Longest sequence; found in the model likewise.")
-    ] = None,
-    loss: Annotated[
-        str | None,
-        typer.Option(
-            help="The model's own loss as a target: a function of logits, labels (the tokens "
-            "themselves) and counts of real tokens or None."
-        ),
-    ] = None,
-    ignore_index: Annotated[
-        int | None, typer.Option(help="A label that this loss does not score, such as -100.")
-    ] = None,
-    trained: Annotated[
-        bool, typer.Option("--trained", help="The weights are trained, so they know something.")
-    ] = False,
-    only: Annotated[
-        list[str] | None, typer.Option(help="Put only this question; repeat for more.")
-    ] = None,
-    all_questions: Annotated[
-        bool, typer.Option("--all", help="Also put questions that a failure made meaningless.")
-    ] = False,
-    questions: Annotated[
-        bool, typer.Option("--questions", help="Print what is asked, and why, and end.")
-    ] = False,
-    json: Annotated[
-        str | None, typer.Option(help="Write the answers to this file; - for standard output.")
-    ] = None,
-    html: Annotated[str | None, typer.Option(help="Write a page to this file.")] = None,
+    target: Annotated[str, typer.Argument()] = "",
+    vocab_size: AtLeastTwoOrNone = None,
+    context_length: AtLeastTwoOrNone = None,
+    loss: str | None = None,
+    ignore_index: int | None = None,
+    trained: bool = False,
+    only: list[str] | None = None,
+    all_questions: Annotated[bool, typer.Option("--all")] = False,
+    questions: bool = False,
+    json: str | None = None,
+    html: str | None = None,
 ) -> None:
     """Examine a language model: what is wrong with it, why that matters, what to try next.
 
@@ -60,24 +36,34 @@ def doctor(
     batch learned by heart, the cache, generated tokens. What an earlier failure makes meaningless
     is left out. The model itself is not changed.
 
+    Options:
+        target: A function that builds the model: my_pkg.net:build or net.py:build.
+        vocab_size: Token ids; found in the model where it says so.
+        context_length: Longest sequence; found in the model likewise.
+        loss: The model's own loss as a target: a function of logits, labels (the tokens
+            themselves) and counts of real tokens or None.
+        ignore_index: A label that this loss does not score, such as -100.
+        trained: The weights are trained, so they know something.
+        only: Put only this question; repeat for more.
+        all_questions: Also put questions that a failure made meaningless.
+        questions: Print what is asked, and why, and end.
+        json: Write the answers to this file; - for standard output.
+        html: Write a page to this file.
+
     Exit codes: 0 nothing wrong was seen, 1 something was, 2 bad input.
 
     Examples:
-
-    parity doctor my_pkg.net:build
-
-    parity doctor net.py:build --vocab-size 128 --context-length 64 --html net.html
-
-    parity doctor net.py:build --only causality --only best-lag
+        parity doctor my_pkg.net:build
+        parity doctor net.py:build --vocab-size 128 --context-length 64 --html net.html
+        parity doctor net.py:build --only causality --only best-lag
     """
-    errors = Console(stderr=True, emoji=False)  # a target such as net.py:key: is no emoji
-    with in_one_line(errors):
+    # A target such as net.py:key: is no emoji.
+    with in_one_line(Console(stderr=True, emoji=False)) as errors:
         check_outputs({"--json": json, "--html": html})
         with errors.status("loading jax and torch"):
             from parity.doctor import DETECTORS, examine
             from parity.doctor.loading import load_model
             from parity.system.devices import pinned_precision
-            from parity.system.progress import interruptible, shown
 
         names = [detector.name for detector in DETECTORS]
         if unknown := set(only or ()) - set(names):

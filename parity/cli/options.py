@@ -1,16 +1,19 @@
 """Options that several commands share, and how each command ends: in one line, with a code."""
 
 import contextlib
+import copy
 import inspect
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from parity.system.files import write_atomically
 from parity.twins.names import DTYPES, FRAMEWORKS, PRESETS
 
 if TYPE_CHECKING:
@@ -18,16 +21,14 @@ if TYPE_CHECKING:
     from parity.training import RunConfig
     from parity.twins.twin import Constants
 
+# Without help of their own: a command describes them under `Options:`.
+Natural = Annotated[int, typer.Option(min=0)]
+Positive = Annotated[int, typer.Option(min=1)]
+PositiveOrNone = Annotated[int | None, typer.Option(min=1)]
+AtLeastTwoOrNone = Annotated[int | None, typer.Option(min=2)]
+
 Data = Annotated[
-    Path | None,
-    typer.Option(help="UTF-8 text; without it, Python's own language reference."),
-]
-Task = Annotated[
-    str,
-    typer.Option(
-        help="next-token, or a classifier's head on the GPT: token-class (what kind of character "
-        "came before), sequence-class (how many of a passage's characters are letters)."
-    ),
+    Path | None, typer.Option(help="UTF-8 text; without it, Python's own language reference.")
 ]
 Preset = Annotated[str, typer.Option(help=f"Model size: {', '.join(PRESETS)}.")]
 Rows = Annotated[int, typer.Option(min=1, help="Rows of a batch.")]
@@ -39,22 +40,44 @@ Only = Annotated[str | None, typer.Option(help="One twin alone: flax or torch. D
 Device = Annotated[str, typer.Option(help="auto (GPUs if both frameworks have one), cpu or cuda.")]
 
 
-def unwrapped(command: Callable) -> str:
-    """Return a command's docstring with the lines of each paragraph joined, except in tables."""
-    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
-    return "\n\n".join(x if x.startswith("[") else x.replace("\n", " ") for x in paragraphs)
+def register(add: Callable[..., Any], command: Callable[..., None], **settings: Any) -> None:
+    """Register a command by typer's `add`; its docstring is the help of it and of its options.
+
+    Lines of a paragraph are joined, except in tables, and each example is a paragraph. What stands
+    under `Options:` describes the options that have no help of their own. A switch that is off by
+    default gets no opposite.
+    """
+    shown, defaults = [], inspect.signature(command).parameters
+    for paragraph in inspect.cleandoc(command.__doc__ or "").split("\n\n"):
+        title, _, rest = paragraph.partition("\n    ")
+        entries = [re.sub(r"\s+", " ", entry) for entry in re.split(r"\n    (?! )", rest)]
+        if title == "Options:":
+            for name, _, about in (entry.partition(": ") for entry in entries):
+                kind, default = command.__annotations__[name], defaults[name].default
+                if hasattr(kind, "__metadata__"):
+                    kind, option = kind.__origin__, copy.copy(kind.__metadata__[0])
+                elif default is inspect.Parameter.empty:
+                    option = typer.Argument()
+                else:
+                    names = [f"--{name.replace('_', '-')}"] if default is False else []
+                    option = typer.Option(*names)
+                option.help = about
+                command.__annotations__[name] = Annotated[kind, option]
+        elif rest:
+            shown += [title, *entries]
+        else:
+            shown.append(title if title.startswith("[") else title.replace("\n", " "))
+    add(help="\n\n".join(shown), **settings)(command)
 
 
 @contextlib.contextmanager
-def in_one_line(errors: Console, interrupted: str = "nothing was written") -> Iterator[None]:
-    """End bad input with one line and exit code 2, an interrupt with one line and 130.
+def in_one_line(errors: Console, interrupted: str = "nothing was written") -> Iterator[Console]:
+    """Yield the error stream; end bad input with one line and code 2, an interrupt with 130.
 
-    Args:
-        errors: the error stream.
-        interrupted: describes what an interrupt leaves.
+    `interrupted` describes what an interrupt leaves.
     """
     try:
-        yield
+        yield errors
     except (ValueError, OSError) as error:
         text = f"parity: {error}"
         errors.print(text, style="red", markup=False, highlight=False, emoji=False, soft_wrap=True)
@@ -69,21 +92,13 @@ def in_one_line(errors: Console, interrupted: str = "nothing was written") -> It
 
 
 def check_data(data: Path | None) -> None:
-    """Refuse a text that does not exist, before anything heavy is loaded.
-
-    Raises:
-        ValueError: when there is no such file.
-    """
+    """Refuse a text that does not exist, before anything heavy is loaded."""
     if data is not None and not data.is_file():
         raise ValueError(f"data file {data}: no such file. Give a UTF-8 text file.")
 
 
 def check_outputs(files: dict[str, str | None]) -> None:
-    """Refuse output files, by option, that could not be written after all the work.
-
-    Raises:
-        ValueError: for a folder, or a file in a folder that does not exist.
-    """
+    """Refuse output files, by option, that could not be written after all the work."""
     for option, name in files.items():
         if name in (None, "-"):
             continue
@@ -96,8 +111,6 @@ def check_outputs(files: dict[str, str | None]) -> None:
 
 def write_output(name: str | None, text: Callable[[], str]) -> None:
     """Write a text where an option asks for it: nowhere, standard output for -, or a file."""
-    from parity.system.files import write_atomically
-
     if str(name) == "-":
         typer.echo(text(), nl=False)
     elif name is not None:
@@ -105,11 +118,7 @@ def write_output(name: str | None, text: Callable[[], str]) -> None:
 
 
 def check_dtype(dtype: str) -> None:
-    """Refuse an unknown dtype.
-
-    Raises:
-        ValueError: with the known ones.
-    """
+    """Refuse an unknown dtype."""
     if dtype not in DTYPES:
         raise ValueError(f"--dtype {dtype}: there are {', '.join(DTYPES)}. Choose from them.")
 
@@ -117,18 +126,7 @@ def check_dtype(dtype: str) -> None:
 def run_config(
     corpus: "Corpus", preset: str, model: "Constants", training: "Constants", **fields: object
 ) -> "RunConfig":
-    """Return the config of a run, after a look for numbers that clash.
-
-    Args:
-        corpus: the text to learn from.
-        preset: size of the twins.
-        model: fields of GPTConfig that differ from the preset.
-        training: fields of TrainConfig.
-        fields: of RunConfig, rows and width among them.
-
-    Raises:
-        ValueError: for what cannot be trained.
-    """
+    """Return the config of a run with these fields of each config; refuse what clashes."""
     from flax_gpt import TrainConfig
     from parity.training import RunConfig
     from parity.twins.pair import preset_config
@@ -154,11 +152,7 @@ def run_config(
 
 
 def frameworks(only: str | None) -> tuple[str, ...]:
-    """Return the frameworks that --only leaves.
-
-    Raises:
-        ValueError: for an unknown framework.
-    """
+    """Return the frameworks that --only leaves."""
     if only not in (None, *FRAMEWORKS):
         raise ValueError(f"--only {only}: there are flax and torch. Choose one or leave it out.")
     return FRAMEWORKS if only is None else (only,)

@@ -7,34 +7,19 @@ import typer
 from rich.console import Console
 
 from parity.check.levels.names import OPTIMIZER_STEPS
-from parity.cli.options import check_outputs, in_one_line
+from parity.cli.options import Natural, check_outputs, in_one_line
+from parity.frameworks.handle import handle
+from parity.system.import_target import built, load_attribute
 
 
 def record(
-    out: Annotated[Path, typer.Argument(help="The file to write, of safetensors.")],
-    inputs: Annotated[
-        str,
-        typer.Option(
-            help="What to call the module with: inputs.py:make, arrays or a function of a NumPy "
-            "random generator that gives them."
-        ),
-    ],
-    torch: Annotated[
-        str | None, typer.Option(help="The PyTorch module: net.py:build or my_pkg.net:build.")
-    ] = None,
-    flax: Annotated[
-        str | None, typer.Option(help="The Flax NNX module: port.py:build or my_pkg.port:build.")
-    ] = None,
-    steps: Annotated[
-        int, typer.Option(min=OPTIMIZER_STEPS, help="Steps of AdamW to record.")
-    ] = OPTIMIZER_STEPS,
-    weights: Annotated[
-        str,
-        typer.Option(
-            help="random, which hides nothing, or own for those that the module is built with."
-        ),
-    ] = "random",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights and of the inputs.")] = 0,
+    out: Path,
+    inputs: Annotated[str, typer.Option()],
+    torch: str | None = None,
+    flax: str | None = None,
+    steps: Annotated[int, typer.Option(min=OPTIMIZER_STEPS)] = OPTIMIZER_STEPS,
+    weights: str = "random",
+    seed: Natural = 0,
 ) -> None:
     """Record what one model computes, to check the other where the first framework is not there.
 
@@ -44,26 +29,29 @@ def record(
 
     Recording twice gives the same bytes.
 
+    Options:
+        out: The file to write, of safetensors.
+        inputs: What to call the module with: inputs.py:make, arrays or a function of a NumPy
+            random generator that gives them.
+        torch: The PyTorch module: net.py:build or my_pkg.net:build.
+        flax: The Flax NNX module: port.py:build or my_pkg.port:build.
+        steps: Steps of AdamW to record.
+        weights: random, which hides nothing, or own for those that the module is built with.
+        seed: Seed of the weights and of the inputs.
+
     Examples:
-
-    parity record net.safetensors --torch net.py:build --inputs inputs.py:make
-
-    parity check --golden net.safetensors --flax port.py:build --rules rules.toml
-
-    parity check --golden net.safetensors --torch net.py:build
+        parity record net.safetensors --torch net.py:build --inputs inputs.py:make
+        parity check --golden net.safetensors --flax port.py:build --rules rules.toml
+        parity check --golden net.safetensors --torch net.py:build
     """
-    errors = Console(stderr=True)
-    with in_one_line(errors):
+    with in_one_line(Console(stderr=True)) as errors:
         if str(out) == "-":
             raise ValueError("record -: a golden is binary. Name a file.")
         check_outputs({"record": str(out)})
         name, target = only_one("record", torch, flax)
-        from parity.system.import_target import load_attribute
-
         given = load_attribute(inputs)
         with errors.status(f"recording {target}"):
             from parity.golden import record as run
-            from parity.golden.target import build_module
 
             module = build_module(name, target, seed)
             golden = run(module, given, weights=weights, seed=seed, steps=steps)
@@ -75,11 +63,7 @@ def record(
 
 
 def only_one(command: str, torch: str | None, flax: str | None) -> tuple[str, str]:
-    """Return the framework that an option names, and the target in it.
-
-    Raises:
-        ValueError: for both or neither.
-    """
+    """Return the framework that one of two options names, and the target in it."""
     if torch is not None and flax is None:
         return "torch", torch
     if flax is not None and torch is None:
@@ -88,3 +72,15 @@ def only_one(command: str, torch: str | None, flax: str | None) -> tuple[str, st
     raise ValueError(
         f"{command}: {given}. A golden has one side, and one side is run. Give one of them."
     )
+
+
+def build_module(framework: str, target: str, seed: int) -> object:
+    """Return the module that a target stands for, built with torch's own generator at a seed."""
+    here = handle(framework)
+    found = here.seeded(seed, lambda: built(target, load_attribute(target), (here.MODULE,)))
+    if not isinstance(found, here.MODULE):
+        raise ValueError(
+            f"{target}: {type(found).__name__}. --{framework} wants a {framework} module or a "
+            "function that builds one. Name one."
+        )
+    return found

@@ -2,30 +2,20 @@
 
 import importlib.util
 import os
-from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from parity.cli.options import check_outputs, in_one_line, write_output
+from parity.cli.options import Natural, PositiveOrNone, check_outputs, in_one_line, write_output
 
 
 def self_test(
-    only: Annotated[
-        str | None, typer.Option(help="Faults whose title, kind or model has these words.")
-    ] = None,
-    seeds: Annotated[int, typer.Option(min=0, help="Clean pairs to check.")] = 50,
-    jobs: Annotated[
-        int | None,
-        typer.Option(min=1, help="Processes, of about 2 GB each; one per core, up to 4."),
-    ] = None,
-    json: Annotated[
-        str | None, typer.Option(help="Write the outcomes to this file; - for standard output.")
-    ] = None,
-    markdown: Annotated[
-        str | None, typer.Option(help="Write the table to this file; - for standard output.")
-    ] = None,
+    only: str | None = None,
+    seeds: Natural = 50,
+    jobs: PositiveOrNone = None,
+    json: str | None = None,
+    markdown: str | None = None,
 ) -> None:
     """Plant faults in the twins and in five ports, and see how the check judges each.
 
@@ -33,16 +23,20 @@ def self_test(
     planted, 80 % called by their cause and none by another; and clean pairs must raise no alarm. It
     takes a while: a quarter of an hour on two cores.
 
+    Options:
+        only: Faults whose title, kind or model has these words.
+        seeds: Clean pairs to check.
+        jobs: Processes, of about 2 GB each; one per core, up to 4.
+        json: Write the outcomes to this file; - for standard output.
+        markdown: Write the table to this file; - for standard output.
+
     Exit codes: 0 as good as that, 1 not, 2 bad input.
 
     Examples:
-
-    parity self-test --markdown docs/self_test.md
-
-    parity self-test --only encoder --seeds 0
+        parity self-test --markdown docs/self_test.md
+        parity self-test --only encoder --seeds 0
     """
-    errors = Console(stderr=True)
-    with in_one_line(errors):
+    with in_one_line(Console(stderr=True)) as errors:
         check_outputs({"--json": json, "--markdown": markdown})
         if importlib.util.find_spec("transformers") is None:
             raise ValueError(
@@ -60,14 +54,11 @@ def self_test(
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
         with Progress(*columns, TimeRemainingColumn(), console=errors, transient=True) as bar:
             task = bar.add_task("")
-            result = run(
-                faults,
-                seeds,
-                jobs or min(os.cpu_count() or 1, 4),
-                lambda title, done, total: bar.update(
-                    task, description=title, completed=done, total=total
-                ),
-            )
+
+            def show(title: str, done: int, total: int) -> None:
+                bar.update(task, description=title, completed=done, total=total)
+
+            result = run(faults, seeds, jobs or min(os.cpu_count() or 1, 4), show)
         console = Console(stderr="-" in (json, markdown))
         for outcome in result.outcomes:
             good = outcome.detected and outcome.located and not outcome.misled

@@ -26,6 +26,7 @@ from parity.exercise.starter import read_exercise
 from parity.frameworks.batch import Batch
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.leaves import Leaves
+from parity.frameworks.protocols import Calls, Decoder, Moments, Trainer
 from parity.frameworks.spec import ModelSpec
 from parity.frameworks.torch.leaves import torch_leaves
 from parity.pair.pair import Pair
@@ -176,7 +177,7 @@ def _logits(model: Model, tokens: Array, counts: Array = None) -> Array:
     return logits_of(model(tokens))
 
 
-class _Trainer:
+class _Trainer(Trainer):
     """A whole training on one batch as the steps that the check asks for."""
 
     def __init__(
@@ -190,24 +191,28 @@ class _Trainer:
         self._trained, self._leaves = trained, leaves
         self._losses: Iterator[float] | None = None
 
-    def step(self, tokens: np.ndarray) -> float:
+    def step(self, *inputs: np.ndarray) -> float:
         """Return the loss before the next step."""
         if self._losses is None:
-            self._losses = iter(self._trained(self._model, tokens, self._num_steps))
+            self._losses = iter(self._trained(self._model, inputs[0], self._num_steps))
         return float(next(self._losses, np.nan))
 
     def parameters(self) -> Leaves:
         """Return the weights after the last step."""
         return self._leaves(self._model)
 
+    def moments(self) -> Moments:
+        """Return none: a starter's optimizer stays inside of its training."""
+        return {}, {}, 0
 
-class _Decoder:
+
+class _Decoder(Decoder):
     """Reading in pieces and greedy tokens, row by row: a starter's cache has one length."""
 
     def __init__(self, modules: Starter, model: Model, framework: ModuleType):
         self._modules, self._model, self._framework = modules, model, framework
 
-    def chunks(self, calls: Sequence[tuple[np.ndarray, np.ndarray]], _: int) -> list[np.ndarray]:
+    def chunks(self, calls: Calls, capacity: int) -> list[np.ndarray]:
         """Return the logits of each call (tokens (1, T), counts (1,)), with one cache for all."""
         cache = self._modules.cache.KVCache.empty(self._model.config, 1)
         found = []
@@ -233,6 +238,14 @@ class _Decoder:
             for row, count in zip(tokens, counts, strict=True)
         ]
         return np.stack(rows).astype(np.int32)
+
+    def sample(self, *_: object, **__: object) -> tuple[np.ndarray, np.ndarray]:
+        """Refuse, for the proof compares greedy tokens alone.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("starter: it draws no tokens. Compare greedy ones.")
 
 
 def _has_cache(modules: Starter, framework: ModuleType, sizes: dict[str, int]) -> bool:

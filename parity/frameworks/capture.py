@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import TypeVar, cast
 
 import numpy as np
@@ -55,63 +55,49 @@ OnTrace = Callable[[Trace], None]
 def lockstep(*captures: Callable[[OnTrace], None]) -> Iterator[list[Iterator[Trace]]]:
     """Yield an iterator of traces for each of several captures, which run in threads.
 
-    A capture waits until its next trace is asked for, so that at most one trace of each exists.
-    Leaving the block ends all captures.
-
-    Args:
-        captures: each runs one capture with the `on_trace` that it is given.
+    A capture, which runs with the `on_trace` that it is given, waits until its next trace is asked
+    for, so that at most one trace of each exists. Leaving the block ends all captures.
     """
-    streams = [_Stream(capture) for capture in captures]
+    streams = [_traces(capture) for capture in captures]
     try:
-        yield [iter(stream) for stream in streams]
+        yield list(streams)
     finally:
         for stream in streams:
             stream.close()
 
 
-class _Stream:
-    """A capture that continues when its next trace is asked for."""
+def _traces(capture: Callable[[OnTrace], None]) -> Generator[Trace, None, None]:
+    """Yield the traces of a capture, whose thread goes on when the next one is asked for."""
+    asked: queue.Queue[bool] = queue.Queue()
+    given: queue.Queue[Trace | BaseException | None] = queue.Queue()
 
-    def __init__(self, capture: Callable[[OnTrace], None]):
-        self._asked: queue.Queue[bool] = queue.Queue()
-        self._given: queue.Queue[Trace | None] = queue.Queue()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, args=(capture,), daemon=True)
-        self._started = False
-
-    def __iter__(self) -> Iterator[Trace]:
-        while True:
-            self._asked.put(True)
-            if not self._started:
-                self._started = True
-                self._thread.start()
-            trace = self._given.get()
-            if trace is None:
-                if self._error is not None:
-                    raise self._error
-                return
-            yield trace
-
-    def close(self) -> None:
-        """End the capture, and wait until it has restored the model."""
-        if self._started:
-            self._asked.put(False)
-            self._thread.join()
-
-    def _run(self, capture: Callable[[OnTrace], None]) -> None:
-        try:
-            capture(self._give)
-        except _Enough:
-            pass
-        except BaseException as error:  # the reader's thread raises it
-            self._error = error
-        finally:
-            self._given.put(None)
-
-    def _give(self, trace: Trace) -> None:
-        if not self._asked.get():
+    def give(trace: Trace) -> None:
+        if not asked.get():
             raise _Enough
-        self._given.put(trace)
+        given.put(trace)
+
+    def run() -> None:
+        try:
+            capture(give)
+        except BaseException as error:  # the reader's thread raises it
+            given.put(error)
+        else:
+            given.put(None)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        while True:
+            asked.put(True)
+            found = given.get()
+            if found is None:
+                return
+            if isinstance(found, BaseException):
+                raise found
+            yield found
+    finally:  # wait until the capture has restored the model
+        asked.put(False)
+        thread.join()
 
 
 class _Enough(BaseException):

@@ -1,17 +1,16 @@
 """Defaults for calling a module, reducing its output to a scalar loss and training it."""
 
-from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
+
+from parity.frameworks.capture import leaves_of
+
+ArrayT = TypeVar("ArrayT")
 
 # AdamW's. Stated, because the frameworks' own defaults differ (weight decay: torch 1e-2, optax
 # 1e-4).
 LEARNING_RATE, BETA1, BETA2, EPSILON, WEIGHT_DECAY = 1e-3, 0.9, 0.95, 1e-8, 0.1
-
-
-def plain_call(module: Callable[..., object], *inputs: object) -> object:
-    """Return `module(*inputs)`."""
-    return module(*inputs)
 
 
 def projection(size: int) -> np.ndarray:
@@ -23,14 +22,12 @@ def projection(size: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=size) / np.sqrt(size)
 
 
-def require_output(framework: str, arrays: Sequence[object]) -> None:
-    """Refuse a call without outputs.
-
-    Raises:
-        ValueError: when there is no array.
-    """
+def arrays_in(framework: str, output: object, array_type: type[ArrayT]) -> list[ArrayT]:
+    """Return the arrays in the output of a call, of which there must be one."""
+    arrays = [x for x in leaves_of(output) if isinstance(x, array_type)]
     if not arrays:
         raise ValueError(
             f"{framework}: the call gave no array. A check compares arrays. Give a call that "
             "returns them."
         )
+    return arrays

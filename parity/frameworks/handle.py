@@ -4,12 +4,10 @@ What works with a single framework, as goldens do, asks here, so that the other 
 """
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Protocol, TypeVar, cast
 
-import numpy as np
-
-from parity.frameworks.leaves import Leaves
+from parity.frameworks.leaves import Arrays, Leaves
 from parity.frameworks.protocols import LiveRunner
 from parity.frameworks.spec import ModelSpec, ModuleUse
 
@@ -19,7 +17,7 @@ Built = TypeVar("Built")
 
 
 class Handle(Protocol):
-    """One framework: `flax/handle.py` or `torch/handle.py`.
+    """One framework: `flax/module.py` or `torch/module.py`.
 
     Attributes:
         NAME: flax or torch.
@@ -41,25 +39,17 @@ class Handle(Protocol):
     def code_leaves(self, module: object) -> tuple[str, ...]:
         """Name the leaves that belong to the code, such as masks and tables of angles."""
 
-    def runner(self, spec: ModelSpec, weights: Mapping[str, np.ndarray]) -> LiveRunner:
+    def runner(self, spec: ModelSpec, weights: Arrays) -> LiveRunner:
         """Return a runner in float64 on the CPU."""
 
     def learning_rate(self, module: object, optimizer: object) -> float:
-        """Return the largest learning rate of an optimizer, or of the default where it is None.
-
-        Raises:
-            ValueError: for an optimizer that does not reveal it.
-        """
+        """Return the largest learning rate of an optimizer, or of the default where it is None."""
 
 
 def handle(name: str) -> Handle:
-    """Return a framework, which is imported for it.
-
-    Raises:
-        ValueError: when the framework cannot be imported here.
-    """
+    """Return a framework, which is imported for it and must be installed."""
     try:
-        return cast(Handle, importlib.import_module(f"parity.frameworks.{name}.handle"))
+        return cast(Handle, importlib.import_module(f"parity.frameworks.{name}.module"))
     except ModuleNotFoundError as error:
         raise ValueError(
             f"{name}: {error}. The module under check runs in its framework. Install it."
@@ -67,11 +57,7 @@ def handle(name: str) -> Handle:
 
 
 def handle_of(module: object) -> Handle:
-    """Return the framework that a module belongs to.
-
-    Raises:
-        ValueError: for anything but a module.
-    """
+    """Return the framework that a module belongs to."""
     packages = {base.__module__.partition(".")[0] for base in type(module).__mro__}
     for name in NAMES:
         if name in packages and isinstance(module, (found := handle(name)).MODULE):

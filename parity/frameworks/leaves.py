@@ -4,15 +4,16 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
+Arrays = Mapping[str, np.ndarray]
 Leaves = dict[str, np.ndarray]
 
 
-def copied(leaves: Mapping[str, np.ndarray]) -> Leaves:
+def copied(leaves: Arrays) -> Leaves:
     """Copy every leaf."""
     return {name: np.array(array) for name, array in leaves.items()}
 
 
-def cast(leaves: Mapping[str, np.ndarray], dtype: str) -> Leaves:
+def cast(leaves: Arrays, dtype: str) -> Leaves:
     """Return the leaves with every float in the given dtype."""
     return {name: cast_array(array, dtype) for name, array in leaves.items()}
 
@@ -20,7 +21,7 @@ def cast(leaves: Mapping[str, np.ndarray], dtype: str) -> Leaves:
 class CastLater(Mapping[str, np.ndarray]):
     """`cast` that converts a leaf when it is read, so that they need not all exist at once."""
 
-    def __init__(self, leaves: Mapping[str, np.ndarray], dtype: str):
+    def __init__(self, leaves: Arrays, dtype: str):
         self._leaves, self._dtype = leaves, dtype
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -41,7 +42,7 @@ def cast_array(array: np.ndarray, dtype: str) -> np.ndarray:
     return array.astype(dtype) if np.issubdtype(array.dtype, np.floating) else array
 
 
-def neighbours(leaves: Mapping[str, np.ndarray], seed: int) -> Leaves:
+def neighbours(leaves: Arrays, seed: int) -> Leaves:
     """Move every float to the next one above or below, at random."""
     rng = np.random.default_rng(seed)
     return {
@@ -57,7 +58,7 @@ def dotted(path: Iterable[object]) -> str:
     return ".".join(map(str, path))
 
 
-def different_leaves(present: Leaves, given: Mapping[str, np.ndarray]) -> list[str]:
+def different_leaves(present: Leaves, given: Arrays) -> list[str]:
     """List the names, shapes and dtypes in which `given` differs from `present`."""
     problems = [f"{name} is missing" for name in present if name not in given]
     problems += [f"{name} is unknown" for name in given if name not in present]
@@ -70,12 +71,8 @@ def different_leaves(present: Leaves, given: Mapping[str, np.ndarray]) -> list[s
     return problems
 
 
-def require_same(framework: str, present: Leaves, given: Mapping[str, np.ndarray]) -> None:
-    """Refuse leaves that are not exactly the module's.
-
-    Raises:
-        ValueError: with every difference of names, shapes and dtypes.
-    """
+def require_same(framework: str, present: Leaves, given: Arrays) -> None:
+    """Refuse leaves that are not exactly the module's, with every difference."""
     if problems := different_leaves(present, given):
         raise ValueError(
             f"load_{framework}: {'; '.join(problems)}. Give exactly the module's leaves."

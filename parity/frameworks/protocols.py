@@ -11,7 +11,7 @@ import numpy as np
 
 from parity.frameworks.batch import Batch
 from parity.frameworks.capture import Backward, OnTrace, Trace
-from parity.frameworks.leaves import Leaves
+from parity.frameworks.leaves import Arrays, Leaves
 from parity.frameworks.purity import Purity
 
 Module_co = TypeVar("Module_co", covariant=True)
@@ -26,14 +26,7 @@ class Trainer(Protocol):
     """One training of one model, step by step."""
 
     def step(self, *inputs: np.ndarray) -> float:
-        """Take one optimizer step.
-
-        Args:
-            inputs: of the model's loss.
-
-        Returns:
-            The loss before the update.
-        """
+        """Take one optimizer step on inputs of the model's loss; return the loss before it."""
 
     def parameters(self) -> Leaves:
         """Return the present weights and statistics by leaf."""
@@ -49,12 +42,7 @@ class Decoder(Protocol):
     """One model that reads and writes tokens through its cache."""
 
     def chunks(self, calls: Calls, capacity: int) -> list[np.ndarray]:
-        """Return the logits (B, T, V) of each call, with one cache through all of them.
-
-        Args:
-            calls: tokens and counts of each call.
-            capacity: slots of the cache.
-        """
+        """Return the logits (B, T, V) of each call, through one cache of `capacity` slots."""
 
     def generate(
         self, tokens: np.ndarray, counts: np.ndarray, max_new_tokens: int, use_cache: bool
@@ -69,14 +57,9 @@ class Decoder(Protocol):
         sampling: Mapping[str, float],
         seed: int,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return drawn tokens and the margins of their choice, (B, G) each.
+        """Return drawn tokens and the margins of their choice, (B, G) each, as `generate`.
 
-        Args:
-            tokens: prompts (B, T).
-            counts: tokens of each prompt (B,).
-            max_new_tokens: G.
-            sampling: settings such as temperature, by name.
-            seed: of the random numbers.
+        `sampling` holds settings such as temperature, by name.
         """
 
 
@@ -98,11 +81,7 @@ class Runner(Protocol):
         """Count the operations of the forward and backward pass that are not in float64."""
 
     def trainer(self, num_steps: int) -> Trainer:
-        """Return a trainer with a copy of the model.
-
-        Args:
-            num_steps: that the learning rate's schedule spans.
-        """
+        """Return a trainer with a copy of the model, for a schedule of `num_steps`."""
 
     def release(self) -> None:
         """Free the model's memory until it is asked for again."""
@@ -118,7 +97,7 @@ class LiveRunner(Runner, Protocol[Module_co]):
     def leaves(self) -> Leaves:
         """Return the model's weights in its dtype."""
 
-    def at(self, leaves: Mapping[str, np.ndarray]) -> Self:
+    def at(self, leaves: Arrays) -> Self:
         """Return the same model with other weights; what is compiled stays so."""
 
     def traces(self, batch: Batch, on_trace: OnTrace) -> None:

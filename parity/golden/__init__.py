@@ -5,7 +5,6 @@ record.py    run a module and keep what it computes
 recorded.py  RecordedRunner: answers the levels from a golden
 session.py   GoldenSession: a module that runs beside a golden
 check.py     run the levels on such a session
-target.py    the module that a command line names
 
 Only the framework of the module that runs is ever imported.
 """

@@ -24,6 +24,7 @@ from parity.report.record import Record, Verdict, abstain, judge
 from parity.system.devices import num_threads, versions
 from parity.weights.rules import Rules
 
+_NOT_RECORDED = "a golden is of outputs and training alone"
 _PHASES = {"weights": "weights", "logits": "forward", "gradients": "backward"}
 
 
@@ -102,15 +103,11 @@ def _in_float64(
     return compare
 
 
-def _not_recorded(level: str) -> Callable[[Session], Iterator[Record]]:
-    return lambda session: iter([abstain(level, "a golden is of outputs and training alone")])
-
-
 _RECORDS: tuple[Callable[[GoldenSession], Iterable[Record]], ...] = (
     _weights,
     *(_in_float64(x.records) for x in (logits, gradients, optimizer, trajectory)),
-    _not_recorded("cache"),
-    _not_recorded("tokens"),
+    lambda session: [abstain("cache", _NOT_RECORDED)],
+    lambda session: [abstain("tokens", _NOT_RECORDED)],
 )
 
 
@@ -133,12 +130,7 @@ def _locate(level: str, session: GoldenSession, records: list[Record]) -> Diverg
 
 
 def weight_rules(rules: Rules | Path | str | None, golden: Golden, framework: str) -> Rules | None:
-    """Return the weight map that a golden and a module of the named framework need.
-
-    Raises:
-        ValueError: for an invalid file, for rules that are needed and missing, or given and not
-            needed.
-    """
+    """Return the weight map that a golden and a module of the named framework need, if any."""
     if str(rules) == "auto":
         raise ValueError(
             "rules auto: a golden is one side alone. The map is inferred from two modules. Give a "

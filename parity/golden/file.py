@@ -11,13 +11,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from parity.frameworks.batch import Batch
-from parity.frameworks.leaves import Leaves, cast, cast_array
+from parity.frameworks.leaves import Arrays, Leaves, cast, cast_array
 from parity.frameworks.purity import Purity
 from parity.system.files import write_atomically
 
 KIND, SCHEMA = "parity golden", 1
 # The only entry of the file's metadata: of several, safetensors does not keep the order.
 _ABOUT = "about"
+# Fields of a golden that are no arrays.
+_PLAIN = "framework", "model", "versions", "seed", "learning_rate"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Golden:
     learning_rate: float
     weights: Leaves
     probes: Mapping[str, Batch]
-    outputs: Mapping[str, np.ndarray]
+    outputs: Arrays
     loss: float
     gradients: Leaves
     batches: tuple[Batch, ...]
@@ -76,13 +78,8 @@ class Golden:
             OSError: when the folder or the disk does not take it.
         """
         tensors = cast(self._tensors(), "float64")
-        bad = [
-            name
-            for name, tensor in tensors.items()
-            if not name.startswith(("weights/", "final/", "step/"))
-            and not np.isfinite(tensor).all()
-        ]
-        if bad:
+        judged = [x for x in tensors if not x.startswith(("weights/", "final/", "step/"))]
+        if bad := [name for name in judged if not np.isfinite(tensors[name]).all()]:
             raise ValueError(
                 f"golden {path}: {', '.join(bad)} not finite. Nothing can be checked against "
                 "that. Mend the model or its inputs."
@@ -93,13 +90,8 @@ class Golden:
 
     def _about(self) -> dict[str, Any]:
         return {
-            "kind": KIND,
-            "schema": SCHEMA,
-            "framework": self.framework,
-            "model": self.model,
-            "versions": dict(self.versions),
-            "seed": self.seed,
-            "learning_rate": self.learning_rate,
+            **{"kind": KIND, "schema": SCHEMA},
+            **{field: getattr(self, field) for field in _PLAIN},
             "probes": {name: len(batch.inputs) for name, batch in self.probes.items()},
             "batches": [len(batch.inputs) for batch in self.batches],
             "states": len(self.states),
@@ -117,12 +109,9 @@ class Golden:
         for number, batch in enumerate(self.batches):
             named[f"batch/{number}/input"] = _numbered(batch)
         for number, state in enumerate(self.states):
-            named[f"step/{number}/after"] = state.after
-            named[f"step/{number}/first"] = state.first
-            named[f"step/{number}/second"] = state.second
-        found = {
-            f"{group}/{name}": x for group, leaves in named.items() for name, x in leaves.items()
-        }
+            for kind in ("after", "first", "second"):
+                named[f"step/{number}/{kind}"] = getattr(state, kind)
+        found = {f"{group}/{name}": x for group in named for name, x in named[group].items()}
         counts = np.array([state.count for state in self.states])
         return found | {"loss": np.array(self.loss), "losses": self.losses, "counts": counts}
 
@@ -168,12 +157,7 @@ class _Tensors:
     """Tensors of a file by name, each to be read once, and the problems found."""
 
     def __init__(self, found: Leaves):
-        self._left = dict(found)
-        self._shapes = {
-            name.removeprefix("weights/"): x.shape
-            for name, x in found.items()
-            if name.startswith("weights/")
-        }
+        self._found, self._left = found, dict(found)
         self.problems: list[str] = []
 
     def get(self, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
@@ -189,7 +173,8 @@ class _Tensors:
 
     def leaves(self, group: str, names: list[str]) -> Leaves:
         """Return the tensors of a group, each in the shape of the weights of its name."""
-        return {name: self.get(f"{group}/{name}", self._shapes.get(name)) for name in names}
+        shapes = {name: x.shape for name, x in self._found.items()}
+        return {name: self.get(f"{group}/{name}", shapes.get(f"weights/{name}")) for name in names}
 
     def batch(self, group: str, num_inputs: int) -> Batch:
         """Return the inputs of a group."""
@@ -207,33 +192,25 @@ class _Tensors:
 
 
 def _golden(path: Path, about: dict[str, Any], tensors: _Tensors) -> Golden:
-    moments = about["moments"]
     probes = list(enumerate(about["probes"].items()))
     counts = tensors.get("counts", (about["states"],))
     weights = tensors.leaves("weights", about["weights"])
-    states = [
-        State(
-            tensors.leaves(f"step/{number}/after", about["weights"]),
-            tensors.leaves(f"step/{number}/first", moments),
-            tensors.leaves(f"step/{number}/second", moments),
-            int(counts[number]) if counts.size else 0,
+    states = []
+    for number in range(about["states"]):
+        after = tensors.leaves(f"step/{number}/after", about["weights"])
+        first, second = (
+            tensors.leaves(f"step/{number}/{kind}", about["moments"])
+            for kind in ("first", "second")
         )
-        for number in range(about["states"])
-    ]
+        states.append(State(after, first, second, int(counts[number]) if counts.size else 0))
     golden = Golden(
-        framework=about["framework"],
-        model=about["model"],
-        versions=about["versions"],
-        seed=about["seed"],
-        learning_rate=about["learning_rate"],
+        **{field: about[field] for field in _PLAIN},
         weights=weights,
         probes={name: tensors.batch(f"probe/{n}", inputs) for n, (name, inputs) in probes},
         outputs={name: tensors.get(f"probe/{n}/output") for n, (name, _) in probes},
         loss=float(np.sum(tensors.get("loss", ()))),
         gradients=tensors.leaves("gradient", about["gradients"]),
-        batches=tuple(
-            tensors.batch(f"batch/{n}", inputs) for n, inputs in enumerate(about["batches"])
-        ),
+        batches=tuple(tensors.batch(f"batch/{n}", x) for n, x in enumerate(about["batches"])),
         losses=tensors.get("losses", (len(about["batches"]),)),
         states=tuple(states),
         final=tensors.leaves("final", about["weights"]),

@@ -6,11 +6,11 @@ import numpy as np
 
 from parity.check.levels.names import HORIZON, OPTIMIZER_STEPS
 from parity.frameworks.batch import Batch
-from parity.frameworks.handle import Handle, handle_of
-from parity.frameworks.leaves import Leaves, copied
+from parity.frameworks.handle import handle_of
+from parity.frameworks.leaves import copied
 from parity.frameworks.protocols import Runner
 from parity.frameworks.purity import Purity
-from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
+from parity.frameworks.spec import BY_DEFAULT, ModuleUse
 from parity.golden.file import Golden, State
 from parity.pair.inputs import as_inputs
 from parity.system.devices import versions
@@ -55,16 +55,23 @@ def record(
             f"record: {steps} steps < {OPTIMIZER_STEPS}. Fewer cannot see every fault of an "
             f"optimizer. Ask for {OPTIMIZER_STEPS} or more."
         )
-    calls = as_inputs(inputs, seed)
-    here = handle_of(module)
+    calls, here = as_inputs(inputs, seed), handle_of(module)
     spec = here.spec(module, use)
-    runner = here.runner(spec, _weights(here, module, spec, weights, seed))
+    leaves = here.initial_leaves(spec, "float64" if weights == "own" else "float32")
+    if weights == "random":  # in all that training moves
+        kept = here.code_leaves(module)
+        leaves |= randomized({name: x for name, x in leaves.items() if name not in kept}, seed)
+    runner = here.runner(spec, leaves)
     under_test, probe = runner.leaves(), next(iter(calls.probes.values()))
     loss, gradients = runner.gradients(probe)
     batches = tuple(calls.training_batch(step) for step in range(steps))
     purity = _required_purity(runner, probe)
     # A trainer of its own, as in the levels: its schedule may span another number of steps.
-    states = _states(runner, batches[:OPTIMIZER_STEPS])
+    trainer, states = runner.trainer(HORIZON), []
+    for batch in batches[:OPTIMIZER_STEPS]:
+        trainer.step(*batch.inputs)
+        first, second, count = trainer.moments()
+        states.append(State(trainer.parameters(), copied(first), copied(second), count))
     trainer = runner.trainer(steps)
     losses = np.array([trainer.step(*batch.inputs) for batch in batches])
     return Golden(
@@ -80,27 +87,14 @@ def record(
         gradients=gradients,
         batches=batches,
         losses=losses,
-        states=states,
+        states=tuple(states),
         final=trainer.parameters(),
         purity=purity,
     )
 
 
-def _weights(here: Handle, module: object, spec: ModelSpec, weights: str, seed: int) -> Leaves:
-    """Return the weights to load: random ones in all that training moves, or the module's own."""
-    if weights == "own":
-        return here.initial_leaves(spec, "float64")
-    leaves, kept = here.initial_leaves(spec, "float32"), here.code_leaves(module)
-    drawn = randomized({name: x for name, x in leaves.items() if name not in kept}, seed)
-    return leaves | drawn
-
-
 def _required_purity(runner: Runner, probe: Batch) -> Mapping[str, Purity]:
-    """Return the purity of the forward and of the backward pass.
-
-    Raises:
-        ValueError: when one of them leaves float64.
-    """
+    """Return the purity of the forward and of the backward pass, which must stay in float64."""
     purity = {"forward": runner.forward_purity(probe), "gradient": runner.gradient_purity(probe)}
     if narrow := purity["forward"].impure or purity["gradient"].impure:
         listed = ", ".join(f"{name} ({n}x)" for name, n in narrow.items())
@@ -109,13 +103,3 @@ def _required_purity(runner: Runner, probe: Batch) -> Mapping[str, Purity]:
             "float64 alone. Mend the model or check both as they run, where float32 decides."
         )
     return purity
-
-
-def _states(runner: Runner, batches: tuple[Batch, ...]) -> tuple[State, ...]:
-    """Return parameters and moments after each step on one of the batches."""
-    trainer, states = runner.trainer(HORIZON), []
-    for batch in batches:
-        trainer.step(*batch.inputs)
-        first, second, count = trainer.moments()
-        states.append(State(trainer.parameters(), copied(first), copied(second), count))
-    return tuple(states)

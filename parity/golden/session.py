@@ -20,24 +20,12 @@ class GoldenSession(Session):
     """A module that runs beside one that was recorded.
 
     The levels see one of them as the Flax model and the other as the torch model. Where both are
-    of one framework, the module that runs is the first of these, and every leaf is its own
-    counterpart.
-
-    Args:
-        golden: the recorded model.
-        here: the framework of the module.
-        module: the one that runs.
-        spec: of the module.
-        rules: the weight map; None where both are of one framework.
+    of one framework, and `rules` is None, the module that runs is the first of these, and every
+    leaf is its own counterpart.
     """
 
     def __init__(
-        self,
-        golden: Golden,
-        here: Handle,
-        module: object,
-        spec: ModelSpec,
-        rules: Rules | None,
+        self, golden: Golden, here: Handle, module: object, spec: ModelSpec, rules: Rules | None
     ):
         def not_run(*args: object) -> NoReturn:
             raise ValueError("a golden is not run")
@@ -67,11 +55,7 @@ class GoldenSession(Session):
 
     @functools.cached_property
     def weight_map(self) -> WeightMap:
-        """The rules resolved for the module and the golden.
-
-        Raises:
-            TransplantError: when they do not fit.
-        """
+        """The rules resolved for the module and the golden."""
         if self._is_alike:
             links = tuple(Link((name,), (name,)) for name in self._own)
             shapes = {name: leaf.shape for name, leaf in self._own.items()}

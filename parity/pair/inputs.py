@@ -32,31 +32,22 @@ def as_inputs(given: object, seed: int = 0) -> Inputs:
         given: an array; a tuple of the arrays of one call; such by name; or a function of a NumPy
             random generator that returns one of these and is called for every batch.
         seed: of the generators.
-
-    Raises:
-        ValueError: for anything else.
     """
-    if callable(given):
-        takes_generator = bool(inspect.signature(given).parameters)
+    takes_generator = callable(given) and bool(inspect.signature(given).parameters)
 
-        def drawn(*path: int) -> dict[str, Batch]:
-            rng = np.random.default_rng((seed, *path))
-            return _named(given(rng) if takes_generator else given())
+    def drawn(*path: int) -> dict[str, Batch]:
+        if not callable(given):
+            return _named(given)
+        return _named(given(np.random.default_rng((seed, *path))) if takes_generator else given())
 
-        probes = {}
-        for number in range(_DRAWS if takes_generator else 1):
-            extra = f", draw {number + 1}" if number else ""
-            probes |= {name + extra: batch for name, batch in drawn(0, number).items()}
-        if takes_generator:
-            return Inputs(probes, lambda step: next(iter(drawn(1, step).values())))
-        return Inputs(probes, _in_turn(probes))
-    probes = _named(given)
-    return Inputs(probes, _in_turn(probes))
-
-
-def _in_turn(probes: Mapping[str, Batch]) -> Callable[[int], Batch]:
+    probes = {}
+    for number in range(_DRAWS if takes_generator else 1):
+        extra = f", draw {number + 1}" if number else ""
+        probes |= {name + extra: batch for name, batch in drawn(0, number).items()}
+    if takes_generator:
+        return Inputs(probes, lambda step: next(iter(drawn(1, step).values())))
     batches = list(probes.values())
-    return lambda step: batches[step % len(batches)]
+    return Inputs(probes, lambda step: batches[step % len(batches)])
 
 
 def _named(given: object) -> dict[str, Batch]:

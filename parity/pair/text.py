@@ -22,11 +22,7 @@ class Corpus:
 
     @classmethod
     def load(cls, path: Path | None = None) -> "Corpus":
-        """Return the text of a UTF-8 file, or the language reference that comes with every CPython.
-
-        Raises:
-            ValueError: when the file cannot be read, is not text, or is too short to learn from.
-        """
+        """Return the text of a UTF-8 file, or the language reference that every CPython has."""
         if path is None:
             from pydoc_data.topics import topics
 
@@ -43,11 +39,7 @@ class Corpus:
 
     @classmethod
     def from_text(cls, text: str, source: str) -> "Corpus":
-        """Return a text with its characters numbered in sorted order.
-
-        Raises:
-            ValueError: for fewer than 1,000 characters or fewer than two different ones.
-        """
+        """Return a text of 1,000 characters or more, which are numbered in sorted order."""
         vocabulary = "".join(sorted(set(text)))
         if len(text) < 1000 or len(vocabulary) < 2:
             raise ValueError(
@@ -87,11 +79,7 @@ class Corpus:
 
 
 def encode(vocabulary: str, text: str) -> np.ndarray:
-    """Return the ids of a text, int32.
-
-    Raises:
-        ValueError: for an empty text or characters that the vocabulary does not have.
-    """
+    """Return the ids of a text, int32; it must not be empty."""
     unknown = sorted(set(text) - set(vocabulary))
     if unknown or not text:
         found = "an empty prompt" if not text else f"{', '.join(map(repr, unknown[:5]))} unknown"

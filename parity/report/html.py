@@ -4,16 +4,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
 
 def render(package: str, template: str, **values: object) -> str:
-    """Render a template to a page, with all values escaped.
-
-    Args:
-        package: whose folder `templates` holds the template.
-        template: its file name; it may extend `page.html.jinja` of this package.
-        values: that the template names.
-
-    Raises:
-        jinja2.UndefinedError: when the template names another value.
-    """
+    """Render a template of a package, with all values escaped; it may extend `page.html.jinja`."""
     pages = Environment(
         loader=ChoiceLoader([PackageLoader(package), PackageLoader("parity.report")]),
         autoescape=True,

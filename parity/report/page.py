@@ -34,6 +34,7 @@ def page(report: Report) -> str:
         if seen.modules is not None and seen.modules.gaps:
             modules = plots.modules(seen.modules, marked)
     count = sum(level.count for level in report.levels)
+    plotted = {"seen": seen, "modules": modules, "losses": losses, "generations": generations}
     return render(
         "parity.report",
         "report.html.jinja",
@@ -42,11 +43,8 @@ def page(report: Report) -> str:
         dtypes=dtypes_of(report.levels),
         failures=failures[:SHOWN],
         hidden=len(failures) - SHOWN,
-        seen=seen,
         number=number,
-        modules=modules,
-        losses=losses,
-        generations=generations,
+        **plotted,
     )
 
 
@@ -54,10 +52,7 @@ def _rows(shown: Generation) -> Iterator[Mapping[str, object]]:
     """Yield of each row its tokens, its smallest margin, where that is, and what flipped."""
     for row, (tokens, margins) in enumerate(zip(shown.tokens, shown.margins, strict=True)):
         smallest = plots.smallest(margins)
-        flips = "; ".join(
-            f"{flip.name}, {flip.dtype}: token {flip.index + 1}"
-            for flip in shown.flips
-            if flip.row == row
-        )
+        flips = (x for x in shown.flips if x.row == row)
+        words = "; ".join(f"{x.name}, {x.dtype}: token {x.index + 1}" for x in flips)
         at = margins.index(smallest) + 1
-        yield {"tokens": tokens, "smallest": smallest, "at": at, "flips": flips}
+        yield {"tokens": tokens, "smallest": smallest, "at": at, "flips": words}

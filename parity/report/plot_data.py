@@ -5,19 +5,12 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class ModuleGaps:
-    """Differences between the two outputs of each module in float64.
+    """Differences between the two outputs of each module in float64."""
 
-    Attributes:
-        probe: name of the input.
-        gaps: path and largest difference, in the order in which modules finish.
-        bound: the largest gap of the model's own output that passes.
-        note: why there are no gaps.
-    """
-
-    probe: str
-    gaps: tuple[tuple[str, float], ...]
-    bound: float
-    note: str = ""
+    probe: str  # name of the input
+    gaps: tuple[tuple[str, float], ...]  # path and largest difference, as modules finish
+    bound: float  # the largest gap of the model's own output that passes
+    note: str = ""  # why there are no gaps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,21 +35,13 @@ class Flip:
 
 @dataclasses.dataclass
 class Generation:
-    """Tokens after each prompt, as the first decoder in float64 chose them.
+    """Tokens after each prompt, as the first decoder in float64 chose them."""
 
-    Attributes:
-        kind: greedy or drawn.
-        tokens: ids by row.
-        margins: by row, how far the first choice is above the second, in logits.
-        reach: by dtype, the margin below which rounding can flip a choice.
-        flips: where other decoders first chose differently.
-    """
-
-    kind: str
-    tokens: list[list[int]]
-    margins: list[list[float]]
-    reach: dict[str, float]
-    flips: list[Flip] = dataclasses.field(default_factory=list)
+    kind: str  # greedy or drawn
+    tokens: list[list[int]]  # ids by row
+    margins: list[list[float]]  # by row, how far the first choice is above the second, in logits
+    reach: dict[str, float]  # by dtype, the margin below which rounding can flip a choice
+    flips: list[Flip] = dataclasses.field(default_factory=list)  # of other decoders
 
 
 @dataclasses.dataclass

@@ -1,10 +1,8 @@
 """Plots of a check as SVG: gaps of the modules, losses, margins of tokens."""
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Self
 
 from markupsafe import Markup
 
@@ -15,28 +13,17 @@ from parity.report.table import number
 _CHARACTER = 6.2  # width of a letter, in units of a drawing
 
 
-@dataclasses.dataclass(frozen=True)
 class Plot:
-    """A drawing, and a sentence on what it shows."""
+    """A drawing, and a sentence on what it shows, which is its description as well."""
 
-    words: str
-    drawing: Markup
-
-    @classmethod
-    def of(
-        cls, title: str, words: str, size: tuple[int, int], *elements: str, css: str = ""
-    ) -> Self:
-        """Draw elements; the words are the drawing's description as well."""
-        return cls(words, drawing(title, words, size, *elements, css=css))
+    def __init__(
+        self, title: str, words: str, size: tuple[int, int], *elements: str, css: str = ""
+    ):
+        self.words, self.drawing = words, drawing(title, words, size, *elements, css=css)
 
 
 def modules(seen: ModuleGaps, divergent: str | None) -> Plot:
-    """Draw the gap of every module in the order of execution.
-
-    Args:
-        seen: the gaps.
-        divergent: path of the module to mark as the first that diverges, if any.
-    """
+    """Draw the gap of every module in the order of execution, and mark the divergent one."""
     paths, gaps = zip(*seen.gaps, strict=True)
     x = Scale(-0.5, len(gaps) - 0.5, ())
     panel = Panel(x, log_scale([*gaps, seen.bound]), 62, 34, 786, 246)
@@ -57,7 +44,7 @@ def modules(seen: ModuleGaps, divergent: str | None) -> Plot:
     worst = largest(gaps)
     words = f"The largest is {number(worst)}, at {paths[gaps.index(worst)]}."
     words += f" First to diverge: {divergent}." if divergent in paths else ""
-    return Plot.of("Gap of every module", words, (860, 320), *elements, css="full")
+    return Plot("Gap of every module", words, (860, 320), *elements, css="full")
 
 
 def _groups(panel: Panel, paths: Sequence[str]) -> list[Markup]:
@@ -94,7 +81,7 @@ def losses(seen: LossCurves) -> Plot:
     above = Panel(x, linear_scale([*seen.flax, *seen.torch]), 62, 34, 360, 146)
     below = Panel(x, log_scale([*gaps, seen.bound]), 62, 224, 360, 126)
     words = f"The largest gap is {number(largest(gaps))}, {number(seen.bound)} is allowed."
-    return Plot.of(
+    return Plot(
         f"Losses in {seen.dtype}",
         words,
         (440, 390),
@@ -126,7 +113,7 @@ def margins(seen: Generation) -> Plot:
         elements.append(tag("circle", tag("title", words), cx=across, cy=down, r=7, class_="ring"))
     words = f"The smallest margin is {number(smallest(every))}."
     words += f" Rows that flipped in other runs: {len(seen.flips)}." if seen.flips else ""
-    return Plot.of(f"Margins of {seen.kind} tokens", words, (440, 360), *elements)
+    return Plot(f"Margins of {seen.kind} tokens", words, (440, 360), *elements)
 
 
 def largest(values: Sequence[float]) -> float:

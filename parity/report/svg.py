@@ -27,19 +27,12 @@ def tag(_name: str, *inside: str, **attributes: str | float) -> Markup:
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """An axis.
+    """An axis."""
 
-    Attributes:
-        low: value, or its decade on a log axis, at the beginning.
-        high: that at the end.
-        ticks: places between low and high, each with a label.
-        log: whether places are decades.
-    """
-
-    low: float
-    high: float
-    ticks: tuple[tuple[float, str], ...]
-    log: bool = False
+    low: float  # value, or its decade on a log axis, at the beginning
+    high: float  # that at the end
+    ticks: tuple[tuple[float, str], ...]  # places between low and high, each with a label
+    log: bool = False  # whether places are decades
 
     def share(self, value: float) -> float:
         """Return the position of a value along the axis, from 0 to 1; NaN where it has none."""
@@ -95,10 +88,8 @@ class Panel:
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """Return the position of a point in the drawing."""
-        return (
-            self.left + self.width * self.x.share(x),
-            self.top + self.height * (1 - self.y.share(y)),
-        )
+        across, up = self.x.share(x), self.y.share(y)
+        return self.left + self.width * across, self.top + self.height * (1 - up)
 
     def axes(self, x_name: str = "", y_name: str = "", x_ticks: bool = True) -> Markup:
         """Draw a grid line for each tick of y, and labels on both axes."""
@@ -121,13 +112,10 @@ class Panel:
     def line(self, xs: Sequence[float], ys: Sequence[float], css: str) -> Markup:
         """Draw a line through the points, broken where one has no place."""
         words, pen = [], "M"
-        for x, y in zip(xs, ys, strict=True):
-            across, down = self.at(x, y)
-            if math.isnan(down):
-                pen = "M"
-                continue
-            words.append(f"{pen}{across:.1f} {down:.1f}")
-            pen = "L"
+        for across, down in map(self.at, xs, ys):
+            if not math.isnan(down):
+                words.append(f"{pen}{across:.1f} {down:.1f}")
+            pen = "M" if math.isnan(down) else "L"
         return tag("path", d="".join(words), class_=f"line {css}")
 
     def dots(self, xs: Sequence[float], ys: Sequence[float], css: str) -> Markup:
@@ -146,15 +134,7 @@ class Panel:
 def drawing(
     title: str, description: str, size: tuple[int, int], *elements: str, css: str = ""
 ) -> Markup:
-    """Return a whole SVG element; a screen reader reads its title and description.
-
-    Args:
-        title: of the drawing.
-        description: what it shows.
-        size: width and height in units of the drawing.
-        elements: inside it.
-        css: its class.
-    """
+    """Return a whole SVG element; a screen reader reads its title and description."""
     box, label = f"0 0 {size[0]} {size[1]}", f"{title}. {description}"
     words = tag("title", title), tag("desc", description)
     return tag("svg", *words, *elements, viewBox=box, role="img", aria_label=label, class_=css)

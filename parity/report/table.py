@@ -33,10 +33,7 @@ def markdown(levels: Sequence[Level]) -> str:
 def terminal(levels: Sequence[Level], verdict: Verdict, summary: str) -> RenderableType:
     """Return a table of the levels, then what did not pass, what was excluded, and the outcome."""
     dtypes = dtypes_of(levels)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("level")
-    for dtype in dtypes:
-        table.add_column(dtype)
+    table = Table("level", *dtypes, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("compared", justify="right")
     table.add_column("verdict")
     table.add_column("seconds", justify="right")
@@ -69,11 +66,10 @@ def _notes(levels: Sequence[Level]) -> list[Text]:
         for record in level.unpassed:
             value = "" if record.value is None else f" {record.value:.3g}"
             bound = "" if record.bound is None else f" > {record.bound:.0e}"
-            text = f"{level.name}: {record.name}, {record.dtype}, {record.metric}"
-            text += f" at {record.where}" if record.where else ""
-            text += value + bound
-            text += f" ({record.note})" if record.note else ""
-            notes.append(Text(text, style=_COLOURS[record.verdict]))
+            where = f" at {record.where}" if record.where else ""
+            note = f" ({record.note})" if record.note else ""
+            text = f"{level.name}: {record.name}, {record.dtype}, {record.metric}{where}"
+            notes.append(Text(text + value + bound + note, style=_COLOURS[record.verdict]))
     hidden = len(notes) - 5
     if hidden > 0:
         notes = [*notes[:5], Text(f"... and {hidden} more records, see --json", style="dim")]
@@ -87,9 +83,8 @@ def _cell(record: Record | None) -> Text:
         return Text("")
     sign = "<=" if record.verdict is Verdict.PASS else "> "
     bound = "" if record.bound is None else f" {sign} {number(record.bound)}"
-    return Text.assemble(
-        number(record.value), bound, "\n", (record.metric.replace("_", " "), "dim")
-    )
+    metric = record.metric.replace("_", " "), "dim"
+    return Text.assemble(number(record.value), bound, "\n", metric)
 
 
 def _measured(record: Record) -> str:

@@ -32,11 +32,7 @@ class Devices:
 
 
 def choose_devices(wanted: str) -> Devices:
-    """Return the devices for `--device`; auto takes GPUs when both frameworks have one.
-
-    Raises:
-        ValueError: for a GPU that one of the frameworks does not have, or an unknown word.
-    """
+    """Return the devices for `--device`; auto takes GPUs when both frameworks have one."""
     import jax
     import torch
 

@@ -10,9 +10,6 @@ def write_atomically(path: Path, data: str | bytes) -> None:
     """Write beside `path` and rename, so that there is never half a file.
 
     If the process ends on the way, what was there before stays as it was.
-
-    Raises:
-        OSError: when the folder or the disk does not take it.
     """
     data = data.encode("utf-8") if isinstance(data, str) else data
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=unfinished(path))

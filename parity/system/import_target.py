@@ -10,11 +10,7 @@ from typing import Any
 
 
 def load_attribute(target: str) -> Any:
-    """Return what `package.module:name` or `folder/file.py:name` stands for.
-
-    Raises:
-        ValueError: when there is no such module or name, or the module does not import.
-    """
+    """Return what `package.module:name` or `folder/file.py:name` stands for."""
     place, colon, name = target.rpartition(":")
     if not colon or not place or not name:
         raise ValueError(
@@ -41,13 +37,7 @@ def load_attribute(target: str) -> Any:
 def built(target: str, found: Any, kinds: tuple[type, ...]) -> Any:
     """Return what a target found, or the result of calling it if it is a function.
 
-    Args:
-        target: as the user wrote it.
-        found: of `load_attribute`.
-        kinds: types that are not called.
-
-    Raises:
-        ValueError: when the function raises.
+    What is of one of the `kinds` is not called.
     """
     if isinstance(found, kinds) or not callable(found):
         return found

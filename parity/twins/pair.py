@@ -215,15 +215,18 @@ def labels(
     Of a token: itself, or the kind (letter, digit, space, other) of the character before it. Of a
     passage: in which fourth of 0 to 1 its share of letters lies.
     """
-    classes = tokens
+    if task == "next-token":
+        return _some_unscored(tokens, rng)
     kinds = np.array([_kind(character) for character in corpus.vocabulary])[tokens]
-    if task == "sequence-class":
-        real = np.arange(tokens.shape[1]) < counts[:, None]
-        share = np.sum(real & (kinds == 0), axis=1) / np.maximum(counts, 1)
-        return np.minimum(share * CLASSES, CLASSES - 1).astype(np.int32)
     if task == "token-class":
-        classes = np.roll(kinds, 1, axis=1)
-    unscored = rng.random(tokens.shape) < _UNSCORED
+        return _some_unscored(np.roll(kinds, 1, axis=1), rng)
+    real = np.arange(tokens.shape[1]) < counts[:, None]
+    share = np.sum(real & (kinds == 0), axis=1) / np.maximum(counts, 1)
+    return np.minimum(share * CLASSES, CLASSES - 1).astype(np.int32)
+
+
+def _some_unscored(classes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    unscored = rng.random(classes.shape) < _UNSCORED
     return np.where(unscored, flax_gpt.IGNORE_INDEX, classes).astype(np.int32)
 
 

@@ -20,15 +20,7 @@ def compress(
     torch: Leaves,
     flax: Leaves,
 ) -> Rules:
-    """Return rules with stars where these resolve to the same links, else one rule for each link.
-
-    Args:
-        links: of every leaf that is mapped.
-        ties: see `Rules`.
-        ignored: names of torch leaves that are not weights.
-        torch: leaves of the torch model.
-        flax: leaves of the Flax model.
-    """
+    """Return rules with stars where these resolve to the same links, else one for each link."""
     literal = [Rule(_braced(x.torch), _braced(x.flax), x.layout, x.heads) for x in links]
     starred = [_starred(rule) for rule in literal]
     uses = Counter(

@@ -9,7 +9,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from parity.frameworks.flax.leaves import flax_leaves
-from parity.frameworks.leaves import Leaves
 from parity.frameworks.torch.leaves import torch_leaves
 from parity.system.files import write_atomically
 from parity.weights.infer import infer_rules
@@ -25,12 +24,13 @@ def convert_file(
     to: str,
     rules: Rules | None = None,
 ) -> int:
-    """Write the weights of a safetensors file under the names and in the layouts of the port.
+    """Write a file of one module's weights as one of its port's.
 
-    Bit for bit, in the dtypes of the file. The modules give names and shapes alone.
+    Bit for bit, in the dtypes of the file, which has exactly the weights of the module. The modules
+    give names and shapes alone.
 
     Args:
-        source: with every weight of the other framework's module, and nothing else.
+        source: the weights of the other framework's module.
         out: the new file, which appears whole or not at all.
         torch_module: the PyTorch module.
         flax_module: the Flax NNX module.
@@ -39,13 +39,16 @@ def convert_file(
 
     Returns:
         The number of tensors written.
-
-    Raises:
-        ValueError: for a file without exactly these weights, or rules that do not fit.
     """
     port, original = torch_leaves(torch_module), flax_leaves(flax_module)
     weight_map = resolve(rules or infer_rules(torch_module, flax_module), port, original)
-    leaves = _read(source)
+    try:
+        with safe_open(source, framework="numpy") as opened:
+            leaves = {name: opened.get_tensor(name) for name in opened.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{source}: {error}. Weights are read from a safetensors file. Name one."
+        ) from error
     aliases = {alias for alias, _ in weight_map.ties}
     wanted = port if to == "flax" else original
     free = aliases | set(weight_map.ignored) if to == "flax" else set()
@@ -68,13 +71,3 @@ def convert_file(
         made = weight_map.to_torch(leaves) | {name: port[name] for name in weight_map.ignored}
     write_atomically(out, save({name: np.ascontiguousarray(x) for name, x in made.items()}))
     return len(made)
-
-
-def _read(path: Path) -> Leaves:
-    try:
-        with safe_open(path, framework="numpy") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{path}: {error}. Weights are read from a safetensors file. Name one."
-        ) from error

@@ -37,13 +37,7 @@ _FUSED = "query", "key", "value"
 
 @dataclasses.dataclass(frozen=True, order=True)
 class _Part:
-    """A leaf, or those of several siblings that the other model fuses.
-
-    Attributes:
-        names: of the leaves.
-        layout: see `Leaf`.
-        shape: of the joined form.
-    """
+    """A leaf, or those of several siblings that the other model fuses; see `Leaf`."""
 
     names: tuple[str, ...]
     layout: Layout
@@ -52,17 +46,11 @@ class _Part:
 
 @dataclasses.dataclass(frozen=True)
 class _Owner:
-    """A module that owns leaves, or several siblings whose leaves the other model fuses.
+    """A module that owns leaves, or several siblings whose leaves the other model fuses."""
 
-    Attributes:
-        path: of the module, or of the parent of the siblings; of the leaf itself if it is loose.
-        kind: see `Leaf`.
-        leaves: by role.
-    """
-
-    path: str
-    kind: str
-    leaves: tuple[tuple[str, _Part], ...]
+    path: str  # of the module, or the parent of the siblings; of the leaf itself if it is loose
+    kind: str  # see `Leaf`
+    leaves: tuple[tuple[str, _Part], ...]  # by role
 
     @property
     def is_loose(self) -> bool:
@@ -83,17 +71,15 @@ _Match = tuple[_Owner, _Owner]
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
-    """What names leave open.
-
-    Attributes:
-        question: for an error message.
-        kind: the question without the numbers of layers, which all get the same answer.
-        answers: the links of each possibility.
-    """
+    """What names leave open, and the links of each possible answer."""
 
     question: str
-    kind: str
     answers: tuple[tuple[Link, ...], ...]
+
+    @property
+    def kind(self) -> str:
+        """The question without the numbers of layers, which all get the same answer."""
+        return re.sub(r"\d+", "*", self.question)
 
 
 def infer_rules(
@@ -145,8 +131,7 @@ def infer_rules(
                 if len(answers) == 1:
                     links += answers[0]
                 else:
-                    question = _question(group)
-                    choices.append(_Choice(question, re.sub(r"\d+", "*", question), answers))
+                    choices.append(_Choice(_question(group), answers))
     if problems:
         raise ValueError(
             f"rules auto: {'; '.join(problems)}. Every leaf needs one counterpart of its shape. "
@@ -292,15 +277,10 @@ def _question(group: list[_Match]) -> str:
 
 def _unequal(ours: list[_Owner], theirs: list[_Owner]) -> str:
     """Describe a class of which the two models have different numbers."""
-    owner = (ours or theirs)[0]
+    owner, counts = (ours or theirs)[0], []
     shapes = ", ".join(f"{role} {list(part.shape)}" for role, part in owner.leaves)
-    counts = [
-        f"{framework} has {len(owners)}" + (f" ({_some(owners)})" if owners else "")
-        for framework, owners in (("torch", ours), ("flax", theirs))
-    ]
+    for framework, owners in (("torch", ours), ("flax", theirs)):
+        names = ", ".join(owner.path or "the model" for owner in owners[:4])
+        more = f" and {len(owners) - 4} more" if len(owners) > 4 else ""
+        counts.append(f"{framework} has {len(owners)}" + (f" ({names}{more})" if names else ""))
     return f"of {owner.kind} with {shapes} {' and '.join(counts)}"
-
-
-def _some(owners: list[_Owner]) -> str:
-    names = [owner.path or "the model" for owner in owners]
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -1,7 +1,6 @@
 """The frameworks' own layers: how their leaves lie, and what each leaf does alone."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -38,27 +37,18 @@ class Leaf:
 Act = Callable[[np.ndarray], np.ndarray]
 _WINDOWS = torch.nn.Conv1d | torch.nn.Conv2d | torch.nn.Conv3d
 _CONVOLUTIONS = {3: "conv1d", 4: "conv2d", 5: "conv3d"}
-_TORCH_KINDS = {
-    "embedding": torch.nn.Embedding,
-    "norm": torch.nn.LayerNorm | torch.nn.RMSNorm | torch.nn.GroupNorm,
-    "batch norm": torch.nn.modules.batchnorm._BatchNorm,
-    "convolution": _WINDOWS,
-    "transposed convolution": torch.nn.modules.conv._ConvTransposeNd,
-}
-_FLAX_KINDS = {
-    "linear": nnx.Linear | nnx.LinearGeneral,
-    "embedding": nnx.Embed,
-    "norm": nnx.LayerNorm | nnx.RMSNorm | nnx.GroupNorm,
-    "batch norm": nnx.BatchNorm,
-    "convolution": nnx.Conv,
-    "transposed convolution": nnx.ConvTranspose,
+_KINDS = {
+    torch.nn.Linear | nnx.Linear | nnx.LinearGeneral: "linear",
+    torch.nn.Embedding | nnx.Embed: "embedding",
+    torch.nn.LayerNorm | torch.nn.RMSNorm | torch.nn.GroupNorm: "norm",
+    nnx.LayerNorm | nnx.RMSNorm | nnx.GroupNorm: "norm",
+    torch.nn.modules.batchnorm._BatchNorm | nnx.BatchNorm: "batch norm",
+    _WINDOWS | nnx.Conv: "convolution",
+    torch.nn.modules.conv._ConvTransposeNd | nnx.ConvTranspose: "transposed convolution",
 }
 _TORCH_ROLES = {"running_mean": "mean", "running_var": "var"}
 _FLAX_ROLES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
-_WINDOW_LAYOUTS = {
-    "convolution": Layout.CONV,
-    "transposed convolution": Layout.CONV_TRANSPOSE,
-}
+_WINDOW_LAYOUTS = {"convolution": Layout.CONV, "transposed convolution": Layout.CONV_TRANSPOSE}
 
 
 def torch_leaf(module: torch.nn.Module, name: str) -> Leaf | None:
@@ -72,10 +62,8 @@ def torch_leaf(module: torch.nn.Module, name: str) -> Leaf | None:
         kind, role = "linear", name.removeprefix("in_proj_")
     elif isinstance(module, torch.nn.RNNBase) and name.startswith(("weight", "bias")):
         kind, (role, _, part) = "linear", name.partition("_")
-    elif _is_linear(module):
-        kind, role = "linear", name
     else:
-        kind = next((k for k, types in _TORCH_KINDS.items() if isinstance(module, types)), "")
+        kind = "linear" if _is_conv1d(module) else _kind(module)
         role = _TORCH_ROLES.get(name, name)
     if not kind or role not in ("weight", "bias", "mean", "var"):
         loose = "parameter" if name in dict(module.named_parameters(recurse=False)) else "buffer"
@@ -92,8 +80,7 @@ def flax_leaf(module: nnx.Module, name: str) -> Leaf:
     """Describe a leaf of a module."""
     variable = getattr(module, name) if not isinstance(module, nnx.List) else module[int(name)]
     shape = tuple(variable[...].shape)
-    kind = next((k for k, types in _FLAX_KINDS.items() if isinstance(module, types)), "")
-    role = _FLAX_ROLES.get(name, name)
+    kind, role = _kind(module), _FLAX_ROLES.get(name, name)
     if not kind or role not in ("weight", "bias", "mean", "var"):
         loose = "parameter" if isinstance(variable, nnx.Param) else "buffer"
         return Leaf(loose, "weight", Layout.SAME, shape)
@@ -114,19 +101,13 @@ def flax_leaf(module: nnx.Module, name: str) -> Leaf:
 def torch_action(module: torch.nn.Module, leaf: str) -> Act | None:
     """Return what a leaf does to rows (N, in), to ids (N,), or in a convolution to (N, *space, in).
 
-    Outputs come last. A bias is added; the caller subtracts the output for zeros.
-
-    Args:
-        module: the one that owns the leaf.
-        leaf: its name in it.
-
-    Returns:
-        None where the leaf cannot be run alone.
+    Outputs come last. A bias is added; the caller subtracts the output for zeros. None where the
+    leaf cannot be run alone.
     """
     parameter: torch.Tensor = getattr(module, leaf)
     if isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward:
         return _on_arrays(lambda x: x @ parameter.T, parameter)  # a subclass may add anything
-    if _is_linear(module) or isinstance(module, torch.nn.Embedding):
+    if isinstance(module, torch.nn.Linear | torch.nn.Embedding) or _is_conv1d(module):
         return _on_arrays(module, parameter)
     if isinstance(module, torch.nn.MultiheadAttention) or (
         isinstance(module, torch.nn.RNNBase) and leaf.startswith("weight")
@@ -144,24 +125,19 @@ def flax_action(module: nnx.Module, leaf: str) -> Act | None:
     if isinstance(module, nnx.Linear | nnx.Embed):
         return lambda x: np.asarray(module(jnp.asarray(x)))
     if isinstance(module, nnx.LinearGeneral):
-        shape = module.in_features
-
-        def act(x: np.ndarray) -> np.ndarray:
-            return np.asarray(module(jnp.asarray(x.reshape(-1, *shape)))).reshape(len(x), -1)
-
-        return act
+        shape = -1, *module.in_features
+        return lambda x: np.asarray(module(jnp.asarray(x.reshape(shape)))).reshape(len(x), -1)
     if isinstance(module, nnx.Conv):
         kernel = module.kernel[...]
         window = "XYZ"[: kernel.ndim - 2]
-        names = f"N{window}C", f"{window}IO", f"N{window}C"
-        convolve = functools.partial(
-            jax.lax.conv_general_dilated,
+        convolve = jax.lax.conv_general_dilated
+        settings = dict(
             window_strides=(1,) * len(window),
             padding="VALID",
-            dimension_numbers=names,
+            dimension_numbers=(f"N{window}C", f"{window}IO", f"N{window}C"),
             feature_group_count=module.feature_group_count,
         )
-        return lambda x: np.asarray(convolve(jnp.asarray(x), kernel))
+        return lambda x: np.asarray(convolve(jnp.asarray(x), kernel, **settings))
     return None
 
 
@@ -190,8 +166,8 @@ def torch_owner(module: torch.nn.Module, leaf: str) -> tuple[torch.nn.Module, st
     return module.get_submodule(path), name
 
 
-def _is_linear(module: torch.nn.Module) -> bool:
-    return isinstance(module, torch.nn.Linear) or _is_conv1d(module)
+def _kind(module: object) -> str:
+    return next((kind for types, kind in _KINDS.items() if isinstance(module, types)), "")
 
 
 def _is_conv1d(module: torch.nn.Module) -> bool:

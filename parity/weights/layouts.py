@@ -6,13 +6,14 @@ last in it, so that leaves that are fused in one framework and apart in the othe
 
 import dataclasses
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from parity.frameworks.leaves import Leaves
+from parity.frameworks.leaves import Arrays, Leaves
 
 Shape = tuple[int, ...]
+Shapes = Mapping[str, Shape]
 
 
 class Layout(enum.StrEnum):
@@ -28,6 +29,15 @@ class Layout(enum.StrEnum):
     HEADS_OUT = "heads_out"  # (heads * width, in) is (in, heads, width): query, key, value
     HEADS_IN = "heads_in"  # (out, heads * width) is (heads, width, out): the output projection
     FLAT = "flat"  # (heads * width) is (heads, width): biases
+
+
+# Numbers of axes, in torch and in flax; of other layouts they are equal.
+_AXES = {
+    Layout.TRANSPOSED: (2, 2),
+    Layout.HEADS_OUT: (2, 3),
+    Layout.HEADS_IN: (2, 3),
+    Layout.FLAT: (1, 2),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,52 +59,38 @@ class Link:
     def __str__(self) -> str:
         return f"{', '.join(self.torch)} <-> {', '.join(self.flax)} ({self.layout})"
 
-    def to_torch(
-        self, leaves: Mapping[str, np.ndarray], shapes: Mapping[str, Shape] | None = None
-    ) -> Leaves:
-        """Return the torch leaves.
-
-        Args:
-            leaves: of flax, by name.
-            shapes: of torch's leaves by name, needed where there are several.
-        """
-        joined = join([from_flax(leaves[name], self.layout) for name in self.flax], self.heads)
-        parts = _split(joined, self._widths(self.torch, shapes, "torch"), self.heads)
+    def to_torch(self, leaves: Arrays, shapes: Shapes | None = None) -> Leaves:
+        """Return the torch leaves; where there are several, their shapes are needed."""
+        whole = join([from_flax(leaves[name], self.layout) for name in self.flax], self.heads)
         return {
             name: np.array(as_torch(part, self.layout), order="C", copy=None)
-            for name, part in zip(self.torch, parts, strict=True)
+            for name, part in self._parts(whole, self.torch, shapes, "torch")
         }
 
-    def to_flax(
-        self, leaves: Mapping[str, np.ndarray], shapes: Mapping[str, Shape] | None = None
-    ) -> Leaves:
-        """Return the flax leaves.
+    def to_flax(self, leaves: Arrays, shapes: Shapes | None = None) -> Leaves:
+        """Return the flax leaves; shapes are needed for several, and for an axis of heads."""
+        whole = join([from_torch(leaves[name], self.layout) for name in self.torch], self.heads)
+        made = {}
+        for name, part in self._parts(whole, self.flax, shapes, "flax"):
+            leaf = part.reshape(shapes[name]) if shapes else part
+            made[name] = np.array(leaf, order="C", copy=None)
+        return made
 
-        Args:
-            leaves: of torch, by name.
-            shapes: of flax's leaves by name, needed where there are several, or heads have an axis
-                of their own.
-        """
-        joined = join([from_torch(leaves[name], self.layout) for name in self.torch], self.heads)
-        parts = _split(joined, self._widths(self.flax, shapes, "flax"), self.heads)
-        return {
-            name: np.array(
-                as_flax(part, self.layout, shapes[name] if shapes else part.shape),
-                order="C",
-                copy=None,
-            )
-            for name, part in zip(self.flax, parts, strict=True)
-        }
-
-    def _widths(
-        self, names: tuple[str, ...], shapes: Mapping[str, Shape] | None, framework: str
-    ) -> list[int]:
+    def _parts(
+        self, whole: np.ndarray, names: tuple[str, ...], shapes: Shapes | None, framework: str
+    ) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield by name the parts that `join` puts side by side."""
         if len(names) == 1:
-            return [0]
+            yield names[0], whole
+            return
         assert shapes is not None, f"{self}: to split a leaf needs shapes"
-        return [joined_shape(shapes[x], self.layout, framework)[-1] for x in names]
+        widths = [joined_shape(shapes[x], self.layout, framework)[-1] for x in names]
+        by_head = whole.reshape(*whole.shape[:-1], self.heads, -1)
+        parts = np.split(by_head, np.cumsum(widths)[:-1] // self.heads, axis=-1)
+        for name, part in zip(names, parts, strict=True):
+            yield name, part.reshape(*whole.shape[:-1], -1)
 
-    def misfits(self, torch: Mapping[str, np.ndarray], flax: Mapping[str, np.ndarray]) -> list[str]:
+    def misfits(self, torch: Arrays, flax: Arrays) -> list[str]:
         """Describe what keeps the link from working: dtypes, axes or shapes."""
         leaves, parts = [torch[x] for x in self.torch], [flax[x] for x in self.flax]
         ours, theirs = ", ".join(self.torch), ", ".join(self.flax)
@@ -118,7 +114,7 @@ class Link:
         shape = list(as_torch(np.broadcast_to(np.int8(0), made), self.layout).shape)
         return [f"{noun} {ours} is {list(leaves[0].shape)}, flax {theirs} makes {shape}"]
 
-    def torch_shape(self, shapes: Mapping[str, Shape]) -> Shape:
+    def torch_shape(self, shapes: Shapes) -> Shape:
         """Return the shape of the torch leaf, where it is one, for flax leaves of these shapes."""
         made = _side_by_side([joined_shape(shapes[x], self.layout, "flax") for x in self.flax])
         assert made is not None, f"{self} is no link of a resolved weight map"
@@ -135,12 +131,6 @@ def from_flax(leaf: np.ndarray, layout: Layout) -> np.ndarray:
         case Layout.FLAT:
             return leaf.reshape(-1)
     return leaf
-
-
-def as_flax(joined: np.ndarray, layout: Layout, shape: Shape) -> np.ndarray:
-    """Return a flax leaf of that shape from its joined form, as a view."""
-    heads = layout in (Layout.HEADS_OUT, Layout.HEADS_IN, Layout.FLAT)
-    return joined.reshape(shape) if heads else joined
 
 
 def from_torch(leaf: np.ndarray, layout: Layout) -> np.ndarray:
@@ -171,16 +161,9 @@ def as_torch(joined: np.ndarray, layout: Layout) -> np.ndarray:
 
 def has_axes(layout: Layout, torch_axes: int, flax_axes: int) -> bool:
     """Whether leaves with these numbers of axes can lie in each other this way."""
-    match layout:
-        case Layout.SAME:
-            return torch_axes == flax_axes
-        case Layout.TRANSPOSED:
-            return torch_axes == flax_axes == 2
-        case Layout.HEADS_OUT | Layout.HEADS_IN:
-            return (torch_axes, flax_axes) == (2, 3)
-        case Layout.FLAT:
-            return (torch_axes, flax_axes) == (1, 2)
-    return torch_axes == flax_axes >= 3
+    if layout in _AXES:
+        return (torch_axes, flax_axes) == _AXES[layout]
+    return torch_axes == flax_axes and (layout is Layout.SAME or flax_axes >= 3)
 
 
 def joined_shape(shape: Shape, layout: Layout, framework: str) -> Shape:
@@ -202,12 +185,3 @@ def join(parts: Sequence[np.ndarray], heads: int) -> np.ndarray:
         return parts[0]
     by_head = [part.reshape(*part.shape[:-1], heads, -1) for part in parts]
     return np.concatenate(by_head, axis=-1).reshape(*parts[0].shape[:-1], -1)
-
-
-def _split(joined: np.ndarray, widths: Sequence[int], heads: int) -> list[np.ndarray]:
-    """Return the parts, each `widths` wide, that `join` put side by side."""
-    if len(widths) == 1:
-        return [joined]
-    by_head = joined.reshape(*joined.shape[:-1], heads, -1)
-    ends = np.cumsum(widths)[:-1] // heads
-    return [x.reshape(*joined.shape[:-1], -1) for x in np.split(by_head, ends, axis=-1)]

@@ -25,16 +25,9 @@ _USUAL = {word: usual for usual, words in _SYNONYMS.items() for word in words.sp
 
 
 def likeness(torch: str, flax: str, torch_paths: Sequence[str], flax_paths: Sequence[str]) -> float:
-    """Score how well two paths go together, from 0 to 3.
+    """Return how well two paths go together, each among all that it competes with, from 0 to 3.
 
-    Args:
-        torch: path of one module.
-        flax: path of the other.
-        torch_paths: of all modules that the first competes with.
-        flax_paths: of all modules that the second competes with.
-
-    Returns:
-        2 for equal ranks of their numbers, plus the share of words that they have in common.
+    It is 2 for equal ranks of their numbers, plus the share of words that they have in common.
     """
     mine, other = words(torch), words(flax)
     shared = len(mine & other) / max(len(mine | other), 1)

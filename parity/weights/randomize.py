@@ -18,11 +18,9 @@ def randomized(leaves: Leaves, seed: int) -> Leaves:
         if leaf.dtype.kind in "iub":
             drawn[name] = leaf
             continue
-        new = (
-            rng.normal(0.0, (leaf.size / max(leaf.shape)) ** -0.5, leaf.shape)
-            if leaf.ndim >= 2
-            else leaf + rng.normal(0.0, 0.2, leaf.shape)
-        )
+        is_vector = leaf.ndim < 2
+        deviation = 0.2 if is_vector else (leaf.size / max(leaf.shape)) ** -0.5
+        new = (leaf if is_vector else 0.0) + rng.normal(0.0, deviation, leaf.shape)
         is_variance = name.endswith((".var", "running_var"))
         drawn[name] = (np.abs(new) if is_variance else new).astype(leaf.dtype)
     return drawn

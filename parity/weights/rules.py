@@ -49,16 +49,9 @@ class Rule:
     def __str__(self) -> str:
         return f"{self.torch} <-> {self.flax} ({self.layout})"
 
-    def links(self, torch_names: Collection[str]) -> Iterator[Link]:
-        """Yield links of the torch leaves that the rule matches."""
-        return self._links(torch_names, self.torch)
-
-    def links_of_flax(self, flax_names: Collection[str]) -> Iterator[Link]:
-        """Yield links of the flax leaves that the rule matches."""
-        return self._links(flax_names, self.flax)
-
-    def _links(self, names: Collection[str], pattern: str) -> Iterator[Link]:
-        seen = set()
+    def links(self, names: Collection[str], framework: str = "torch") -> Iterator[Link]:
+        """Yield links of the leaves of "torch" or "flax" that the rule matches."""
+        pattern, seen = (self.torch if framework == "torch" else self.flax), set()
         for name, alternative in itertools.product(names, _alternatives(pattern)):
             found = re.fullmatch(_regex(alternative), name)
             if found is not None and found.groups() not in seen:
@@ -87,10 +80,7 @@ class Rules:
 
     @classmethod
     def load(cls, path: Path) -> "Rules":
-        """Read a rules file.
-
-        Returns:
-            The rules.
+        """Return the rules in a file.
 
         Raises:
             ValueError: for a file that is missing or invalid, in one line.
@@ -132,13 +122,11 @@ class Rules:
         if self.ignored:
             parts.append(f"ignored = {json.dumps(self.ignored)}")
         for rule in self.rules:
-            lines = [f"torch = {json.dumps(rule.torch)}", f"flax = {json.dumps(rule.flax)}"]
-            if rule.layout is not Layout.SAME:
-                lines.append(f"layout = {json.dumps(rule.layout)}")
-            if rule.heads > 1:
-                lines.append(f"heads = {rule.heads}")
-            if rule.optional:
-                lines.append("optional = true")
+            lines = [
+                f"{field.name} = {json.dumps(value)}"
+                for field in dataclasses.fields(rule)
+                if (value := getattr(rule, field.name)) != field.default
+            ]
             parts.append("\n".join(["[[rule]]", *lines]))
         for alias, original in self.ties:
             tie = f"alias = {json.dumps(alias)}\noriginal = {json.dumps(original)}"
@@ -158,9 +146,7 @@ def _fields(rule: dict[str, Any]) -> dict[str, Any]:
 
 
 def _regex(pattern: str) -> str:
-    return "".join(
-        r"([^.]+)" if part == "*" else re.escape(part) for part in re.split(r"(\*)", pattern)
-    )
+    return r"([^.]+)".join(map(re.escape, pattern.split("*")))
 
 
 def _filled(pattern: str, stars: tuple[str, ...]) -> tuple[str, ...]:

@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
-from parity.frameworks.leaves import Leaves
-from parity.weights.layouts import Link, Shape
+from parity.frameworks.leaves import Arrays, Leaves
+from parity.weights.layouts import Link, Shapes
 from parity.weights.rules import Rules
 
 
@@ -41,10 +41,10 @@ class WeightMap:
     links: tuple[Link, ...]
     ties: tuple[tuple[str, str], ...]
     ignored: tuple[str, ...]
-    torch_shapes: Mapping[str, Shape]
-    flax_shapes: Mapping[str, Shape]
+    torch_shapes: Shapes
+    flax_shapes: Shapes
 
-    def to_torch(self, leaves: Mapping[str, np.ndarray]) -> Leaves:
+    def to_torch(self, leaves: Arrays) -> Leaves:
         """Return torch leaves for flax leaves: weights, or what is shaped like them, as gradients.
 
         A leaf that is missing, as the gradient of a running mean is, is left out.
@@ -55,11 +55,11 @@ class WeightMap:
                 moved |= link.to_torch(leaves, self.torch_shapes)
         return moved | {a: moved[original] for a, original in self.ties if original in moved}
 
-    def to_flax(self, leaves: Mapping[str, np.ndarray]) -> Leaves:
+    def to_flax(self, leaves: Arrays) -> Leaves:
         """Return flax leaves for torch leaves, as `to_torch`."""
         return dict(self.flax_leaves(leaves))
 
-    def flax_leaves(self, leaves: Mapping[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    def flax_leaves(self, leaves: Arrays) -> Iterator[tuple[str, np.ndarray]]:
         """Yield what `to_flax` returns, so that the leaves need not all exist at once."""
         for link in self.links:
             if all(name in leaves for name in link.torch):
@@ -72,9 +72,7 @@ def links_of(rules: Rules, torch_names: Collection[str]) -> Iterator[Link]:
         yield from rule.links(torch_names)
 
 
-def resolve(
-    rules: Rules, torch_leaves: Mapping[str, np.ndarray], flax_leaves: Mapping[str, np.ndarray]
-) -> WeightMap:
+def resolve(rules: Rules, torch_leaves: Arrays, flax_leaves: Arrays) -> WeightMap:
     """Apply rules to the leaves of two models.
 
     Returns:
@@ -94,29 +92,18 @@ def resolve(
     links: list[Link] = []
     for link in found:
         ours, theirs = ", ".join(link.torch), ", ".join(link.flax)
-        missing = [
-            f"flax leaf {theirs} wants torch leaf {name}, which does not exist"
-            for name in link.torch
-            if name not in mapped
-        ]
-        missing += [
-            f"torch leaf {ours} wants flax leaf {name}, which does not exist"
-            for name in link.flax
-            if name not in flax_leaves
-        ]
-        problems += missing
-        if not missing and all(uses[name] == 1 for name in link.torch):
+        wants = [(f"flax leaf {theirs} wants torch", x) for x in link.torch if x not in mapped]
+        wants += [(f"torch leaf {ours} wants flax", x) for x in link.flax if x not in flax_leaves]
+        problems += [f"{wish} leaf {name}, which does not exist" for wish, name in wants]
+        if not wants and all(uses[name] == 1 for name in link.torch):
             links.append(link)
     taken = Counter(name for link in links for name in link.flax)
     problems += [
         f"flax leaf {name} is used by {n} torch leaves" for name, n in taken.items() if n > 1
     ]
     problems += [f"no torch leaf for flax leaf {name}" for name in flax_leaves if not taken[name]]
-    problems += [
-        f"rule {rule} matches nothing"
-        for rule, of_rule in by_rule
-        if not rule.optional and not of_rule
-    ]
+    unused = [rule for rule, of_rule in by_rule if not rule.optional and not of_rule]
+    problems += [f"rule {rule} matches nothing" for rule in unused]
     for alias, original in aliases.items():
         if original not in torch_leaves:
             problems.append(f"torch leaf {alias} is tied to {original}, which does not exist")

@@ -77,12 +77,7 @@ def prefill(
 ) -> tuple[torch.Tensor, BatchInvariantCache]:
     """Append whole prompts and score the next token; see `decode.prefill`.
 
-    Args:
-        model: of the cache.
-        tokens_BT: prompts, or the next part of them over a warm cache.
-        cache: left as it was.
-        counts_B: real tokens per row, at least 1, the rest is padding on the right; None for T.
-        chunk: not used, since all calls have NUM_TOKENS tokens.
+    The size of a chunk is NUM_TOKENS, whatever `chunk` says.
 
     Returns:
         Logits (B, V) after each row's last real token, and the cache with the prompts appended.
@@ -116,30 +111,12 @@ def prefill(
 def decode_step(
     model: GPT, tokens_B: torch.Tensor, cache: BatchInvariantCache
 ) -> tuple[torch.Tensor, BatchInvariantCache]:
-    """Append one token per row and score the next; see `decode.decode_step`.
-
-    Args:
-        model: of the cache.
-        tokens_B: the tokens to append.
-        cache: left as it was.
-
-    Returns:
-        Logits (B, V), and the cache with the tokens appended.
-    """
+    """Append one token per row and score the next; see `decode.decode_step`."""
     return prefill(model, tokens_B[:, None], cache)
 
 
 def score_uncached(model: GPT, tokens_BT: torch.Tensor, counts_B: torch.Tensor) -> torch.Tensor:
-    """Score the next token from whole sequences; see `decode.score_uncached`.
-
-    Args:
-        model: scores them.
-        tokens_BT: sequences; T is the capacity of the cache that gives the same bits.
-        counts_B: real tokens per row.
-
-    Returns:
-        Logits (B, V) after each row's last real token.
-    """
+    """Score the next token from whole sequences, T being the capacity of the cache to match."""
     (batch_size, capacity), device = tokens_BT.shape, tokens_BT.device
     cache = BatchInvariantCache.empty(model.config, batch_size, capacity, device=device)
     return prefill(model, tokens_BT, cache, counts_B)[0]

@@ -9,7 +9,8 @@ import torch
 
 from parity.check import bounds
 from parity.check.causes.forward import describe_match
-from parity.check.causes.replay import Change, Operation, Replay, name_of, named, watched
+from parity.check.causes.operations import left_out, on_argument
+from parity.check.causes.replay import Change, Operation, Replay, Watch, name_of, named
 from parity.check.metrics import relative_l2
 from parity.check.pair_session import PairSession
 from parity.frameworks.torch.leaves import to_numpy
@@ -22,7 +23,8 @@ def explain_loss(session: PairSession, found: Divergence) -> Divergence:
     """Return the divergence of a loss whose outputs agree, with its cause if a change closes it."""
     (target, _), _ = session.gradients("float64")
     port = session.runs("float64")[1]
-    loss = _Loss(port.module, session.pair.torch.loss)
+    loss = torch.nn.Module()  # the model is no submodule, so it has no weights of its own
+    loss.forward = lambda *arrays: session.pair.torch.loss(port.module, *arrays)
     replay = Replay(loss, port.arrays(session.gradient_probe), {}, {"model": port.module})
     return dataclasses.replace(found, cause=describe_match([(replay, np.asarray(target))], {}))
 
@@ -36,25 +38,20 @@ def explain_gradient(session: PairSession, found: Divergence) -> Divergence:
     (_, flax), _ = session.gradients("float64")
     port = session.runs("float64")[1]
     inside = "" if found.where == session.model_name else f"{found.where}."
+    own = dict(port.module.named_parameters())
     judged = {name: x for name, x in flax.items() if name not in session.null.leaves}
-    targets = {
-        name: target
-        for name, target in session.weight_map.to_torch(judged).items()
-        if name.startswith(inside) and name in dict(port.module.named_parameters())
-    }
-    parameters = [port.module.get_parameter(name) for name in targets]
+    mapped = session.weight_map.to_torch(judged)
+    targets = {x: mapped[x] for x in mapped if x.startswith(inside) and x in own}
+    parameters = [own[name] for name in targets]
     arrays = port.arrays(session.gradient_probe)
 
     def gradients(change: Change) -> list[np.ndarray]:
-        with watched(change), torch.enable_grad():
+        with Watch(change), torch.enable_grad():
             loss = session.pair.torch.loss(port.module, *arrays)
-        made: list[torch.Tensor | None] = [None] * len(parameters)
-        if loss.requires_grad:
-            made = list(torch.autograd.grad(loss, parameters, allow_unused=True))
-        return [
-            to_numpy(torch.zeros_like(x) if g is None else g)
-            for x, g in zip(parameters, made, strict=True)
-        ]
+        if not loss.requires_grad:
+            return [to_numpy(torch.zeros_like(x)) for x in parameters]
+        made = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        return [to_numpy(x) for x in made]
 
     start = time.perf_counter()
     for place, argument, words in _uses(gradients, parameters):
@@ -69,9 +66,9 @@ def explain_gradient(session: PairSession, found: Divergence) -> Divergence:
 def _uses(
     gradients: Callable[[Change], object], parameters: Sequence[torch.Tensor]
 ) -> list[tuple[int, int | None, str]]:
-    """Return operations that pass a gradient, by place and argument, or stop it (None).
+    """Return places and arguments that pass a gradient; before them, places that stop one (None).
 
-    Those that stop one come first, then those that read one of the parameters.
+    Those that read one of the parameters come first.
     """
     stops, reads, others = [], [], []
 
@@ -98,21 +95,7 @@ def _changed(place: int, argument: int | None) -> Change:
         if at != place:
             return None
         if argument is None:
-            return lambda x, *args, **kwargs: x
-        return lambda *args, **kwargs: operation(
-            *args[:argument], args[argument].detach(), *args[argument + 1 :], **kwargs
-        )
+            return left_out
+        return on_argument(argument, operation, lambda x: x.detach())
 
     return change
-
-
-class _Loss(torch.nn.Module):
-    """A loss as a module, so that it can be replayed as one."""
-
-    def __init__(self, model: torch.nn.Module, loss: Callable[..., torch.Tensor]):
-        super().__init__()
-        self._of = lambda *arrays: loss(model, *arrays)  # no submodule, so no weights of its own
-
-    def forward(self, *arrays: torch.Tensor) -> torch.Tensor:
-        """Return the loss of the model on these inputs."""
-        return self._of(*arrays)

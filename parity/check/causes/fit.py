@@ -5,7 +5,7 @@ A model either explains its data down to rounding or it is not the model.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -48,33 +48,18 @@ class Number:
 
 @dataclasses.dataclass(frozen=True)
 class Equations:
-    """One leaf in one step: target = a sum of terms, each an unknown times an array (N,).
+    """One leaf in one step: target = a sum of terms, each an unknown times an array (N,)."""
 
-    Attributes:
-        step: its number from 0.
-        target: what the terms add up to.
-        shared: terms whose unknowns are the same in all steps and leaves.
-        by_step: terms whose unknowns are the same in all leaves of a step.
-        own: terms whose unknowns are this leaf's in this step.
-        noise: Euclidean norm of the rounding in target.
-    """
-
-    step: int
+    step: int  # from 0
     target: np.ndarray
-    shared: tuple[np.ndarray, ...] = ()
-    by_step: tuple[np.ndarray, ...] = ()
-    own: tuple[np.ndarray, ...] = ()
-    noise: float = 0.0
+    shared: tuple[np.ndarray, ...] = ()  # terms whose unknowns all steps and leaves share
+    by_step: tuple[np.ndarray, ...] = ()  # those whose unknowns all leaves of a step share
+    own: tuple[np.ndarray, ...] = ()  # those whose unknowns are this leaf's in this step
+    noise: float = 0.0  # Euclidean norm of the rounding in target
 
 
-@dataclasses.dataclass(frozen=True)
-class Solution:
-    """The unknowns of a model that explains its targets.
-
-    Attributes:
-        shared: in the order of the terms.
-        by_step: of each step, in the order of the terms.
-    """
+class Solution(NamedTuple):
+    """The unknowns of a model that explains its targets, in the order of the terms."""
 
     shared: tuple[Number, ...]
     by_step: tuple[tuple[Number, ...], ...]
@@ -83,24 +68,25 @@ class Solution:
 def solve(equations: Sequence[Equations]) -> Solution | None:
     """Solve for unknowns on which all leaves and steps agree; None if more than rounding is left.
 
-    A leaf's own terms are projected out of its equations, and what is left of them is compressed to
-    as many rows as it has unknowns, both by orthogonal steps, so that no digit is lost to squares.
     The error of an unknown is what noise of the norm at hand can do to it at most. Frisch and
     Waugh, "Partial time regressions as compared with individual trends", 1933; Golub, "Numerical
     methods for solving linear least squares problems", 1965.
+
+    Returns:
+        None when the equations do not determine the unknowns either.
     """
     num_steps = 1 + max(e.step for e in equations)
     num_shared, num_by_step = len(equations[0].shared), len(equations[0].by_step)
     width = num_shared + num_by_step * num_steps
     blocks = []
     for e in equations:
+        # A leaf's own terms are projected out of its equations, and what is left is compressed to
+        # as many rows as it has unknowns, both by orthogonal steps: squares would lose digits.
         rows = np.linalg.qr(_without_own(e)).R
-        block = np.zeros((len(rows), width + 1))
         start = num_shared + num_by_step * e.step
-        block[:, :num_shared] = rows[:, :num_shared]
-        block[:, start : start + num_by_step] = rows[:, num_shared:-1]
-        block[:, -1] = rows[:, -1]
-        blocks.append(block)
+        columns = *range(num_shared), *range(start, start + num_by_step), width
+        blocks.append(np.zeros((len(rows), width + 1)))
+        blocks[-1][:, columns] = rows
     system = np.concatenate(blocks)
     matrix, target = system[:, :-1], system[:, -1]
     sizes = np.linalg.norm(matrix, axis=0)
@@ -112,16 +98,13 @@ def solve(equations: Sequence[Equations]) -> Solution | None:
     singular = np.maximum(singular, EPSILON * singular[0])
     inverse = right.T / singular
     found = inverse @ (left.T @ target) / sizes
-    noise = residual_noise(norm(matrix @ found - target), equations)
-    if noise is None:
+    if (noise := residual_noise(norm(matrix @ found - target), equations)) is None:
         return None
     errors = np.linalg.norm(inverse, axis=1) / sizes * noise
-    numbers = [Number(float(x), float(error)) for x, error in zip(found, errors, strict=True)]
-    steps = tuple(
-        tuple(numbers[start : start + num_by_step])
-        for start in range(num_shared, width, num_by_step or 1)
-    )
-    return Solution(tuple(numbers[:num_shared]), steps)
+    numbers = tuple(map(Number, found.tolist(), errors.tolist()))
+    starts = range(num_shared, width, num_by_step or 1)
+    by_step = tuple(numbers[start : start + num_by_step] for start in starts)
+    return Solution(numbers[:num_shared], by_step)
 
 
 def residual_noise(residual: float, equations: Sequence[Equations]) -> float | None:
@@ -138,7 +121,7 @@ def share_along(array: np.ndarray, weights: np.ndarray, noise: float) -> Number:
 
 def constant_of(numbers: Sequence[Number], factors: np.ndarray) -> Number | None:
     """Return the constant that times the factors is these numbers; None if there is none."""
-    values, errors = (np.array([getattr(x, name) for x in numbers]) for name in ("value", "error"))
+    values, errors = np.array([(x.value, x.error) for x in numbers]).T
     size = float(factors @ factors)
     if not size or not np.all(np.isfinite(errors)):
         return Number(0.0, np.inf)

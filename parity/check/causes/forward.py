@@ -3,14 +3,19 @@
 import dataclasses
 import itertools
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
 
-from parity.check.causes.operations import ACTIVATIONS, alternatives, common_sizes, substitutes
-from parity.check.causes.replay import Change, Done, Exchange, Replay, named
+from parity.check.causes.operations import (
+    ACTIVATIONS,
+    alternative,
+    alternatives,
+    common_sizes,
+    substitutes,
+)
+from parity.check.causes.replay import Change, Operation, Replay, named
 from parity.check.causes.weights import readings
 from parity.check.locate import aligned, float64_gap, translated
 from parity.check.metrics import size_of
@@ -30,11 +35,6 @@ def explain_output(session: PairSession, probe: str, found: Divergence) -> Diver
     The torch side is changed, whichever of the two is wrong: only the user knows which that is.
     Other inputs are tried too, because what is past the end of a table in one may be within it in
     another.
-
-    Args:
-        session: the pair.
-        probe: the inputs on which they diverge.
-        found: where they do.
     """
     path = "" if found.where == session.model_name else found.where
     model = session.runs("float64")[1].module
@@ -47,16 +47,10 @@ def explain_output(session: PairSession, probe: str, found: Divergence) -> Diver
 def describe_match(
     calls: Iterable[tuple[Replay, np.ndarray]], modules: Mapping[str, torch.nn.Module]
 ) -> str | None:
-    """Describe the first change that makes a call produce the expected output.
-
-    None if none does within 20 s per call.
-
-    Args:
-        calls: each with its expected output.
-        modules: of the model, by path, whose weights may be the right ones.
-    """
+    """Describe the first change that makes a call's output as expected; None after 20 s each."""
     for replay, target in calls:
         start = time.perf_counter()
+        # Of the same model: their weights may be the right ones.
         others = {name: x for name, x in modules.items() if x is not replay.module}
         for words, output in _attempts(replay, others):
             if output is not None and float64_gap(target, output) is None:
@@ -87,31 +81,23 @@ def _divergent_calls(
 
     flax.traces(batch, keep)
     model, divergent = port.module, port.module.get_submodule(path)
+    modules = {name: x for name, x in model.named_modules() if name in called}
+    own, prefix = dict(divergent.named_modules()), f"{path}." if path else ""
+    inside = {name: x for name, x in own.items() if name and prefix + name in called}
+    bare = {name: x for name, x in own.items() if name not in inside and _is_bare(x)}
     calls = {module: _calls(port, batch, module) for module in (divergent, model)}
-    for (args, kwargs), target in zip(calls[divergent], targets, strict=False):
-        inside = {
-            name.removeprefix(f"{path}.") if path else name: submodule
-            for name, submodule in model.named_modules()
-            if name in called and name != path and (not path or name.startswith(f"{path}."))
-        }
-        replay = Replay(divergent, args, kwargs, inside)
+    for call, target in zip(calls[divergent], targets, strict=False):
+        replay = Replay(divergent, *call, inside)
         output = replay.output()
         if output is not None and float64_gap(target.output, output) is None:
             continue
         yield replay, target.output
-        bare = {
-            name: submodule
-            for name, submodule in divergent.named_modules()
-            if name not in inside and _is_bare(submodule)
-        }
         if bare:
-            yield Replay(divergent, args, kwargs, inside | bare), target.output
+            yield Replay(divergent, *call, inside | bare), target.output
         if path and len(targets) == len(calls[model]) == 1:
-            outside = {
-                name: submodule
-                for name, submodule in model.named_modules()
-                if name in called and name and not f"{path}.".startswith(f"{name}.")
-            } | {path: divergent}
+            around = {x for x in modules if f"{path}.".startswith(f"{x}.")} | {""}
+            outside = {name: x for name, x in modules.items() if name not in around}
+            outside[path] = divergent
             yield Replay(model, *calls[model][0], outside, divergent), target.output
         return
 
@@ -124,13 +110,8 @@ def _is_bare(module: torch.nn.Module) -> bool:
 def _calls(run: TorchRunner, batch: Batch, module: torch.nn.Module) -> list[tuple[tuple, dict]]:
     """Return the arguments of each call of a module in a forward pass."""
     calls: list[tuple[tuple, dict]] = []
-    handle = module.register_forward_pre_hook(
-        lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
-    )
-    try:
+    with module.register_forward_pre_hook(lambda _, a, k: calls.append((a, k)), with_kwargs=True):
         run.outputs(batch)
-    finally:
-        handle.remove()
     return calls
 
 
@@ -147,17 +128,18 @@ def _attempts(
     for words, weights in readings(replay.module, others):
         yield words, replay.output(weights=weights)
     # One line of code that runs several times, as for queries and keys.
-    lines = Counter((done.name, done.line) for done in operations if done.line)
-    for done in operations:
-        if lines.pop((done.name, done.line), 0) > 1:
-            places = {
-                at for at, x in enumerate(operations) if (x.name, x.line) == (done.name, done.line)
-            }
-            for number, (words, _) in enumerate(alternatives(done, sizes)):
-                yield (
-                    named(words, done.operation, done.line),
-                    replay.output(_at_all(places, operations, sizes, number)),
-                )
+    lines: dict[tuple[str, str], list[int]] = {}
+    for place, done in enumerate(operations):
+        if done.line:
+            lines.setdefault((done.name, done.line), []).append(place)
+    for places in lines.values():
+        done = operations[places[0]]
+        for number, (words, _) in enumerate(alternatives(done, sizes) if len(places) > 1 else ()):
+
+            def change(at: int, _: object, places=places, number=number) -> Operation | None:
+                return alternative(operations[at], sizes, number) if at in places else None
+
+            yield named(words, done.operation, done.line), replay.output(change)
     at_hand = {
         f"the {side} of {path}": x
         for path, args, output in submodule_calls
@@ -176,52 +158,30 @@ def _submodule_attempts(
     """Leave a submodule out, put another in its place, or shift its ids by one."""
     for number, (path, args, _) in enumerate(submodule_calls):
 
-        def tried(instead: Callable, number=number) -> np.ndarray | None:
-            return replay.output(exchange=_at_call(number, instead))
+        def tried(instead: Operation, number=number) -> np.ndarray | None:
+            count = itertools.count()
 
-        inputs = [x for x in args if isinstance(x, torch.Tensor)]
-        yield f"{path} left out", tried(lambda _, given, kwargs: given[0])
-        if _is_bare(replay.agreeing[path]):
+            def exchange(_: str, __: object, given: tuple, kwargs: dict, output: object) -> object:
+                return instead(*given, **kwargs) if next(count) == number else None
+
+            return replay.output(exchange=exchange)
+
+        own, inputs = replay.agreeing[path], [x for x in args if isinstance(x, torch.Tensor)]
+        yield f"{path} left out", tried(lambda x, *args, **kwargs: x)
+        if _is_bare(own):
             for words, function in ACTIVATIONS.items():
-                yield f"{words} for {path}", tried(lambda _, given, kwargs, f=function: f(given[0]))
+                yield f"{words} for {path}", tried(lambda x, *args, f=function, **kwargs: f(x))
         if inputs and not inputs[0].is_floating_point():
             for shift in (1, -1):
 
-                def shifted(module, given, kwargs, shift=shift):
-                    return module.forward((given[0] + shift).clamp(min=0), *given[1:], **kwargs)
+                def shifted(x, *args, own=own, shift=shift, **kwargs):
+                    return own.forward((x + shift).clamp(min=0), *args, **kwargs)
 
                 yield f"ids {shift:+d} for {path}", tried(shifted)
         for other, module in replay.agreeing.items():
-            if other != path and type(module) is type(replay.agreeing[path]):
-                yield (
-                    f"{other} in place of {path}",
-                    tried(lambda _, given, kwargs, module=module: module.forward(*given, **kwargs)),
-                )
+            if other != path and type(module) is type(own):
+                yield f"{other} in place of {path}", tried(module.forward)
 
 
-def _at_call(number: int, instead: Callable) -> Exchange:
-    """Replace the output of one submodule call by a function of (module, args, kwargs)."""
-    count = itertools.count()
-
-    def exchange(
-        _: str, module: torch.nn.Module, args: tuple, kwargs: dict, output: object
-    ) -> object:
-        return instead(module, args, kwargs) if next(count) == number else None
-
-    return exchange
-
-
-def _at(place: int, instead: Callable) -> Change:
+def _at(place: int, instead: Operation) -> Change:
     return lambda at, _: instead if at == place else None
-
-
-def _at_all(places: set[int], operations: list[Done], sizes: list[int], number: int) -> Change:
-    """Replace every operation of a line by the same alternative."""
-
-    def change(at: int, _: object) -> Callable | None:
-        if at not in places:
-            return None
-        found = itertools.islice(alternatives(operations[at], sizes), number, None)
-        return next(found, (None, None))[1]
-
-    return change

@@ -8,16 +8,14 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch.nn import functional
 
-from parity.check.causes.replay import Done
+from parity.check.causes.replay import Done, Operation
 from parity.frameworks.capture import leaves_of
 
-Instead = Callable[..., Any]
-Found = Iterator[tuple[str, Instead]]
+Found = Iterator[tuple[str, Operation]]  # descriptions, and what to call instead
 
 _SIZES = 8
 _EPSILONS = 1e-5, 1e-6, 1e-8, 1e-12, 1e-3, 1e-7, 0.0, torch.finfo(torch.float32).eps
@@ -37,12 +35,7 @@ _SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 
 
 def alternatives(done: Done, sizes: Collection[int]) -> Found:
-    """Yield alternatives to one operation, each with a description and what to call instead.
-
-    Args:
-        done: the operation.
-        sizes: of axes, of which scales are made.
-    """
+    """Yield alternatives to one operation; scales are made of the sizes of axes."""
     if done.name in _INTEGRAL and _is_integral(done.result):
         yield from _integers(done)
     elif done.name in _SCALED:
@@ -57,29 +50,30 @@ def alternatives(done: Done, sizes: Collection[int]) -> Found:
         yield from _arithmetic(done, sizes)
 
 
-def _same(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+def alternative(done: Done, sizes: Collection[int], number: int) -> Operation | None:
+    """Return the alternative of that number, if there are so many."""
+    found = itertools.islice(alternatives(done, sizes), number, None)
+    return next(found, (None, None))[1]
+
+
+def left_out(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
     """Return the first argument: the operation left out."""
     return x
 
 
-def _then(operation: Instead, change: Instead) -> Instead:
+def _then(operation: Operation, change: Operation) -> Operation:
     """Change the result of an operation."""
     return lambda *args, **kwargs: change(operation(*args, **kwargs))
 
 
-def _with(operation: Instead, **changes: object) -> Instead:
+def _with(operation: Operation, **changes: object) -> Operation:
     """Call an operation with other keyword arguments."""
     return lambda *args, **kwargs: operation(*args, **kwargs | changes)
 
 
-def _on(operation: Instead, change: Instead) -> Instead:
-    """Change the first argument of an operation."""
-    return lambda x, *args, **kwargs: operation(change(x), *args, **kwargs)
-
-
-def _tiled(x: torch.Tensor, n: int, dim: int | None = None, **kwargs: object) -> torch.Tensor:
-    """Repeat a tensor as a whole, not each of its entries."""
-    return torch.cat([x] * n, dim=dim if dim is not None else 0)
+def on_argument(place: int, operation: Operation, change: Operation) -> Operation:
+    """Change one argument of an operation."""
+    return lambda *a, **k: operation(*a[:place], change(a[place]), *a[place + 1 :], **k)
 
 
 def _integers(done: Done) -> Found:
@@ -87,7 +81,7 @@ def _integers(done: Done) -> Found:
     for shift in (1, -1):
         yield f"{words} {shift:+d}", _then(done.operation, lambda x, s=shift: x + s)
     if done.name == "add" and all(isinstance(x, torch.Tensor) for x in done.args[:2]):
-        yield "x in place of x + y", _same
+        yield "x in place of x + y", left_out
 
 
 def _activations(done: Done) -> Found:
@@ -120,8 +114,13 @@ def _triangles(done: Done) -> Found:
 
 
 def _casts(done: Done) -> Found:
-    if _is_narrower(done.args[0], done.result):
-        yield f"no cast to {done.result.dtype}".replace("torch.", ""), _same
+    floats = [
+        torch.finfo(x.dtype)
+        for x in (done.args[0], done.result)
+        if isinstance(x, torch.Tensor) and x.is_floating_point()
+    ]
+    if len(floats) == 2 and floats[1].bits < floats[0].bits:
+        yield f"no cast to {floats[1].dtype}", left_out
 
 
 def _norms(done: Done) -> Found:
@@ -133,11 +132,8 @@ def _norms(done: Done) -> Found:
         if epsilon != now and "eps" in kwargs:
             yield f"eps={epsilon:g}", _with(operation, eps=epsilon)
         elif epsilon != now and place is not None:
-            yield (
-                f"eps={epsilon:g}",
-                lambda *a, e=epsilon, **k: operation(*a[:place], e, *a[place + 1 :], **k),
-            )
-    yield "no norm", _same
+            yield f"eps={epsilon:g}", on_argument(place, operation, lambda _, e=epsilon: e)
+    yield "no norm", left_out
     if done.name == "layer_norm":
         if (weight := kwargs.get("weight")) is not None:
             yield "no scale", _with(operation, weight=None)
@@ -149,14 +145,8 @@ def _norms(done: Done) -> Found:
         yield "eps added to the deviation", _layer_norm(unbiased=False, centred=True, outside=True)
 
 
-def _layer_norm(unbiased: bool, centred: bool, outside: bool = False) -> Instead:
-    """Make a layer norm by hand.
-
-    Args:
-        unbiased: divide by n - 1 in the variance.
-        centred: subtract the mean.
-        outside: add epsilon to the deviation, not to the variance.
-    """
+def _layer_norm(unbiased: bool, centred: bool, outside: bool = False) -> Operation:
+    """Make a layer norm by hand; `outside` adds epsilon to the deviation, not to the variance."""
 
     def norm(x, shape, weight=None, bias=None, eps=1e-5):
         axes = tuple(range(-len(shape), 0))
@@ -182,35 +172,32 @@ def _linear(done: Done) -> Found:
 
 def _convolutions(done: Done) -> Found:
     """Yield paddings: torch pads both ends alike, "SAME" in jax pads more at the end if uneven."""
-    names = "input", "weight", "bias", "stride", "padding", "dilation", "groups"
-    defaults: dict[str, Any] = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    given = defaults | dict(zip(names, done.args, strict=False)) | done.kwargs
-    x, weight, bias, groups = (given[name] for name in ("input", "weight", "bias", "groups"))
+
+    def arguments(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+        return input, weight, bias, stride, padding, dilation, groups
+
+    x, weight, bias, *rest = arguments(*done.args, **done.kwargs)
     space, window = x.shape[2:], weight.shape[2:]
     strides, dilations = (
         (value,) * len(space) if isinstance(value, int) else tuple(value)
-        for value in (given["stride"], given["dilation"])
+        for value in (rest[0], rest[2])
     )
     ends: list[int] = []
     for size, taps, step, gap in zip(space, window, strides, dilations, strict=True):
         total = max((-(-size // step) - 1) * step + (taps - 1) * gap + 1 - size, 0)
         ends = [total // 2, total - total // 2, *ends]
-    paddings = {
-        "SAME as jax pads": ends,
-        "no padding": [0] * len(ends),
-        "padding of half the window": [n // 2 for n in reversed(window) for _ in range(2)],
-    }
-    for words, pads in paddings.items():
+    unpadded = strides, 0, dilations, rest[3]
+    for words, pads in (
+        ("SAME as jax pads", ends),
+        ("no padding", [0] * len(ends)),
+        ("padding of half the window", [n // 2 for n in reversed(window) for _ in range(2)]),
+    ):
 
-        def padded(
-            x: torch.Tensor, *args: object, pads: list[int] = pads, **kwargs: object
-        ) -> object:
-            x = functional.pad(x, pads)
-            return done.operation(x, weight, bias, strides, 0, dilations, groups)
+        def padded(x: torch.Tensor, *a: object, pads: list[int] = pads, **k: object) -> object:
+            return done.operation(functional.pad(x, pads), weight, bias, *unpadded)
 
         yield words, padded
     flipped = weight.flip(tuple(range(2, weight.ndim)))
-    rest = given["stride"], given["padding"], given["dilation"], groups
     yield "the window back to front", lambda x, *a, **k: done.operation(x, flipped, bias, *rest)
     if bias is not None:
         yield "no bias", lambda x, *a, **k: done.operation(x, weight, None, *rest)
@@ -250,7 +237,7 @@ def _inside_attention(done: Done, sizes: Collection[int]) -> Found:
     inner = Done(original, (like,) * 3, {}, "", None)
     for words, attention in _fused_attention(inner, {*sizes, width}):
 
-        def patched(*args: object, attention: Instead = attention, **kwargs: object) -> object:
+        def patched(*args: object, attention: Operation = attention, **kwargs: object) -> object:
             functional.scaled_dot_product_attention = attention
             try:
                 return done.operation(*args, **kwargs | {"need_weights": False})
@@ -263,33 +250,27 @@ def _inside_attention(done: Done, sizes: Collection[int]) -> Found:
 def _embedding(done: Done) -> Found:
     rows, width = done.args[1].shape
     for shift in (1, -1, 2):
-        shifted = _on(done.operation, lambda ids, s=shift: (ids + s).clamp(0, rows - 1))
+        shifted = on_argument(0, done.operation, lambda ids, s=shift: (ids + s).clamp(0, rows - 1))
         yield f"ids shifted by {shift:+d}", shifted
-    yield "all ids 0", _on(done.operation, lambda ids: ids * 0)
+    yield "all ids 0", on_argument(0, done.operation, lambda ids: ids * 0)
     yield f"times sqrt({width})", _then(done.operation, lambda x: x * width**0.5)
 
 
 def _masked(done: Done) -> Found:
     operation, args, keeps = done.operation, done.args, done.name == "where"
-    if len(args) != 3 or not isinstance(mask := args[0 if keeps else 1], torch.Tensor):
+    place = 0 if keeps else 1
+    if len(args) != 3 or not isinstance(mask := args[place], torch.Tensor):
         return
-
-    def masked(change: Callable[[torch.Tensor], torch.Tensor]) -> Instead:
-        if keeps:
-            return _on(operation, change)
-        return lambda x, mask, *a, **k: operation(x, change(mask), *a, **k)
-
-    yield "the mask inverted", masked(lambda mask: ~mask)
-    yield "no mask", masked(lambda mask: torch.full_like(mask, keeps))
+    yield "the mask inverted", on_argument(place, operation, lambda mask: ~mask)
+    yield "no mask", on_argument(place, operation, lambda mask: torch.full_like(mask, keeps))
     if mask.ndim and mask.shape[-1] > 1:
         for shift in (1, -1):
-            yield f"the mask shifted by {shift:+d}", masked(lambda m, s=shift: _shifted(m, s))
+            shifted = on_argument(place, operation, lambda mask, s=shift: _shifted(mask, s))
+            yield f"the mask shifted by {shift:+d}", shifted
     # Against a number that is minus infinity for all purposes: what leaks through a small one.
-    for value in (0.0, -1.0, -math.e, -10.0, -1e4, -1e9):
-        if not keeps:
-            yield f"{value:g} behind the mask", lambda x, m, *a, v=value: operation(x, m, v)
-        elif isinstance(args[2], float | int) and not isinstance(args[2], bool):
-            yield f"{value:g} behind the mask", lambda m, x, *a, v=value: operation(m, x, v)
+    is_number = isinstance(args[2], float | int) and not isinstance(args[2], bool)
+    for value in (0.0, -1.0, -math.e, -10.0, -1e4, -1e9) if is_number or not keeps else ():
+        yield f"{value:g} behind the mask", on_argument(2, operation, lambda _, v=value: v)
 
 
 def _shifted(mask: torch.Tensor, by: int) -> torch.Tensor:
@@ -335,13 +316,15 @@ def _cross_entropy(done: Done) -> Found:
 def _slices(done: Done) -> Found:
     """Leave out the last where a slice leaves out the first, and the other way round."""
     index = done.args[1] if isinstance(done.args[1], tuple) else (done.args[1],)
+    first, last = ("[1:]", slice(1, None)), ("[:-1]", slice(None, -1))
     for place, part in enumerate(index):
-        if isinstance(part, slice) and part in (slice(1, None), slice(None, -1)):
-            other, words = slice(None, -1), "[:-1] in place of [1:]"
-            if part == other:
-                other, words = slice(1, None), "[1:] in place of [:-1]"
-            changed = *index[:place], other, *index[place + 1 :]
-            yield words, lambda x, i, o=changed: done.operation(x, o)
+        for (now, given), (words, other) in ((first, last), (last, first)):
+            if isinstance(part, slice) and part == given:
+                changed = *index[:place], other, *index[place + 1 :]
+                yield (
+                    f"{words} in place of {now}",
+                    on_argument(1, done.operation, lambda _, o=changed: o),
+                )
 
 
 def _arithmetic(done: Done, sizes: Collection[int]) -> Found:
@@ -356,10 +339,11 @@ def _arithmetic(done: Done, sizes: Collection[int]) -> Found:
         if name.endswith("add") and 0 < number < 1e-2:
             for epsilon in _EPSILONS:
                 if epsilon != number:
-                    yield f"eps={epsilon:g}", lambda *a, e=epsilon, **k: _tensor_of(a) + e
+                    place = 1 if isinstance(args[1], float) else 0
+                    yield f"eps={epsilon:g}", on_argument(place, operation, lambda _, e=epsilon: e)
     elif len(tensors) == 2:
         sign = next(sign for word, sign in _SIGNS.items() if word in name)
-        yield f"x in place of x {sign} y", _same
+        yield f"x in place of x {sign} y", left_out
         yield f"y in place of x {sign} y", lambda x, y, **k: y
         if sign == "+":
             yield "x - y in place of x + y", lambda x, y, **k: x - y
@@ -374,42 +358,20 @@ def substitutes(done: Done, others: Mapping[str, torch.Tensor]) -> Found:
     for place, side in enumerate(done.args[:2]):
         for name, tensor in others.items():
             if isinstance(side, torch.Tensor) and side.shape == tensor.shape and side is not tensor:
-
-                def other(*a, place=place, tensor=tensor, **k):
-                    return done.operation(*a[:place], tensor, *a[place + 1 :], **k)
-
-                yield f"{name} on the {('left', 'right')[place]} of its sum", other
+                words = f"{name} on the {('left', 'right')[place]} of its sum"
+                yield words, on_argument(place, done.operation, lambda _, tensor=tensor: tensor)
 
 
 def common_sizes(operations: Iterable[Done]) -> list[int]:
     """Return sizes of axes of which a scale may be made, the most frequent first."""
-    found = Counter(
-        size
-        for done in operations
-        for x in leaves_of(done.args)
-        if isinstance(x, torch.Tensor)
-        for size in x.shape
-        if size > 1
-    )
+    arguments = (x for done in operations for x in leaves_of(done.args))
+    shapes = (x.shape for x in arguments if isinstance(x, torch.Tensor))
+    found = Counter(size for shape in shapes for size in shape if size > 1)
     return [size for size, _ in found.most_common(_SIZES)]
-
-
-def _tensor_of(args: tuple) -> torch.Tensor:
-    return next(x for x in args if isinstance(x, torch.Tensor))
 
 
 def _is_integral(result: object) -> bool:
     return isinstance(result, torch.Tensor) and result.dtype in (torch.int32, torch.int64)
-
-
-def _is_narrower(x: object, result: object) -> bool:
-    return (
-        isinstance(x, torch.Tensor)
-        and isinstance(result, torch.Tensor)
-        and x.is_floating_point()
-        and result.is_floating_point()
-        and torch.finfo(result.dtype).bits < torch.finfo(x.dtype).bits
-    )
 
 
 def _scales(sizes: Collection[int], now: float) -> Iterator[tuple[str, float]]:
@@ -449,14 +411,17 @@ _PLAIN: dict[str, Callable[[Done], Found]] = {
     )
     for name in names.split()
 }
-_FIXED: dict[str, tuple[str, Instead]] = {
+_FIXED: dict[str, tuple[str, Operation]] = {
     "argmax": ("argmin in place of argmax", torch.argmin),
     "argmin": ("argmax in place of argmin", torch.argmax),
     "cat": ("parts in reverse order", lambda parts, *a, **k: torch.cat(parts[::-1], *a, **k)),
-    "flip": ("no flip", _same),
+    "flip": ("no flip", left_out),
     "mean": ("a sum in place of the mean", torch.sum),
-    "neg": ("no change of sign", _same),
-    "repeat_interleave": ("repeats tiled, not next to each other", _tiled),
-    "roll": ("no roll", _same),
+    "neg": ("no change of sign", left_out),
+    "repeat_interleave": (
+        "repeats tiled, not next to each other",
+        lambda x, n, dim=None, **k: torch.cat([x] * n, dim=dim or 0),
+    ),
+    "roll": ("no roll", left_out),
     "sum": ("a mean in place of the sum", torch.mean),
 }

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from parity.frameworks.capture import leaves_of
@@ -28,24 +29,17 @@ Exchange = Callable[[str, torch.nn.Module, tuple, dict, object], object]
 _SILENT = {"__get__", "__set__", "_set_grad_enabled"}
 _CAUSES = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _PARITY = os.path.dirname(os.path.dirname(os.path.dirname(_CAUSES))) + os.sep
+_TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """One operation of a module's own code.
-
-    Attributes:
-        operation: as torch calls it.
-        args: its arguments.
-        kwargs: by name.
-        line: file and line of the call; "" inside of torch.
-        result: its result.
-    """
+    """One operation of a module's own code, as torch calls it."""
 
     operation: Operation
     args: tuple
     kwargs: dict[str, Any]
-    line: str
+    line: str  # file and line of the call; "" inside of torch
     result: Any
 
     @property
@@ -55,14 +49,9 @@ class Done:
 
 
 class Replay:
-    """One call of one module that can be repeated.
+    """One call of a module that can be repeated, up to the first output of an observed one in it.
 
-    Args:
-        module: the one to run.
-        args: of the call.
-        kwargs: of the call.
-        agreeing: modules inside it, by path, whose operations are not its own.
-        observed: the module inside it whose first output is wanted; itself when None.
+    Agreeing modules, by path, are inside it, and their operations are not its own.
     """
 
     def __init__(
@@ -73,9 +62,8 @@ class Replay:
         agreeing: Mapping[str, torch.nn.Module],
         observed: torch.nn.Module | None = None,
     ):
-        self.module = module
-        self.agreeing = agreeing
-        self._args, self._kwargs, self._observed = args, kwargs, observed
+        self.module, self.agreeing, self._observed = module, agreeing, observed
+        self._call = args, dict(kwargs)
 
     def output(
         self,
@@ -83,18 +71,10 @@ class Replay:
         exchange: Exchange = lambda path, module, args, kwargs, output: None,
         weights: Mapping[str, torch.Tensor] | None = None,
     ) -> np.ndarray | None:
-        """Return the first array of the output; None if the module raises.
-
-        Args:
-            change: replaces operations.
-            exchange: replaces outputs of submodules.
-            weights: parameters to use instead of the module's own, by name.
-        """
-        with torch.no_grad(), _Watch(change) as watch, self._hooked(watch, exchange):
+        """Return the output's first array with this changed; None if the module raises."""
+        with torch.no_grad(), Watch(change) as watch, self._hooked(watch, exchange):
             try:
-                output = torch.func.functional_call(
-                    self.module, dict(weights or {}), self._args, dict(self._kwargs)
-                )
+                output = functional_call(self.module, dict(weights or {}), *self._call)
             except _Observed as seen:
                 output = seen.output
             except Exception:  # shapes that do not fit, say: then it was not that
@@ -104,15 +84,14 @@ class Replay:
 
     def operations(self) -> list[Done]:
         """Return the module's own operations, in order."""
-        seen = []
+        seen: list[Done] = []
 
-        def look(place: int, operation: Operation) -> Operation:
+        def look(_: int, operation: Operation) -> Operation:
             line = place_of_caller()[1]
 
             def watched(*args: object, **kwargs: object) -> object:
-                result = operation(*args, **kwargs)
-                seen.append(Done(operation, args, kwargs, line, result))
-                return result
+                seen.append(Done(operation, args, kwargs, line, operation(*args, **kwargs)))
+                return seen[-1].result
 
             return watched
 
@@ -130,36 +109,29 @@ class Replay:
         return seen
 
     @contextlib.contextmanager
-    def _hooked(self, watch: "_Watch", exchange: Exchange) -> Iterator[None]:
+    def _hooked(self, watch: "Watch", exchange: Exchange) -> Iterator[None]:
         """Watch no operation while an agreeing module runs."""
-        handles = []
 
         def enter(*_: object) -> None:
             watch.depth += 1
 
-        for path, submodule in self.agreeing.items():
+        def observe(module, args, output):
+            raise _Observed(output)
 
-            def leave(submodule, args, kwargs, output, path=path):
-                # Its depth is kept meanwhile: what an exchange runs is no operation of the module.
-                replaced = None
-                if watch.depth == 1:
-                    replaced = exchange(path, submodule, args, kwargs, output)
-                watch.depth -= 1
-                return replaced
+        with contextlib.ExitStack() as hooks:
+            for path, submodule in self.agreeing.items():
 
-            handles.append(submodule.register_forward_pre_hook(enter))
-            handles.append(submodule.register_forward_hook(leave, with_kwargs=True))
-        if self._observed is not None:
+                def leave(*call, path=path):
+                    # Its depth is kept meanwhile: what an exchange runs is no operation of its own.
+                    replaced = exchange(path, *call) if watch.depth == 1 else None
+                    watch.depth -= 1
+                    return replaced
 
-            def observe(module, args, output):
-                raise _Observed(output)
-
-            handles.append(self._observed.register_forward_hook(observe))
-        try:
+                hooks.enter_context(submodule.register_forward_pre_hook(enter))
+                hooks.enter_context(submodule.register_forward_hook(leave, with_kwargs=True))
+            if self._observed is not None:
+                hooks.enter_context(self._observed.register_forward_hook(observe))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
 
 class _Observed(BaseException):
@@ -169,7 +141,9 @@ class _Observed(BaseException):
         self.output = output
 
 
-class _Watch(TorchFunctionMode):
+class Watch(TorchFunctionMode):
+    """While entered, passes every operation to `change`, unless `depth` is set."""
+
     def __init__(self, change: Change):
         super().__init__()
         self._change, self._place, self.depth = change, 0, 0
@@ -182,20 +156,13 @@ class _Watch(TorchFunctionMode):
         return (self._change(place, func) or func)(*args, **kwargs)
 
 
-@contextlib.contextmanager
-def watched(change: Change) -> Iterator[None]:
-    """Run a block with every operation passed to `change`."""
-    with _Watch(change):
-        yield
-
-
 def name_of(operation: Operation) -> str:
     """Return an operation's name, without underscores around it."""
     return getattr(operation, "__name__", "").strip("_")
 
 
 def named(words: str, operation: Operation, line: str | None = None) -> str:
-    """Return words followed by the operation and its line; the present line if None."""
+    """Describe an operation: words, its name, and its line, which is the present one if None."""
     line = place_of_caller()[1] if line is None else line
     return f"{words} ({name_of(operation)}{', ' if line else ''}{line})"
 
@@ -203,16 +170,16 @@ def named(words: str, operation: Operation, line: str | None = None) -> str:
 def place_of_caller() -> tuple[tuple[CodeType, int] | None, str]:
     """Return the instruction outside of torch and parity that called an operation, and its line.
 
-    None and "" where there is none.
+    Returns:
+        None and "" where there is none.
     """
     frame = sys._getframe(1)
-    torch_folder = os.path.dirname(torch.__file__) + os.sep
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith((_PARITY, torch_folder)):
+        if not name.startswith((_PARITY, _TORCH)):
             place = frame.f_code, frame.f_lasti
             return place, f"{os.path.basename(name)}:{frame.f_lineno}"
         if name.startswith(_PARITY) and not name.startswith(_CAUSES):
-            return None, ""
+            break
         frame = frame.f_back
     return None, ""

@@ -11,12 +11,7 @@ Weights = dict[str, torch.Tensor]
 def readings(
     module: torch.nn.Module, others: Mapping[str, torch.nn.Module]
 ) -> Iterator[tuple[str, Weights]]:
-    """Yield other weights for a module, each with a description and by the names that change.
-
-    Args:
-        module: the divergent one.
-        others: modules of the same model, by path.
-    """
+    """Yield other weights for a module, each with a description and by the names that change."""
     own = _floats(module)
     for path, other in others.items():
         theirs = _floats(other)
@@ -74,34 +69,26 @@ def _exchanged(own: Weights) -> Iterator[tuple[str, Weights]]:
 
 def _paired_otherwise(own: Weights) -> Iterator[tuple[str, Weights]]:
     """Reorder queries and keys for a rotation that pairs neighbours, not halves, or back."""
-    owners = sorted({name.rpartition(".")[0] for name in own if "." in name})
-    for a, b in itertools.combinations(owners, 2):
-        group = {
-            name: x for name, x in own.items() if name.rpartition(".")[0] in (a, b) and x.ndim <= 2
-        }
+    owners = {name: name.rpartition(".")[0] for name in own}
+    for a, b in itertools.combinations(sorted({*owners.values()} - {""}), 2):
+        group = {name: x for name, x in own.items() if owners[name] in (a, b) and x.ndim <= 2}
         rows = {x.shape[0] for x in group.values()}
         for width in range(4, min(rows, default=0) + 1, 2):
             if any(size % width for size in rows):
                 continue
             halves = torch.arange(width).reshape(2, -1).T.reshape(-1)
             for words, order in (("neighbours", torch.argsort(halves)), ("halves", halves)):
-                changed = {
-                    name: x.unflatten(0, (-1, width))[:, order].flatten(0, 1)
-                    for name, x in group.items()
-                }
+                parts = {name: x.unflatten(0, (-1, width))[:, order] for name, x in group.items()}
+                changed = {name: x.flatten(0, 1) for name, x in parts.items()}
                 yield f"{words} paired in the rotation of {a} and {b}, {width} wide", changed
 
 
 def _reordered(own: Weights) -> Iterator[tuple[str, Weights]]:
     """Reorder parts that are fused along an axis, such as q, k, v or the gates of a cell."""
     for axis, count in itertools.product((0, -1), (3, 4)):
-        fused = {
-            name: x
-            for name, x in own.items()
-            if x.shape[axis] % count == 0 and x.shape[axis] >= 2 * count
-        }
-        widths = {x.shape[axis] for x in fused.values()}
-        groups = [[name for name in fused if fused[name].shape[axis] == width] for width in widths]
+        widths = {name: x.shape[axis] for name, x in own.items()}
+        fused = {x: own[x] for x, n in widths.items() if n % count == 0 and n >= 2 * count}
+        groups = [[x for x in fused if widths[x] == n] for n in {widths[x] for x in fused}]
         # All that have such parts together, and each alone.
         for names in dict.fromkeys(map(tuple, [*groups, *([name] for name in fused)])):
             words = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
@@ -111,21 +98,12 @@ def _reordered(own: Weights) -> Iterator[tuple[str, Weights]]:
                     parts = {name: fused[name].chunk(count, axis) for name in names}
                     changed = {n: torch.cat([parts[n][p] for p in order], axis) for n in names}
                     yield f"{count} fused parts of {words} in the order {numbers}", changed
-            yield from _alternating({name: fused[name] for name in names}, axis, count, words)
-
-
-def _alternating(
-    group: Weights, axis: int, count: int, words: str
-) -> Iterator[tuple[str, Weights]]:
-    """Let fused parts alternate head by head, or undo that."""
-    width = next(iter(group.values())).shape[axis] // count
-    for heads in range(2, width + 1):
-        if width % heads == 0:
-            for shape in ((count, heads, -1), (heads, count, -1)):
-                yield (
-                    f"{count} fused parts of {words} alternating over {heads} heads",
-                    {name: _swapped(x, axis, shape) for name, x in group.items()},
-                )
+            # Parts that alternate head by head, or no longer do.
+            width = widths[names[0]] // count
+            for heads in (n for n in range(2, width + 1) if width % n == 0):
+                for shape in ((count, heads, -1), (heads, count, -1)):
+                    changed = {name: _swapped(fused[name], axis, shape) for name in names}
+                    yield f"{count} fused parts of {words} alternating over {heads} heads", changed
 
 
 def _swapped(x: torch.Tensor, axis: int, shape: tuple[int, int, int]) -> torch.Tensor:

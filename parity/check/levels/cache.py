@@ -99,15 +99,9 @@ def locate(session: PairSession, records: list[Record]) -> Divergence | None:
 
 def _by_token(traces: list[Trace], real: np.ndarray) -> list[Trace]:
     """Return traces cut to real tokens, without those that are not laid out (B, T, ...)."""
-    return [
-        Trace(
-            trace.path,
-            tuple(x[real] for x in trace.inputs if x.shape[:2] == real.shape),
-            trace.output[real],
-        )
-        for trace in traces
-        if trace.output.shape[:2] == real.shape
-    ]
+    inputs = [tuple(x[real] for x in t.inputs if x.shape[:2] == real.shape) for t in traces]
+    both = zip(traces, inputs, strict=True)
+    return [Trace(t.path, x, t.output[real]) for t, x in both if t.output.shape[:2] == real.shape]
 
 
 def _joined(traces: list[Trace], calls: Calls, real: np.ndarray) -> list[Trace]:
@@ -120,10 +114,7 @@ def _joined(traces: list[Trace], calls: Calls, real: np.ndarray) -> list[Trace]:
         return assemble(calls, arrays, (*real.shape, *arrays[0].shape[2:]))[real]
 
     def per_token(arrays: Sequence[np.ndarray]) -> bool:
-        return all(
-            array.shape[:2] == tokens.shape
-            for array, (tokens, _) in zip(arrays, calls, strict=True)
-        )
+        return [x.shape[:2] for x in arrays] == [tokens.shape for tokens, _ in calls]
 
     joined = []
     for path, group in by_path.items():

@@ -7,19 +7,13 @@ from parity.weights.weight_map import TransplantError
 
 
 def every_leaf_once(session: Session[Runner, Runner], dtype: str = "float32") -> Record:
-    """Return a record of all problems of the weight map; none when each leaf is used once.
-
-    Args:
-        session: whose weight map it is.
-        dtype: of the weights.
-    """
-    name = "every leaf once"
+    """Return a record of all problems of the weight map; none when each leaf is used once."""
     try:
         weight_map = session.weight_map
+        problems, count = 0, sum(len(link.flax) for link in weight_map.links)
+        ignored = ", ".join(weight_map.ignored)
+        note = f"ignored by the rules: {ignored}" if ignored else None
     except TransplantError as error:
-        problems, note = error.problems, "; ".join(error.problems)
-        return judge(name, dtype, "problems", len(problems), 0, len(problems), note=note)
-    used = sum(len(link.flax) for link in weight_map.links)
-    ignored = ", ".join(weight_map.ignored)
-    note = f"ignored by the rules: {ignored}" if ignored else None
-    return judge(name, dtype, "problems", 0, 0, used, note=note)
+        problems = count = len(error.problems)
+        note = "; ".join(error.problems)
+    return judge("every leaf once", dtype, "problems", problems, 0, count, note=note)

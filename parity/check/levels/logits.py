@@ -29,7 +29,9 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
         if session.impurities:
             continue
         gap, bound = relative_max_abs(flax, torch, flax), session.float64_bound
-        note = _padding_note(batch.real)
+        real = np.ones(1, bool) if batch.real is None else batch.real
+        padded = f"{np.count_nonzero(~real)} of {real.size} positions are padding, not compared"
+        note = None if real.all() else padded
         yield judge(name, "float64", "max_abs", gap, bound, flax.size, note=note)
         flips, bound = _unequal_as_float32(flax, torch), bounds.rounded_apart(flax.size)
         note = f"{flips} of {flax.size:,} logits round to another float32" if flips else None
@@ -54,12 +56,6 @@ def _unequal_as_float32(a: np.ndarray, b: np.ndarray) -> int:
     if a.shape != b.shape:
         return max(a.size, b.size)
     return int(np.count_nonzero(a.astype(np.float32) != b.astype(np.float32)))
-
-
-def _padding_note(real: np.ndarray | None) -> str | None:
-    if real is None or real.all():
-        return None
-    return f"{np.count_nonzero(~real)} of {real.size} positions are padding, not compared"
 
 
 def locate(session: "PairSession", records: list[Record]) -> Divergence | None:

@@ -30,6 +30,8 @@ from parity.report.record import IMPURE, Record, Verdict, abstain, judge
 if TYPE_CHECKING:  # as in locate
     from parity.check.pair_session import PairSession
 
+LeavesOf = Callable[[Leaves], Iterable[tuple[str, np.ndarray]]]
+
 # Numbers of a leaf that are compared, and of a large model's; smaller leaves are compared whole.
 SAMPLE, SAMPLE_LARGE = 1 << 16, 1 << 12
 
@@ -56,20 +58,14 @@ class _Step:
         return self.after[leaf] - self.before[leaf]
 
     def quantities(self, excluded: tuple[str, ...]) -> dict[str, list[str]]:
-        """Return the leaves to compare, by what is compared of them.
-
-        Under SGD nothing has moments. Beside them, the running statistics of a batch norm have
-        none: they follow weights, null ones too, and are compared as they stand.
-        """
+        """Return the leaves to compare, by what is compared of them."""
         names = [name for name in self.after if name not in excluded]
-        trained = [name for name in names if name in self.second] or names
-        moving = [name for name in trained if name in self.second]
-        compared = {
-            _UPDATE: trained,
-            _FIRST: moving,
-            _SECOND: moving,
-            _STATISTICS: [name for name in names if name not in trained],
-        }
+        moving = [name for name in names if name in self.second]
+        trained = moving or names  # under SGD nothing has moments
+        # Running statistics of a batch norm follow weights, null ones too, and are compared as
+        # they stand.
+        others = [name for name in names if name not in trained]
+        compared = {_UPDATE: trained, _FIRST: moving, _SECOND: moving, _STATISTICS: others}
         return {quantity: leaves for quantity, leaves in compared.items() if leaves}
 
     def value(self, quantity: str, leaf: str, truth: "_Step") -> np.ndarray:
@@ -87,7 +83,6 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
         yield abstain("optimizer", "the pair declares no trainer")
         return
     exact: list[_Step] = []
-    bound = session.float64_bound
     for number, dtype in enumerate(session.dtypes):
         flax_steps, torch_steps = _steps(session, dtype)
         if not exact:
@@ -95,59 +90,47 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
             if session.impurities:
                 yield abstain("float64", IMPURE)
                 continue
-        for index, (flax, torch) in enumerate(zip(flax_steps, torch_steps, strict=True)):
-            step, truth = index + 1, exact[index]
-            for quantity, leaves in truth.quantities(session.null_in_training).items():
-                name = f"step {step} {quantity}"
-                size = sum(flax.after[leaf].size for leaf in leaves)
-                if dtype == "float64":
-                    gaps = {
-                        leaf: relative_l2(*(x.value(quantity, leaf, truth) for x in (flax, torch)))
-                        for leaf in leaves
-                    }
-                    leaf = largest(gaps)
-                    made = judge(name, dtype, "relative_l2", gaps[leaf], bound, size)
-                    yield made.at(leaf, step)
-                else:
-                    gap = _error_ratio(quantity, leaves, flax, torch, truth)
-                    made = judge(name, dtype, "error_ratio", gap, bounds.RATIO, size)
-                    yield made.at(step=step)
-            judged = flax.after if dtype == "float64" else session.null_in_training
-            gaps = {x: max_abs(flax.update(x), torch.update(x)) for x in judged}
-            if gaps:
-                leaf = largest(gaps)
-                yield judge(
-                    f"step {step} largest gap of a single update",
-                    dtype,
-                    "learning_rates",
-                    gaps[leaf] / session.pair.learning_rate,
-                    bounds.SINGLE_UPDATE[dtype],
-                    sum(flax.after[x].size for x in gaps),
-                ).at(leaf, step)
-            gap = abs(flax.loss - torch.loss)
-            loss_bound = bounds.LOSS["float32"] if dtype == "float32" else bound
-            yield judge(f"step {step} loss", dtype, "max_abs", gap, loss_bound, 1).at(_LOSS, step)
-            gap = abs(flax.count - torch.count)
-            yield judge(f"step {step} count", dtype, "difference", gap, 0, 1).at(step=step)
+        for step, sides in enumerate(zip(flax_steps, torch_steps, exact, strict=True), 1):
+            for made in _compared(session, dtype, *sides):
+                yield dataclasses.replace(made, name=f"step {step} {made.name}", step=step)
         session.progress((number + 1) / len(session.dtypes))
+
+
+def _compared(
+    session: Session[Runner, Runner], dtype: str, flax: _Step, torch: _Step, truth: _Step
+) -> Iterator[Record]:
+    """Compare one step."""
+    is_exact = dtype == "float64"
+    bound = session.float64_bound if is_exact else bounds.LOSS[dtype]
+    for quantity, leaves in truth.quantities(session.null_in_training).items():
+        size = sum(flax.after[leaf].size for leaf in leaves)
+        if is_exact:
+            a, b = ({x: side.value(quantity, x, truth) for x in leaves} for side in (flax, torch))
+            gaps = {x: relative_l2(a[x], b[x]) for x in leaves}
+            leaf = largest(gaps)
+            yield judge(quantity, dtype, "relative_l2", gaps[leaf], bound, size).at(leaf)
+        else:
+            gap = _error_ratio(quantity, leaves, flax, torch, truth)
+            yield judge(quantity, dtype, "error_ratio", gap, bounds.RATIO, size)
+    judged = flax.after if is_exact else session.null_in_training
+    if gaps := {x: max_abs(flax.update(x), torch.update(x)) for x in judged}:
+        leaf, size = largest(gaps), sum(flax.after[x].size for x in gaps)
+        gap, limit = gaps[leaf] / session.pair.learning_rate, bounds.SINGLE_UPDATE[dtype]
+        name = "largest gap of a single update"
+        yield judge(name, dtype, "learning_rates", gap, limit, size).at(leaf)
+    yield judge("loss", dtype, "max_abs", abs(flax.loss - torch.loss), bound, 1).at(_LOSS)
+    yield judge("count", dtype, "difference", abs(flax.count - torch.count), 0, 1)
 
 
 def _steps(session: Session[Runner, Runner], dtype: str) -> tuple[list[_Step], list[_Step]]:
     """Take the steps of both sides, one after the other."""
-    steps = []
-    sides = zip(session.runs(dtype), (dict.items, session.weight_map.flax_leaves), strict=True)
-    for run, leaves in sides:
-        limit = SAMPLE_LARGE if session.is_large else SAMPLE
-        steps.append(_steps_of(session.trainer(run, HORIZON), session.pair, leaves, limit))
-    return steps[0], steps[1]
+    (flax, torch), limit = session.runs(dtype), SAMPLE_LARGE if session.is_large else SAMPLE
+    ours = _steps_of(session.trainer(flax, HORIZON), session.pair, dict.items, limit)
+    leaves = session.weight_map.flax_leaves
+    return ours, _steps_of(session.trainer(torch, HORIZON), session.pair, leaves, limit)
 
 
-def _steps_of(
-    trainer: Trainer,
-    pair: Pair,
-    leaves: Callable[[Leaves], Iterable[tuple[str, np.ndarray]]],
-    limit: int,
-) -> list[_Step]:
+def _steps_of(trainer: Trainer, pair: Pair, leaves: LeavesOf, limit: int) -> list[_Step]:
     def kept(whole: Leaves) -> Leaves:
         return {name: _sample(leaf, limit) for name, leaf in leaves(whole)}
 
@@ -165,31 +148,24 @@ def _steps_of(
 
 
 def _sample(leaf: np.ndarray, limit: int) -> np.ndarray:
-    """Copy a leaf, or `limit` of its numbers, so that steps of a large model fit into memory.
-
-    The others are compared at the end of the trajectory.
-    """
+    """Copy a leaf, or `limit` of its numbers, so that steps of a large model fit into memory."""
     if leaf.size <= limit:
         return np.array(leaf)
+    # The others are compared at the end of the trajectory.
     return leaf.reshape(-1)[np.random.default_rng(0).integers(leaf.size, size=limit)]
 
 
 def _error_ratio(
     quantity: str, leaves: Sequence[str], flax: _Step, torch: _Step, truth: _Step
 ) -> float:
-    """Return the larger error over the smaller: each the RMS over leaves of the relative L2 error.
+    """Return the ratio of both errors: each the RMS over leaves of the relative L2 error."""
 
-    Leaves count alike, so that one wrong leaf is not lost among large ones.
-    """
-    squares = [
-        [
-            relative_l2(x.value(quantity, leaf, truth), truth.value(quantity, leaf, truth)) ** 2
-            for x in (flax, torch)
-        ]
-        for leaf in leaves
-    ]
-    errors = np.sqrt(np.mean(squares, axis=0))
-    return ratio(*map(float, errors), floor=float(np.finfo(np.float32).eps))
+    # Leaves count alike, so that one wrong leaf is not lost among large ones.
+    def error(side: _Step) -> float:
+        values = ([x.value(quantity, leaf, truth) for x in (side, truth)] for leaf in leaves)
+        return float(np.sqrt(np.mean([relative_l2(*pair) ** 2 for pair in values])))
+
+    return ratio(error(flax), error(torch), floor=float(np.finfo(np.float32).eps))
 
 
 def locate(session: "PairSession", records: list[Record]) -> Divergence | None:
@@ -212,10 +188,7 @@ def _cause(session: "PairSession") -> str | None:
 
 
 def _reading(run: LiveRunner[object], pair: Pair, convert: Callable[[Leaves], Leaves]) -> Reading:
-    """Infer one side's optimizer settings from its first steps.
-
-    If the gradient of the full batch does not explain them, try gradients of its equal parts.
-    """
+    """Infer one side's optimizer settings from its first steps."""
     trainer, steps = run.trainer(HORIZON), []
     start = before = trainer.parameters()
     for index in range(OPTIMIZER_STEPS):
@@ -226,6 +199,7 @@ def _reading(run: LiveRunner[object], pair: Pair, convert: Callable[[Leaves], Le
         steps.append(Step.sampled(*map(convert, (before, after, first, second, gradient))))
         before = after
     reading = read(steps)
+    # If the gradient of the full batch does not explain them, try gradients of its equal parts.
     if reading.betas is not None and reading.gradient is None:
         for parts in filter(None, (_parts(pair.training_batch(0), num) for num in _PARTS)):
             gradients = [convert(run.at(start).gradients(part)[1]) for part in parts]

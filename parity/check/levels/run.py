@@ -50,15 +50,12 @@ def run_levels(
 def _level(
     name: str, compare: Compare[AnySession], locate: Locate[AnySession], session: AnySession
 ) -> tuple[Level, Divergence | None]:
-    """Run one level. A model that raises is an ERROR of its level, with the message kept.
-
-    What failed before it raised is still known to differ.
-    """
+    """Run one level; a model that raises is an ERROR of its level, with the message kept."""
     start = time.perf_counter()
     records: list[Record] = []
     divergence = None
     try:
-        for record in compare(session):
+        for record in compare(session):  # what failed before it raised is still known to differ
             records.append(record)
     except Exception as exception:
         records.append(error(name, exception))

@@ -1,6 +1,7 @@
 """Level `tokens`: greedy and drawn tokens are equal in both frameworks, cached and uncached."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -21,37 +22,19 @@ DRAWN = 64  # tokens to draw after each prompt
 
 @dataclasses.dataclass(frozen=True)
 class _Reference:
-    """Tokens of the first decoder in float64, to which all others are compared.
+    """Tokens of the first decoder in float64, to which all others are compared."""
 
-    Attributes:
-        tokens: ids (B, G).
-        margins: of the choices (B, G).
-        errors: by dtype, the measured error of a logit.
-        temperature: of the draw; 0 for greedy tokens.
-        shown: the same for plots.
-    """
+    tokens: np.ndarray  # (B, G)
+    margins: np.ndarray  # of the choices (B, G)
+    errors: Mapping[str, float]  # by dtype, the measured error of a logit
+    temperature: float = 0.0  # of the draw; 0 for greedy tokens
 
-    tokens: np.ndarray
-    margins: np.ndarray
-    errors: Mapping[str, float]
-    temperature: float
-    shown: Generation
-
-    @classmethod
-    def of(
-        cls,
-        session: PairSession,
-        tokens: np.ndarray,
-        margins: np.ndarray,
-        errors: Mapping[str, float],
-        temperature: float = 0.0,
-    ) -> "_Reference":
-        """Make a reference and add it to the session's plot data."""
-        reach = {dtype: overturned(error, temperature) for dtype, error in errors.items()}
-        kind = "drawn" if temperature else "greedy"
-        shown = Generation(kind, tokens.tolist(), margins.tolist(), reach)
-        session.plot_data.generations.append(shown)
-        return cls(tokens, margins, errors, temperature, shown)
+    @functools.cached_property
+    def shown(self) -> Generation:
+        """The same for plots."""
+        reach = {dtype: overturned(e, self.temperature) for dtype, e in self.errors.items()}
+        kind = "drawn" if self.temperature else "greedy"
+        return Generation(kind, self.tokens.tolist(), self.margins.tolist(), reach)
 
     def compare(self, name: str, dtype: str, written: np.ndarray) -> Record:
         """Compare another decoder's tokens."""
@@ -66,32 +49,30 @@ def records(session: PairSession) -> Iterator[Record]:
         yield abstain("tokens", "the pair declares no decoder")
         return
     (tokens, counts), sampling = session.pair.prompts, session.pair.sampling
-    greedy: _Reference | None = None
-    drawn: _Reference | None = None
+    kinds = ("cached", "uncached", "drawn")[: 3 if sampling else 2]
+    length, num, done = session.pair.new_tokens, len(session.dtypes) * 2 * len(kinds), 0
+    references: dict[str, _Reference] = {}
     errors: Mapping[str, float] = {}
-    num, done = len(session.dtypes) * 2 * (3 if sampling else 2), 0
     for dtype in session.dtypes:
         for run in session.runs(dtype):
             decoder = run.decoder()
-            for use_cache in (True, False):
-                written = decoder.generate(tokens, counts, session.pair.new_tokens, use_cache)
-                if greedy is None:
-                    margins, errors = _margins(session, tokens, counts, written)
-                    greedy = _Reference.of(session, written, margins, errors)
-                name = f"{run.name}, {'cached' if use_cache else 'uncached'}"
-                yield greedy.compare(name, dtype, written)
+            for kind in kinds:
+                margins, temperature = None, 0.0
+                if kind == "drawn" and sampling is not None:
+                    num_drawn, temperature = min(length, DRAWN), sampling["temperature"]
+                    drawn = decoder.sample(tokens, counts, num_drawn, sampling, session.seed)
+                    written, margins = drawn
+                else:
+                    written = decoder.generate(tokens, counts, length, kind == "cached")
+                way = "greedy" if margins is None else "drawn"
+                if way not in references:
+                    if margins is None:
+                        margins, errors = _margins(session, tokens, counts, written)
+                    references[way] = _Reference(written, margins, errors, temperature)
+                    session.plot_data.generations.append(references[way].shown)
+                yield references[way].compare(f"{run.name}, {kind}", dtype, written)
                 done += 1
                 session.progress(done / num)
-            if sampling is None:
-                continue
-            length = min(session.pair.new_tokens, DRAWN)
-            written, margins = decoder.sample(tokens, counts, length, sampling, session.seed)
-            if drawn is None:
-                temperature = sampling["temperature"]
-                drawn = _Reference.of(session, written, margins, errors, temperature)
-            yield drawn.compare(f"{run.name}, drawn", dtype, written)
-            done += 1
-            session.progress(done / num)
 
 
 def _flips(name: str, dtype: str, reference: np.ndarray, written: np.ndarray) -> list[Flip]:
@@ -132,17 +113,7 @@ def record(
     error: float,
     temperature: float = 0.0,
 ) -> Record:
-    """Count different tokens; a row's first flip is excused only as `verdict_of_flip` says.
-
-    Args:
-        name: of the decoder.
-        dtype: of its run.
-        reference: tokens (B, G) to compare to.
-        written: tokens (B, G) of this decoder.
-        margins: of the reference's choices (B, G).
-        error: measured error of a logit in this dtype.
-        temperature: of the draw; 0 for greedy tokens.
-    """
+    """Count different tokens (B, G); a row's first flip is excused as `verdict_of_flip` says."""
     flips, bound = _flips(name, dtype, reference, written), bounds.LOGITS[dtype]
     verdicts = [verdict_of_flip(margins[x.row, x.index], error, bound, temperature) for x in flips]
     verdict = max(verdicts, key=list(Verdict).index, default=Verdict.PASS)

@@ -37,17 +37,12 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
         curve = LossCurves(dtype, tuple(flax.tolist()), tuple(torch.tolist()), bound)
         session.plot_data.losses.append(curve)
         past = np.flatnonzero(~(np.abs(flax - torch) <= bound))
-        first = int(past[0]) + 1 if past.size else 0
-        yield judge(
-            f"loss over {session.steps} steps",
-            dtype,
-            "max_abs",
-            max_abs(flax, torch),
-            bound,
-            session.steps,
-            noise=None if exact is None else max_abs(torch, exact),
-            note=f"first past the bound at step {first} of {session.steps}" if first else None,
-        ).at(step=first)
+        first, steps = int(past[0]) + 1 if past.size else 0, session.steps
+        note = f"first past the bound at step {first} of {steps}" if first else None
+        noise, gap = None if exact is None else max_abs(torch, exact), max_abs(flax, torch)
+        name = f"loss over {steps} steps"
+        made = judge(name, dtype, "max_abs", gap, bound, steps, noise=noise, note=note)
+        yield made.at(step=first)
         if exact is None:
             exact = torch
             theirs = session.weight_map.to_flax(torch_final)
@@ -55,13 +50,7 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
 
 
 def _train(run: Runner, session: Session[Runner, Runner], number: int) -> tuple[np.ndarray, Leaves]:
-    """Train one model and return its losses and final weights.
-
-    Args:
-        run: of the model.
-        session: of the run.
-        number: of this training among those of all models and dtypes, for the progress.
-    """
+    """Return the losses and final weights of a training; its number is for the progress."""
     trainer, losses = session.trainer(run, session.steps), np.empty(session.steps)
     for step in range(session.steps):
         losses[step] = trainer.step(*session.pair.training_batch(step).inputs)
@@ -80,26 +69,17 @@ def _final_parameters(
     adrift = [name for name in session.null_in_training if gaps.pop(name, None) is not None]
     leaf, size = largest(gaps), sum(flax[name].size for name in gaps)
     note = f"moved by rounding in training, not compared: {', '.join(adrift)}" if adrift else None
-    yield judge(
-        "final parameters",
-        "float64",
-        "max_abs_parameters",
-        gaps[leaf],
-        bounds.PARAMETERS,
-        size,
-        note=note,
-    ).at(leaf, session.steps)
+    name, metric, bound = "final parameters", "max_abs_parameters", bounds.PARAMETERS
+    made = judge(name, "float64", metric, gaps[leaf], bound, size, note=note)
+    yield made.at(leaf, session.steps)
     if null:
-        leaf = largest(null)
-        yield judge(
-            "final parameters without a gradient",
-            "float64",
-            "learning_rates",
-            null[leaf] / session.pair.learning_rate,
-            bounds.NULL_PARAMETERS * session.steps * max(1.0, session.null.gradient_norm),
-            sum(flax[name].size for name in null),
-            note=f"zero up to rounding, judged by the way they can drift: {', '.join(null)}",
-        ).at(leaf, session.steps)
+        leaf, size = largest(null), sum(flax[name].size for name in null)
+        gap = null[leaf] / session.pair.learning_rate
+        bound = bounds.NULL_PARAMETERS * session.steps * max(1.0, session.null.gradient_norm)
+        note = f"zero up to rounding, judged by the way they can drift: {', '.join(null)}"
+        name = "final parameters without a gradient"
+        made = judge(name, "float64", "learning_rates", gap, bound, size, note=note)
+        yield made.at(leaf, session.steps)
 
 
 def locate(session: "PairSession", records: list[Record]) -> Divergence | None:
@@ -148,9 +128,7 @@ def rounding_or_bug(
     Returns:
         Whether it is a bug, and a sentence on what was seen.
     """
-    losses = np.array(
-        [[trainer.step(*inputs(step)) for trainer in trainers] for step in range(last)]
-    )
+    losses = np.array([[x.step(*inputs(step)) for x in trainers] for step in range(last)])
     gaps = np.abs(losses[:, 0] - losses[:, 1])
     before = float(np.max(gaps[:-1], initial=0.0))
     drift = float(np.max(np.abs(losses[:, 2] - losses[:, 1])))

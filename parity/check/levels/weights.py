@@ -13,14 +13,7 @@ from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.torch.leaves import load_torch, torch_leaves
 from parity.report import Divergence
 from parity.report.record import Record, Verdict, first_failed, judge
-from parity.weights.known_layers import (
-    Act,
-    flax_action,
-    flax_input,
-    flax_owner,
-    torch_action,
-    torch_owner,
-)
+from parity.weights import known_layers as layers
 from parity.weights.layouts import Link, join
 
 
@@ -60,10 +53,10 @@ def _orientations(session: PairSession) -> Iterator[Record]:
     rng = np.random.default_rng(0)
     unknown = []
     for link in session.weight_map.links:
-        ours = [torch_owner(torch_run.module, name) for name in link.torch]
-        theirs = [flax_owner(flax_run.module, name) for name in link.flax]
-        torch_acts = [act for owner in ours if (act := torch_action(*owner)) is not None]
-        flax_acts = [act for owner in theirs if (act := flax_action(*owner)) is not None]
+        ours = [layers.torch_owner(torch_run.module, name) for name in link.torch]
+        theirs = [layers.flax_owner(flax_run.module, name) for name in link.flax]
+        torch_acts = [act for owner in ours if (act := layers.torch_action(*owner)) is not None]
+        flax_acts = [act for owner in theirs if (act := layers.flax_action(*owner)) is not None]
         names = ", ".join(link.torch)
         if len(torch_acts) < len(ours) or len(flax_acts) < len(theirs):
             if _fits_transposed(session.flax_leaves[link.flax[0]].shape):
@@ -71,19 +64,13 @@ def _orientations(session: PairSession) -> Iterator[Record]:
             continue
         if link.flax[0].endswith("bias"):
             continue
-        x = flax_input(theirs[0][0], rng)
+        x = layers.flax_input(theirs[0][0], rng)
         with jax_scope("float64", session.devices.flax):
             flax_output = _linear_part(flax_acts, x, link.heads)
         torch_output = _linear_part(torch_acts, x, link.heads)
-        yield judge(
-            f"{names} acts as {', '.join(link.flax)}",
-            "float64",
-            "max_abs",
-            max_abs(torch_output, flax_output),
-            bounds.ORIENTATION,
-            flax_output.size,
-            noise=_transposed_gap(session, link, x),
-        ).at(link.torch[0])
+        name, noise = f"{names} acts as {', '.join(link.flax)}", _transposed_gap(session, link, x)
+        gap, bound, size = max_abs(torch_output, flax_output), bounds.ORIENTATION, flax_output.size
+        yield judge(name, "float64", "max_abs", gap, bound, size, noise=noise).at(link.torch[0])
     if unknown:
         note = "no way known to run these modules alone"
         name, verdict = f"orientation of {', '.join(unknown)}", Verdict.ABSTAIN
@@ -95,7 +82,7 @@ def _fits_transposed(shape: tuple[int, ...]) -> bool:
     return len(shape) >= 2 and len(set(shape)) < len(shape)
 
 
-def _linear_part(acts: list[Act], x: np.ndarray, heads: int) -> np.ndarray:
+def _linear_part(acts: list[layers.Act], x: np.ndarray, heads: int) -> np.ndarray:
     """Return outputs joined as fused leaves are; without biases, which have their own links."""
     outputs = [act(x) if x.ndim == 1 else act(x) - act(np.zeros_like(x)) for act in acts]
     return join(outputs, heads)
@@ -115,10 +102,8 @@ def locate(session: PairSession, records: list[Record]) -> Divergence | None:
     bad = first_failed(records)
     if not bad.where:
         problem, _, more = (bad.note or "").partition("; ")
-        return Divergence(
-            "the weight map", "weights", 0, bad.gap, cause=problem or None, detail=more
-        )
-    return Divergence(bad.where, "weights", 0, bad.gap, cause=_orientation(session, bad.where))
+        return Divergence("the weight map", "weights", 0, bad.gap, problem or None, more)
+    return Divergence(bad.where, "weights", 0, bad.gap, _orientation(session, bad.where))
 
 
 def _orientation(session: PairSession, name: str) -> str | None:
@@ -126,17 +111,14 @@ def _orientation(session: PairSession, name: str) -> str | None:
     flax_run, _ = session.runs("float64")
     link = next(link for link in session.weight_map.links if name in link.torch)
     weight = session.torch_leaves[name].astype(np.float64)
-    owner, leaf = flax_owner(flax_run.module, link.flax[0])
-    act = flax_action(owner, leaf)
-    x = flax_input(owner, np.random.default_rng(0))
+    owner, leaf = layers.flax_owner(flax_run.module, link.flax[0])
+    act = layers.flax_action(owner, leaf)
+    x = layers.flax_input(owner, np.random.default_rng(0))
     if act is None or len(link.flax) * len(link.torch) > 1 or x.ndim != 2 or weight.ndim != 2:
         return None
     with jax_scope("float64", session.devices.flax):
         flax_output = _linear_part([act], x, 1)
     for tried in (weight, weight.T):
-        if tried.shape[0] != x.shape[1]:
-            continue
-        torch_output = _linear_part([lambda x, w=tried: x @ w], x, 1)
-        if max_abs(torch_output, flax_output) <= bounds.ORIENTATION:
+        if tried.shape[0] == x.shape[1] and max_abs(x @ tried, flax_output) <= bounds.ORIENTATION:
             return f"{name} lies the other way round in {link.flax[0]} than as {link.layout}"
     return None

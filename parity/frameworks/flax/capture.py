@@ -112,10 +112,8 @@ def _is_traced(value: object) -> bool:
 def wrapped_calls(module: nnx.Module, around: Around) -> Iterator[None]:
     """Route every submodule's call through `around`; `__call__` is restored on leaving.
 
-    Args:
-        module: whose submodules are meant. A copy of the whole module, as `nnx.merge` makes one
-            with every call of a pure function, counts as the module.
-        around: makes the call, or something in its place.
+    A copy of the whole module, as `nnx.merge` makes one with every call of a pure function, counts
+    as the module. `around` makes the call, or something in its place.
     """
     paths: dict[int, str] = {}
     known: list[nnx.Module] = []  # keeps what is in paths alive, since ids are used again

@@ -13,13 +13,7 @@ OPTION = "xla_cpu_copy_insertion_use_region_analysis"
 def donated(
     function: Callable[..., object], argument: int, device: jax.Device
 ) -> jax.stages.Wrapped:
-    """Return a compiled function that may overwrite one of its arguments.
-
-    Args:
-        function: of arrays, or trees of them.
-        argument: number of the one that the caller will not use again.
-        device: where it will run.
-    """
+    """Return a compiled function that may overwrite the argument of a number."""
     options = {OPTION: True} if has_option(device) else None
     return jax.jit(function, donate_argnums=argument, compiler_options=options)
 

@@ -1,13 +1,11 @@
 """The weights of a Flax NNX module as named NumPy arrays: read, load and cast."""
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from parity.frameworks.leaves import Leaves, dotted, require_same
+from parity.frameworks.leaves import Arrays, Leaves, dotted, require_same
 
 
 def flax_leaves(module: nnx.Module) -> Leaves:
@@ -20,12 +18,8 @@ def state_leaves(state: nnx.State) -> Leaves:
     return {dotted(path): np.asarray(x[...]) for path, x in nnx.to_flat_state(state)}
 
 
-def load_flax(module: nnx.Module, leaves: Mapping[str, np.ndarray]) -> None:
-    """Overwrite every variable of a module.
-
-    Raises:
-        ValueError: when names, shapes or dtypes are not exactly the module's.
-    """
+def load_flax(module: nnx.Module, leaves: Arrays) -> None:
+    """Overwrite every variable of a module; names, shapes and dtypes must be equal."""
     variables = _variables(module)
     require_same("flax", {x: np.asarray(v[...]) for x, v in variables.items()}, leaves)
     # Without 64-bit types jax would round a float64 leaf to float32 on its way in.

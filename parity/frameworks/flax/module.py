@@ -1,8 +1,11 @@
-"""Any Flax NNX module as a `ModelSpec`: how it is called, scored and trained."""
+"""Any Flax NNX module as a `ModelSpec`: how it is called, scored and trained.
+
+A `parity.frameworks.handle.Handle`.
+"""
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,37 +14,28 @@ import optax
 from flax import nnx
 
 from parity.frameworks import default_call
-from parity.frameworks.capture import leaves_of
 from parity.frameworks.flax.leaves import cast_flax, flax_leaves, state_leaves
-from parity.frameworks.leaves import Leaves, cast_array
+from parity.frameworks.flax.runner import FlaxRunner, FlaxSpec
+from parity.frameworks.flax.scope import jax_scope
+from parity.frameworks.leaves import Arrays, Leaves, cast_array
 from parity.frameworks.protocols import Moments
-from parity.frameworks.spec import ModelSpec, ModuleUse
+from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
 
+NAME, MODULE = "flax", nnx.Module
+
+Built = TypeVar("Built")
 Loss = Callable[..., jax.Array]
 FlaxUse = ModuleUse[jax.Array, optax.GradientTransformation]
 # (graphdef, parameters, rest, optimizer state, *inputs) to the loss and the last three after a step
 Program = Callable[..., tuple[jax.Array, nnx.State, nnx.State, optax.OptState]]
 
 
-def flax_spec(
-    module: nnx.Module,
-    call: Callable[..., object] | None = None,
-    loss: Loss | None = None,
-    optimizer: optax.GradientTransformation | None = None,
-) -> ModelSpec[nnx.Module, jax.Array]:
-    """Return the spec of a Flax NNX module.
-
-    Args:
-        module: copied for every use, and never changed.
-        call: (module, *inputs) to outputs; `module(*inputs)` when None.
-        loss: (module, *inputs) to a scalar; the outputs times `projection` when None.
-        optimizer: `adamw()` when None.
-    """
-    call = call or default_call.plain_call
+def spec(module: nnx.Module, use: FlaxUse = BY_DEFAULT) -> FlaxSpec:
+    """Return the spec of a Flax NNX module, which is copied for every use and never changed."""
 
     def forward(model: nnx.Module, *inputs: jax.Array) -> jax.Array:
-        arrays = [x for x in leaves_of(call(model, *inputs)) if isinstance(x, jax.Array)]
-        default_call.require_output("flax", arrays)
+        output = use.call(model, *inputs) if use.call else model(*inputs)
+        arrays = default_call.arrays_in("flax", output, jax.Array)
         return arrays[0] if len(arrays) == 1 else jnp.concatenate([x.ravel() for x in arrays])
 
     def projected(model: nnx.Module, *inputs: jax.Array) -> jax.Array:
@@ -49,7 +43,7 @@ def flax_spec(
         weights = jnp.asarray(default_call.projection(output.size), output.dtype)
         return jnp.dot(output.ravel(), weights)
 
-    score, optimizer = loss or projected, optimizer or adamw()
+    score, optimizer = use.loss or projected, use.optimizer or adamw()
     program = compile_step(score, optimizer)
     return ModelSpec(
         name=f"{type(module).__name__} (flax)",
@@ -63,18 +57,19 @@ def flax_spec(
 class FlaxTrainer:
     """Training by jax.value_and_grad and optax, in training mode but without dropout.
 
-    Args:
-        module: with its initial weights.
-        program: of `compile_step`.
-        optimizer: the one that the program was compiled with.
+    `program` is that of `compile_step`, compiled with this optimizer.
     """
 
     def __init__(
         self, module: nnx.Module, program: Program, optimizer: optax.GradientTransformation
     ):
         module.train()
+        # Nothing is dropped, for the frameworks draw masks from different generators.
         for _, submodule in nnx.iter_modules(module):
-            _disable_dropout(submodule)
+            if isinstance(submodule, nnx.Dropout):
+                submodule.rate = 0.0
+            if isinstance(submodule, nnx.MultiHeadAttention):
+                submodule.dropout_rate = 0.0
         self._graphdef, self._parameters, self._rest = nnx.split(module, nnx.Param, ...)
         self._program, self._state = program, optimizer.init(self._parameters)
         self._dtype = str(jax.tree.leaves(self._parameters)[0].dtype)
@@ -149,13 +144,36 @@ def adamw() -> optax.GradientTransformation:
     )
 
 
+def seeded(seed: int, build: Callable[[], Built]) -> Built:
+    """Return what a function builds; Flax draws from streams of the user's own."""
+    return build()
+
+
+def initial_leaves(spec: FlaxSpec, dtype: str) -> Leaves:
+    """Return the weights that a model is built with, on the CPU."""
+    with jax_scope(dtype, jax.devices("cpu")[0]):
+        return flax_leaves(spec.build(dtype))
+
+
+def code_leaves(module: nnx.Module) -> tuple[str, ...]:
+    """Return no names: what a Flax module holds is its weights."""
+    return ()
+
+
+def runner(spec: FlaxSpec, weights: Arrays) -> FlaxRunner:
+    """Return a runner in float64 on the CPU."""
+    return FlaxRunner(spec, weights, "float64", jax.devices("cpu")[0])
+
+
+def learning_rate(module: nnx.Module, optimizer: optax.GradientTransformation | None) -> float:
+    """Return the default learning rate; an optimizer of the user's does not reveal its own."""
+    if optimizer is not None:
+        raise ValueError(
+            "record: an optimizer of optax does not tell its learning rate. Single updates are "
+            "judged in learning rates. Give learning_rate."
+        )
+    return default_call.LEARNING_RATE
+
+
 def _is_adam(state: object) -> bool:
     return all(hasattr(state, name) for name in ("mu", "nu", "count"))
-
-
-def _disable_dropout(module: nnx.Module) -> None:
-    """Drop nothing: the frameworks draw masks from different generators."""
-    if isinstance(module, nnx.Dropout):
-        module.rate = 0.0
-    if isinstance(module, nnx.MultiHeadAttention):
-        module.dropout_rate = 0.0

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol, Self, cast
 
 import jax
@@ -16,11 +16,13 @@ from parity.frameworks.flax.capture import backward_flax, capture_flax
 from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
 from parity.frameworks.flax.purity import flax_purity
 from parity.frameworks.flax.scope import Scoped, jax_scope
-from parity.frameworks.leaves import CastLater, Leaves, cast_array
+from parity.frameworks.leaves import Arrays, CastLater, Leaves, cast_array
 from parity.frameworks.protocols import Decoder, Trainer
 from parity.frameworks.purity import Purity
 from parity.frameworks.spec import ModelSpec
 from parity.system.memory import is_large
+
+FlaxSpec = ModelSpec[nnx.Module, jax.Array]
 
 
 class _Program(Protocol):
@@ -32,24 +34,12 @@ class _Program(Protocol):
 
 
 class FlaxRunner:
-    """A `LiveRunner` of a Flax NNX model.
+    """A `LiveRunner` of a Flax NNX model, loaded when it is needed, and again after `release`.
 
-    The model is loaded when it is needed, and again after `release`.
-
-    Args:
-        spec: how to build and call it.
-        leaves: its weights, in any float type.
-        dtype: to compute in.
-        device: to compute on.
+    Its leaves may have any float type; `dtype` is the one to compute in.
     """
 
-    def __init__(
-        self,
-        spec: ModelSpec[nnx.Module, jax.Array],
-        leaves: Mapping[str, np.ndarray],
-        dtype: str,
-        device: jax.Device,
-    ):
+    def __init__(self, spec: FlaxSpec, leaves: Arrays, dtype: str, device: jax.Device):
         self.name = spec.name
         # As they were given: a copy in another type would be one more model in memory.
         self._spec, self._leaves = spec, leaves
@@ -61,7 +51,7 @@ class FlaxRunner:
         loss_and_gradients = jax.value_and_grad(self._pure(spec.loss))
         self._loss_and_gradients = cast(_Program, jax.jit(loss_and_gradients))
 
-    def at(self, leaves: Mapping[str, np.ndarray]) -> Self:
+    def at(self, leaves: Arrays) -> Self:
         """Return the same model with other weights; what is compiled stays so."""
         if self._fixed is None:
             self._load_once()

@@ -17,12 +17,7 @@ def jax_scope(dtype: str, device: jax.Device) -> Iterator[None]:
 
 
 class Scoped:
-    """An object whose methods run inside a scope.
-
-    Args:
-        target: the object.
-        scope: makes a new context for each call.
-    """
+    """An object whose methods run inside a scope, which is made anew for each call."""
 
     def __init__(
         self, target: object, scope: Callable[[], contextlib.AbstractContextManager[None]]

@@ -1,5 +1,6 @@
 """Inputs, outputs and gradients of every submodule's calls in a PyTorch module."""
 
+import contextlib
 from collections.abc import Callable
 
 import numpy as np
@@ -18,16 +19,11 @@ def capture_torch(module: torch.nn.Module, call: Callable[[], object], on_trace:
 
         return record
 
-    handles = [
-        submodule.register_forward_hook(hook(path), with_kwargs=True)
-        for path, submodule in module.named_modules()
-    ]
-    try:
-        with torch.no_grad():
-            call()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as stack, torch.no_grad():
+        for path, submodule in module.named_modules():
+            handle = submodule.register_forward_hook(hook(path), with_kwargs=True)
+            stack.enter_context(handle)
+        call()
 
 
 def backward_torch(module: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> list[Backward]:
@@ -64,19 +60,14 @@ def backward_torch(module: torch.nn.Module, loss: Callable[[], torch.Tensor]) ->
 
         return enter, leave
 
-    handles = []
-    for path, submodule in module.named_modules():
-        enter, leave = hooks(path)
-        handles.append(submodule.register_forward_pre_hook(enter, with_kwargs=True))
-        handles.append(submodule.register_forward_hook(leave))
-    try:
-        with torch.enable_grad():
-            value = loss()
-            tensors = [x for _, *both in calls for group in both for x in group]
-            gradients = iter(torch.autograd.grad(value, tensors, allow_unused=True))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as stack, torch.enable_grad():
+        for path, submodule in module.named_modules():
+            enter, leave = hooks(path)
+            stack.enter_context(submodule.register_forward_pre_hook(enter, with_kwargs=True))
+            stack.enter_context(submodule.register_forward_hook(leave))
+        value = loss()
+        tensors = [x for _, *both in calls for group in both for x in group]
+        gradients = iter(torch.autograd.grad(value, tensors, allow_unused=True))
 
     def passed(tensors: list[torch.Tensor]) -> tuple[np.ndarray, ...]:
         found = ((x, next(gradients)) for x in tensors)

@@ -1,13 +1,12 @@
 """The weights of a PyTorch module as named NumPy arrays: read, load and cast."""
 
 import copy
-from collections.abc import Mapping
 
 import ml_dtypes
 import numpy as np
 import torch
 
-from parity.frameworks.leaves import Leaves, require_same
+from parity.frameworks.leaves import Arrays, Leaves, require_same
 
 
 def torch_leaves(module: torch.nn.Module) -> Leaves:
@@ -15,12 +14,8 @@ def torch_leaves(module: torch.nn.Module) -> Leaves:
     return {name: to_numpy(tensor) for name, tensor in module.state_dict().items()}
 
 
-def load_torch(module: torch.nn.Module, leaves: Mapping[str, np.ndarray]) -> None:
-    """Overwrite every parameter and persistent buffer of a module.
-
-    Raises:
-        ValueError: when names, shapes or dtypes are not exactly the module's.
-    """
+def load_torch(module: torch.nn.Module, leaves: Arrays) -> None:
+    """Overwrite all parameters and persistent buffers; names, shapes and dtypes must be equal."""
     tensors = module.state_dict()
     # Only shapes and types, for a copy would be one more model in memory.
     blank = {x: np.broadcast_to(to_numpy(v.new_empty(())), v.shape) for x, v in tensors.items()}

@@ -1,41 +1,38 @@
-"""Any PyTorch module as a `ModelSpec`: how it is called, scored and trained."""
+"""Any PyTorch module as a `ModelSpec`: how it is called, scored and trained.
+
+A `parity.frameworks.handle.Handle`.
+"""
 
 from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from parity.frameworks import default_call
-from parity.frameworks.capture import leaves_of
-from parity.frameworks.leaves import Leaves, cast_array
+from parity.frameworks.leaves import Arrays, Leaves, cast_array
 from parity.frameworks.protocols import Moments
-from parity.frameworks.spec import ModelSpec, ModuleUse
+from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
 from parity.frameworks.torch.leaves import cast_torch, from_numpy, numpy_view, torch_leaves
+from parity.frameworks.torch.runner import TorchRunner, TorchSpec
 
+NAME, MODULE = "torch", torch.nn.Module
+
+# Buffers that are weights: what a batch norm has learned of its inputs.
+_STATISTICS = "running_mean", "running_var", "num_batches_tracked"
+
+Built = TypeVar("Built")
 Loss = Callable[..., torch.Tensor]
 MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 TorchUse = ModuleUse[torch.Tensor, MakeOptimizer]
 
 
-def torch_spec(
-    module: torch.nn.Module,
-    call: Callable[..., object] | None = None,
-    loss: Loss | None = None,
-    optimizer: MakeOptimizer | None = None,
-) -> ModelSpec[torch.nn.Module, torch.Tensor]:
-    """Return the spec of a PyTorch module.
-
-    Args:
-        module: copied for every use, and never changed.
-        call: (module, *inputs) to outputs; `module(*inputs)` when None.
-        loss: (module, *inputs) to a scalar; the outputs times `projection` when None.
-        optimizer: parameters to an optimizer; `adamw` when None.
-    """
-    call = call or default_call.plain_call
+def spec(module: torch.nn.Module, use: TorchUse = BY_DEFAULT) -> TorchSpec:
+    """Return the spec of a PyTorch module, which is copied for every use and never changed."""
 
     def forward(model: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-        arrays = [x for x in leaves_of(call(model, *inputs)) if isinstance(x, torch.Tensor)]
-        default_call.require_output("torch", arrays)
+        output = use.call(model, *inputs) if use.call else model(*inputs)
+        arrays = default_call.arrays_in("torch", output, torch.Tensor)
         return arrays[0] if len(arrays) == 1 else torch.cat([x.flatten() for x in arrays])
 
     def projected(model: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
@@ -43,7 +40,7 @@ def torch_spec(
         weights = torch.from_numpy(default_call.projection(output.numel())).to(output)
         return torch.dot(output.flatten(), weights)
 
-    score, make = loss or projected, optimizer or adamw
+    score, make = use.loss or projected, use.optimizer or adamw
     return ModelSpec(
         name=f"{type(module).__name__} (torch)",
         build=lambda dtype: cast_torch(module, dtype),
@@ -54,18 +51,16 @@ def torch_spec(
 
 
 class TorchTrainer:
-    """Training by loss.backward() and optimizer.step(), in training mode but without dropout.
-
-    Args:
-        module: with its initial weights.
-        loss: (module, *inputs) to a scalar.
-        optimizer: parameters to an optimizer.
-    """
+    """Training by loss.backward() and optimizer.step(), in training mode but without dropout."""
 
     def __init__(self, module: torch.nn.Module, loss: Loss, optimizer: MakeOptimizer):
         self._module, self._loss = module.train(), loss
+        # Nothing is dropped, for the frameworks draw masks from different generators.
         for submodule in module.modules():
-            _disable_dropout(submodule)
+            if isinstance(submodule, torch.nn.modules.dropout._DropoutNd):
+                submodule.p = 0.0
+            if isinstance(submodule, torch.nn.MultiheadAttention | torch.nn.RNNBase):
+                submodule.dropout = 0.0
         self._optimizer = optimizer(list(module.parameters()))
         first = next(module.parameters())
         self._dtype, self._device = str(first.dtype).removeprefix("torch."), first.device
@@ -90,9 +85,8 @@ class TorchTrainer:
         for name, parameter in self._module.named_parameters():
             state = self._optimizer.state.get(parameter, {})
             if "exp_avg" in state:
-                first[name], second[name] = (
-                    numpy_view(state[kind].cpu()) for kind in ("exp_avg", "exp_avg_sq")
-                )
+                first[name] = numpy_view(state["exp_avg"].cpu())
+                second[name] = numpy_view(state["exp_avg_sq"].cpu())
                 updates = max(updates, int(state["step"]))
         return first, second, updates
 
@@ -108,15 +102,30 @@ def adamw(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:
     )
 
 
-def largest_learning_rate(module: torch.nn.Module, optimizer: MakeOptimizer | None) -> float:
+def seeded(seed: int, build: Callable[[], Built]) -> Built:
+    """Return what a function builds, with torch's own generator at a seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def initial_leaves(spec: TorchSpec, dtype: str) -> Leaves:
+    """Return the weights that a model is built with."""
+    return torch_leaves(spec.build(dtype))
+
+
+def code_leaves(module: torch.nn.Module) -> tuple[str, ...]:
+    """Name the buffers that are no statistics, such as masks and tables of angles."""
+    names = (name for name, _ in module.named_buffers())
+    return tuple(name for name in names if name.rpartition(".")[2] not in _STATISTICS)
+
+
+def runner(spec: TorchSpec, weights: Arrays) -> TorchRunner:
+    """Return a runner in float64 on the CPU."""
+    return TorchRunner(spec, weights, "float64", torch.device("cpu"))
+
+
+def learning_rate(module: torch.nn.Module, optimizer: MakeOptimizer | None) -> float:
     """Return the largest learning rate among the parameter groups of a module's optimizer."""
     groups = (optimizer or adamw)(list(module.parameters())).param_groups
     return max(float(group["lr"]) for group in groups)
-
-
-def _disable_dropout(module: torch.nn.Module) -> None:
-    """Drop nothing: the frameworks draw masks from different generators."""
-    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
-        module.p = 0.0
-    if isinstance(module, torch.nn.MultiheadAttention | torch.nn.RNNBase):
-        module.dropout = 0.0

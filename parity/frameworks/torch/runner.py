@@ -1,7 +1,7 @@
 """A PyTorch model with weights, a dtype and a device, which answers the levels in NumPy."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Self
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 
 from parity.frameworks.batch import Batch
 from parity.frameworks.capture import Backward, OnTrace, Trace
-from parity.frameworks.leaves import CastLater, Leaves, cast_array
+from parity.frameworks.leaves import Arrays, CastLater, Leaves, cast_array
 from parity.frameworks.protocols import Decoder, Trainer
 from parity.frameworks.purity import Purity
 from parity.frameworks.spec import ModelSpec
@@ -17,33 +17,23 @@ from parity.frameworks.torch.capture import backward_torch, capture_torch
 from parity.frameworks.torch.leaves import from_numpy, load_torch, to_numpy, torch_leaves
 from parity.frameworks.torch.purity import torch_purity
 
+TorchSpec = ModelSpec[torch.nn.Module, torch.Tensor]
+
 
 class TorchRunner:
-    """A `LiveRunner` of a PyTorch model.
+    """A `LiveRunner` of a PyTorch model, loaded when it is needed, and again after `release`.
 
-    The model is loaded when it is needed, and again after `release`.
-
-    Args:
-        spec: how to build and call it.
-        leaves: its weights, in any float type.
-        dtype: to compute in.
-        device: to compute on.
+    Its leaves may have any float type; `dtype` is the one to compute in.
     """
 
-    def __init__(
-        self,
-        spec: ModelSpec[torch.nn.Module, torch.Tensor],
-        leaves: Mapping[str, np.ndarray],
-        dtype: str,
-        device: torch.device,
-    ):
+    def __init__(self, spec: TorchSpec, leaves: Arrays, dtype: str, device: torch.device):
         self.name = spec.name
         # As they were given: a copy in another type would be one more model in memory.
         self._spec, self._leaves = spec, leaves
         self._dtype, self._device = dtype, device
         self._loaded: torch.nn.Module | None = None
 
-    def at(self, leaves: Mapping[str, np.ndarray]) -> Self:
+    def at(self, leaves: Arrays) -> Self:
         """Return the same model with other weights."""
         other = copy.copy(self)
         other._leaves, other._loaded = leaves, None

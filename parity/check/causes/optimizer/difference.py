@@ -12,6 +12,7 @@ from parity.check.causes.optimizer.update import Update
 from parity.check.null_gradients import kinds_of
 
 Side = TypeVar("Side")
+Setting = TypeVar("Setting")
 
 # Kinds of leaves that are named; the rest is counted.
 _NAMED = 3
@@ -20,15 +21,8 @@ _DIGITS = 12
 
 
 def difference(flax: Reading, torch: Reading, names: tuple[str, str]) -> str | None:
-    """Describe how two optimizers differ; None where one is unknown, or nothing differs.
-
-    Args:
-        flax: of one side.
-        torch: of the other.
-        names: of both, in this order.
-    """
-    sides = dict(zip(names, (flax, torch), strict=True))
-    return "; ".join(_causes(sides)) or None
+    """Describe how two optimizers differ; None where one is unknown, or nothing differs."""
+    return "; ".join(_causes(dict(zip(names, (flax, torch), strict=True)))) or None
 
 
 def _causes(sides: dict[str, Reading]) -> Iterator[str]:
@@ -42,9 +36,9 @@ def _causes(sides: dict[str, Reading]) -> Iterator[str]:
     foreign = _only(sides, lambda side: side.gradient is None)
     if foreign and sides[foreign].betas is not None:
         yield f"the gradient that reaches {foreign}'s optimizer is {_composition(sides[foreign])}"
-    betas = all_known({name: side.betas for name, side in sides.items()})
-    gradients = all_known({name: side.gradient for name, side in sides.items()})
-    updates = all_known({name: side.update for name, side in sides.items()})
+    betas = _each(sides, lambda side: side.betas)
+    gradients = _each(sides, lambda side: side.gradient)
+    updates = _each(sides, lambda side: side.update)
     if gradients:
         yield from _gradients(gradients)
     for index, words in enumerate(("beta1", "beta2")):
@@ -72,24 +66,22 @@ def _composition(side: Reading) -> str:
 def _gradients(gradients: dict[str, Gradient]) -> Iterator[str]:
     if carrier := _only(gradients, lambda gradient: gradient.carried):
         yield f"{carrier} does not set gradients to zero between steps"
-    norms = all_known({name: gradient.clip_norm for name, gradient in gradients.items()})
+    norms = _each(gradients, lambda gradient: gradient.clip_norm)
     if norms is None:
         return
     if clipping := _only(norms, lambda norm: np.isfinite(norm.value)):
         yield f"gradients are clipped to a norm of {_text(norms[clipping])} in {clipping} alone"
     else:
         yield from _values("the clip norm", norms)
-        epsilons = all_known({name: x.clip_epsilon for name, x in gradients.items()})
-        yield from _values("the clip epsilon", epsilons or {})
-    factors = all_known({name: gradient.factor for name, gradient in gradients.items()})
-    yield from _values("what gradients are multiplied by", factors or {})
+        epsilons = _each(gradients, lambda gradient: gradient.clip_epsilon)
+        yield from _values("the clip epsilon", epsilons)
+    factors = _each(gradients, lambda gradient: gradient.factor)
+    yield from _values("what gradients are multiplied by", factors)
 
 
 def _epsilons(updates: dict[str, Update]) -> Iterator[str]:
     (name, update), (other, other_update) = updates.items()
     epsilons = {name: update.epsilon for name, update in updates.items()}
-    if all(epsilon.is_zero for epsilon in epsilons.values()):
-        return
     if any(epsilon.is_zero for epsilon in epsilons.values()):
         yield from _values("epsilon", epsilons)
         return
@@ -145,8 +137,7 @@ def _rates(
 
 
 def _decays(gradients: dict[str, Gradient], updates: dict[str, Update]) -> Iterator[str]:
-    decays = all_known({name: update.decay for name, update in updates.items()})
-    if decays is None:
+    if (decays := _each(updates, lambda update: update.decay)) is None:
         return
     (name, update), (other, other_update) = updates.items()
     coupled = {x: bool(_decaying(gradients[x].decay)) for x in gradients}
@@ -179,9 +170,8 @@ def _masks(words: str, decays: Mapping[str, Mapping[str, Number]]) -> Iterator[s
             yield f"{_leaves(more)} decay in {side} and not in {rest}"
     both = [x for x in decaying[name] if x in decaying[other] and ours[x].differs(theirs[x])]
     if both:
-        yield from _values(
-            f"weight decay of {_leaves(both)}", {name: ours[both[0]], other: theirs[both[0]]}
-        )
+        values = {name: ours[both[0]], other: theirs[both[0]]}
+        yield from _values(f"weight decay of {_leaves(both)}", values)
 
 
 def _decaying(decay: Mapping[str, Number]) -> list[str]:
@@ -195,7 +185,7 @@ def _leaves(names: Iterable[str]) -> str:
     return ", ".join(kinds[:_NAMED]) + (f" and {more} other kinds of leaves" if more > 0 else "")
 
 
-def _values(words: str, numbers: Mapping[str, Number]) -> Iterator[str]:
+def _values(words: str, numbers: Mapping[str, Number] | None) -> Iterator[str]:
     """Describe a constant that differs, with both its values; nothing where it is unknown."""
     if not numbers:
         return
@@ -214,6 +204,13 @@ def _text(x: Number) -> str:
 
 def _alike(a: Iterable[Number], b: Iterable[Number]) -> bool:
     return not any(x.differs(y) for x, y in zip(a, b, strict=True))
+
+
+def _each(
+    sides: Mapping[str, Side], setting: Callable[[Side], Setting | None]
+) -> dict[str, Setting] | None:
+    """Return one setting of both sides; None where one is unknown."""
+    return all_known({name: setting(side) for name, side in sides.items()})
 
 
 def _only(sides: Mapping[str, Side], holds: Callable[[Side], object]) -> str | None:

@@ -7,15 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from parity.check.bounds import GRADIENT_ROUNDING
-from parity.check.causes.fit import (
-    Equations,
-    Number,
-    all_known,
-    constant_of,
-    norm,
-    share_along,
-    solve,
-)
+from parity.check.causes import fit
+from parity.check.causes.fit import Equations, Number, norm, solve
 from parity.check.causes.optimizer.step import Step, earlier
 from parity.frameworks.leaves import Leaves
 
@@ -24,21 +17,13 @@ _ONE = Number(1.0)
 
 @dataclasses.dataclass(frozen=True)
 class Gradient:
-    """The gradient that reaches the moments, in terms of the loss's gradient.
+    """The gradient that reaches the moments, in terms of the loss's; what is unknown is None."""
 
-    Attributes:
-        clip_norm: largest norm that passes; infinite when no step was clipped, None when unknown.
-        clip_epsilon: added to the norm that divides; None when unknown.
-        factor: that the gradient is multiplied by, whatever its norm; None when unknown.
-        decay: of weights, added to the gradient (L2), by leaf.
-        carried: whether it still contains gradients of earlier steps.
-    """
-
-    clip_norm: Number | None = None
-    clip_epsilon: Number | None = None
-    factor: Number | None = None
-    decay: Mapping[str, Number] = dataclasses.field(default_factory=dict)
-    carried: bool = False
+    clip_norm: Number | None = None  # largest norm that passes; infinite when no step was clipped
+    clip_epsilon: Number | None = None  # added to the norm that divides
+    factor: Number | None = None  # that the gradient is multiplied by, whatever its norm
+    decay: Mapping[str, Number] = dataclasses.field(default_factory=dict)  # L2, by leaf
+    carried: bool = False  # whether it still contains gradients of earlier steps
 
 
 def read_gradient(steps: Sequence[Step], beta1: Number) -> Gradient | None:
@@ -49,10 +34,9 @@ def read_gradient(steps: Sequence[Step], beta1: Number) -> Gradient | None:
         return _clipping([factor for (factor,) in found.by_step], norms)
     if found := solve(_equations(steps, taken, decays=True)):
         factors = [factor for (factor,) in found.by_step]
-        decay = _decay(steps, taken, factors)
-        return (
-            None if decay is None else dataclasses.replace(_clipping(factors, norms), decay=decay)
-        )
+        if (decay := _decay(steps, taken, factors)) is None:
+            return None
+        return dataclasses.replace(_clipping(factors, norms), decay=decay)
     return Gradient(carried=True) if solve(_equations(steps, taken, carries=True)) else None
 
 
@@ -70,9 +54,7 @@ def _equations(
 ) -> list[Equations]:
     made = []
     for (t, step), name in itertools.product(enumerate(steps), steps[0].names):
-        terms = (step.gradient[name],)
-        if carries:
-            terms += (earlier(taken, t, name),)
+        terms = step.gradient[name], *([earlier(taken, t, name)] if carries else ())
         own = (step.before[name],) if decays else ()
         made.append(Equations(t, taken[t][name], (), terms, own, _noise(taken[t])))
     return made
@@ -93,27 +75,24 @@ def _decay(
         for step, gradient, factor in zip(steps, taken, factors, strict=True):
             left = gradient[name] - factor.value * step.gradient[name]
             noise = _noise(gradient) + factor.error * norm(step.gradient[name])
-            by_step.append(share_along(left, step.before[name], noise))
-        decay[name] = constant_of(by_step, np.ones(len(steps)))
-    return all_known(decay)
+            by_step.append(fit.share_along(left, step.before[name], noise))
+        decay[name] = fit.constant_of(by_step, np.ones(len(steps)))
+    return fit.all_known(decay)
 
 
 def _clipping(factors: Sequence[Number], norms: Sequence[float]) -> Gradient:
-    """Infer the rule that scales a gradient of norm n by min(1, N / (n + e)), or by a constant.
-
-    1 / factor = n / N + e / N is linear in n. Pascanu et al., "On the difficulty of training
-    recurrent neural networks", 2013.
-    """
+    """Infer the rule that scales a gradient of norm n by min(1, N / (n + e)), or by a constant."""
+    # 1 / factor = n / N + e / N is linear in n. Pascanu et al., "On the difficulty of training
+    # recurrent neural networks", 2013.
     if not any(factor.differs(factors[0]) for factor in factors):
         factor = factors[0] if factors[0].differs(_ONE) else _ONE
         return Gradient(Number(np.inf), Number(0.0), factor)
     clipped = [(_ONE / f, n) for f, n in zip(factors, norms, strict=True) if f.differs(_ONE)]
     if len(clipped) < 3:  # two unknowns, and one equation more that they must explain
         return Gradient()
-    inverses, sizes = zip(*clipped, strict=True)
-    target = np.array([x.value for x in inverses])
-    noise = norm([x.error for x in inverses])
-    found = solve([Equations(0, target, (np.array(sizes), np.ones_like(target)), noise=noise)])
+    target, sizes = np.array([(inverse.value, n) for inverse, n in clipped]).T
+    noise = norm([inverse.error for inverse, _ in clipped])
+    found = solve([Equations(0, target, (sizes, np.ones_like(target)), noise=noise)])
     if found is None:
         return Gradient()
     slope, offset = found.shared

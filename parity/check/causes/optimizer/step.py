@@ -13,23 +13,14 @@ _SAMPLE = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One optimizer step, by leaf, in float64.
-
-    Attributes:
-        before: weights.
-        after: weights.
-        first: first moments after it.
-        second: second moments after it.
-        gradient: of the loss by the weights before it.
-        norm: of the whole gradient.
-    """
+    """Weights, moments after one optimizer step, and gradient before it; by leaf, in float64."""
 
     before: Leaves
     after: Leaves
     first: Leaves
     second: Leaves
     gradient: Leaves
-    norm: float
+    norm: float  # of the whole gradient
 
     @classmethod
     def sampled(

@@ -7,38 +7,21 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 
 from parity.check.bounds import WEIGHT_ROUNDING
-from parity.check.causes.fit import (
-    Equations,
-    Number,
-    all_known,
-    constant_of,
-    norm,
-    residual_noise,
-    share_along,
-    solve,
-)
+from parity.check.causes import fit
+from parity.check.causes.fit import Equations, Number, all_known, constant_of, norm
 from parity.check.causes.optimizer.step import Step
 
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """The rule that makes an update of the moments.
+    """The rule that makes an update of the moments."""
 
-    Attributes:
-        epsilon: added to the root of the second moment, or below it.
-        inside: whether below the root.
-        corrected: whether it meets a second moment with its bias corrected.
-        rates: by step, of the direction with both biases corrected.
-        decay: of weights, apart from the gradient, by leaf; None when unknown.
-        scaled: whether decay is times the rate.
-    """
-
-    epsilon: Number
-    inside: bool
-    corrected: bool
-    rates: tuple[Number, ...]
-    decay: Mapping[str, Number] | None
-    scaled: bool
+    epsilon: Number  # added to the root of the second moment, or below it
+    inside: bool  # whether below the root
+    corrected: bool  # whether it meets a second moment with its bias corrected
+    rates: tuple[Number, ...]  # by step, of the direction with both biases corrected
+    decay: Mapping[str, Number] | None  # of weights, apart from the gradient; None when unknown
+    scaled: bool  # whether decay is times the rate
 
 
 def read_update(steps: Sequence[Step], beta1: Number, beta2: Number) -> Update | None:
@@ -53,16 +36,15 @@ def read_update(steps: Sequence[Step], beta1: Number, beta2: Number) -> Update |
 
 @dataclasses.dataclass(frozen=True)
 class _Move:
-    """One leaf in one step: weights p, update u, first moment m, root s of the second, and the
-    rounding in u."""
+    """One leaf in one step."""
 
     step: int
     name: str
-    p: np.ndarray
-    u: np.ndarray
-    m: np.ndarray
-    s: np.ndarray
-    rounding: np.ndarray
+    p: np.ndarray  # weights
+    u: np.ndarray  # update
+    m: np.ndarray  # first moment
+    s: np.ndarray  # root of the second
+    rounding: np.ndarray  # in u
 
     def equations(self, inside: bool) -> Equations:
         """Return the update as linear equations, by multiplying with its denominator.
@@ -94,7 +76,7 @@ def _read_form(
         p, u = step.before[name], step.after[name] - step.before[name]
         m, s = step.first[name] / first, np.sqrt(step.second[name] / second)
         moves.append(_Move(t, name, p, u, m, s, WEIGHT_ROUNDING * (np.abs(p) + np.abs(u))))
-    if (found := solve([move.equations(inside) for move in moves])) is None:
+    if (found := fit.solve([move.equations(inside) for move in moves])) is None:
         return None
     (epsilon,), rates = found.shared, [rate for (rate,) in found.by_step]
     if epsilon.value < 0.0 and not epsilon.is_zero:
@@ -118,20 +100,18 @@ def _lost(
     """Return the share of itself that each leaf lost in each step; None if it is not all."""
     lost: dict[str, list[Number]] = {}
     left, equations = [], []
-    low, middle, high = (
-        max(epsilon.value + sign * epsilon.error, 0.0) for sign in (-1.0, 0.0, 1.0)
-    )
+    low, middle, high = (max(epsilon.value + x * epsilon.error, 0.0) for x in (-1.0, 0.0, 1.0))
     for move in moves:
         rate, direction = rates[move.step], move.direction(middle, inside)
         # Where the second moment is only rounding, epsilon decides, and it may be off.
         nudge = norm(move.direction(low, inside) - move.direction(high, inside))
         rest = move.u + rate.value * direction
         noise = norm(move.rounding) + rate.error * norm(direction) + abs(rate.value) * nudge
-        share = share_along(-rest, move.p, noise)
+        share = fit.share_along(-rest, move.p, noise)
         lost.setdefault(move.name, []).append(share)
         left.append(norm((rest + share.value * move.p) * move.s))
         equations.append(Equations(move.step, move.u, noise=norm(move.rounding * move.s)))
-    return None if residual_noise(norm(left), equations) is None else lost
+    return None if fit.residual_noise(norm(left), equations) is None else lost
 
 
 def _decay(
