@@ -203,7 +203,9 @@ def _scaling_table(bench: DecodeBench) -> Table:
         "Student's t."
     )
     notes = [*(f"{form}: {why}." for form, why in EXPECTED.items()), how]
-    return Table("time of a token", ("", "power of the context"), rows, notes, left=(0, 1))
+    return Table(
+        "time of a token, as a power of the context", ("", "power"), rows, notes, left=(0, 1)
+    )
 
 
 def _megabytes(num_bytes: float) -> str:
