@@ -121,17 +121,19 @@ def attention_metadata(
     slots_BT = torch.where(real_BT & (slots_BT < num_slots), slots_BT, NOWHERE)
     # twin: torch has written the tokens before it reads, so its columns are the slots; jax has not.
     columns_BS = slots_BT
-    ends_B, ends = lengths_B + counts_B1[:, 0], None
+    ends = None
     if cache is not None:
         columns_BS = torch.arange(cache.capacity, device=tokens_BT.device)[None, :]
-        ends = host_values(ends_B)
+        held = host_values(lengths_B)
+        added = num_tokens if counts_B is None else host_values(counts_B)
+        ends = None if held is None or added is None else held + added
+    seen_BT = lengths_B1 + torch.minimum(steps_1T + 1, counts_B1)
     longest = None if ends is None else int(ends.max())
     all_valid = ends is not None and bool(np.all(ends == longest))
-    seen_BT = lengths_B1 + torch.minimum(steps_1T + 1, counts_B1)
     return AttentionMetadata(
         real_BT=real_BT,
         lengths_B=lengths_B,
-        ends_B=ends_B,
+        ends_B=lengths_B + counts_B1[:, 0],
         positions_BT=torch.where(real_BT, slots_BT, 0),
         slots_BT=slots_BT,
         columns_BS=columns_BS,

@@ -65,7 +65,7 @@ def parity(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print versions.")
     ] = False,
 ) -> None:
-    """Are these two models the same function, and if not, where do they part?
+    """Are these two models the same function, and if not, where do they diverge?
 
     Exit codes: 0 the same function, 1 they differ, 2 usage error or no answer.
     """
