@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax import Array as Tensor
 
 from parity.doctor.model import Array, Counts, LanguageModel, Loss, Output, Score
 from parity.doctor.sizes import Options, identify, logits_of
@@ -44,17 +43,19 @@ class FlaxModel(LanguageModel):
         self._run_forward, self._run_gradient = programs
         self._hold(nnx.clone(module))
 
-    def forward(self, module: nnx.Module, tokens_BT: Tensor, counts_B: Tensor | None) -> Output:
+    def forward(
+        self, module: nnx.Module, tokens_BT: jax.Array, counts_B: jax.Array | None
+    ) -> Output:
         """Return logits (B, T, V), alone, first in a tuple, or as `logits`."""
         return module(tokens_BT)
 
-    def loss(self, logits_BTV: Tensor, labels_BT: Tensor, counts_B: Tensor | None) -> Loss:
+    def loss(self, logits_BTV: jax.Array, labels_BT: jax.Array, counts_B: jax.Array | None) -> Loss:
         """Return the model's own loss, a mean or a total and a number; None if it has none."""
         return self.given_loss and self.given_loss(logits_BTV, labels_BT, counts_B)
 
     def objective(
-        self, module: nnx.Module, tokens_BT: Tensor, counts_B: Tensor | None = None
-    ) -> Tensor:
+        self, module: nnx.Module, tokens_BT: jax.Array, counts_B: jax.Array | None = None
+    ) -> jax.Array:
         """Return the loss to train with: the model's own, else the next token's cross entropy."""
         logits_BTV = self._logits(module, tokens_BT, counts_B)
         loss = self.loss(logits_BTV, tokens_BT, counts_B)
@@ -116,7 +117,7 @@ class FlaxModel(LanguageModel):
     def trainer(self, rate: float) -> Trainer:
         """Start a training of a copy by AdamW."""
 
-        def loss(module: nnx.Module, tokens: Tensor, *counts: Tensor) -> Tensor:
+        def loss(module: nnx.Module, tokens: jax.Array, *counts: jax.Array) -> jax.Array:
             module.eval()  # as it is examined
             return self.objective(module, tokens, *counts)
 
@@ -147,7 +148,7 @@ class FlaxModel(LanguageModel):
         tokens_TT = np.broadcast_to(tokens_T, (T, T))
         embeddings, shapes = _embeddings(self.module), []
 
-        def asked(zeros_TTD: Tensor | None) -> Tensor:
+        def asked(zeros_TTD: jax.Array | None) -> jax.Array:
             def add_zeros(
                 path: str, call: Callable[..., Output], args: tuple, kwargs: dict
             ) -> Output:
@@ -164,7 +165,7 @@ class FlaxModel(LanguageModel):
             return jnp.sum(logits_TTV[np.arange(T), np.arange(T)] @ weights_V)
 
         def is_asked(ids: object) -> bool:  # not where the model's own jit traces them
-            concrete = isinstance(ids, Tensor) and not isinstance(ids, jax.core.Tracer)
+            concrete = isinstance(ids, jax.Array) and not isinstance(ids, jax.core.Tracer)
             return concrete and np.array_equal(ids, tokens_TT)
 
         with self._differentiating():
@@ -174,11 +175,13 @@ class FlaxModel(LanguageModel):
             gradient_TTD = jax.grad(asked)(jnp.zeros(*shapes[0]))
             return np.asarray(jnp.linalg.norm(gradient_TTD, axis=-1))
 
-    def ids(self, array: Array) -> Tensor:
+    def ids(self, array: Array) -> jax.Array:
         """Return token ids or counts as an array of jax."""
         return jnp.asarray(array, jnp.int32)
 
-    def inputs(self, tokens_BT: Array, counts_B: Counts = None) -> tuple[Tensor, Tensor | None]:
+    def inputs(
+        self, tokens_BT: Array, counts_B: Counts = None
+    ) -> tuple[jax.Array, jax.Array | None]:
         """Return token ids and counts as arrays of jax."""
         return self.ids(tokens_BT), None if counts_B is None else self.ids(counts_B)
 
@@ -196,20 +199,22 @@ class FlaxModel(LanguageModel):
         module.eval()
         self.module, self._parts = module, nnx.split(module, nnx.Param, ...)
 
-    def _logits(self, module: nnx.Module, tokens_BT: Tensor, counts_B: Tensor | None) -> Tensor:
+    def _logits(
+        self, module: nnx.Module, tokens_BT: jax.Array, counts_B: jax.Array | None
+    ) -> jax.Array:
         output = self.forward(module, tokens_BT, counts_B)
         return logits_of(output, tokens_BT.shape, self.vocab_size)
 
     def _cross_entropy(
-        self, module: nnx.Module, tokens_BT: Tensor, counts_B: Tensor | None = None
-    ) -> Tensor:
+        self, module: nnx.Module, tokens_BT: jax.Array, counts_B: jax.Array | None = None
+    ) -> jax.Array:
         logits_BTV = self._logits(module, tokens_BT, counts_B)
         return next_token_cross_entropy(logits_BTV, tokens_BT, counts_B)
 
 
 def next_token_cross_entropy(
-    logits_BTV: Tensor, tokens_BT: Tensor, counts_B: Tensor | None
-) -> Tensor:
+    logits_BTV: jax.Array, tokens_BT: jax.Array, counts_B: jax.Array | None
+) -> jax.Array:
     """Return the mean over real targets, by the framework's own function."""
     losses_BT = optax.softmax_cross_entropy_with_integer_labels(
         logits_BTV[:, :-1], tokens_BT[:, 1:]
@@ -225,7 +230,7 @@ def _embeddings(module: nnx.Module) -> dict[str, nnx.Embed]:
     return {dotted(path): part for path, part in parts if isinstance(part, nnx.Embed)}
 
 
-def _of_parts(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _of_parts(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
     """Turn a function of a module and arrays into one of the module's parts and arrays."""
     return lambda graphdef, parameters, rest, *arrays: function(
         nnx.merge(graphdef, parameters, rest), *arrays
