@@ -137,9 +137,10 @@ def test_both_evaluate_and_train_alike(handles, tokens):
 
 def test_compilations_are_counted_where_the_package_compiles(handles, tokens):
     flax, torch = handles
-    before = flax.num_compilations()
+    before, of_torch = flax.num_compilations(), torch.num_compilations()
     flax.write(tokens, 3)
     between = flax.num_compilations()
     flax.write(tokens, 3)
     assert between - flax.num_compilations() == 0 and between >= before
-    assert torch.num_compilations() == 0
+    torch.write(tokens, 3)
+    assert torch.num_compilations() == of_torch  # the package compiles nothing; others may have
