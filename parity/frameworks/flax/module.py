@@ -19,10 +19,14 @@ from parity.frameworks.flax.leaves import StaticCasts, cast_flax, flax_leaves, s
 from parity.frameworks.flax.runner import FlaxRunner, FlaxSpec
 from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import Arrays, Leaves, cast_array
-from parity.frameworks.protocols import Moments
+from parity.frameworks.protocols import Moments, NotCompared
 from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
 
 NAME, MODULE = "flax", nnx.Module
+
+# Under these names optax keeps a mean of gradients, and what it divides by or its square.
+_MEANS = ("mu",)
+_SQUARES = "nu", "sum_of_squares", "e_g"
 
 Built = TypeVar("Built")
 Loss = Callable[..., jax.Array]
@@ -79,9 +83,17 @@ class FlaxTrainer:
     def step(self, *inputs: np.ndarray) -> float:
         """Take one optimizer step and return the loss before it."""
         arrays = [jnp.asarray(cast_array(x, self._dtype)) for x in inputs]
-        loss, self._parameters, self._rest, self._state = self._step(
-            self._parameters, self._rest, self._state, *arrays
-        )
+        try:
+            loss, self._parameters, self._rest, self._state = self._step(
+                self._parameters, self._rest, self._state, *arrays
+            )
+        except TypeError as error:
+            if "keyword-only argument" not in str(error):
+                raise
+            raise NotCompared(
+                "the optimizer of optax evaluates the loss itself; only optimizers that take one "
+                "gradient a step are compared"
+            ) from error
         return float(loss)
 
     def parameters(self) -> Leaves:
@@ -89,11 +101,18 @@ class FlaxTrainer:
         return flax_leaves(nnx.merge(self._graphdef, self._parameters, self._rest))
 
     def moments(self) -> Moments:
-        """Return the moments of the first Adam state of the optimizer, if it has one."""
-        found = [x for x in jax.tree.leaves(self._state, is_leaf=_is_adam) if _is_adam(x)]
-        if not found:
-            return {}, {}, 0
-        return state_leaves(found[0].mu), state_leaves(found[0].nu), int(found[0].count)
+        """Return the moments of all states in the optimizer that have them."""
+        first, second, traces, updates = Leaves(), Leaves(), Leaves(), None
+        for state in jax.tree.leaves(self._state, is_leaf=_is_named):
+            found = state._asdict() if _is_named(state) else {}
+            for moments, keys in ((first, _MEANS), (second, _SQUARES), (traces, ("trace",))):
+                for key in keys:
+                    if isinstance(found.get(key), nnx.State):
+                        moments |= state_leaves(found[key])
+            if "count" in found and (first or second):
+                updates = max(updates or 0, int(found["count"]))
+        # That of RMSprop is a momentum of updates and not of gradients.
+        return first or ({} if second else traces), second, updates
 
 
 def compile_step(loss: Loss, optimizer: optax.GradientTransformation) -> Program:
@@ -193,5 +212,7 @@ def learning_rate(module: nnx.Module, optimizer: optax.GradientTransformation | 
     return default_call.LEARNING_RATE
 
 
-def _is_adam(state: object) -> bool:
-    return all(hasattr(state, name) for name in ("mu", "nu", "count"))
+def _is_named(state: object) -> bool:
+    """Whether this is the state of a transformation that keeps moments."""
+    names = getattr(state, "_fields", ())
+    return not {*_MEANS, *_SQUARES, "trace"}.isdisjoint(names)

@@ -3,6 +3,7 @@
 A `parity.frameworks.handle.Handle`.
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ import torch
 
 from parity.frameworks import default_call
 from parity.frameworks.leaves import Arrays, Leaves, cast_array
-from parity.frameworks.protocols import Moments
+from parity.frameworks.protocols import Moments, NotCompared
 from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
 from parity.frameworks.torch.leaves import cast_torch, from_numpy, numpy_view, torch_leaves
 from parity.frameworks.torch.runner import TorchRunner, TorchSpec
@@ -20,6 +21,10 @@ NAME, MODULE = "torch", torch.nn.Module
 
 # Buffers that are weights: what a batch norm has learned of its inputs.
 _STATISTICS = "running_mean", "running_var", "num_batches_tracked"
+
+# Under these keys optimizers keep a mean of gradients, and what they divide by or its square.
+_MEANS = "exp_avg", "grad_avg"
+_SQUARES = "exp_avg_sq", "exp_inf", "square_avg", "sum"
 
 Built = TypeVar("Built")
 Loss = Callable[..., torch.Tensor]
@@ -62,6 +67,7 @@ class TorchTrainer:
             if isinstance(submodule, torch.nn.MultiheadAttention | torch.nn.RNNBase):
                 submodule.dropout = 0.0
         self._optimizer = optimizer(list(module.parameters()))
+        _require_plain_steps(self._optimizer)
         first = next(module.parameters())
         self._dtype, self._device = str(first.dtype).removeprefix("torch."), first.device
 
@@ -80,15 +86,30 @@ class TorchTrainer:
         return torch_leaves(self._module)
 
     def moments(self) -> Moments:
-        """Return Adam's moments of the parameters that have them."""
-        first, second, updates = {}, {}, 0
+        """Return the moments of the parameters that have them."""
+        first, second, updates = {}, {}, None
         for name, parameter in self._module.named_parameters():
             state = self._optimizer.state.get(parameter, {})
-            if "exp_avg" in state:
-                first[name] = numpy_view(state["exp_avg"].cpu())
-                second[name] = numpy_view(state["exp_avg_sq"].cpu())
-                updates = max(updates, int(state["step"]))
+            squares = next((state[key] for key in _SQUARES if key in state), None)
+            # That of RMSprop is a momentum of updates and not of gradients.
+            keys = _MEANS if squares is not None else (*_MEANS, "momentum_buffer")
+            means = next((state[key] for key in keys if key in state), None)
+            for moments, found in ((first, means), (second, squares)):
+                if isinstance(found, torch.Tensor) and found.shape == parameter.shape:
+                    moments[name] = numpy_view(found.cpu())
+            if "step" in state:
+                updates = max(updates or 0, int(state["step"]))
         return first, second, updates
+
+
+def _require_plain_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose steps evaluate the loss themselves."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise NotCompared(
+            f"{type(optimizer).__name__} evaluates the loss several times a step, by a closure; "
+            "only optimizers that take one gradient a step are compared"
+        )
 
 
 def adamw(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:
