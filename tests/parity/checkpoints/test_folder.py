@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from typer.testing import CliRunner
@@ -34,6 +35,7 @@ from parity.checkpoints import (
     torch_model,
 )
 from parity.checkpoints import folder_of as folder_of_name
+from parity.checkpoints.write import new_folder
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.torch.leaves import torch_leaves
 from parity.report.record import Verdict
@@ -651,3 +653,14 @@ def test_a_model_of_our_own_is_the_same_to_the_library(tmp_path):
             expected = again(torch.from_numpy(prompts())).logits.numpy()
         found = np.asarray(model(jax.numpy.asarray(prompts()))[0])
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "full", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left")]
+)
+def test_a_full_disk_is_one_line_with_the_folder_and_nothing_is_left(tmp_path, full):
+    with pytest.raises(OSError, match=r"made: .*No space left.* Nothing was written"):
+        with new_folder(tmp_path / "made") as folder:
+            (folder / "config.json").write_text("{}")
+            raise full
+    assert not list(tmp_path.iterdir())
