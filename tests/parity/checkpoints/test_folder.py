@@ -231,6 +231,29 @@ def test_the_old_spelling_of_rotary_positions_means_the_same(folder_of, tmp_path
         assert Checkpoint.open(folder).config == Checkpoint.open(folder_of(name)).config
 
 
+@pytest.mark.parametrize("theta", [None, 5000.0])
+def test_of_two_spellings_of_rotary_positions_the_library_s_counts_and_is_named(
+    folder_of, tmp_path, theta
+):
+    folder = tmp_path / "llama"
+    shutil.copytree(folder_of("llama"), folder)
+    document = json.loads((folder / "config.json").read_text())
+    document["rope_scaling"] = {"rope_type": "linear", "factor": 3.0}
+    document |= {} if theta is None else {"rope_theta": theta}
+    (folder / "config.json").write_text(json.dumps(document))
+    checkpoint = Checkpoint.open(folder)
+    assert [x for x in checkpoint.notes if "rope_scaling counts" in x]
+    library = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = np.arange(12)[None] % checkpoint.config.vocab_size
+    with torch.no_grad():
+        expected = library(torch.tensor(ids)).logits.numpy()
+        found = torch_model(checkpoint)(torch.tensor(ids))[0].numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    document["rope_scaling"] = document["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(document))
+    assert not Checkpoint.open(folder).notes
+
+
 def test_dynamic_scaling_is_that_of_transformers_token_by_token(tmp_path):
     """Behind the original length each token turns as if the text ended with it."""
     config = transformers.LlamaConfig(**LLAMA | dict(
