@@ -2,11 +2,14 @@
 
 import contextlib
 import functools
+import gc
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+
+from parity.system.memory import share_of_memory_maps
 
 
 @contextlib.contextmanager
@@ -14,6 +17,16 @@ def jax_scope(dtype: str, device: jax.Device) -> Iterator[None]:
     """Run jax on `device`, with 64-bit types exactly when dtype is float64."""
     with jax.enable_x64(dtype == "float64"), jax.default_device(device):
         yield
+
+
+def drop_programs_if_many() -> None:
+    """Forget all compiled programs once they use half of the memory maps that a process may have.
+
+    What runs for long over many models would otherwise be ended by the kernel.
+    """
+    if share_of_memory_maps() > 0.5:
+        jax.clear_caches()
+        gc.collect()
 
 
 class Scoped:
