@@ -80,10 +80,14 @@ class PairSession(Session[FlaxRunner, TorchRunner]):
     def _make_runs(self, dtype: str) -> tuple[FlaxRunner, TorchRunner]:
         return (
             FlaxRunner(self.pair.flax, self.flax_leaves, dtype, self.devices.flax),
-            TorchRunner(self.pair.torch, self.torch_leaves, dtype, self.devices.torch),
+            self._torch_runner(self.torch_leaves, dtype),
         )
 
     def perturbed_run(self, dtype: str) -> TorchRunner:
         """Return the torch side from weights one rounding away: what rounding alone does to it."""
         leaves = neighbours(cast(self.torch_leaves, dtype), self.seed)
-        return TorchRunner(self.pair.torch, leaves, dtype, self.devices.torch)
+        return self._torch_runner(leaves, dtype)
+
+    def _torch_runner(self, leaves: Leaves, dtype: str) -> TorchRunner:
+        lifting = {"lifts": not self.pair.pure, "code_leaves": self.weight_map.ignored}
+        return TorchRunner(self.pair.torch, leaves, dtype, self.devices.torch, **lifting)
