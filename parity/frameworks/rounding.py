@@ -43,8 +43,8 @@ def half_units(array: np.ndarray, seed: int = 0) -> np.ndarray:
         _, exponent = np.frexp(wide)
         short = np.ldexp(wide, digits // 2 - exponent)
         scale = 10.0 ** (_DIGITS - 1 - np.floor(np.log10(np.abs(wide))))
-        decimal = (np.rint(wide * scale) / scale).astype(array.dtype) == array
-        exact = (wide == np.rint(wide)) | (short == np.rint(short)) | decimal
-        exact |= ~(np.abs(wide) < _MASK)
+        exact = (wide == np.rint(wide)) | (short == np.rint(short)) | ~(np.abs(wide) < _MASK)
+        if array.dtype == np.float32:
+            exact |= (np.rint(wide * scale) / scale).astype(np.float32) == array
         signs = np.random.default_rng(seed).choice([-1.0, 1.0], wide.shape)
         return np.where(exact, 0.0, np.ldexp(signs, exponent - digits - 1))

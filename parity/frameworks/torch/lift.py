@@ -112,11 +112,17 @@ class Log:
 
 @contextlib.contextmanager
 def lifted(held: Held | None = None) -> Iterator[Log]:
-    """Run everything in float64, and yield a log of what asked for less.
+    """Run everything in float64.
 
     Only the present thread is lifted, with the backward passes that it starts. A tensor without a
     type is float64, as if that were torch's default. What is compiled runs as it was written.
     Operations that refuse float64 run in the widest type that they take, and the log says so.
+
+    Args:
+        held: constants that were met before, of the same model.
+
+    Yields:
+        A log of what asked for a narrower type.
     """
     lift = _Lift(held or Held())
     with contextlib.ExitStack() as modes:
