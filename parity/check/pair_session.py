@@ -103,5 +103,5 @@ class PairSession(Session[FlaxRunner, TorchRunner]):
         return max(errors)
 
     def _torch_runner(self, leaves: Leaves, dtype: str) -> TorchRunner:
-        lifting = {"lifts": not self.pair.pure, "code_leaves": self.weight_map.ignored}
+        lifting = {"lift": not self.pair.pure, "code_leaves": self.weight_map.ignored}
         return TorchRunner(self.pair.torch, leaves, dtype, self.devices.torch, **lifting)

@@ -122,7 +122,7 @@ def code_leaves(module: torch.nn.Module) -> tuple[str, ...]:
 
 def runner(spec: TorchSpec, weights: Arrays) -> TorchRunner:
     """Return a runner in float64 on the CPU."""
-    return TorchRunner(spec, weights, "float64", torch.device("cpu"), lifts=True)
+    return TorchRunner(spec, weights, "float64", torch.device("cpu"), lift=True)
 
 
 def learning_rate(module: torch.nn.Module, optimizer: MakeOptimizer | None) -> float:

@@ -34,7 +34,7 @@ class TorchRunner:
         leaves: its weights.
         dtype: to compute in.
         device: to compute on.
-        lifts: run in float64 what the model asks for in a narrower type, where dtype is float64.
+        lift: run in float64 what the model asks for in a narrower type, where dtype is float64.
         code_leaves: leaves that the model's code computes, which are kept as it does.
     """
 
@@ -45,14 +45,14 @@ class TorchRunner:
         dtype: str,
         device: torch.device,
         *,
-        lifts: bool = False,
+        lift: bool = False,
         code_leaves: Collection[str] = (),
     ):
         self.name = spec.name
         # As they were given: a copy in another type would be one more model in memory.
         self._spec, self._leaves = spec, leaves
         self._dtype, self._device = dtype, device
-        self._lifts, self._code_leaves = lifts and dtype == "float64", code_leaves
+        self._lifts, self._code_leaves = lift and dtype == "float64", code_leaves
         self._moves = False
         self._loaded: torch.nn.Module | None = None
         self._held: Held | None = None
