@@ -26,7 +26,9 @@ def explain_loss(session: PairSession, found: Divergence) -> Divergence:
     loss = torch.nn.Module()  # the model is no submodule, so it has no weights of its own
     loss.forward = lambda *arrays: session.pair.torch.loss(port.module, *arrays)
     replay = Replay(loss, port.arrays(session.gradient_probe), {}, {"model": port.module})
-    return dataclasses.replace(found, cause=describe_match([(replay, np.asarray(target))], {}))
+    with port.scope():
+        cause = describe_match([(replay, np.asarray(target))], {})
+    return dataclasses.replace(found, cause=cause)
 
 
 def explain_gradient(session: PairSession, found: Divergence) -> Divergence:
@@ -46,7 +48,7 @@ def explain_gradient(session: PairSession, found: Divergence) -> Divergence:
     arrays = port.arrays(session.gradient_probe)
 
     def gradients(change: Change) -> list[np.ndarray]:
-        with Watch(change), torch.enable_grad():
+        with port.scope(), Watch(change), torch.enable_grad():
             loss = session.pair.torch.loss(port.module, *arrays)
         if not loss.requires_grad:
             return [to_numpy(torch.zeros_like(x)) for x in parameters]

@@ -10,6 +10,7 @@ from parity.check.causes import explain
 from parity.check.locate import locate_forward, locate_rounding
 from parity.check.metrics import error_ratio, relative_max_abs
 from parity.check.session import Session
+from parity.frameworks.batch import Batch
 from parity.frameworks.protocols import Runner
 from parity.report import Divergence
 from parity.report.record import Record, Verdict, first_failed, judge
@@ -26,13 +27,20 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
         flax, torch = (batch.select(r.outputs(batch)) for r in session.runs("float64"))
         truths[name] = session.truth(flax, torch)
         session.progress((number + 1) / len(probes) / 2)
-        if session.impurities:
-            continue
         gap, bound = relative_max_abs(flax, torch, flax), session.float64_bound
         real = np.ones(1, bool) if batch.real is None else batch.real
         padded = f"{np.count_nonzero(~real)} of {real.size} positions are padding, not compared"
         note = None if real.all() else padded
-        yield judge(name, "float64", "max_abs", gap, bound, flax.size, note=note)
+        made = judge(name, "float64", "max_abs", gap, bound, flax.size, note=note)
+
+        def noise(number: int, batch: Batch = batch) -> float:
+            ours, theirs = (batch.select(r.outputs(batch)) for r in session.moved_runs[number])
+            return relative_max_abs(ours, theirs, ours)
+
+        made = session.decided(made, noise)
+        yield made
+        if made.bound != bound:  # it did not agree to rounding
+            continue
         flips, bound = _unequal_as_float32(flax, torch), bounds.rounded_apart(flax.size)
         note = f"{flips} of {flax.size:,} logits round to another float32" if flips else None
         name = f"{name}, unequal as float32"
@@ -45,6 +53,8 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
         truth = truths[name]
         if len(session.impurities) < 2:  # else there is no truth to divide by
             ratio = error_ratio(flax, torch, truth)
+            if ratio > bounds.RATIO and not session.pair.pure:
+                ratio = error_ratio(flax, torch, truth, session.float32_noise(batch, truth))
             yield judge(name, "float32", "error_ratio", ratio, bounds.RATIO, flax.size)
         for run, output in zip(session.runs("float32"), (flax, torch), strict=True):
             gap, bound = relative_max_abs(output, truth, truth), bounds.OUTPUT_FLOAT32

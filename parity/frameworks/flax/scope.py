@@ -1,11 +1,8 @@
 """The device, and whether 64-bit types exist, as a context that jax runs in."""
 
 import contextlib
-import functools
 import gc
-import inspect
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 
@@ -27,25 +24,3 @@ def drop_programs_if_many() -> None:
     if share_of_memory_maps() > 0.5:
         jax.clear_caches()
         gc.collect()
-
-
-class Scoped:
-    """An object whose methods run inside a scope, which is made anew for each call."""
-
-    def __init__(
-        self, target: object, scope: Callable[[], contextlib.AbstractContextManager[None]]
-    ):
-        self._target, self._scope = target, scope
-
-    def __getattr__(self, name: str) -> Any:
-        with self._scope():
-            found = getattr(self._target, name)
-        if not inspect.ismethod(found):
-            return found
-
-        @functools.wraps(found)
-        def scoped(*args, **kwargs):
-            with self._scope():
-                return found(*args, **kwargs)
-
-        return scoped

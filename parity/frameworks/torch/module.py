@@ -3,6 +3,7 @@
 A `parity.frameworks.handle.Handle`.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
@@ -13,13 +14,11 @@ from parity.frameworks import default_call
 from parity.frameworks.leaves import Arrays, Leaves, cast_array
 from parity.frameworks.protocols import Moments
 from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
+from parity.frameworks.torch.constants import STATISTICS, constants
 from parity.frameworks.torch.leaves import cast_torch, from_numpy, numpy_view, torch_leaves
 from parity.frameworks.torch.runner import TorchRunner, TorchSpec
 
 NAME, MODULE = "torch", torch.nn.Module
-
-# Buffers that are weights: what a batch norm has learned of its inputs.
-_STATISTICS = "running_mean", "running_var", "num_batches_tracked"
 
 Built = TypeVar("Built")
 Loss = Callable[..., torch.Tensor]
@@ -47,6 +46,7 @@ def spec(module: torch.nn.Module, use: TorchUse = BY_DEFAULT) -> TorchSpec:
         forward=forward,
         loss=score,
         trainer=lambda model, num_steps: TorchTrainer(model, score, make),
+        constants=functools.cache(lambda: constants(module, use.build)),
     )
 
 
@@ -117,12 +117,12 @@ def initial_leaves(spec: TorchSpec, dtype: str) -> Leaves:
 def code_leaves(module: torch.nn.Module) -> tuple[str, ...]:
     """Name the buffers that are no statistics, such as masks and tables of angles."""
     names = (name for name, _ in module.named_buffers())
-    return tuple(name for name in names if name.rpartition(".")[2] not in _STATISTICS)
+    return tuple(name for name in names if name.rpartition(".")[2] not in STATISTICS)
 
 
 def runner(spec: TorchSpec, weights: Arrays) -> TorchRunner:
     """Return a runner in float64 on the CPU."""
-    return TorchRunner(spec, weights, "float64", torch.device("cpu"))
+    return TorchRunner(spec, weights, "float64", torch.device("cpu"), lift=True)
 
 
 def learning_rate(module: torch.nn.Module, optimizer: MakeOptimizer | None) -> float:
