@@ -57,6 +57,16 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
     def _make_runs(self, dtype: str) -> tuple[Flax_co, Torch_co]:
         """Return a runner of each model in a dtype."""
 
+    @abc.abstractmethod
+    def perturbed_run(self, dtype: str, number: int = 0, roundings: int = 1) -> Runner:
+        """Return one model from weights one rounding away: what rounding alone does to it.
+
+        Args:
+            dtype: of the run.
+            number: for another choice of directions.
+            roundings: for weights further away.
+        """
+
     def runs(self, dtype: str) -> tuple[Flax_co, Torch_co]:
         """Return runners of both models in a dtype; those of another dtype free their memory."""
         if dtype != self._dtype:
@@ -161,7 +171,8 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         moments = []
         for run, convert in zip(self.runs("float64"), (dict, self.weight_map.to_flax), strict=True):
             trainer = run.trainer(self.steps)
-            trainer.step(*self.pair.training_batch(0).inputs)
+            batch = self.pair.training_batch(0)
+            trainer.step(*batch.inputs, **batch.keywords)
             moments.append(convert(trainer.moments()[0]))
         found = null_leaves(moments, self._zero)
         if set(found) > set(self.null.leaves):

@@ -94,11 +94,11 @@ def _margins(
     lengths = (counts + written.shape[1] - 1).astype(np.int32)
     batch = Batch((sequences, lengths), np.arange(width) < lengths[:, None])
     truth = session.runs("float64")[0].outputs(batch)
-    errors = {}
+    real, errors = batch.select(truth)[""], {}
     for dtype in session.dtypes:
-        outputs = (batch.select(run.outputs(batch)) for run in session.runs(dtype))
-        errors[dtype] = float(np.max([max_abs(x, batch.select(truth)) for x in outputs]))
-    top = np.sort(truth, axis=-1)[..., -2:]
+        outputs = (batch.select(run.outputs(batch))[""] for run in session.runs(dtype))
+        errors[dtype] = float(np.max([max_abs(x, real) for x in outputs]))
+    top = np.sort(truth[""], axis=-1)[..., -2:]
     margin = top[..., 1] - top[..., 0]
     chosen = counts[:, None] - 1 + np.arange(written.shape[1])
     return np.take_along_axis(margin, chosen, axis=1), errors
