@@ -26,6 +26,8 @@ class Leaf:
     path: str
     flax: np.ndarray | None
     torch: np.ndarray | None
+    flax_path: str
+    torch_path: str
 
     @property
     def words(self) -> str:
@@ -45,7 +47,8 @@ def paired(flax: Outputs, torch: Outputs) -> list[Leaf]:
     )
     if len(ours) == len(theirs) == 1 and _same_place(*ours, *theirs):
         path = max(*ours, *theirs)
-        return [Leaf("" if path.isdigit() else path, *ours.values(), *theirs.values())]
+        path = "" if path.isdigit() else path
+        return [Leaf(path, *ours.values(), *theirs.values(), *ours, *theirs)]
     found, waiting = [], [path for path in ours if path not in theirs]
     alone = dict.fromkeys(waiting)
     for path, array in theirs.items():
@@ -55,8 +58,9 @@ def paired(flax: Outputs, torch: Outputs) -> list[Leaf]:
             if (twin := next(fitting, None)) is not None:
                 waiting = waiting[waiting.index(twin) + 1 :]
                 del alone[twin]
-        found.append(Leaf(path, None if twin is None else ours[twin], array))
-    return found + [Leaf(path, ours[path], None) for path in alone]
+        other = None if twin is None else ours[twin]
+        found.append(Leaf(path, other, array, "" if twin is None else twin, path))
+    return found + [Leaf(path, ours[path], None, path, "") for path in alone]
 
 
 def _same_place(a: str, b: str) -> bool:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from flax import nnx
 
 from parity.frameworks.batch import Argument, Outputs, output_leaves, plain_array
 from parity.frameworks.capture import map_leaves
+from parity.frameworks.default_call import NoLoss
 from parity.frameworks.leaves import cast_array
 
 
@@ -59,13 +60,31 @@ class Returned:
 
     def outputs(self) -> Outputs:
         """Return the leaves as arrays by path."""
-        arrays = zip(self.paths, (plain_array(np.asarray(x)) for x in self.arrays), strict=True)
+        arrays = zip(self.paths, map(_array, self.arrays), strict=True)
         return dict(arrays) | {path: np.array(kind) for path, kind in self.others}
 
-    def float_leaves(self) -> list[jax.Array]:
-        """Return the arrays of floats or complex numbers, by the order of their paths."""
-        by_path = sorted(zip(self.paths, self.arrays, strict=True), key=lambda x: x[0])
-        return [x for _, x in by_path if jnp.issubdtype(x.dtype, jnp.inexact)]
+    def float_leaves(self, paths: Sequence[str] | None = None) -> list[jax.Array]:
+        """Return the arrays of floats or complex numbers.
+
+        Args:
+            paths: of those wanted, in order; all, in the order of their paths, when None.
+
+        Raises:
+            NoLoss: where there is none.
+        """
+        leaves = dict(zip(self.paths, self.arrays, strict=True))
+        wanted = [x for x in (sorted(leaves) if paths is None else paths) if x in leaves]
+        found = [leaves[x] for x in wanted if jnp.issubdtype(leaves[x].dtype, jnp.inexact)]
+        if not found:
+            raise NoLoss("the output has no floats, so it has no gradient")
+        return found
+
+
+def _array(x: jax.Array | jax.ShapeDtypeStruct) -> np.ndarray:
+    """Return an array; of its shape alone, zeros."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return plain_array(np.broadcast_to(np.zeros((), x.dtype), x.shape))
+    return plain_array(np.asarray(x))
 
 
 def arguments(inputs: Argument, keywords: Argument, dtype: str) -> Arguments:

@@ -3,8 +3,9 @@
 A `parity.frameworks.handle.Handle`.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -13,7 +14,7 @@ import optax
 from flax import nnx
 
 from parity.frameworks import default_call
-from parity.frameworks.batch import Argument
+from parity.frameworks.batch import Argument, Batch, Outputs
 from parity.frameworks.flax.calls import Arguments, arguments, returning_leaves
 from parity.frameworks.flax.leaves import cast_flax, flax_leaves, state_leaves
 from parity.frameworks.flax.runner import FlaxRunner, FlaxSpec
@@ -24,6 +25,12 @@ from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
 
 NAME, MODULE = "flax", nnx.Module
 
+# Random numbers that a call may ask for, by the name of the parameter.
+_STREAMS: dict[str, Callable[[], object]] = {"rngs": lambda: nnx.Rngs(0)}
+_STREAMS |= dict.fromkeys(
+    ("key", "rng", "prng_key", "rng_key", "dropout_key", "dropout_rng"), lambda: jax.random.key(0)
+)
+
 Built = TypeVar("Built")
 Loss = Callable[..., jax.Array]
 FlaxUse = ModuleUse[jax.Array, optax.GradientTransformation]
@@ -31,26 +38,40 @@ FlaxUse = ModuleUse[jax.Array, optax.GradientTransformation]
 Program = Callable[..., tuple[jax.Array, nnx.State, nnx.State, optax.OptState]]
 
 
-def spec(module: nnx.Module, use: FlaxUse = BY_DEFAULT) -> FlaxSpec:
-    """Return the spec of a Flax NNX module, which is copied for every use and never changed."""
+def spec(
+    module: nnx.Module, use: FlaxUse = BY_DEFAULT, scored: Sequence[str] | None = None
+) -> FlaxSpec:
+    """Return the spec of a Flax NNX module, which is copied for every use and never changed.
 
-    def forward(model: nnx.Module, *inputs: object, **keywords: object) -> object:
-        return (use.call or default_call.call)(model, *inputs, **keywords)
+    Args:
+        module: the module.
+        use: how it is called, scored and trained.
+        scored: paths of the leaves of its output that the default loss reads, in order; all floats
+            in the order of their paths when None.
+    """
+    signature = default_call.Signature.of(module, use.call)
 
-    def projected(model: nnx.Module, *inputs: object, **keywords: object) -> jax.Array:
-        leaves = returning_leaves(forward)(model, *inputs, **keywords).float_leaves()
+    def called(in_training: bool, model: nnx.Module, *inputs: object, **keywords: object) -> object:
+        given = signature.arguments(inputs, keywords, in_training, _STREAMS)
+        return (use.call or _call)(model, *inputs, **given)
+
+    def projected(
+        in_training: bool, model: nnx.Module, *inputs: object, **keywords: object
+    ) -> jax.Array:
+        returned = returning_leaves(called)(in_training, model, *inputs, **keywords)
+        leaves = returned.float_leaves(scored)
         numbers = [jnp.stack([x.real, x.imag], -1) if jnp.iscomplexobj(x) else x for x in leaves]
         output = jnp.concatenate([x.ravel() for x in numbers])
         weights = jnp.asarray(default_call.projection(output.size), output.dtype)
-        return jnp.dot(output, weights)
+        return jnp.dot(jnp.where(jnp.isfinite(output), output, 0), weights)
 
-    score, optimizer = use.loss or projected, use.optimizer or adamw()
-    program = compile_step(score, optimizer)
+    optimizer = use.optimizer or adamw()
+    program = compile_step(use.loss or functools.partial(projected, True), optimizer)
     return ModelSpec(
         name=f"{type(module).__name__} (flax)",
         build=lambda dtype: cast_flax(module, dtype),
-        forward=forward,
-        loss=score,
+        forward=functools.partial(called, False),
+        loss=use.loss or functools.partial(projected, False),
         trainer=lambda model, num_steps: FlaxTrainer(model, program, optimizer),
     )
 
@@ -148,6 +169,29 @@ def adamw() -> optax.GradientTransformation:
 def seeded(seed: int, build: Callable[[], Built]) -> Built:
     """Return what a function builds; Flax draws from streams of the user's own."""
     return build()
+
+
+def tried(spec: FlaxSpec, batch: Batch) -> Outputs:
+    """Return an output of the shapes and types of a model's, in float32 on the CPU."""
+    with jax_scope("float32", jax.devices("cpu")[0]):
+        model = spec.build("float32")
+        model.eval()
+        call = arguments(batch.inputs, batch.keywords, "float32")
+        graphdef, state = nnx.split(model)
+
+        def forward(state: nnx.State, call: Arguments) -> object:
+            return spec.forward(
+                nnx.merge(graphdef, state, copy=True), *call.inputs, **call.keywords
+            )
+
+        try:
+            return jax.eval_shape(returning_leaves(forward), state, call).outputs()
+        except jax.errors.JAXTypeError:  # a number is looked at
+            return returning_leaves(forward)(state, call).outputs()
+
+
+def _call(module: Callable[..., object], *inputs: object, **keywords: object) -> object:
+    return module(*inputs, **keywords)
 
 
 def initial_leaves(spec: FlaxSpec, dtype: str) -> Leaves:

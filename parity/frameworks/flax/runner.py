@@ -79,7 +79,11 @@ class FlaxRunner:
     def outputs(self, batch: Batch) -> Outputs:
         """Return the model's output, leaf by leaf."""
         with self._scope():
-            return self._forward(self._parameters, self._arguments(batch)).outputs()
+            call = self._parameters, self._arguments(batch)
+            try:
+                return self._forward(*call).outputs()
+            except jax.errors.JAXTypeError:  # it looks at numbers, which a program does not have
+                return self._pure(returning_leaves(self._spec.forward))(*call).outputs()
 
     def gradients(self, batch: Batch) -> tuple[float, Leaves]:
         """Return the loss and its gradient by leaf."""

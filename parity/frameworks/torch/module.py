@@ -3,17 +3,17 @@
 A `parity.frameworks.handle.Handle`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
 
 from parity.frameworks import default_call
-from parity.frameworks.batch import Argument
+from parity.frameworks.batch import Argument, Batch, Outputs
 from parity.frameworks.leaves import Arrays, Leaves
 from parity.frameworks.protocols import Moments
 from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
-from parity.frameworks.torch.calls import float_leaves, tensors
+from parity.frameworks.torch.calls import float_leaves, outputs_of, tensors
 from parity.frameworks.torch.leaves import cast_torch, numpy_view, torch_leaves
 from parity.frameworks.torch.runner import TorchRunner, TorchSpec
 
@@ -28,18 +28,31 @@ MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 TorchUse = ModuleUse[torch.Tensor, MakeOptimizer]
 
 
-def spec(module: torch.nn.Module, use: TorchUse = BY_DEFAULT) -> TorchSpec:
-    """Return the spec of a PyTorch module, which is copied for every use and never changed."""
+def spec(
+    module: torch.nn.Module, use: TorchUse = BY_DEFAULT, scored: Sequence[str] | None = None
+) -> TorchSpec:
+    """Return the spec of a PyTorch module, which is copied for every use and never changed.
+
+    Args:
+        module: the module.
+        use: how it is called, scored and trained.
+        scored: paths of the leaves of its output that the default loss reads, in order; all floats
+            in the order of their paths when None.
+    """
+    signature = default_call.Signature.of(module, use.call)
 
     def forward(model: torch.nn.Module, *inputs: object, **keywords: object) -> object:
-        return (use.call or default_call.call)(model, *inputs, **keywords)
+        given = signature.arguments(inputs, keywords, model.training, {})
+        return use.call(model, *inputs, **given) if use.call else model(*inputs, **given)
 
     def projected(model: torch.nn.Module, *inputs: object, **keywords: object) -> torch.Tensor:
-        leaves = float_leaves(forward(model, *inputs, **keywords))
+        leaves = float_leaves(forward(model, *inputs, **keywords), scored)
         numbers = [torch.view_as_real(x) if x.is_complex() else x for x in leaves]
         output = torch.cat([x.flatten() for x in numbers]) if len(numbers) > 1 else numbers[0]
         weights = torch.from_numpy(default_call.projection(output.numel())).to(output)
-        return torch.dot(output.flatten(), weights)
+        finite = torch.isfinite(output)
+        known = output if finite.all() else torch.where(finite, output, torch.zeros_like(output))
+        return torch.dot(known.flatten(), weights)
 
     score, make = use.loss or projected, use.optimizer or adamw
     return ModelSpec(
@@ -108,6 +121,14 @@ def seeded(seed: int, build: Callable[[], Built]) -> Built:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
+
+
+def tried(spec: TorchSpec, batch: Batch) -> Outputs:
+    """Return the output of a model as it is built, in float32 on the CPU."""
+    model = spec.build("float32").eval()
+    inputs, keywords = tensors((batch.inputs, dict(batch.keywords)), "float32", torch.device("cpu"))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        return outputs_of(spec.forward(model, *inputs, **keywords))
 
 
 def initial_leaves(spec: TorchSpec, dtype: str) -> Leaves:
