@@ -27,7 +27,7 @@ from parity.system.devices import choose_devices
 from parity.system.import_target import in_a_line
 from parity.weights.infer import infer_rules
 from parity.weights.rules import Rules
-from parity.weights.weight_map import resolve
+from parity.weights.weight_map import TransplantError, resolve
 
 
 class PairOptions(TypedDict, total=False):
@@ -144,12 +144,36 @@ def pair_of(
     elif not isinstance(rules, Rules):
         rules = Rules.load(Path(rules))
     rate = learning_rate(torch_module, torch.optimizer)
-    pair = dataclasses.replace(made(rules), learning_rate=rate)
+    pair = _without_frozen(dataclasses.replace(made(rules), learning_rate=rate), sides, scored)
     if weights == "torch":
         ours = torch_leaves(original.build("float32"))
         theirs = flax_leaves(PairSession(pair).build_flax())
         pair = dataclasses.replace(pair, leaves=resolve(rules, ours, theirs).to_flax(ours))
     return pair
+
+
+def _without_frozen(
+    pair: Pair, sides: tuple[Side, Side], scored: tuple[list[str], list[str]]
+) -> Pair:
+    """Return the pair with what one side does not train frozen on the other too."""
+    flax, torch = (side.handle.trained(side.module) for side in sides)
+    frozen: list[tuple[str, ...]] = [(), ()]
+    try:
+        leaves = torch_leaves(sides[1].module), flax_leaves(sides[0].module)
+        links = resolve(pair.rules, *leaves).links
+    except TransplantError:  # which the level of the weights reports
+        return pair
+    for link in links:
+        moves = bool(flax & {*link.flax}), bool(torch & {*link.torch})
+        if moves[0] != moves[1]:
+            frozen = [frozen[0] + link.flax, frozen[1] + link.torch]
+    if not frozen[1]:
+        return pair
+    flax_spec, torch_spec = (
+        side.handle.spec(side.module, side.use, leaves, names)
+        for side, leaves, names in zip(sides, scored, frozen, strict=True)
+    )
+    return dataclasses.replace(pair, flax=flax_spec, torch=torch_spec, frozen=frozen[1])
 
 
 def _require_modules(torch_module: object, flax_module: object) -> None:

@@ -12,7 +12,7 @@ from parity.check.metrics import error_ratio, max_abs, scale_of, size_of
 from parity.check.session import Session
 from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.protocols import Runner
-from parity.report.record import Record, Verdict, abstain, judge
+from parity.report.record import Record, Verdict, abstain, judge, worst
 
 # Perturbed runs that must show that an output jumps, and how many roundings away their weights are:
 # enough that one at the edge of a step crosses it in one of them, but for one time in a hundred.
@@ -97,6 +97,7 @@ class Comparison:
     def __init__(self, session: Session[Runner, Runner], name: str, batch: Batch):
         self._session, self._name, self._batch = session, name, batch
         self._truths: dict[str, np.ndarray] = {}
+        self._agreeing: set[str] = set()  # where float64 decides that both are the same
         self._perturbed = functools.cache(self._perturbed_outputs)
 
     def in_float64(self) -> Iterator[Record]:
@@ -119,8 +120,10 @@ class Comparison:
                 )
             elif not self._session.impurities:
                 compared = self._floats if _is_float(a, b) else self._integers
-                for record in compared(leaf.path, name, a, b, note):
-                    yield record.at(leaf.path)
+                found = [x.at(leaf.path) for x in compared(leaf.path, name, a, b, note)]
+                yield from found
+                if worst(x.verdict for x in found) in (Verdict.PASS, Verdict.TIE):
+                    self._agreeing.add(leaf.path)
             note = None
 
     def in_float32(self) -> Iterator[Record]:
@@ -193,7 +196,8 @@ class Comparison:
         """Judge where integers are apart; it is a tie where a rounding of the weights does it."""
         count = int(np.count_nonzero(apart))
         made = judge(name, dtype, "different", count, 0, apart.size, note=note)
-        if not count or self._session.pair.pure:
+        is_new = dtype == "float64" or path in self._agreeing
+        if not count or self._session.pair.pure or not is_new:
             return made
         moved = self._moved(dtype, path, np.ones(apart.shape, bool), truth).reshape(apart.shape)
         note = f"{count} of {apart.size:,} differ"
@@ -210,7 +214,7 @@ class Comparison:
         truth, jumps = truth[kept], None
         gaps = [max_abs(x, truth) / self._unit(truth) for x in (a, b)]
         is_fair = error_ratio(a, b, truth) <= bounds.RATIO and max(gaps) <= bounds.OUTPUT_FLOAT32
-        if not is_fair and not self._session.pair.pure:
+        if not is_fair and path in self._agreeing and not self._session.pair.pure:
             errors = np.maximum(abs(a - truth), abs(b - truth))
             moved = self._moved("float32", path, kept, truth)
             floor = max(float(np.median(errors)), bounds.FLOAT32_ROUNDING * size_of(truth))

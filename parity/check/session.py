@@ -151,7 +151,13 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         if self.is_large:
             torch.release()
             hand_back_freed_memory()
-        return flax.gradients(self.gradient_probe), theirs
+        ours = flax.gradients(self.gradient_probe)
+        # What is frozen on one side has no gradient there.
+        both = ours[1].keys() & theirs[1].keys()
+        for _, side in (ours, theirs):
+            for name in side.keys() - both:
+                del side[name]
+        return ours, theirs
 
     @property
     def _zero(self) -> float:

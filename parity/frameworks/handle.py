@@ -4,7 +4,7 @@ What works with a single framework, as goldens do, asks here, so that the other 
 """
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol, TypeVar, cast
 
 from parity.frameworks.batch import Batch, Outputs
@@ -29,9 +29,19 @@ class Handle(Protocol):
     MODULE: type
 
     def spec(
-        self, module: object, use: ModuleUse, scored: Sequence[str] | None = None
+        self,
+        module: object,
+        use: ModuleUse,
+        scored: Sequence[str] | None = None,
+        frozen: Collection[str] = (),
     ) -> ModelSpec:
-        """Return the spec of a module, whose default loss reads these leaves of its output."""
+        """Return the spec of a module.
+
+        Its default loss reads these leaves of its output, and training leaves frozen ones alone.
+        """
+
+    def trained(self, module: object) -> set[str]:
+        """Return the names of the leaves that training moves by their gradient."""
 
     def tried(self, spec: ModelSpec, batch: Batch) -> Outputs:
         """Return an output of the shapes and types of a model's, or raise what it raises."""

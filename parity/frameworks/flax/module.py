@@ -5,7 +5,7 @@ A `parity.frameworks.handle.Handle`.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -17,9 +17,9 @@ from parity.frameworks import default_call
 from parity.frameworks.batch import Argument, Batch, Outputs
 from parity.frameworks.flax.calls import Arguments, arguments, returning_leaves
 from parity.frameworks.flax.leaves import cast_flax, flax_leaves, state_leaves
-from parity.frameworks.flax.runner import FlaxRunner, FlaxSpec
+from parity.frameworks.flax.runner import FlaxRunner, FlaxSpec, is_trained
 from parity.frameworks.flax.scope import jax_scope
-from parity.frameworks.leaves import Arrays, Leaves
+from parity.frameworks.leaves import Arrays, Leaves, dotted
 from parity.frameworks.protocols import Moments
 from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
 
@@ -39,7 +39,10 @@ Program = Callable[..., tuple[jax.Array, nnx.State, nnx.State, optax.OptState]]
 
 
 def spec(
-    module: nnx.Module, use: FlaxUse = BY_DEFAULT, scored: Sequence[str] | None = None
+    module: nnx.Module,
+    use: FlaxUse = BY_DEFAULT,
+    scored: Sequence[str] | None = None,
+    frozen: Collection[str] = (),
 ) -> FlaxSpec:
     """Return the spec of a Flax NNX module, which is copied for every use and never changed.
 
@@ -48,6 +51,7 @@ def spec(
         use: how it is called, scored and trained.
         scored: paths of the leaves of its output that the default loss reads, in order; all floats
             in the order of their paths when None.
+        frozen: leaves that are not trained, beside those that are no parameters of floats.
     """
     signature = default_call.Signature.of(module, use.call)
 
@@ -65,25 +69,32 @@ def spec(
         weights = jnp.asarray(default_call.projection(output.size), output.dtype)
         return jnp.dot(jnp.where(jnp.isfinite(output), output, 0), weights)
 
+    def moves(path: tuple[object, ...], variable: object) -> bool:
+        return is_trained(path, variable) and dotted(path) not in frozen
+
     optimizer = use.optimizer or adamw()
-    program = compile_step(use.loss or functools.partial(projected, True), optimizer)
+    program = compile_step(use.loss or functools.partial(projected, True), optimizer, moves)
     return ModelSpec(
         name=f"{type(module).__name__} (flax)",
         build=lambda dtype: cast_flax(module, dtype),
         forward=functools.partial(called, False),
         loss=use.loss or functools.partial(projected, False),
-        trainer=lambda model, num_steps: FlaxTrainer(model, program, optimizer),
+        trainer=lambda model, num_steps: FlaxTrainer(model, program, optimizer, moves),
     )
 
 
 class FlaxTrainer:
     """Training by jax.value_and_grad and optax, in training mode but without dropout.
 
-    `program` is that of `compile_step`, compiled with this optimizer.
+    `program` is that of `compile_step`, compiled with this optimizer for these variables.
     """
 
     def __init__(
-        self, module: nnx.Module, program: Program, optimizer: optax.GradientTransformation
+        self,
+        module: nnx.Module,
+        program: Program,
+        optimizer: optax.GradientTransformation,
+        moves: nnx.filterlib.Filter = nnx.Param,
     ):
         module.train()
         # Nothing is dropped, for the frameworks draw masks from different generators.
@@ -92,9 +103,10 @@ class FlaxTrainer:
                 submodule.rate = 0.0
             if isinstance(submodule, nnx.MultiHeadAttention):
                 submodule.dropout_rate = 0.0
-        self._graphdef, self._parameters, self._rest = nnx.split(module, nnx.Param, ...)
+        self._graphdef, self._parameters, self._rest = nnx.split(module, moves, ...)
         self._program, self._state = program, optimizer.init(self._parameters)
-        self._dtype = str(jax.tree.leaves(self._parameters)[0].dtype)
+        floats = [x.dtype for x in jax.tree.leaves(nnx.state(module)) if _is_float(x)]
+        self._dtype = str(floats[0]) if floats else "float32"
 
     def step(self, *inputs: Argument, **keywords: Argument) -> float:
         """Take one optimizer step and return the loss before it."""
@@ -116,14 +128,18 @@ class FlaxTrainer:
         return state_leaves(found[0].mu), state_leaves(found[0].nu), int(found[0].count)
 
 
-def compile_step(loss: Loss, optimizer: optax.GradientTransformation) -> Program:
-    """Compile a training step, for several trainers to share."""
+def compile_step(
+    loss: Loss,
+    optimizer: optax.GradientTransformation,
+    moves: nnx.filterlib.Filter = nnx.Param,
+) -> Program:
+    """Compile a training step of some variables, for several trainers to share."""
 
     def step(graphdef: Any, parameters: Any, rest: Any, state: Any, call: Arguments) -> tuple:
         def scored(parameters: Any) -> tuple[jax.Array, Any]:
             model = nnx.merge(graphdef, parameters, rest, copy=True)  # statistics change in it
             value = loss(model, *call.inputs, **call.keywords)
-            return value, nnx.split(model, nnx.Param, ...)[2]
+            return value, nnx.split(model, moves, ...)[2]
 
         (value, rest), gradients = jax.value_and_grad(scored, has_aux=True)(parameters)
         updates, state = optimizer.update(gradients, state, parameters)
@@ -200,6 +216,11 @@ def initial_leaves(spec: FlaxSpec, dtype: str) -> Leaves:
         return flax_leaves(spec.build(dtype))
 
 
+def trained(module: nnx.Module) -> set[str]:
+    """Return the names of the leaves that training moves by their gradient."""
+    return {dotted(path) for path, _ in nnx.to_flat_state(nnx.state(module, is_trained))}
+
+
 def code_leaves(module: nnx.Module) -> tuple[str, ...]:
     """Return no names: what a Flax module holds is its weights."""
     return ()
@@ -218,6 +239,10 @@ def learning_rate(module: nnx.Module, optimizer: optax.GradientTransformation | 
             "judged in learning rates. Give learning_rate."
         )
     return default_call.LEARNING_RATE
+
+
+def _is_float(leaf: object) -> bool:
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _is_adam(state: object) -> bool:

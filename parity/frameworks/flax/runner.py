@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, Self, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from parity.frameworks.batch import Batch, Outputs
@@ -23,6 +24,12 @@ from parity.system.memory import is_large
 
 FlaxSpec = ModelSpec[nnx.Module, jax.Array]
 Result = TypeVar("Result")
+
+
+def is_trained(path: tuple[object, ...], variable: object) -> bool:
+    """Whether a variable of a module is a parameter of floats or complex numbers."""
+    leaves = jax.tree.leaves(variable)
+    return isinstance(variable, nnx.Param) and all(jnp.issubdtype(x, jnp.inexact) for x in leaves)
 
 
 class _Program(Protocol):
@@ -148,7 +155,7 @@ class FlaxRunner:
         if self._loaded is None:
             module = self._load()
             with self._scope():
-                graphdef, parameters, rest = nnx.split(module, nnx.Param, ...)
+                graphdef, parameters, rest = nnx.split(module, is_trained, ...)
             self._fixed = self._fixed or (graphdef, rest)
             self._loaded = module, parameters
         return self._loaded

@@ -3,7 +3,7 @@
 A `parity.frameworks.handle.Handle`.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -29,7 +29,10 @@ TorchUse = ModuleUse[torch.Tensor, MakeOptimizer]
 
 
 def spec(
-    module: torch.nn.Module, use: TorchUse = BY_DEFAULT, scored: Sequence[str] | None = None
+    module: torch.nn.Module,
+    use: TorchUse = BY_DEFAULT,
+    scored: Sequence[str] | None = None,
+    frozen: Collection[str] = (),
 ) -> TorchSpec:
     """Return the spec of a PyTorch module, which is copied for every use and never changed.
 
@@ -38,6 +41,7 @@ def spec(
         use: how it is called, scored and trained.
         scored: paths of the leaves of its output that the default loss reads, in order; all floats
             in the order of their paths when None.
+        frozen: leaves that are not trained, beside those that the module itself freezes.
     """
     signature = default_call.Signature.of(module, use.call)
 
@@ -54,10 +58,16 @@ def spec(
         known = output if finite.all() else torch.where(finite, output, torch.zeros_like(output))
         return torch.dot(known.flatten(), weights)
 
+    def build(dtype: str) -> torch.nn.Module:
+        model = cast_torch(module, dtype)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and name not in frozen)
+        return model
+
     score, make = use.loss or projected, use.optimizer or adamw
     return ModelSpec(
         name=f"{type(module).__name__} (torch)",
-        build=lambda dtype: cast_torch(module, dtype),
+        build=build,
         forward=forward,
         loss=score,
         trainer=lambda model, num_steps: TorchTrainer(model, score, make),
@@ -84,7 +94,12 @@ class TorchTrainer:
         arguments = tensors((inputs, keywords), self._dtype, self._device)
         self._optimizer.zero_grad()
         loss = self._loss(self._module, *arguments[0], **arguments[1])
-        loss.backward()
+        if loss.requires_grad:
+            loss.backward()
+        for parameter in self._module.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                # An optimizer passes over what nothing uses; one of optax decays it.
+                parameter.grad = torch.zeros_like(parameter)
         self._optimizer.step()
         self._optimizer.zero_grad()  # as much memory as the weights
         return float(loss.detach())
@@ -134,6 +149,11 @@ def tried(spec: TorchSpec, batch: Batch) -> Outputs:
 def initial_leaves(spec: TorchSpec, dtype: str) -> Leaves:
     """Return the weights that a model is built with."""
     return torch_leaves(spec.build(dtype))
+
+
+def trained(module: torch.nn.Module) -> set[str]:
+    """Return the names of the leaves that training moves by their gradient."""
+    return {name for name, x in module.named_parameters(remove_duplicate=False) if x.requires_grad}
 
 
 def code_leaves(module: torch.nn.Module) -> tuple[str, ...]:

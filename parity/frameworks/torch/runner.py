@@ -63,8 +63,7 @@ class TorchRunner:
     def gradients(self, batch: Batch) -> tuple[float, Leaves]:
         """Return the loss and its gradient by leaf."""
         loss, gradients = self._loss_and_gradients(batch)
-        names = dict(self.module.named_parameters())
-        return float(loss), dict(zip(names, map(to_numpy, gradients), strict=True))
+        return float(loss), {name: to_numpy(x) for name, x in gradients.items()}
 
     def forward_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward pass that are not in float64."""
@@ -114,11 +113,12 @@ class TorchRunner:
         load_torch(module, CastLater(self._leaves, self._dtype))
         return module.to(self._device).eval()
 
-    def _loss_and_gradients(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _loss_and_gradients(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss and its gradient by every parameter that is not frozen."""
         loss = self._called(self._spec.loss, batch)
-        parameters = list(self.module.parameters())
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return loss.detach(), [
-            torch.zeros_like(parameter) if gradient is None else gradient
-            for parameter, gradient in zip(parameters, gradients, strict=True)
-        ]
+        named = {name: x for name, x in self.module.named_parameters() if x.requires_grad}
+        if not loss.requires_grad:
+            return loss.detach(), {name: torch.zeros_like(x) for name, x in named.items()}
+        parameters = list(named.values())
+        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        return loss.detach(), dict(zip(named, found, strict=True))
