@@ -49,7 +49,9 @@ def _compared(
             gap = relative_l2(flax[name], torch[name])
             yield judge(name, dtype, "relative_l2", gap, bound, flax[name].size)
     gap = abs(flax_loss - torch_loss) / max(abs(flax_loss), 1.0)
-    yield judge("loss", dtype, "relative", gap, bound, 1)
+    frozen = ", ".join(session.pair.frozen)
+    note = f"frozen, without a gradient: {frozen}" if frozen else None
+    yield judge("loss", dtype, "relative", gap, bound, 1, note=note)
     if null := _null_gaps(session, flax, torch):
         where = largest({name: gap for name, (gap, _) in null.items()})
         gap, bound = null[where][0], bounds.NULL_GRADIENT[dtype]
