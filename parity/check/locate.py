@@ -234,6 +234,25 @@ class Compared:
         return cls(key, found, fed, None not in agree, shapes)
 
 
+def compared(
+    a: Iterable[Trace], b: Iterable[Trace], gap: Gap
+) -> tuple[list[Compared], Collection[str]]:
+    """Return the calls that both models make, and the paths of all that the first one makes."""
+    calls: list[Compared] = []
+    called: Counter[str] = Counter()
+    for trace, twin in matched(a, b):
+        if twin is not None:
+            calls.append(Compared.of((trace.path, called[trace.path]), trace, twin, gap))
+        called[trace.path] += 1
+    return calls, called
+
+
+def compared_calls(session: "PairSession", batch: Batch) -> dict[Key, Compared]:
+    """Return the calls of a float64 forward pass that both models make."""
+    with _both(session, batch) as sides:
+        return {call.key: call for call in compared(*sides, float64_gap)[0]}
+
+
 def first_divergence(
     a: Iterable[Trace],
     b: Iterable[Trace],
@@ -260,12 +279,7 @@ def first_divergence(
         the inside out as far as inputs differ: it was fed by wrong code outside of modules, in its
         caller's body. None when nothing differs.
     """
-    calls: list[Compared] = []
-    called: Counter[str] = Counter()
-    for trace, twin in matched(a, b):
-        if twin is not None:
-            calls.append(Compared.of((trace.path, called[trace.path]), trace, twin, gap))
-        called[trace.path] += 1
+    calls, called = compared(a, b, gap)
     for place, call in enumerate(calls):
         # Arguments that cannot be compared accuse nobody: the callers, which come later, decide.
         if (

@@ -70,7 +70,7 @@ def locate(session: "PairSession", records: list[Record]) -> Divergence | None:
     if bad.dtype != "float64":
         return locate_rounding(session, batch)
     found = locate_forward(session, batch)
-    return found and explain(found, lambda found: explain_output(session, probe, found))
+    return found and explain(found, lambda found: explain_output(session, batch, found))
 
 
 def failed_probe(session: Session[Runner, Runner], records: Iterable[Record]) -> str:
