@@ -58,14 +58,14 @@ class Block(nnx.Module):
         self.conv1 = nnx.Conv(i, o, (3, 3), strides=stride, padding=1, **bare)
         self.conv2 = nnx.Conv(o, o, (3, 3), padding=1, **bare)
         self.norm1, self.norm2 = Norm(o, rngs), Norm(o, rngs)
-        self.shortcut = None
+        self.shortcut = nnx.Sequential()
         if i != o:
             conv = nnx.Conv(i, o, (1, 1), strides=stride, padding="VALID", **bare)
             self.shortcut = nnx.Sequential(conv, Norm(o, rngs))
 
     def __call__(self, x):
         y = self.norm2(self.conv2(jax.nn.relu(self.norm1(self.conv1(x)))))
-        return jax.nn.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+        return jax.nn.relu(y + self.shortcut(x))
 
 
 class Port(nnx.Module):
@@ -102,8 +102,8 @@ FAULTS = [
     ("epsilon 1e-3", "epsilon=1e-5", "epsilon=1e-3", "norm|bn1", "0.001"),
     (
         "shortcut before the second norm",
-        "y + (x if self.shortcut",
-        "self.norm2(y) + (x if self.shortcut",
+        "relu(y + self",
+        "relu(self.norm2(y) + self",
         "blocks.0|layer1",
         None,
     ),
