@@ -13,7 +13,7 @@ from safetensors.numpy import save
 from parity.frameworks.batch import Batch
 from parity.frameworks.leaves import Arrays, Leaves, cast, cast_array
 from parity.frameworks.purity import Purity
-from parity.system.files import write_atomically
+from parity.system.files import write_file
 
 KIND, SCHEMA = "parity golden", 1
 # The only entry of the file's metadata: of several, safetensors does not keep the order.
@@ -86,7 +86,7 @@ class Golden:
             )
         # safetensors writes memory as it lies, whatever the strides say.
         tensors = {name: np.array(tensor, order="C") for name, tensor in tensors.items()}
-        write_atomically(path, save(tensors, metadata={_ABOUT: json.dumps(self._about())}))
+        write_file(path, save(tensors, metadata={_ABOUT: json.dumps(self._about())}))
 
     def _about(self) -> dict[str, Any]:
         return {
