@@ -184,7 +184,7 @@ def make(rng):
 
 
 PAIRS = {
-    "llama": (
+    "hf_llama": (
         llama,
         port_llama,
         make,
@@ -193,7 +193,7 @@ PAIRS = {
             ("gelu", "Config())", 'Config(act="gelu"))', "layers.0.mlp", "gelu"),
         ],
     ),
-    "qwen3": (
+    "hf_qwen3": (
         qwen3,
         port_qwen3,
         make,
@@ -208,7 +208,7 @@ PAIRS = {
             ("scale by the width", "c.H**-0.5", "c.D**-0.5", "layers.0.attn", "scale|20"),
         ],
     ),
-    "gemma": (
+    "hf_gemma": (
         gemma,
         port_gemma,
         make,
@@ -223,7 +223,7 @@ PAIRS = {
             ),
         ],
     ),
-    "mixtral": (
+    "hf_mixtral": (
         mixtral,
         port_mixtral,
         make,
