@@ -183,20 +183,29 @@ class Row:
 
 def names() -> list[str]:
     """Name every pair, in the order of the files."""
-    return [name for path in FILES for name in _named(path)]
+    return [name for path in FILES for name in named(path)]
+
+
+def program_of(text: str) -> tuple[str, str]:
+    """Split a pair's file: its program, and its faults."""
+    start = next(text.find(x) for x in ("\nPAIRS = {", "\nFAULTS = [") if x in text)
+    return text[:start], text[start:]
+
+
+def edit_of(path: Path, fault: Fault) -> Edit:
+    """Return a fault as an edit of a pair's file."""
+    return Edit(path.name, fault.old, fault.new)
 
 
 @contextlib.contextmanager
 def module_of(path: Path, fault: Fault | None = None) -> Iterator[ModuleType]:
     """Import a copy of a pair's file with a fault in it; its source can be read."""
-    program, start, faults = path.read_text("utf-8").partition("\nPAIRS = {")
-    if not start:
-        program, start, faults = program.partition("\nFAULTS = [")
+    program, faults = program_of(path.read_text("utf-8"))
     if fault:
-        program = mutated_text(path.name, program, [Edit(path.name, fault.old, fault.new)])
+        program = mutated_text(path.name, program, [edit_of(path, fault)])
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, path.name)
-        copy.write_text(program + start + faults, encoding="utf-8")
+        copy.write_text(program + faults, encoding="utf-8")
         spec = importlib.util.spec_from_file_location(f"{path.stem}_{next(_numbers)}", copy)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
         try:
@@ -254,7 +263,8 @@ def run(name: str, fault: Fault | None = None, seed: int = 0, **options: object)
     return Row(name, fault, report, raised, time.perf_counter() - start)
 
 
-def _named(path: Path) -> list[str]:
+def named(path: Path) -> list[str]:
+    """Name the pairs of a file."""
     if "\nPAIRS = {" in path.read_text("utf-8"):
         with module_of(path) as module:
             return list(module.PAIRS)
@@ -263,7 +273,7 @@ def _named(path: Path) -> list[str]:
 
 def _file(name: str) -> Path:
     for path in FILES:
-        if name in _named(path):
+        if name in named(path):
             return path
     raise ValueError(f"suite: no pair {name}. There are {', '.join(names())}.")
 
