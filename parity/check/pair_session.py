@@ -78,8 +78,9 @@ class PairSession(Session[FlaxRunner, TorchRunner]):
             return self.pair.flax.build("float32")
 
     def _make_runs(self, dtype: str) -> tuple[FlaxRunner, TorchRunner]:
+        lift = not self.pair.pure
         return (
-            FlaxRunner(self.pair.flax, self.flax_leaves, dtype, self.devices.flax),
+            FlaxRunner(self.pair.flax, self.flax_leaves, dtype, self.devices.flax, lift),
             TorchRunner(self.pair.torch, self.torch_leaves, dtype, self.devices.torch),
         )
 

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 from collections.abc import Callable
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, Self, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from parity.frameworks.batch import Batch
 from parity.frameworks.capture import Backward, OnTrace, Trace
 from parity.frameworks.flax.capture import backward_flax, capture_flax
 from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
+from parity.frameworks.flax.lift import Log, line_of_error
 from parity.frameworks.flax.purity import flax_purity
 from parity.frameworks.flax.scope import Scoped, jax_scope
 from parity.frameworks.leaves import Arrays, CastLater, Leaves, cast_array
@@ -21,6 +22,8 @@ from parity.frameworks.protocols import Decoder, Trainer
 from parity.frameworks.purity import Purity
 from parity.frameworks.spec import ModelSpec
 from parity.system.memory import is_large
+
+Result = TypeVar("Result")
 
 FlaxSpec = ModelSpec[nnx.Module, jax.Array]
 
@@ -36,14 +39,19 @@ class _Program(Protocol):
 class FlaxRunner:
     """A `LiveRunner` of a Flax NNX model, loaded when it is needed, and again after `release`.
 
-    Its leaves may have any float type; `dtype` is the one to compute in.
+    Its leaves may have any float type; `dtype` is the one to compute in. With `lift`, float64 runs
+    are lifted; where the model raises on that account, they are not, and its purity says so.
     """
 
-    def __init__(self, spec: FlaxSpec, leaves: Arrays, dtype: str, device: jax.Device):
+    def __init__(
+        self, spec: FlaxSpec, leaves: Arrays, dtype: str, device: jax.Device, lift: bool = False
+    ):
         self.name = spec.name
         # As they were given: a copy in another type would be one more model in memory.
         self._spec, self._leaves = spec, leaves
         self._dtype, self._device = dtype, device
+        self._log = Log() if lift and dtype == "float64" else None
+        self._raised_lifted: list[str] = []  # shared with copies at other weights
         self._loaded: tuple[nnx.Module, nnx.State] | None = None
         # What programs are compiled with: the same after every loading.
         self._fixed: tuple[nnx.GraphDef[nnx.Module], nnx.State] | None = None
@@ -78,24 +86,21 @@ class FlaxRunner:
 
     def outputs(self, batch: Batch) -> np.ndarray:
         """Return the model's output."""
-        with self._scope():
-            return np.asarray(self._forward(self._parameters, *self._arrays(batch)))
+        return self._attempt(lambda: np.asarray(self._forward(*self._arguments(batch))))
 
     def gradients(self, batch: Batch) -> tuple[float, Leaves]:
         """Return the loss and its gradient by leaf."""
+        loss, gradients = self._attempt(lambda: self._loss_and_gradients(*self._arguments(batch)))
         with self._scope():
-            loss, gradients = self._loss_and_gradients(self._parameters, *self._arrays(batch))
             return float(loss), state_leaves(gradients)
 
     def forward_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward pass that are not in float64."""
-        with self._scope():
-            return flax_purity(self._forward, self._parameters, *self._arrays(batch))
+        return self._purity(self._forward, batch)
 
     def gradient_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward and backward pass that are not in float64."""
-        with self._scope():
-            return flax_purity(self._loss_and_gradients, self._parameters, *self._arrays(batch))
+        return self._purity(self._loss_and_gradients, batch)
 
     def traces(self, batch: Batch, on_trace: OnTrace) -> None:
         """Pass inputs and output of every module in a forward pass to `on_trace`."""
@@ -128,6 +133,29 @@ class FlaxRunner:
             capture_flax(self.module, lambda: call(self._make_decoder()), traces.append)
         return traces
 
+    def _purity(self, program: _Program, batch: Batch) -> Purity:
+        found = self._attempt(lambda: flax_purity(program, *self._arguments(batch)))
+        found.impure.update(dict.fromkeys(self._raised_lifted, 1))
+        return found
+
+    def _attempt(self, run: Callable[[], Result]) -> Result:
+        """Run in the scope; no more lifted from here on, if it raises only lifted."""
+        try:
+            with self._scope():
+                return run()
+        except Exception as error:
+            if self._log is None or self._raised_lifted:
+                raise
+            self._raised_lifted.append(f"{type(error).__name__} at {line_of_error(error)}")
+            raised = error
+        self._loaded = None
+        try:
+            with self._scope():
+                return run()
+        except Exception:
+            self._raised_lifted.clear()
+            raise raised from None
+
     def _make_decoder(self) -> Decoder:
         assert self._spec.decoder is not None, f"{self.name} has no cache"
         return self._spec.decoder(self.module)
@@ -153,11 +181,15 @@ class FlaxRunner:
     def _parameters(self) -> nnx.State:
         return self._load_once()[1]
 
+    def _arguments(self, batch: Batch) -> tuple[nnx.State | jax.Array, ...]:
+        return self._parameters, *self._arrays(batch)
+
     def _arrays(self, batch: Batch) -> tuple[jax.Array, ...]:
         return tuple(jnp.asarray(cast_array(array, self._dtype)) for array in batch.inputs)
 
     def _scope(self) -> contextlib.AbstractContextManager[None]:
-        return jax_scope(self._dtype, self._device)
+        log = None if self._raised_lifted else self._log
+        return jax_scope(self._dtype, self._device, log)
 
     def _pure(self, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
         """Return (parameters, *arrays) to what the function gives of a copy of the model."""
