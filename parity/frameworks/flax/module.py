@@ -266,8 +266,8 @@ def code_leaves(module: nnx.Module) -> tuple[str, ...]:
 
 
 def runner(spec: FlaxSpec, weights: Arrays) -> FlaxRunner:
-    """Return a runner in float64 on the CPU."""
-    return FlaxRunner(spec, weights, "float64", jax.devices("cpu")[0])
+    """Return a runner in lifted float64 on the CPU."""
+    return FlaxRunner(spec, weights, "float64", jax.devices("cpu")[0], lift=True)
 
 
 def learning_rate(module: nnx.Module, optimizer: optax.GradientTransformation | None) -> float:
