@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from parity.check import bounds
-from parity.check.metrics import error_ratio, max_abs, scale_of, size_of
+from parity.check.metrics import error_ratio, max_abs, ratio, rms_error, scale_of, size_of
 from parity.check.session import Session
 from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.protocols import Runner
@@ -158,6 +158,9 @@ class Comparison:
         """Compare floats by the largest of them, and one by one as float32."""
         kept, words = self._comparable(a, b)
         a, b = a[kept], b[kept]
+        if not a.size:
+            yield judge(name, "float64", "max_abs", math.nan, 0, 0, note=words)
+            return
         unit, bound, noise = self._unit(a), self._session.float64_bound, None
         gap = max_abs(a, b) / unit
         if gap > bound and unit < 1.0:  # what is small because it cancels is as large as rounding
@@ -209,35 +212,39 @@ class Comparison:
     def _narrow_floats(
         self, path: str, name: str, a: np.ndarray, b: np.ndarray, truth: np.ndarray
     ) -> Iterator[Record]:
+        """Judge floats by the ratio of their errors, and by the size of each."""
         kept, note = self._comparable(a, b)
-        a, b = (x[kept].astype(np.float32) for x in (a, b))
-        truth, jumps = truth[kept], None
-        gaps = [max_abs(x, truth) / self._unit(truth) for x in (a, b)]
-        is_fair = error_ratio(a, b, truth) <= bounds.RATIO and max(gaps) <= bounds.OUTPUT_FLOAT32
-        if not is_fair and path in self._agreeing and not self._session.pair.pure:
-            errors = np.maximum(abs(a - truth), abs(b - truth))
+        a, b, truth = a[kept].astype(np.float32), b[kept].astype(np.float32), truth[kept]
+        if not a.size:
+            return  # the record in float64 says why
+        unit, bound, noise, has_jumps = self._unit(truth), bounds.OUTPUT_FLOAT32, None, False
+        fair = error_ratio(a, b, truth)
+        gaps = [max_abs(x, truth) / unit for x in (a, b)]
+        is_bad = not (fair <= bounds.RATIO and max(gaps) <= bound)
+        if is_bad and path in self._agreeing and not self._session.pair.pure:
             moved = self._moved("float32", path, kept, truth)
+            errors = np.maximum(abs(a - truth), abs(b - truth))
             floor = max(float(np.median(errors)), bounds.FLOAT32_ROUNDING * size_of(truth))
-            jumps = (errors > bounds.CHANCE * floor) & (errors <= 2 * moved)
-            if num := int(np.count_nonzero(jumps)):
-                a, b, truth = a[~jumps], b[~jumps], truth[~jumps]
-                jumping = f"{num} of {jumps.size:,} jump, each where a rounding of the weights "
-                note = "; ".join(filter(None, (note, jumping + "makes it jump too")))
-        for record in self._ratio_and_gaps(path, name, a, b, truth):
-            is_tie = jumps is not None and jumps.any() and record.verdict is Verdict.PASS
-            verdict = Verdict.TIE if is_tie else record.verdict
-            yield dataclasses.replace(record, verdict=verdict, note=note)
-
-    def _ratio_and_gaps(
-        self, path: str, name: str, a: np.ndarray, b: np.ndarray, truth: np.ndarray
-    ) -> Iterator[Record]:
+            jumps = (errors > bounds.CHANCE * floor) & (errors <= 2 * moved) & (unit > floor)
+            if has_jumps := bool(jumps.any()):
+                words = f"{np.count_nonzero(jumps)} of {jumps.size:,} jump, each where a rounding "
+                note = "; ".join(filter(None, (note, f"{words}of the weights makes it jump too")))
+                a, b, truth, moved = (x[~jumps] for x in (a, b, truth, moved))
+                fair, gaps = error_ratio(a, b, truth), [max_abs(x, truth) / unit for x in (a, b)]
+            if size_of(moved) / unit > bound / _ROUNDINGS:  # what cancels is as large as rounding
+                noise, bound = size_of(moved) / unit, bounds.CHANCE * size_of(moved) / unit
+                fair = ratio(rms_error(a, truth), rms_error(b, truth), floor=size_of(moved))
+        records = []
         if len(self._session.impurities) < 2:  # else there is no truth to divide by
-            ratio = error_ratio(a, b, truth)
-            yield judge(name, "float32", "error_ratio", ratio, bounds.RATIO, a.size)
-        unit = self._unit(truth)
-        for run, output in zip(self._session.runs("float32"), (a, b), strict=True):
-            gap, bound = max_abs(output, truth) / unit, bounds.OUTPUT_FLOAT32
-            yield judge(f"{name}, {run.name}", "float32", "max_abs", gap, bound, output.size)
+            records.append(judge(name, "float32", "error_ratio", fair, bounds.RATIO, a.size))
+        for run, gap in zip(self._session.runs("float32"), gaps, strict=True):
+            named = f"{name}, {run.name}"
+            records.append(judge(named, "float32", "max_abs", gap, bound, a.size, noise=noise))
+        for record in records:
+            is_tie = has_jumps and record.verdict is Verdict.PASS
+            yield dataclasses.replace(
+                record, verdict=Verdict.TIE if is_tie else record.verdict, note=note
+            )
 
     def _comparable(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, str | None]:
         """Return where numbers can be compared, and what is equal without being finite."""

@@ -1,6 +1,7 @@
 """State shared by all levels of a check: both models, their weights and what is known of them."""
 
 import abc
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, TypeVar
@@ -166,8 +167,24 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
     @functools.cached_property
     def null(self) -> NullDirections:
         """Where the gradient is analytically zero, from float64 and both models."""
-        (_, flax), (_, torch) = self.gradients("float64")
-        return NullDirections.find(flax, torch, self._zero)
+        return self._gradient_facts[0]
+
+    @property
+    def not_finite(self) -> tuple[str, ...]:
+        """Leaves whose gradient in float64 holds infinities or NaN in both models."""
+        return self._gradient_facts[1]
+
+    @functools.cached_property
+    def _gradient_facts(self) -> tuple[NullDirections, tuple[str, ...]]:
+        sides = [gradient for _, gradient in self.gradients("float64")]
+        bad = [x for x in sides[0] if not any(np.isfinite(side[x]).all() for side in sides)]
+        if bad:
+            zeros = [{x: np.nan_to_num(side[x], posinf=0, neginf=0) for x in bad} for side in sides]
+            sides = [side | zero for side, zero in zip(sides, zeros, strict=True)]
+        null = NullDirections.find(*sides, self._zero)
+        leaves = tuple(name for name in null.leaves if name not in bad)
+        means = tuple(x for x in null.means if x[0] not in bad)
+        return dataclasses.replace(null, leaves=leaves, means=means), tuple(bad)
 
     @functools.cached_property
     def null_in_training(self) -> tuple[str, ...]:

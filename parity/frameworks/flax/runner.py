@@ -11,6 +11,7 @@ from flax import nnx
 
 from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.capture import Backward, OnTrace, Trace
+from parity.frameworks.default_call import NoLoss
 from parity.frameworks.flax.calls import Arguments, arguments, returning_leaves
 from parity.frameworks.flax.capture import backward_flax, capture_flax
 from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
@@ -20,6 +21,7 @@ from parity.frameworks.leaves import Arrays, CastLater, Leaves
 from parity.frameworks.protocols import Decoder, Trainer
 from parity.frameworks.purity import Purity
 from parity.frameworks.spec import ModelSpec
+from parity.system.import_target import raised
 from parity.system.memory import is_large
 
 FlaxSpec = ModelSpec[nnx.Module, jax.Array]
@@ -95,18 +97,28 @@ class FlaxRunner:
     def gradients(self, batch: Batch) -> tuple[float, Leaves]:
         """Return the loss and its gradient by leaf."""
         with self._scope():
-            loss, gradients = self._loss_and_gradients(self._parameters, self._arguments(batch))
+            call = self._parameters, self._arguments(batch)
+            try:
+                loss, gradients = self._loss_and_gradients(*call)
+            except jax.errors.JAXTypeError as error:
+                raise NoLoss(
+                    f"{self.name} looks at numbers on its way, so jax has no gradient of it: "
+                    f"{raised(error)}"
+                ) from error
             return float(loss), state_leaves(gradients)
 
     def forward_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward pass that are not in float64."""
         with self._scope():
-            return flax_purity(self._forward, self._parameters, self._arguments(batch))
+            return self._purity(self._forward, batch)
 
     def gradient_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward and backward pass that are not in float64."""
         with self._scope():
-            return flax_purity(self._loss_and_gradients, self._parameters, self._arguments(batch))
+            try:
+                return self._purity(self._loss_and_gradients, batch)
+            except NoLoss:
+                return self._purity(self._forward, batch)
 
     def traces(self, batch: Batch, on_trace: OnTrace) -> None:
         """Pass inputs and output of every module in a forward pass to `on_trace`."""
@@ -138,6 +150,12 @@ class FlaxRunner:
         with self._scope(), jax.disable_jit():
             capture_flax(self.module, lambda: call(self._make_decoder()), traces.append)
         return traces
+
+    def _purity(self, program: Callable[..., object], batch: Batch) -> Purity:
+        try:
+            return flax_purity(program, self._parameters, self._arguments(batch))
+        except jax.errors.JAXTypeError as error:
+            return Purity(1, {f"operations that jax cannot list, {raised(error)}": 1})
 
     def _make_decoder(self) -> Decoder:
         assert self._spec.decoder is not None, f"{self.name} has no cache"

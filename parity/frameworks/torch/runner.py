@@ -8,6 +8,7 @@ import torch
 
 from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.capture import Backward, OnTrace, Trace
+from parity.frameworks.default_call import NoLoss
 from parity.frameworks.leaves import Arrays, CastLater, Leaves
 from parity.frameworks.protocols import Decoder, Trainer
 from parity.frameworks.purity import Purity
@@ -73,7 +74,10 @@ class TorchRunner:
     def gradient_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward and backward pass that are not in float64."""
         _ = self.module  # loaded first, for loading is no part of the question
-        return torch_purity(self._loss_and_gradients, batch)
+        try:
+            return torch_purity(self._loss_and_gradients, batch)
+        except NoLoss:
+            return self.forward_purity(batch)
 
     def traces(self, batch: Batch, on_trace: OnTrace) -> None:
         """Pass inputs and output of every module in a forward pass to `on_trace`."""
