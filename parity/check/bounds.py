@@ -44,6 +44,12 @@ ROUNDED_APART, ROUNDED_APART_PER_OUTPUT = 1, 2e-5
 # Reading a sequence in chunks through the cache must change nothing but the order of sums.
 CACHE = {"float64": OUTPUT_FLOAT64, "float32": 1e-5}
 
+# Where a model holds constants in float32, such as a table of angles, its float64 run may be off by
+# what rounding did to them. Moving each by half a unit in its last place measures that; a table is
+# the result of a few operations that each round, in either model. A constant that is wrong by one
+# in a thousand is off by more than 1e4 such moves.
+HELD_CONSTANTS = 8.0
+
 # ---- gradients ---------------------------------------------------------------------------------
 
 # Relative L2 per leaf. Correct ports were measured at 1.5e-15 to 1.6e-14 in float64 and at 9e-7 to

@@ -86,6 +86,12 @@ class Runner(Protocol):
     def release(self) -> None:
         """Free the model's memory until it is asked for again."""
 
+    def moved(self) -> Self:
+        """Return the same model with the constants that it holds in a narrow type moved.
+
+        Each by half a unit in its last place: what rounding may have done to it.
+        """
+
 
 class LiveRunner(Runner, Protocol[Module_co]):
     """A runner whose model is at hand, so that one can look inside."""

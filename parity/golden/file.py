@@ -15,7 +15,7 @@ from parity.frameworks.batch import Argument, Batch, Outputs
 from parity.frameworks.capture import leaves_of
 from parity.frameworks.leaves import Leaves, cast, cast_array
 from parity.frameworks.purity import Purity
-from parity.system.files import write_atomically
+from parity.system.files import write_file
 
 KIND, SCHEMA = "parity golden", 2
 # The only entry of the file's metadata: of several, safetensors does not keep the order.
@@ -88,7 +88,7 @@ class Golden:
             )
         # safetensors writes memory as it lies, whatever the strides say.
         tensors = {name: np.array(tensor, order="C") for name, tensor in tensors.items()}
-        write_atomically(path, save(tensors, metadata={_ABOUT: json.dumps(self._about())}))
+        write_file(path, save(tensors, metadata={_ABOUT: json.dumps(self._about())}))
 
     def _about(self) -> dict[str, Any]:
         return {

@@ -17,6 +17,10 @@ class RecordedRunner:
     def release(self) -> None:
         """Nothing to release."""
 
+    def moved(self) -> "RecordedRunner":
+        """Return itself, for a recording is what it is."""
+        return self
+
     def outputs(self, batch: Batch) -> Outputs:
         """Return the output for one of the golden's own probes."""
         found = (name for name, probe in self._golden.probes.items() if probe is batch)

@@ -26,9 +26,10 @@ def explain_loss(session: PairSession, found: Divergence) -> Divergence:
     port = session.runs("float64")[1]
     loss = torch.nn.Module()  # the model is no submodule, so it has no weights of its own
     loss.forward = functools.partial(session.pair.torch.loss, port.module)
-    arguments = port.arguments(session.gradient_probe)
-    replay = Replay(loss, *arguments, {"model": port.module})
-    return dataclasses.replace(found, cause=describe_match([(replay, np.asarray(target))], {}))
+    replay = Replay(loss, *port.arguments(session.gradient_probe), {"model": port.module})
+    with port.scope():
+        cause = describe_match([(replay, np.asarray(target))], {})
+    return dataclasses.replace(found, cause=cause)
 
 
 def explain_gradient(session: PairSession, found: Divergence) -> Divergence:
@@ -48,7 +49,7 @@ def explain_gradient(session: PairSession, found: Divergence) -> Divergence:
     inputs, keywords = port.arguments(session.gradient_probe)
 
     def gradients(change: Change) -> list[np.ndarray]:
-        with Watch(change), torch.enable_grad():
+        with port.scope(), Watch(change), torch.enable_grad():
             loss = session.pair.torch.loss(port.module, *inputs, **keywords)
         if not loss.requires_grad:
             return [to_numpy(torch.zeros_like(x)) for x in parameters]

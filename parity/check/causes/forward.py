@@ -37,10 +37,12 @@ def explain_output(session: PairSession, probe: str, found: Divergence) -> Diver
     another.
     """
     path = "" if found.where == session.model_name else found.where
-    model = session.runs("float64")[1].module
+    port = session.runs("float64")[1]
     probes = dict.fromkeys((probe, *session.pair.probes))
     calls = (_divergent_calls(session, session.pair.probes[name], path) for name in probes)
-    cause = describe_match(itertools.chain.from_iterable(calls), dict(model.named_modules()))
+    with port.scope():
+        modules = dict(port.module.named_modules())
+        cause = describe_match(itertools.chain.from_iterable(calls), modules)
     return dataclasses.replace(found, cause=cause)
 
 

@@ -10,6 +10,7 @@ rate.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import LiveRunner, Runner, Trainer
 from parity.pair.pair import Pair
 from parity.report import Divergence
-from parity.report.record import IMPURE, Record, Verdict, abstain, judge
+from parity.report.record import Record, Verdict, abstain, judge
 
 if TYPE_CHECKING:  # as in locate
     from parity.check.pair_session import PairSession
@@ -88,17 +89,35 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
         yield abstain("optimizer", f"the gradient is not finite in either model, at {names}")
         return
     exact: list[_Step] = []
+
+    @functools.cache
+    def noise(number: int) -> dict[str, float]:
+        convert = session.weight_map.flax_leaves if number else dict.items
+        ours, theirs = (
+            _steps_of(session.trainer(run, HORIZON), session.pair, convert, _limit(session))
+            for run in session.moved_runs[number]
+        )
+        return {x.name: x.gap for x in _all_compared(session, "float64", ours, theirs, exact)}
+
     for number, dtype in enumerate(session.dtypes):
         flax_steps, torch_steps = _steps(session, dtype)
         if not exact:
             exact = flax_steps if session.pair.torch.name in session.impurities else torch_steps
-            if session.impurities:
-                yield abstain("float64", IMPURE)
-                continue
-        for step, sides in enumerate(zip(flax_steps, torch_steps, exact, strict=True), 1):
-            for made in _compared(session, dtype, *sides):
-                yield dataclasses.replace(made, name=f"step {step} {made.name}", step=step)
+        for made in _all_compared(session, dtype, flax_steps, torch_steps, exact):
+            yield session.decided(made, lambda number, name=made.name: noise(number)[name])
         session.progress((number + 1) / len(session.dtypes))
+
+
+def _all_compared(
+    session: Session[Runner, Runner],
+    dtype: str,
+    flax: Sequence[_Step],
+    torch: Sequence[_Step],
+    truth: Sequence[_Step],
+) -> Iterator[Record]:
+    for step, sides in enumerate(zip(flax, torch, truth, strict=True), 1):
+        for made in _compared(session, dtype, *sides):
+            yield dataclasses.replace(made, name=f"step {step} {made.name}", step=step)
 
 
 def _compared(
@@ -129,10 +148,14 @@ def _compared(
 
 def _steps(session: Session[Runner, Runner], dtype: str) -> tuple[list[_Step], list[_Step]]:
     """Take the steps of both sides, one after the other."""
-    (flax, torch), limit = session.runs(dtype), SAMPLE_LARGE if session.is_large else SAMPLE
+    (flax, torch), limit = session.runs(dtype), _limit(session)
     ours = _steps_of(session.trainer(flax, HORIZON), session.pair, dict.items, limit)
     leaves = session.weight_map.flax_leaves
     return ours, _steps_of(session.trainer(torch, HORIZON), session.pair, leaves, limit)
+
+
+def _limit(session: Session[Runner, Runner]) -> int:
+    return SAMPLE_LARGE if session.is_large else SAMPLE
 
 
 def _steps_of(trainer: Trainer, pair: Pair, leaves: LeavesOf, limit: int) -> list[_Step]:

@@ -1,5 +1,6 @@
 """Level `trajectory`: training from the same weights on the same batches gives the same losses."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import Runner, Trainer
 from parity.report import Divergence
 from parity.report.plot_data import LossCurves
-from parity.report.record import IMPURE, Record, abstain, first_failed, judge
+from parity.report.record import Record, Verdict, abstain, first_failed, judge
 from parity.system.memory import on_disk
 
 if TYPE_CHECKING:  # as in locate
@@ -30,14 +31,19 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
         yield abstain("trajectory", f"the gradient is not finite in either model, at {names}")
         return
     exact: np.ndarray | None = None
+
+    @functools.cache
+    def moved(number: int) -> dict[str, float]:
+        sides = [_train(run, session, 0) for run in session.moved_runs[number]]
+        convert = session.weight_map.to_flax if number else dict
+        (ours, start), (theirs, final) = sides
+        gaps = _final_parameters(session, convert(start), convert(final))
+        return {"loss": max_abs(ours, theirs)} | {made.name: made.gap for made in gaps}
+
     for number, dtype in enumerate(session.dtypes):
         (flax, flax_final), (torch, torch_final) = (
             _train(run, session, 2 * number + side) for side, run in enumerate(session.runs(dtype))
         )
-        if dtype == "float64" and session.impurities:
-            yield abstain("float64", IMPURE)
-            exact = session.truth(flax, torch)
-            continue
         bound = session.float64_bound if dtype == "float64" else bounds.LOSS[dtype]
         curve = LossCurves(dtype, tuple(flax.tolist()), tuple(torch.tolist()), bound)
         session.plot_data.losses.append(curve)
@@ -47,11 +53,13 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
         noise, gap = None if exact is None else max_abs(torch, exact), max_abs(flax, torch)
         name = f"loss over {steps} steps"
         made = judge(name, dtype, "max_abs", gap, bound, steps, noise=noise, note=note)
-        yield made.at(step=first)
+        made = session.decided(made, lambda number: moved(number)["loss"])
+        yield made.at(step=0 if made.verdict is Verdict.PASS else first)
         if exact is None:
-            exact = torch
+            exact = flax if session.pair.torch.name in session.impurities else torch
             theirs = session.weight_map.to_flax(torch_final)
-            yield from _final_parameters(session, flax_final, theirs)
+            for made in _final_parameters(session, flax_final, theirs):
+                yield session.decided(made, lambda number, name=made.name: moved(number)[name])
 
 
 def _train(run: Runner, session: Session[Runner, Runner], number: int) -> tuple[np.ndarray, Leaves]:

@@ -16,10 +16,11 @@ from parity.frameworks.flax.calls import Arguments, arguments, returning_leaves
 from parity.frameworks.flax.capture import backward_flax, capture_flax
 from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
 from parity.frameworks.flax.purity import flax_purity
-from parity.frameworks.flax.scope import Scoped, jax_scope
+from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import Arrays, CastLater, Leaves
 from parity.frameworks.protocols import Decoder, Trainer
 from parity.frameworks.purity import Purity
+from parity.frameworks.scoped import Scoped
 from parity.frameworks.spec import ModelSpec
 from parity.system.import_target import raised
 from parity.system.memory import is_large

@@ -3,6 +3,7 @@
 A `parity.frameworks.handle.Handle`.
 """
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeVar
 
@@ -14,13 +15,11 @@ from parity.frameworks.leaves import Arrays, Leaves
 from parity.frameworks.protocols import Moments
 from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
 from parity.frameworks.torch.calls import float_leaves, outputs_of, tensors
+from parity.frameworks.torch.constants import STATISTICS, constants
 from parity.frameworks.torch.leaves import cast_torch, numpy_view, torch_leaves
 from parity.frameworks.torch.runner import TorchRunner, TorchSpec
 
 NAME, MODULE = "torch", torch.nn.Module
-
-# Buffers that are weights: what a batch norm has learned of its inputs.
-_STATISTICS = "running_mean", "running_var", "num_batches_tracked"
 
 Built = TypeVar("Built")
 Loss = Callable[..., torch.Tensor]
@@ -71,6 +70,7 @@ def spec(
         forward=forward,
         loss=score,
         trainer=lambda model, num_steps: TorchTrainer(model, score, make),
+        constants=functools.cache(lambda: constants(module, use.build)),
     )
 
 
@@ -161,12 +161,12 @@ def trained(module: torch.nn.Module) -> set[str]:
 def code_leaves(module: torch.nn.Module) -> tuple[str, ...]:
     """Name the buffers that are no statistics, such as masks and tables of angles."""
     names = (name for name, _ in module.named_buffers())
-    return tuple(name for name in names if name.rpartition(".")[2] not in _STATISTICS)
+    return tuple(name for name in names if name.rpartition(".")[2] not in STATISTICS)
 
 
 def runner(spec: TorchSpec, weights: Arrays) -> TorchRunner:
     """Return a runner in float64 on the CPU."""
-    return TorchRunner(spec, weights, "float64", torch.device("cpu"))
+    return TorchRunner(spec, weights, "float64", torch.device("cpu"), lift=True)
 
 
 def learning_rate(module: torch.nn.Module, optimizer: MakeOptimizer | None) -> float:
