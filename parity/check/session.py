@@ -261,6 +261,8 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
             batch = self.pair.training_batch(0)
             trainer.step(*batch.inputs, **batch.keywords)
             moments.append(convert(trainer.moments()[0]))
+        kept = set.intersection(*map(set, moments))
+        moments = [{name: side[name] for name in side if name in kept} for side in moments]
         found = null_leaves(moments, self._zero)
         if set(found) > set(self.null.leaves):
             # The statistics of such a norm follow that bias wherever rounding takes it.

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from parity.check.session import Session
-from parity.frameworks.default_call import NoLoss
-from parity.frameworks.protocols import Runner
+from parity.frameworks.protocols import NotCompared, Runner
 from parity.report import Divergence, Level
 from parity.report.record import BAD, Record, Verdict, abstain, error
 
@@ -58,7 +57,7 @@ def _level(
     try:
         for record in compare(session):  # what failed before it raised is still known to differ
             records.append(record)
-    except NoLoss as reason:
+    except NotCompared as reason:
         records.append(abstain(name, str(reason)))
     except Exception as exception:
         records.append(error(name, exception))

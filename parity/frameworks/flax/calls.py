@@ -11,8 +11,8 @@ from flax import nnx
 
 from parity.frameworks.batch import Argument, Outputs, output_leaves, plain_array
 from parity.frameworks.capture import map_leaves
-from parity.frameworks.default_call import NoLoss
 from parity.frameworks.leaves import cast_array
+from parity.frameworks.protocols import NotCompared
 
 
 @jax.tree_util.register_pytree_node_class
@@ -74,13 +74,13 @@ class Returned:
             paths: of those wanted, in order; all, in the order of their paths, when None.
 
         Raises:
-            NoLoss: where there is none.
+            NotCompared: where there is none.
         """
         leaves = dict(zip(self.paths, self.arrays, strict=True))
         wanted = [x for x in (sorted(leaves) if paths is None else paths) if x in self.derived]
         found = [leaves[x] for x in wanted if jnp.issubdtype(leaves[x].dtype, jnp.inexact)]
         if not found:
-            raise NoLoss("the output has no floats, so it has no gradient")
+            raise NotCompared("the output has no floats, so it has no gradient")
         return found
 
 

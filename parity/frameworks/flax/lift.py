@@ -92,6 +92,9 @@ def lifted(log: Log | None = None) -> Iterator[Log]:
     Args:
         log: that of a run before, whose traced programs are used again and not logged anew. All is
             traced, and logged, when None.
+
+    Yields:
+        The log, filled as programs are traced.
     """
     global _num_inside
     log = Log() if log is None else log

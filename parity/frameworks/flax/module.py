@@ -16,11 +16,11 @@ from flax import nnx
 from parity.frameworks import default_call
 from parity.frameworks.batch import Argument, Batch, Outputs
 from parity.frameworks.flax.calls import Arguments, arguments, returning_leaves
-from parity.frameworks.flax.leaves import cast_flax, flax_leaves, state_leaves
+from parity.frameworks.flax.leaves import StaticCasts, cast_flax, flax_leaves, state_leaves
 from parity.frameworks.flax.runner import FlaxRunner, FlaxSpec, is_trained
 from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import Arrays, Leaves, dotted
-from parity.frameworks.protocols import Moments
+from parity.frameworks.protocols import Moments, NotCompared
 from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
 
 NAME, MODULE = "flax", nnx.Module
@@ -30,12 +30,16 @@ _STREAMS: dict[str, Callable[[], object]] = {"rngs": lambda: nnx.Rngs(0)}
 _STREAMS |= dict.fromkeys(
     ("key", "rng", "prng_key", "rng_key", "dropout_key", "dropout_rng"), lambda: jax.random.key(0)
 )
+# Under these names optax keeps a mean of gradients, and what it divides by or its square.
+_MEANS = ("mu",)
+_SQUARES = "nu", "sum_of_squares", "e_g"
 
 Built = TypeVar("Built")
 Loss = Callable[..., jax.Array]
 FlaxUse = ModuleUse[jax.Array, optax.GradientTransformation]
-# (graphdef, parameters, rest, optimizer state, arguments) to the loss, and the last three after it
-Program = Callable[..., tuple[jax.Array, nnx.State, nnx.State, optax.OptState]]
+# (parameters, rest, optimizer state, arguments) to the loss and these three after a step
+Step = Callable[..., tuple[jax.Array, nnx.State, nnx.State, optax.OptState]]
+Program = Callable[[nnx.GraphDef[nnx.Module]], Step]
 
 
 def spec(
@@ -73,10 +77,11 @@ def spec(
         return is_trained(path, variable) and dotted(path) not in frozen
 
     optimizer = use.optimizer or adamw()
+    casts = StaticCasts()
     program = compile_step(use.loss or functools.partial(projected, True), optimizer, moves)
     return ModelSpec(
         name=f"{type(module).__name__} (flax)",
-        build=lambda dtype: cast_flax(module, dtype),
+        build=lambda dtype: cast_flax(module, dtype, casts),
         forward=functools.partial(called, False),
         loss=use.loss or functools.partial(projected, False),
         trainer=lambda model, num_steps: FlaxTrainer(model, program, optimizer, moves),
@@ -104,16 +109,24 @@ class FlaxTrainer:
             if isinstance(submodule, nnx.MultiHeadAttention):
                 submodule.dropout_rate = 0.0
         self._graphdef, self._parameters, self._rest = nnx.split(module, moves, ...)
-        self._program, self._state = program, optimizer.init(self._parameters)
+        self._step, self._state = program(self._graphdef), optimizer.init(self._parameters)
         floats = [x.dtype for x in jax.tree.leaves(nnx.state(module)) if _is_float(x)]
         self._dtype = str(floats[0]) if floats else "float32"
 
     def step(self, *inputs: Argument, **keywords: Argument) -> float:
         """Take one optimizer step and return the loss before it."""
         call = arguments(inputs, keywords, self._dtype)
-        loss, self._parameters, self._rest, self._state = self._program(
-            self._graphdef, self._parameters, self._rest, self._state, call
-        )
+        try:
+            loss, self._parameters, self._rest, self._state = self._step(
+                self._parameters, self._rest, self._state, call
+            )
+        except TypeError as error:
+            if "keyword-only argument" not in str(error):
+                raise
+            raise NotCompared(
+                "the optimizer of optax evaluates the loss itself; only optimizers that take one "
+                "gradient a step are compared"
+            ) from error
         return float(loss)
 
     def parameters(self) -> Leaves:
@@ -121,11 +134,18 @@ class FlaxTrainer:
         return flax_leaves(nnx.merge(self._graphdef, self._parameters, self._rest))
 
     def moments(self) -> Moments:
-        """Return the moments of the first Adam state of the optimizer, if it has one."""
-        found = [x for x in jax.tree.leaves(self._state, is_leaf=_is_adam) if _is_adam(x)]
-        if not found:
-            return {}, {}, 0
-        return state_leaves(found[0].mu), state_leaves(found[0].nu), int(found[0].count)
+        """Return the moments of all states in the optimizer that have them."""
+        first, second, traces, updates = Leaves(), Leaves(), Leaves(), None
+        for state in jax.tree.leaves(self._state, is_leaf=_is_named):
+            found = state._asdict() if _is_named(state) else {}
+            for moments, keys in ((first, _MEANS), (second, _SQUARES), (traces, ("trace",))):
+                for key in keys:
+                    if isinstance(found.get(key), nnx.State):
+                        moments |= state_leaves(found[key])
+            if "count" in found and (first or second):
+                updates = max(updates or 0, int(found["count"]))
+        # That of RMSprop is a momentum of updates and not of gradients.
+        return first or ({} if second else traces), second, updates
 
 
 def compile_step(
@@ -133,7 +153,19 @@ def compile_step(
     optimizer: optax.GradientTransformation,
     moves: nnx.filterlib.Filter = nnx.Param,
 ) -> Program:
-    """Compile a training step of some variables, for several trainers to share."""
+    """Return a training step of some variables for each graph.
+
+    It is compiled once for all trainers of equal graphs.
+    """
+    # The graph is no argument of what is compiled, for it may hold what has no hash, as configs do.
+    compiled: list[tuple[nnx.GraphDef[nnx.Module], Step]] = []
+
+    def program(graphdef: nnx.GraphDef[nnx.Module]) -> Step:
+        for known, found in compiled:
+            if _are_equal(known, graphdef):
+                return found
+        compiled.append((graphdef, jax.jit(functools.partial(step, graphdef))))
+        return compiled[-1][1]
 
     def step(graphdef: Any, parameters: Any, rest: Any, state: Any, call: Arguments) -> tuple:
         def scored(parameters: Any) -> tuple[jax.Array, Any]:
@@ -145,7 +177,14 @@ def compile_step(
         updates, state = optimizer.update(gradients, state, parameters)
         return value, optax.apply_updates(parameters, updates), rest, state
 
-    return jax.jit(step, static_argnums=0)
+    return program
+
+
+def _are_equal(a: nnx.GraphDef[nnx.Module], b: nnx.GraphDef[nnx.Module]) -> bool:
+    try:
+        return bool(a == b)
+    except Exception:  # arrays among the static parts have no truth value
+        return False
 
 
 def adamw() -> optax.GradientTransformation:
@@ -246,5 +285,7 @@ def _is_float(leaf: object) -> bool:
     return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
-def _is_adam(state: object) -> bool:
-    return all(hasattr(state, name) for name in ("mu", "nu", "count"))
+def _is_named(state: object) -> bool:
+    """Whether this is the state of a transformation that keeps moments."""
+    names = getattr(state, "_fields", ())
+    return not {*_MEANS, *_SQUARES, "trace"}.isdisjoint(names)

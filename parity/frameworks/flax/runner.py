@@ -11,14 +11,13 @@ from flax import nnx
 
 from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.capture import Backward, OnTrace, Trace
-from parity.frameworks.default_call import NoLoss
 from parity.frameworks.flax.calls import Arguments, arguments, returning_leaves
 from parity.frameworks.flax.capture import backward_flax, capture_flax
 from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
 from parity.frameworks.flax.purity import flax_purity
 from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import Arrays, CastLater, Leaves
-from parity.frameworks.protocols import Decoder, Trainer
+from parity.frameworks.protocols import Decoder, NotCompared, Trainer
 from parity.frameworks.purity import Purity
 from parity.frameworks.scoped import Scoped
 from parity.frameworks.spec import ModelSpec
@@ -102,7 +101,7 @@ class FlaxRunner:
             try:
                 loss, gradients = self._loss_and_gradients(*call)
             except jax.errors.JAXTypeError as error:
-                raise NoLoss(
+                raise NotCompared(
                     f"{self.name} looks at numbers on its way, so jax has no gradient of it: "
                     f"{raised(error)}"
                 ) from error
@@ -118,7 +117,7 @@ class FlaxRunner:
         with self._scope():
             try:
                 return self._purity(self._loss_and_gradients, batch)
-            except NoLoss:
+            except NotCompared:
                 return self._purity(self._forward, batch)
 
     def traces(self, batch: Batch, on_trace: OnTrace) -> None:

@@ -4,6 +4,7 @@ A `parity.frameworks.handle.Handle`.
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeVar
 
@@ -12,7 +13,7 @@ import torch
 from parity.frameworks import default_call
 from parity.frameworks.batch import Argument, Batch, Outputs, output_leaves
 from parity.frameworks.leaves import Arrays, Leaves
-from parity.frameworks.protocols import Moments
+from parity.frameworks.protocols import Moments, NotCompared
 from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
 from parity.frameworks.torch.calls import float_leaves, outputs_of, tensors
 from parity.frameworks.torch.constants import STATISTICS, constants
@@ -20,6 +21,10 @@ from parity.frameworks.torch.leaves import cast_torch, numpy_view, torch_leaves
 from parity.frameworks.torch.runner import TorchRunner, TorchSpec
 
 NAME, MODULE = "torch", torch.nn.Module
+
+# Under these keys optimizers keep a mean of gradients, and what they divide by or its square.
+_MEANS = "exp_avg", "grad_avg"
+_SQUARES = "exp_avg_sq", "exp_inf", "square_avg", "sum"
 
 Built = TypeVar("Built")
 Loss = Callable[..., torch.Tensor]
@@ -86,6 +91,7 @@ class TorchTrainer:
             if isinstance(submodule, torch.nn.MultiheadAttention | torch.nn.RNNBase):
                 submodule.dropout = 0.0
         self._optimizer = optimizer(list(module.parameters()))
+        _require_plain_steps(self._optimizer)
         first = next(module.parameters())
         self._dtype, self._device = str(first.dtype).removeprefix("torch."), first.device
 
@@ -109,15 +115,30 @@ class TorchTrainer:
         return torch_leaves(self._module)
 
     def moments(self) -> Moments:
-        """Return Adam's moments of the parameters that have them."""
-        first, second, updates = {}, {}, 0
+        """Return the moments of the parameters that have them."""
+        first, second, updates = {}, {}, None
         for name, parameter in self._module.named_parameters():
             state = self._optimizer.state.get(parameter, {})
-            if "exp_avg" in state:
-                first[name] = numpy_view(state["exp_avg"].cpu())
-                second[name] = numpy_view(state["exp_avg_sq"].cpu())
-                updates = max(updates, int(state["step"]))
+            squares = next((state[key] for key in _SQUARES if key in state), None)
+            # That of RMSprop is a momentum of updates and not of gradients.
+            keys = _MEANS if squares is not None else (*_MEANS, "momentum_buffer")
+            means = next((state[key] for key in keys if key in state), None)
+            for moments, found in ((first, means), (second, squares)):
+                if isinstance(found, torch.Tensor) and found.shape == parameter.shape:
+                    moments[name] = numpy_view(found.cpu())
+            if "step" in state:
+                updates = max(updates or 0, int(state["step"]))
         return first, second, updates
+
+
+def _require_plain_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse an optimizer whose steps evaluate the loss themselves."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise NotCompared(
+            f"{type(optimizer).__name__} evaluates the loss several times a step, by a closure; "
+            "only optimizers that take one gradient a step are compared"
+        )
 
 
 def adamw(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:

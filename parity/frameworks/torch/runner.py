@@ -9,9 +9,8 @@ import torch
 
 from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.capture import Backward, OnTrace, Trace
-from parity.frameworks.default_call import NoLoss
 from parity.frameworks.leaves import Arrays, CastLater, Leaves
-from parity.frameworks.protocols import Decoder, Trainer
+from parity.frameworks.protocols import Decoder, NotCompared, Trainer
 from parity.frameworks.purity import Purity
 from parity.frameworks.scoped import Scoped
 from parity.frameworks.spec import ModelSpec
@@ -116,7 +115,7 @@ class TorchRunner:
         _ = self.module  # loaded first, for loading is no part of the question
         try:
             return self._purity(self._loss_and_gradients, batch)
-        except NoLoss:
+        except NotCompared:
             return self.forward_purity(batch)
 
     def traces(self, batch: Batch, on_trace: OnTrace) -> None:
