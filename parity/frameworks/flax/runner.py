@@ -18,10 +18,11 @@ from parity.frameworks.flax.lift import Log, line_of_error
 from parity.frameworks.flax.purity import flax_purity
 from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import Arrays, CastLater, Leaves
-from parity.frameworks.protocols import Decoder, Trainer
+from parity.frameworks.protocols import Decoder, NotCompared, Trainer
 from parity.frameworks.purity import Purity
 from parity.frameworks.scoped import Scoped
 from parity.frameworks.spec import ModelSpec
+from parity.system.import_target import raised
 from parity.system.memory import is_large
 
 FlaxSpec = ModelSpec[nnx.Module, jax.Array]
@@ -108,7 +109,13 @@ class FlaxRunner:
 
     def gradients(self, batch: Batch) -> tuple[float, Leaves]:
         """Return the loss and its gradient by leaf."""
-        loss, gradients = self._attempt(lambda: self._loss_and_gradients(*self._call(batch)))
+        try:
+            loss, gradients = self._attempt(lambda: self._loss_and_gradients(*self._call(batch)))
+        except jax.errors.JAXTypeError as error:
+            raise NotCompared(
+                f"{self.name} looks at numbers on its way, so jax has no gradient of it: "
+                f"{raised(error)}"
+            ) from error
         with self._scope():
             return float(loss), state_leaves(gradients)
 
@@ -152,7 +159,10 @@ class FlaxRunner:
         return traces
 
     def _purity(self, program: _Program, batch: Batch) -> Purity:
-        found = self._attempt(lambda: flax_purity(program, *self._call(batch)))
+        try:
+            found = self._attempt(lambda: flax_purity(program, *self._call(batch)))
+        except jax.errors.JAXTypeError as error:
+            return Purity(1, {f"operations that jax cannot list, {raised(error)}": 1})
         found.impure.update(dict.fromkeys(self._raised_lifted, 1))
         return found
 
@@ -165,14 +175,14 @@ class FlaxRunner:
             if self._log is None or self._raised_lifted:
                 raise
             self._raised_lifted.append(f"{type(error).__name__} at {line_of_error(error)}")
-            raised = error
+            first = error
         self._loaded = None
         try:
             with self._scope():
                 return run()
         except Exception:
             self._raised_lifted.clear()
-            raise raised from None
+            raise first from None
 
     def _make_decoder(self) -> Decoder:
         assert self._spec.decoder is not None, f"{self.name} has no cache"
