@@ -10,6 +10,7 @@ rate.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Self
 
@@ -21,11 +22,12 @@ from parity.check.levels.names import HORIZON, OPTIMIZER_STEPS
 from parity.check.metrics import largest, max_abs, ratio, relative_l2
 from parity.check.session import Session
 from parity.frameworks.batch import Batch
+from parity.frameworks.capture import leaves_of, map_leaves
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import LiveRunner, Moments, Runner, Trainer
 from parity.pair.pair import Pair
 from parity.report import Divergence
-from parity.report.record import IMPURE, Record, Verdict, abstain, judge
+from parity.report.record import Record, Verdict, abstain, judge
 
 if TYPE_CHECKING:  # as in locate
     from parity.check.pair_session import PairSession
@@ -91,18 +93,40 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
     if session.pair.flax.trainer is None or session.pair.torch.trainer is None:
         yield abstain("optimizer", "the pair declares no trainer")
         return
+    if session.not_finite:
+        names = ", ".join(session.not_finite)
+        yield abstain("optimizer", f"the gradient is not finite in either model, at {names}")
+        return
     exact: list[_Step] = []
+
+    @functools.cache
+    def noise(number: int) -> dict[str, float]:
+        convert = session.weight_map.flax_leaves if number else dict.items
+        ours, theirs = (
+            _steps_of(session.trainer(run, HORIZON), session.pair, convert, _limit(session))
+            for run in session.moved_runs[number]
+        )
+        return {x.name: x.gap for x in _all_compared(session, "float64", ours, theirs, exact)}
+
     for number, dtype in enumerate(session.dtypes):
         flax_steps, torch_steps = _steps(session, dtype)
         if not exact:
             exact = flax_steps if session.pair.torch.name in session.impurities else torch_steps
-            if session.impurities:
-                yield abstain("float64", IMPURE)
-                continue
-        for step, sides in enumerate(zip(flax_steps, torch_steps, exact, strict=True), 1):
-            for made in _compared(session, dtype, *sides):
-                yield dataclasses.replace(made, name=f"step {step} {made.name}", step=step)
+        for made in _all_compared(session, dtype, flax_steps, torch_steps, exact):
+            yield session.decided(made, lambda number, name=made.name: noise(number)[name])
         session.progress((number + 1) / len(session.dtypes))
+
+
+def _all_compared(
+    session: Session[Runner, Runner],
+    dtype: str,
+    flax: Sequence[_Step],
+    torch: Sequence[_Step],
+    truth: Sequence[_Step],
+) -> Iterator[Record]:
+    for step, sides in enumerate(zip(flax, torch, truth, strict=True), 1):
+        for made in _compared(session, dtype, *sides):
+            yield dataclasses.replace(made, name=f"step {step} {made.name}", step=step)
 
 
 def _compared(
@@ -134,12 +158,16 @@ def _compared(
 
 def _steps(session: Session[Runner, Runner], dtype: str) -> tuple[list[_Step], list[_Step]]:
     """Take the steps of both sides, one after the other."""
-    (flax, torch), limit = session.runs(dtype), SAMPLE_LARGE if session.is_large else SAMPLE
+    (flax, torch), limit = session.runs(dtype), _limit(session)
     ours = _steps_of(session.trainer(flax, HORIZON), session.pair, dict.items, limit)
     leaves = session.weight_map.flax_leaves
     theirs = _steps_of(session.trainer(torch, HORIZON), session.pair, leaves, limit)
     sides = list(zip(ours, theirs, strict=True))
     return [a.with_moments_of(b) for a, b in sides], [b.with_moments_of(a) for a, b in sides]
+
+
+def _limit(session: Session[Runner, Runner]) -> int:
+    return SAMPLE_LARGE if session.is_large else SAMPLE
 
 
 def _steps_of(trainer: Trainer, pair: Pair, leaves: LeavesOf, limit: int) -> list[_Step]:
@@ -152,7 +180,8 @@ def _steps_of(trainer: Trainer, pair: Pair, leaves: LeavesOf, limit: int) -> lis
 
     taken, before = [], kept(trainer.parameters())
     for index in range(OPTIMIZER_STEPS):
-        loss = trainer.step(*pair.training_batch(index).inputs)
+        batch = pair.training_batch(index)
+        loss = trainer.step(*batch.inputs, **batch.keywords)
         after = kept(trainer.parameters())
         taken.append(_Step(loss, before, after, *moments()))
         before = after
@@ -217,7 +246,7 @@ def _steps_seen(
     for index in range(OPTIMIZER_STEPS):
         batch = pair.training_batch(index)
         _, gradient = run.at(before).gradients(batch)
-        trainer.step(*batch.inputs)
+        trainer.step(*batch.inputs, **batch.keywords)
         after, (first, second, _) = trainer.parameters(), trainer.moments()
         steps.append(Step.sampled(*map(convert, (before, after, first, second, gradient))))
         before = after
@@ -241,7 +270,16 @@ def _reading(
 
 def _parts(batch: Batch, num: int) -> list[Batch]:
     """Split the rows of a batch into equal parts; return none where they do not divide."""
-    if any(x.ndim == 0 or len(x) % num for x in batch.inputs):
+    both = batch.inputs, dict(batch.keywords)
+    arrays = [x for x in leaves_of(both) if isinstance(x, np.ndarray)]
+    if not arrays or any(x.ndim == 0 or len(x) % num for x in arrays):
         return []
-    by_part = zip(*(np.split(x, num) for x in batch.inputs), strict=True)
-    return [Batch(inputs) for inputs in by_part]
+
+    def part(number: int) -> Batch:
+        def cut(x: object) -> object:
+            return np.split(x, num)[number] if isinstance(x, np.ndarray) else x
+
+        inputs, keywords = map_leaves(both, cut)
+        return Batch(inputs, keywords=keywords)
+
+    return [part(number) for number in range(num)]
