@@ -80,7 +80,7 @@ class Held:
                     array = _array(tensor)
                     step = half_units(array)
                     change = unrounded(array) - array + (step if self._move else 0.0)
-                    copy += torch.from_numpy(np.nan_to_num(change)).to(copy)
+                    copy += torch.from_numpy(np.asarray(np.nan_to_num(change))).to(copy)
                     rounded = bool(step.any())
             self._wide[tensor] = copy, rounded
         copy, rounded = self._wide[tensor]

@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
-from scipy.optimize import least_squares
+from scipy.optimize import OptimizeResult, least_squares
 
 from parity.check.bounds import GRADIENT_ROUNDING, WEIGHT_ROUNDING
 from parity.check.causes.fit import Number
 from parity.check.causes.optimizer.step import Step
 
-_SECONDS = 10.0  # to look for the form of one side
+_SECONDS = 20.0  # of the processor, to look for the form of one side
 _MOST = 256  # elements to fit
 # A form explains a side that leaves this many times its rounding; a wrong one leaves a thousand.
 _EXPLAINED = 30.0
@@ -121,9 +121,9 @@ def _observed(steps: Sequence[Step]) -> _Observed:
 
 def _fits(side: _Observed) -> Iterator[Fit]:
     """Yield the forms that explain a side, the simplest first."""
-    start = time.perf_counter()
+    start = time.process_time()
     for form in FORMS:
-        if time.perf_counter() - start > _SECONDS or not side.updates.size:
+        if time.process_time() - start > _SECONDS or not side.updates.size:
             return
         if fit := _fit(form, side):
             yield fit
@@ -144,12 +144,11 @@ def _fit(form: Form, side: _Observed) -> Fit | None:
     def residuals(x: np.ndarray) -> np.ndarray:
         direction, rate = predicted(x)
         left = side.updates / side.noise + rate * direction
-        # A logarithm leads the search, for the first guess may be off by many orders.
-        return np.nan_to_num(np.arcsinh(left), nan=1e3, posinf=1e3, neginf=-1e3).ravel()
+        return np.nan_to_num(left, nan=1e9, posinf=1e9, neginf=-1e9).ravel()
 
     for values in itertools.product(*form.starts.values()):
         start = np.array([_unknown(name, y) for name, y in zip(names, values, strict=True)])
-        found = least_squares(residuals, start, jac="3-point", max_nfev=80) if names else None
+        found = _search(residuals, start) if names else None
         x = found.x if found is not None else start
         direction, rate = predicted(x)
         left = float(np.sqrt(np.mean((side.updates / side.noise + rate * direction) ** 2)))
@@ -164,6 +163,12 @@ def _fit(form: Form, side: _Observed) -> Fit | None:
             settings[name] = Number(value, slope * error + 1e-9 * abs(value))
         return Fit(form, settings)
     return None
+
+
+def _search(residuals: Callable[[np.ndarray], np.ndarray], start: np.ndarray) -> OptimizeResult:
+    """Return the least squares from a start, to the last digit."""
+    ends = dict.fromkeys(("ftol", "xtol", "gtol"), 4e-16)
+    return least_squares(residuals, start, jac="3-point", max_nfev=60, **ends)
 
 
 def _errors(jacobian: np.ndarray, scale: float) -> np.ndarray:
@@ -344,7 +349,7 @@ def _forms() -> Iterator[Form]:
     rmsprop = {
         "alpha": (0.9, 0.99),
         "epsilon": (1e-8, 1e-2),
-        "the first second moment": (0.0, 0.5),
+        "the first second moment": (0.0, 1.0),
         "momentum": (0.0,),
         "weight decay": (0.0,),
     }
