@@ -5,6 +5,7 @@ import functools
 from flax import nnx
 
 from parity.check.session import Session
+from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.flax.runner import FlaxRunner
 from parity.frameworks.flax.scope import jax_scope
@@ -81,10 +82,21 @@ class PairSession(Session[FlaxRunner, TorchRunner]):
         lift = not self.pair.pure
         return (
             FlaxRunner(self.pair.flax, self.flax_leaves, dtype, self.devices.flax, lift),
-            TorchRunner(self.pair.torch, self.torch_leaves, dtype, self.devices.torch),
+            self._torch_runner(self.torch_leaves, dtype),
         )
 
-    def perturbed_run(self, dtype: str) -> TorchRunner:
-        """Return the torch side from weights one rounding away: what rounding alone does to it."""
-        leaves = neighbours(cast(self.torch_leaves, dtype), self.seed)
-        return TorchRunner(self.pair.torch, leaves, dtype, self.devices.torch)
+    def perturbed_run(self, dtype: str, number: int = 0, roundings: int = 1) -> TorchRunner:
+        """See `Session`; of the torch side."""
+        leaves = neighbours(cast(self.torch_leaves, dtype), self.seed + number, roundings)
+        return self._torch_runner(leaves, dtype)
+
+    def rounded_outputs(self, batch: Batch) -> list[Outputs]:
+        """See `Session`; of the torch side."""
+        weights = cast(self.torch_leaves, "float32")
+        run, seeds = self.runs("float64")[1], (self.seed, self.seed + 1)
+        rounded = batch.perturbed("float32", 0, 0)
+        return [run.at(neighbours(weights, seed)).outputs(rounded) for seed in seeds]
+
+    def _torch_runner(self, leaves: Leaves, dtype: str) -> TorchRunner:
+        lifting = {"lift": not self.pair.pure, "code_leaves": self.weight_map.ignored}
+        return TorchRunner(self.pair.torch, leaves, dtype, self.devices.torch, **lifting)

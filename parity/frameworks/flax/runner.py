@@ -7,25 +7,31 @@ from typing import Any, Protocol, Self, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from parity.frameworks.batch import Batch
+from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.capture import Backward, OnTrace, Trace
+from parity.frameworks.flax.calls import Arguments, arguments, returning_leaves
 from parity.frameworks.flax.capture import backward_flax, capture_flax
 from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
 from parity.frameworks.flax.lift import Log, line_of_error
 from parity.frameworks.flax.purity import flax_purity
-from parity.frameworks.flax.scope import Scoped, jax_scope
-from parity.frameworks.leaves import Arrays, CastLater, Leaves, cast_array
+from parity.frameworks.flax.scope import jax_scope
+from parity.frameworks.leaves import Arrays, CastLater, Leaves
 from parity.frameworks.protocols import Decoder, Trainer
 from parity.frameworks.purity import Purity
+from parity.frameworks.scoped import Scoped
 from parity.frameworks.spec import ModelSpec
 from parity.system.memory import is_large
 
+FlaxSpec = ModelSpec[nnx.Module, jax.Array]
 Result = TypeVar("Result")
 
-FlaxSpec = ModelSpec[nnx.Module, jax.Array]
+
+def is_trained(path: tuple[object, ...], variable: object) -> bool:
+    """Whether a variable of a module is a parameter of floats or complex numbers."""
+    leaves = jax.tree.leaves(variable)
+    return isinstance(variable, nnx.Param) and all(jnp.issubdtype(x, jnp.inexact) for x in leaves)
 
 
 class _Program(Protocol):
@@ -55,7 +61,7 @@ class FlaxRunner:
         self._loaded: tuple[nnx.Module, nnx.State] | None = None
         # What programs are compiled with: the same after every loading.
         self._fixed: tuple[nnx.GraphDef[nnx.Module], nnx.State] | None = None
-        self._forward = cast(_Program, jax.jit(self._pure(spec.forward)))
+        self._forward = cast(_Program, jax.jit(self._pure(returning_leaves(spec.forward))))
         loss_and_gradients = jax.value_and_grad(self._pure(spec.loss))
         self._loss_and_gradients = cast(_Program, jax.jit(loss_and_gradients))
 
@@ -65,6 +71,12 @@ class FlaxRunner:
             self._load_once()
         other = copy.copy(self)
         other._leaves, other._loaded = leaves, None
+        return other
+
+    def moved(self) -> Self:
+        """Return the same model with the constants that it holds in a narrow type moved."""
+        other = self.at(self._leaves)
+        other._log = None if self._log is None else Log(moves=True)
         return other
 
     @property
@@ -84,15 +96,26 @@ class FlaxRunner:
             self._forward.clear_cache()
             self._loss_and_gradients.clear_cache()
 
-    def outputs(self, batch: Batch) -> np.ndarray:
-        """Return the model's output."""
-        return self._attempt(lambda: np.asarray(self._forward(*self._arguments(batch))))
+    def outputs(self, batch: Batch) -> Outputs:
+        """Return the model's output, leaf by leaf."""
+
+        def run() -> Outputs:
+            call = self._parameters, self._arguments(batch)
+            try:
+                return self._forward(*call).outputs()
+            except jax.errors.JAXTypeError:  # it looks at numbers, which a program does not have
+                return self._pure(returning_leaves(self._spec.forward))(*call).outputs()
+
+        return self._attempt(run)
 
     def gradients(self, batch: Batch) -> tuple[float, Leaves]:
         """Return the loss and its gradient by leaf."""
-        loss, gradients = self._attempt(lambda: self._loss_and_gradients(*self._arguments(batch)))
-        with self._scope():
+
+        def run() -> tuple[float, Leaves]:
+            loss, gradients = self._loss_and_gradients(self._parameters, self._arguments(batch))
             return float(loss), state_leaves(gradients)
+
+        return self._attempt(run)
 
     def forward_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward pass that are not in float64."""
@@ -106,14 +129,14 @@ class FlaxRunner:
         """Pass inputs and output of every module in a forward pass to `on_trace`."""
         # A capture may have a thread of its own, and every thread has its own precision.
         with self._scope(), jax.default_matmul_precision("highest"):
-            arrays = self._arrays(batch)
-            capture_flax(self.module, lambda: self._spec.forward(self.module, *arrays), on_trace)
+            call, forward, module = self._arguments(batch), self._spec.forward, self.module
+            capture_flax(module, lambda: forward(module, *call.inputs, **call.keywords), on_trace)
 
     def backward(self, batch: Batch) -> list[Backward]:
         """Return the gradients of the loss at every module's calls, last call first."""
         with self._scope(), jax.default_matmul_precision("highest"):
-            arrays, loss = self._arrays(batch), self._pure(self._spec.loss)
-            return backward_flax(self.module, lambda: loss(self._parameters, *arrays))
+            call, loss = self._arguments(batch), self._pure(self._spec.loss)
+            return backward_flax(self.module, lambda: loss(self._parameters, call))
 
     def trainer(self, num_steps: int) -> Trainer:
         """Return a trainer, with a copy of the model, for a schedule of `num_steps`."""
@@ -134,7 +157,9 @@ class FlaxRunner:
         return traces
 
     def _purity(self, program: _Program, batch: Batch) -> Purity:
-        found = self._attempt(lambda: flax_purity(program, *self._arguments(batch)))
+        found = self._attempt(
+            lambda: flax_purity(program, self._parameters, self._arguments(batch))
+        )
         found.impure.update(dict.fromkeys(self._raised_lifted, 1))
         return found
 
@@ -172,7 +197,7 @@ class FlaxRunner:
         if self._loaded is None:
             module = self._load()
             with self._scope():
-                graphdef, parameters, rest = nnx.split(module, nnx.Param, ...)
+                graphdef, parameters, rest = nnx.split(module, is_trained, ...)
             self._fixed = self._fixed or (graphdef, rest)
             self._loaded = module, parameters
         return self._loaded
@@ -181,22 +206,20 @@ class FlaxRunner:
     def _parameters(self) -> nnx.State:
         return self._load_once()[1]
 
-    def _arguments(self, batch: Batch) -> tuple[nnx.State | jax.Array, ...]:
-        return self._parameters, *self._arrays(batch)
-
-    def _arrays(self, batch: Batch) -> tuple[jax.Array, ...]:
-        return tuple(jnp.asarray(cast_array(array, self._dtype)) for array in batch.inputs)
+    def _arguments(self, batch: Batch) -> Arguments:
+        return arguments(batch.inputs, batch.keywords, self._dtype)
 
     def _scope(self) -> contextlib.AbstractContextManager[None]:
         log = None if self._raised_lifted else self._log
         return jax_scope(self._dtype, self._device, log)
 
-    def _pure(self, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        """Return (parameters, *arrays) to what the function gives of a copy of the model."""
+    def _pure(self, function: Callable[..., Result]) -> Callable[[nnx.State, Arguments], Result]:
+        """Return (parameters, arguments) to what the function gives of a copy of the model."""
 
-        def call(parameters: nnx.State, *arrays: jax.Array) -> jax.Array:
+        def call(parameters: nnx.State, given: Arguments) -> Result:
             assert self._fixed is not None, "programs run on parameters of a loaded model"
             graphdef, rest = self._fixed
-            return function(nnx.merge(graphdef, parameters, rest, copy=True), *arrays)
+            model = nnx.merge(graphdef, parameters, rest, copy=True)
+            return function(model, *given.inputs, **given.keywords)
 
         return call
