@@ -133,7 +133,7 @@ def pair_of(
     )
     calls = as_inputs(inputs, seed, [Signature.of(side.module, side.use.call) for side in sides])
     first = next(iter(calls.probes.values()))
-    scored = scored_leaves(*(side.outputs(first) for side in sides))
+    scored = scored_leaves(sides, first)
     port, original = (x.handle.spec(x.module, x.use, y) for x, y in zip(sides, scored, strict=True))
 
     def made(rules: Rules) -> Pair:
@@ -152,9 +152,7 @@ def pair_of(
     return pair
 
 
-def _without_frozen(
-    pair: Pair, sides: tuple[Side, Side], scored: tuple[list[str], list[str]]
-) -> Pair:
+def _without_frozen(pair: Pair, sides: tuple[Side, Side], scored: list[list[str]]) -> Pair:
     """Return the pair with what one side does not train frozen on the other too."""
     flax, torch = (side.handle.trained(side.module) for side in sides)
     frozen: list[tuple[str, ...]] = [(), ()]

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from parity.report.record import Record, Verdict, abstain, judge, worst
 # Perturbed runs that must show that an output jumps, and how many roundings away their weights are:
 # enough that one at the edge of a step crosses it in one of them, but for one time in a hundred.
 _PERTURBED_RUNS, _ROUNDINGS = 8, 4
+_NONE = np.zeros(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +100,10 @@ class Comparison:
         self._truths: dict[str, np.ndarray] = {}
         self._agreeing: set[str] = set()  # where float64 decides that both are the same
         self._perturbed = functools.cache(self._perturbed_outputs)
-        self._with_moved = functools.cache(self._moved_outputs)
-        self._rounded = functools.cache(self._rounded_outputs)
+        self._moved = functools.cache(self._moved_outputs)
 
     def in_float64(self) -> Iterator[Record]:
-        """Yield records of each leaf; without a proof of float64, only of what is no rounding."""
+        """Yield records of each leaf."""
         flax, torch = self._outputs("float64")
         leaves, note = paired(flax, torch), self._excluded(flax, torch)
         if not leaves:
@@ -117,9 +117,7 @@ class Comparison:
             a, b = _reals(leaf.flax), _reals(leaf.torch)
             self._truths[leaf.path] = self._session.truth(a, b)
             if a.size == 0:
-                yield abstain(
-                    name, f"empty on both sides, {leaf.flax.shape}: only shapes are equal"
-                )
+                yield abstain(name, f"empty on both sides: equal shapes {leaf.flax.shape} are all")
             else:
                 compared = self._floats if _is_float(a, b) else self._integers
                 found = [x.at(leaf.path) for x in compared(leaf, name, a, b, note)]
@@ -159,21 +157,24 @@ class Comparison:
     ) -> Iterator[Record]:
         """Compare floats by the largest of them, and one by one as float32."""
         kept, words = self._comparable(a, b)
+        note = "; ".join(filter(None, (note, words))) or None
         a, b = a[kept], b[kept]
+        if not a.size:
+            yield judge(name, "float64", "max_abs", math.nan, 0, 0, note=note)
+            return
         unit, bound, noise = self._unit(a), self._session.float64_bound, None
         gap = max_abs(a, b) / unit
         if gap > bound and unit < 1.0:  # what is small because it cancels is as large as rounding
-            noise = size_of(self._moved("float64", leaf.path, kept, b)) / unit
+            noise = size_of(self._rounded("float64", leaf, kept, b)) / unit
             bound = max(bound, bounds.CHANCE * noise)
-        note = "; ".join(filter(None, (note, words))) or None
         made = judge(name, "float64", "max_abs", gap, bound, a.size, noise=noise, note=note)
-        made = self._session.decided(made, functools.partial(self._narrow_gap, leaf, kept, unit))
+        made = self._session.decided(made, lambda number: self._gap_moved(leaf, number) / unit)
         yield made
         if made.bound != bound:  # it did not agree to rounding
             return
         apart, bound = a.astype(np.float32) != b.astype(np.float32), bounds.rounded_apart(a.size)
         if np.count_nonzero(apart) > bound and not self._session.pair.pure:
-            apart &= abs(a - b) > bounds.CHANCE * self._moved("float64", leaf.path, kept, b)
+            apart &= abs(a - b) > bounds.CHANCE * self._rounded("float64", leaf, kept, b)
         flips = int(np.count_nonzero(apart))
         note = f"{flips} of {a.size:,} logits round to another float32" if flips else None
         name = f"{name}, unequal as float32"
@@ -183,32 +184,29 @@ class Comparison:
         self, leaf: Leaf, name: str, a: np.ndarray, b: np.ndarray, note: str | None
     ) -> Iterator[Record]:
         """Compare integers and booleans exactly."""
-        made = self._exactly("float64", leaf.path, name, b, a != b, note)
+        made = self._exactly("float64", leaf, name, b, a != b)
+        note = "; ".join(filter(None, (note, made.note))) or None
+        made = dataclasses.replace(made, note=note)
+        # A constant that lifting leaves narrow may flip a choice; how many then says nothing.
         yield self._session.decided(made, lambda number: 0.0)
 
     def _narrow_integers(
         self, leaf: Leaf, name: str, a: np.ndarray, b: np.ndarray, truth: np.ndarray
     ) -> Iterator[Record]:
-        yield self._exactly("float32", leaf.path, name, truth, (a != truth) | (b != truth), None)
+        yield self._exactly("float32", leaf, name, truth, (a != truth) | (b != truth))
 
     def _exactly(
-        self,
-        dtype: str,
-        path: str,
-        name: str,
-        truth: np.ndarray,
-        apart: np.ndarray,
-        note: str | None,
+        self, dtype: str, leaf: Leaf, name: str, truth: np.ndarray, apart: np.ndarray
     ) -> Record:
         """Judge where integers are apart; it is a tie where a rounding of the weights does it."""
         count = int(np.count_nonzero(apart))
-        made = judge(name, dtype, "different", count, 0, apart.size, note=note)
-        is_new = dtype == "float64" or path in self._agreeing
+        made = judge(name, dtype, "different", count, 0, apart.size)
+        is_new = dtype == "float64" or leaf.path in self._agreeing
         if not count or self._session.pair.pure or not is_new:
             return made
-        moved = self._moved(dtype, path, np.ones(apart.shape, bool), truth).reshape(apart.shape)
+        rounded = self._rounded(dtype, leaf, np.ones(apart.shape, bool), truth)
         note = f"{count} of {apart.size:,} differ"
-        if (moved[apart] > 0).all():
+        if (rounded[apart] > 0).all():
             note += ", each where a rounding of the weights changes it too"
             return dataclasses.replace(made, verdict=Verdict.TIE, note=note)
         return dataclasses.replace(made, note=note)
@@ -216,47 +214,42 @@ class Comparison:
     def _narrow_floats(
         self, leaf: Leaf, name: str, a: np.ndarray, b: np.ndarray, truth: np.ndarray
     ) -> Iterator[Record]:
+        """Judge floats by the ratio of their errors, and by the size of each."""
         kept, note = self._comparable(a, b)
-        a, b = (x[kept].astype(np.float32) for x in (a, b))
-        truth, jumps = truth[kept], None
-        gaps = [max_abs(x, truth) / self._unit(truth) for x in (a, b)]
-        is_fair = error_ratio(a, b, truth) <= bounds.RATIO and max(gaps) <= bounds.OUTPUT_FLOAT32
-        if not is_fair and leaf.path in self._agreeing and not self._session.pair.pure:
-            errors = np.maximum(abs(a - truth), abs(b - truth))
-            moved = self._moved("float32", leaf.path, kept, truth)
-            floor = max(float(np.median(errors)), bounds.FLOAT32_ROUNDING * size_of(truth))
-            jumps = (errors > bounds.CHANCE * floor) & (errors <= 2 * moved)
-            if num := int(np.count_nonzero(jumps)):
-                a, b, truth = a[~jumps], b[~jumps], truth[~jumps]
-                jumping = f"{num} of {jumps.size:,} jump, each where a rounding of the weights "
-                note = "; ".join(filter(None, (note, jumping + "makes it jump too")))
-
-        def rounding() -> float:
-            keep = np.ones(truth.shape, bool) if jumps is None else ~jumps
-            made = (_reals(x[leaf.torch_path])[kept][keep] for x in self._rounded())
-            return max((rms_error(x, truth) for x in made), default=0.0)
-
-        for record in self._ratio_and_gaps(name, (a, b), truth, rounding):
-            is_tie = jumps is not None and jumps.any() and record.verdict is Verdict.PASS
-            verdict = Verdict.TIE if is_tie else record.verdict
-            yield dataclasses.replace(record, verdict=verdict, note=note)
-
-    def _ratio_and_gaps(
-        self,
-        name: str,
-        outputs: tuple[np.ndarray, np.ndarray],
-        truth: np.ndarray,
-        rounding: Callable[[], float],
-    ) -> Iterator[Record]:
+        a, b, truth = a[kept].astype(np.float32), b[kept].astype(np.float32), truth[kept]
+        if not a.size:
+            return  # the record in float64 says why
+        unit, bound, noise, has_jumps = self._unit(truth), bounds.OUTPUT_FLOAT32, None, False
+        fair = error_ratio(a, b, truth)
+        gaps = [max_abs(x, truth) / unit for x in (a, b)]
+        is_bad = not (fair <= bounds.RATIO and max(gaps) <= bound)
+        if is_bad and not self._session.pair.pure:
+            rounded, jumps = self._rounded("float32", leaf, kept, truth), np.zeros(a.shape, bool)
+            if leaf.path in self._agreeing:
+                errors = np.maximum(abs(a - truth), abs(b - truth))
+                floor = max(float(np.median(errors)), bounds.FLOAT32_ROUNDING * size_of(truth))
+                jumps |= (errors > bounds.CHANCE * floor) & (errors <= 2 * rounded) & (unit > floor)
+                has_jumps = bool(jumps.any())
+                a, b, truth, rounded = (x[~jumps] for x in (a, b, truth, rounded))
+                if has_jumps:
+                    num = f"{np.count_nonzero(jumps)} of {jumps.size:,}"
+                    words = f"{num} jump, each where a rounding of the weights makes it jump too"
+                    note = "; ".join(filter(None, (note, words)))
+                gaps = [max_abs(x, truth) / unit for x in (a, b)]
+                if size_of(rounded) / unit > bound / _ROUNDINGS:  # as above, of what cancels
+                    noise, bound = size_of(rounded) / unit, bounds.CHANCE * size_of(rounded) / unit
+            fair = error_ratio(a, b, truth, self._noise(leaf, kept, jumps, truth))
+        records = []
         if len(self._session.impurities) < 2:  # else there is no truth to divide by
-            ratio = error_ratio(*outputs, truth)
-            if ratio > bounds.RATIO and not self._session.pair.pure:
-                ratio = error_ratio(*outputs, truth, rounding())
-            yield judge(name, "float32", "error_ratio", ratio, bounds.RATIO, truth.size)
-        unit = self._unit(truth)
-        for run, output in zip(self._session.runs("float32"), outputs, strict=True):
-            gap, bound = max_abs(output, truth) / unit, bounds.OUTPUT_FLOAT32
-            yield judge(f"{name}, {run.name}", "float32", "max_abs", gap, bound, output.size)
+            records.append(judge(name, "float32", "error_ratio", fair, bounds.RATIO, a.size))
+        for run, gap in zip(self._session.runs("float32"), gaps, strict=True):
+            named = f"{name}, {run.name}"
+            records.append(judge(named, "float32", "max_abs", gap, bound, a.size, noise=noise))
+        for record in records:
+            is_tie = has_jumps and record.verdict is Verdict.PASS
+            yield dataclasses.replace(
+                record, verdict=Verdict.TIE if is_tie else record.verdict, note=note
+            )
 
     def _comparable(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, str | None]:
         """Return where numbers can be compared, and what is equal without being finite."""
@@ -276,36 +269,43 @@ class Comparison:
         size = size_of(truth[np.isfinite(truth)])
         return scale_of(truth) if self._session.pair.pure or not size else size
 
-    def _moved(self, dtype: str, path: str, kept: np.ndarray, centre: np.ndarray) -> np.ndarray:
-        """Return how far perturbed runs take each number away from these."""
-        moved = np.zeros(centre.shape)
-        for outputs in self._perturbed(dtype):
-            if path in outputs and (found := _reals(outputs[path])).shape == kept.shape:
-                apart = abs(found[kept].astype(np.float64) - centre.reshape(-1).astype(np.float64))
-                moved = np.maximum(moved, np.nan_to_num(apart.reshape(centre.shape)))
-        return moved
+    def _rounded(self, dtype: str, leaf: Leaf, kept: np.ndarray, centre: np.ndarray) -> np.ndarray:
+        """Return how far perturbed runs in a dtype are from each of these numbers."""
+        return self._farthest(self._perturbed(dtype, dtype, _ROUNDINGS), leaf, kept, centre)
 
-    def _narrow_gap(self, leaf: Leaf, kept: np.ndarray, unit: float, number: int) -> float:
-        """Return by how much constants that one model holds in a narrow type move its output."""
-        path = (leaf.flax_path, leaf.torch_path)[number]
-        found, moved = (_reals(x[path])[kept] for x in self._with_moved(number))
-        return max_abs(found, moved) / unit
+    def _noise(self, leaf: Leaf, kept: np.ndarray, jumps: np.ndarray, truth: np.ndarray) -> float:
+        """Return the RMS error that rounding weights and inputs to float32 alone makes."""
+        outputs, whole = self._perturbed("float32", "float64", 1)[:2], np.zeros(jumps.shape)
+        whole[~jumps] = truth
+        errors = (self._farthest([x], leaf, kept, whole)[~jumps] for x in outputs)
+        return max(rms_error(x, np.zeros_like(x)) for x in errors)
 
-    def _moved_outputs(self, number: int) -> tuple[Outputs, Outputs]:
-        found, moved = (x.outputs(self._batch) for x in self._session.moved_runs[number])
-        return self._batch.select(found), self._batch.select(moved)
+    def _farthest(
+        self, runs: list[Outputs], leaf: Leaf, kept: np.ndarray, centre: np.ndarray
+    ) -> np.ndarray:
+        far = np.zeros(centre.shape)
+        for outputs in runs:
+            found = _reals(outputs.get(leaf.torch_path, outputs.get(leaf.flax_path, _NONE)))
+            if found.shape == kept.shape:
+                apart = abs(found[kept].reshape(centre.shape).astype(np.float64) - centre)
+                far = np.maximum(far, np.nan_to_num(apart))
+        return far
 
-    def _rounded_outputs(self) -> list[Outputs]:
-        return [self._batch.select(x) for x in self._session.rounded_outputs(self._batch)]
+    def _perturbed_outputs(self, rounded: str, computed: str, roundings: int) -> list[Outputs]:
+        run = self._session.perturbed_outputs
+        return [
+            run(self._batch, rounded, computed, number, roundings)
+            for number in range(_PERTURBED_RUNS)
+        ]
 
-    def _perturbed_outputs(self, dtype: str) -> list[Outputs]:
-        """Return the outputs of one model from weights and inputs some roundings away."""
-        found = []
-        for number in range(_PERTURBED_RUNS):
-            run = self._session.perturbed_run(dtype, number, _ROUNDINGS)
-            batch = self._batch.perturbed(dtype, number, _ROUNDINGS)
-            found.append(self._batch.select(run.outputs(batch)))
-        return found
+    def _gap_moved(self, leaf: Leaf, number: int) -> float:
+        """Return how far constants that lifting leaves narrow move a leaf of one model."""
+        path = leaf.torch_path if number else leaf.flax_path
+        return max_abs(*(_reals(outputs[path]) for outputs in self._moved(number)))
+
+    def _moved_outputs(self, number: int) -> list[Outputs]:
+        runs = self._session.moved_runs[number]
+        return [self._batch.select(run.outputs(self._batch)) for run in runs]
 
 
 def _is_float(*arrays: np.ndarray) -> bool:

@@ -85,17 +85,19 @@ class PairSession(Session[FlaxRunner, TorchRunner]):
             self._torch_runner(self.torch_leaves, dtype),
         )
 
-    def perturbed_run(self, dtype: str, number: int = 0, roundings: int = 1) -> TorchRunner:
-        """See `Session`; of the torch side."""
-        leaves = neighbours(cast(self.torch_leaves, dtype), self.seed + number, roundings)
+    def perturbed_run(self, dtype: str) -> TorchRunner:
+        """Return the torch side from weights one rounding away: what rounding alone does to it."""
+        leaves = neighbours(cast(self.torch_leaves, dtype), self.seed)
         return self._torch_runner(leaves, dtype)
 
-    def rounded_outputs(self, batch: Batch) -> list[Outputs]:
+    def perturbed_outputs(
+        self, batch: Batch, rounded: str, computed: str, number: int, roundings: int
+    ) -> Outputs:
         """See `Session`; of the torch side."""
-        weights = cast(self.torch_leaves, "float32")
-        run, seeds = self.runs("float64")[1], (self.seed, self.seed + 1)
-        rounded = batch.perturbed("float32", 0, 0)
-        return [run.at(neighbours(weights, seed)).outputs(rounded) for seed in seeds]
+        seed = self.seed + number
+        leaves = neighbours(cast(self.torch_leaves, rounded), seed, roundings)
+        run = self.runs(computed)[1].at(leaves)
+        return batch.select(run.outputs(batch.perturbed(rounded, seed, roundings)))
 
     def _torch_runner(self, leaves: Leaves, dtype: str) -> TorchRunner:
         lifting = {"lift": not self.pair.pure, "code_leaves": self.weight_map.ignored}

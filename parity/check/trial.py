@@ -1,6 +1,7 @@
 """One call of both modules before a check: a module that cannot be called is refused in a line."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -21,8 +22,8 @@ class Side:
     module: object
     use: ModuleUse
 
-    def outputs(self, batch: Batch) -> Outputs:
-        """Return the output of a call with the weights that the module has.
+    def outputs(self, batch: Batch) -> tuple[Outputs, set[str]]:
+        """Return the output of a call, and the paths of the arrays of the framework in it.
 
         Raises:
             ValueError: for a module that raises, with what was tried and the line to write.
@@ -44,13 +45,20 @@ class Side:
             ) from error
 
 
-def scored_leaves(flax: Outputs, torch: Outputs) -> tuple[list[str], list[str]]:
-    """Return the paths of the leaves that are floats in both outputs, in one order."""
-    both = [
-        leaf for leaf in paired(flax, torch) if leaf.flax is not None and leaf.torch is not None
-    ]
-    floats = [x for x in both if x.flax.dtype.kind in "fc" and x.torch.dtype.kind in "fc"]
-    return [x.flax_path for x in floats], [x.torch_path for x in floats]
+def scored_leaves(sides: Sequence[Side], batch: Batch) -> list[list[str]]:
+    """Return the paths of the leaves that are floats with a gradient on both sides, in one order.
+
+    Raises:
+        ValueError: see `Side.outputs`.
+    """
+    (flax, ours), (torch, theirs) = (side.outputs(batch) for side in sides)
+    scored: list[list[str]] = [[], []]
+    for leaf in paired(flax, torch):
+        arrays = [x for x in (leaf.flax, leaf.torch) if x is not None and x.dtype.kind in "fc"]
+        if len(arrays) == 2 and leaf.flax_path in ours and leaf.torch_path in theirs:
+            scored[0].append(leaf.flax_path)
+            scored[1].append(leaf.torch_path)
+    return scored
 
 
 def _names(signature: Signature, batch: Batch) -> list[str]:

@@ -20,10 +20,6 @@ _MODES |= dict.fromkeys(("deterministic", "inference"), (True, True))
 _BY_NAME = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 
 
-class NoLoss(ValueError):
-    """An output has no floats, so nothing can be derived or trained."""
-
-
 def projection(size: int) -> np.ndarray:
     """Return `size` fixed random weights whose dot product with an output is a scalar loss.
 

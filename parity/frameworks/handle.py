@@ -43,8 +43,11 @@ class Handle(Protocol):
     def trained(self, module: object) -> set[str]:
         """Return the names of the leaves that training moves by their gradient."""
 
-    def tried(self, spec: ModelSpec, batch: Batch) -> Outputs:
-        """Return an output of the shapes and types of a model's, or raise what it raises."""
+    def tried(self, spec: ModelSpec, batch: Batch) -> tuple[Outputs, set[str]]:
+        """Return an output of the shapes and types of a model's, or raise what it raises.
+
+        And the paths of the leaves in it that are arrays of the framework.
+        """
 
     def seeded(self, seed: int, build: Callable[[], Built]) -> Built:
         """Return what a function builds, with the framework's own generator at a seed."""

@@ -93,6 +93,10 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
     if session.pair.flax.trainer is None or session.pair.torch.trainer is None:
         yield abstain("optimizer", "the pair declares no trainer")
         return
+    if session.not_finite:
+        names = ", ".join(session.not_finite)
+        yield abstain("optimizer", f"the gradient is not finite in either model, at {names}")
+        return
     exact: list[_Step] = []
 
     @functools.cache

@@ -11,8 +11,8 @@ from flax import nnx
 
 from parity.frameworks.batch import Argument, Outputs, output_leaves, plain_array
 from parity.frameworks.capture import map_leaves
-from parity.frameworks.default_call import NoLoss
 from parity.frameworks.leaves import cast_array
+from parity.frameworks.protocols import NotCompared
 
 
 @jax.tree_util.register_pytree_node_class
@@ -42,7 +42,9 @@ _FIXED = bool, int, float, complex, str
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["paths", "others"]
+    jax.tree_util.register_dataclass,
+    data_fields=["arrays"],
+    meta_fields=["paths", "derived", "others"],
 )
 @dataclasses.dataclass(frozen=True)
 class Returned:
@@ -51,11 +53,13 @@ class Returned:
     Attributes:
         arrays: numbers among them.
         paths: of the arrays.
+        derived: paths of those that jax made, which may have a gradient.
         others: path of each leaf that is no array, and the name of its type.
     """
 
     arrays: tuple[jax.Array, ...]
     paths: tuple[str, ...]
+    derived: tuple[str, ...]
     others: tuple[tuple[str, str], ...]
 
     def outputs(self) -> Outputs:
@@ -64,19 +68,19 @@ class Returned:
         return dict(arrays) | {path: np.array(kind) for path, kind in self.others}
 
     def float_leaves(self, paths: Sequence[str] | None = None) -> list[jax.Array]:
-        """Return the arrays of floats or complex numbers.
+        """Return the arrays of floats or complex numbers that jax made.
 
         Args:
             paths: of those wanted, in order; all, in the order of their paths, when None.
 
         Raises:
-            NoLoss: where there is none.
+            NotCompared: where there is none.
         """
         leaves = dict(zip(self.paths, self.arrays, strict=True))
-        wanted = [x for x in (sorted(leaves) if paths is None else paths) if x in leaves]
+        wanted = [x for x in (sorted(leaves) if paths is None else paths) if x in self.derived]
         found = [leaves[x] for x in wanted if jnp.issubdtype(leaves[x].dtype, jnp.inexact)]
         if not found:
-            raise NoLoss("the output has no floats, so it has no gradient")
+            raise NotCompared("the output has no floats, so it has no gradient")
         return found
 
 
@@ -100,7 +104,7 @@ def returning_leaves(function: Callable[..., object]) -> Callable[..., Returned]
     """Return a function whose output is taken apart, so that it can be compiled."""
 
     def returned(*args: object, **kwargs: object) -> Returned:
-        arrays, others = {}, []
+        arrays, derived, others = {}, [], []
         for path, leaf in output_leaves(function(*args, **kwargs)):
             leaf = leaf[...] if isinstance(leaf, nnx.Variable) else leaf
             if isinstance(leaf, jax.Array):
@@ -113,6 +117,7 @@ def returning_leaves(function: Callable[..., object]) -> Callable[..., Returned]
                 others.append((path, found))
             else:
                 arrays[path] = found
-        return Returned(tuple(arrays.values()), tuple(arrays), tuple(others))
+                derived += [path] * isinstance(leaf, jax.Array)
+        return Returned(tuple(arrays.values()), tuple(arrays), tuple(derived), tuple(others))
 
     return returned

@@ -103,7 +103,7 @@ def lifted(log: Log | None = None) -> Iterator[Log]:
             traced, and logged, when None.
 
     Yields:
-        The log, filled as programs are traced.
+        The log.
     """
     global _num_inside
     log = Log() if log is None else log

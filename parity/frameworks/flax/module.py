@@ -226,8 +226,8 @@ def seeded(seed: int, build: Callable[[], Built]) -> Built:
     return build()
 
 
-def tried(spec: FlaxSpec, batch: Batch) -> Outputs:
-    """Return an output of the shapes and types of a model's, in float32 on the CPU."""
+def tried(spec: FlaxSpec, batch: Batch) -> tuple[Outputs, set[str]]:
+    """Return an output of the shapes and types of a model's, and the paths of its own arrays."""
     with jax_scope("float32", jax.devices("cpu")[0]):
         model = spec.build("float32")
         model.eval()
@@ -240,9 +240,10 @@ def tried(spec: FlaxSpec, batch: Batch) -> Outputs:
             )
 
         try:
-            return jax.eval_shape(returning_leaves(forward), state, call).outputs()
-        except jax.errors.JAXTypeError:  # a number is looked at
-            return returning_leaves(forward)(state, call).outputs()
+            returned = jax.eval_shape(returning_leaves(forward), state, call)
+        except jax.errors.JAXTypeError:  # it looks at numbers
+            returned = returning_leaves(forward)(state, call)
+        return returned.outputs(), set(returned.derived)
 
 
 def _call(module: Callable[..., object], *inputs: object, **keywords: object) -> object:

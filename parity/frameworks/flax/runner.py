@@ -18,10 +18,11 @@ from parity.frameworks.flax.lift import Log, line_of_error
 from parity.frameworks.flax.purity import flax_purity
 from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import Arrays, CastLater, Leaves
-from parity.frameworks.protocols import Decoder, Trainer
+from parity.frameworks.protocols import Decoder, NotCompared, Trainer
 from parity.frameworks.purity import Purity
 from parity.frameworks.scoped import Scoped
 from parity.frameworks.spec import ModelSpec
+from parity.system.import_target import raised
 from parity.system.memory import is_large
 
 FlaxSpec = ModelSpec[nnx.Module, jax.Array]
@@ -100,7 +101,7 @@ class FlaxRunner:
         """Return the model's output, leaf by leaf."""
 
         def run() -> Outputs:
-            call = self._parameters, self._arguments(batch)
+            call = self._call(batch)
             try:
                 return self._forward(*call).outputs()
             except jax.errors.JAXTypeError:  # it looks at numbers, which a program does not have
@@ -110,12 +111,15 @@ class FlaxRunner:
 
     def gradients(self, batch: Batch) -> tuple[float, Leaves]:
         """Return the loss and its gradient by leaf."""
-
-        def run() -> tuple[float, Leaves]:
-            loss, gradients = self._loss_and_gradients(self._parameters, self._arguments(batch))
+        try:
+            loss, gradients = self._attempt(lambda: self._loss_and_gradients(*self._call(batch)))
+        except jax.errors.JAXTypeError as error:
+            raise NotCompared(
+                f"{self.name} looks at numbers on its way, so jax has no gradient of it: "
+                f"{raised(error)}"
+            ) from error
+        with self._scope():
             return float(loss), state_leaves(gradients)
-
-        return self._attempt(run)
 
     def forward_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward pass that are not in float64."""
@@ -157,9 +161,10 @@ class FlaxRunner:
         return traces
 
     def _purity(self, program: _Program, batch: Batch) -> Purity:
-        found = self._attempt(
-            lambda: flax_purity(program, self._parameters, self._arguments(batch))
-        )
+        try:
+            found = self._attempt(lambda: flax_purity(program, *self._call(batch)))
+        except jax.errors.JAXTypeError as error:
+            return Purity(1, {f"operations that jax cannot list, {raised(error)}": 1})
         found.impure.update(dict.fromkeys(self._raised_lifted, 1))
         return found
 
@@ -172,14 +177,14 @@ class FlaxRunner:
             if self._log is None or self._raised_lifted:
                 raise
             self._raised_lifted.append(f"{type(error).__name__} at {line_of_error(error)}")
-            raised = error
+            first = error
         self._loaded = None
         try:
             with self._scope():
                 return run()
         except Exception:
             self._raised_lifted.clear()
-            raise raised from None
+            raise first from None
 
     def _make_decoder(self) -> Decoder:
         assert self._spec.decoder is not None, f"{self.name} has no cache"
@@ -205,6 +210,9 @@ class FlaxRunner:
     @property
     def _parameters(self) -> nnx.State:
         return self._load_once()[1]
+
+    def _call(self, batch: Batch) -> tuple[nnx.State, Arguments]:
+        return self._parameters, self._arguments(batch)
 
     def _arguments(self, batch: Batch) -> Arguments:
         return arguments(batch.inputs, batch.keywords, self._dtype)

@@ -7,8 +7,8 @@ import torch
 
 from parity.frameworks.batch import Argument, Outputs, output_leaves, plain_array
 from parity.frameworks.capture import map_leaves
-from parity.frameworks.default_call import NoLoss
 from parity.frameworks.leaves import cast_array
+from parity.frameworks.protocols import NotCompared
 from parity.frameworks.torch.leaves import from_numpy, to_numpy
 
 
@@ -40,14 +40,14 @@ def float_leaves(output: object, paths: Sequence[str] | None = None) -> list[tor
         paths: of those wanted, in order; all, in the order of their paths, when None.
 
     Raises:
-        NoLoss: where there is none.
+        NotCompared: where there is none.
     """
     leaves = dict(output_leaves(output))
     wanted = (leaves.get(path) for path in (sorted(leaves) if paths is None else paths))
     tensors = [leaf for leaf in wanted if isinstance(leaf, torch.Tensor)]
     found = [leaf for leaf in tensors if leaf.is_floating_point() or leaf.is_complex()]
     if not found:
-        raise NoLoss("the output has no floats, so it has no gradient")
+        raise NotCompared("the output has no floats, so it has no gradient")
     return found
 
 

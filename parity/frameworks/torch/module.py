@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 
 from parity.frameworks import default_call
-from parity.frameworks.batch import Argument, Batch, Outputs
+from parity.frameworks.batch import Argument, Batch, Outputs, output_leaves
 from parity.frameworks.leaves import Arrays, Leaves
 from parity.frameworks.protocols import Moments, NotCompared
 from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
@@ -159,12 +159,14 @@ def seeded(seed: int, build: Callable[[], Built]) -> Built:
         return build()
 
 
-def tried(spec: TorchSpec, batch: Batch) -> Outputs:
-    """Return the output of a model as it is built, in float32 on the CPU."""
+def tried(spec: TorchSpec, batch: Batch) -> tuple[Outputs, set[str]]:
+    """Return the output of a model as it is built, and the paths of the tensors in it."""
     model = spec.build("float32").eval()
     inputs, keywords = tensors((batch.inputs, dict(batch.keywords)), "float32", torch.device("cpu"))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        return outputs_of(spec.forward(model, *inputs, **keywords))
+        leaves = dict(output_leaves(spec.forward(model, *inputs, **keywords)))
+        tensors_in = {path for path, leaf in leaves.items() if isinstance(leaf, torch.Tensor)}
+        return outputs_of(leaves), tensors_in
 
 
 def initial_leaves(spec: TorchSpec, dtype: str) -> Leaves:

@@ -10,7 +10,7 @@ import torch
 from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.capture import Backward, OnTrace, Trace
 from parity.frameworks.leaves import Arrays, CastLater, Leaves
-from parity.frameworks.protocols import Decoder, Trainer
+from parity.frameworks.protocols import Decoder, NotCompared, Trainer
 from parity.frameworks.purity import Purity
 from parity.frameworks.scoped import Scoped
 from parity.frameworks.spec import ModelSpec
@@ -113,7 +113,10 @@ class TorchRunner:
     def gradient_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward and backward pass that are not in float64."""
         _ = self.module  # loaded first, for loading is no part of the question
-        return self._purity(self._loss_and_gradients, batch)
+        try:
+            return self._purity(self._loss_and_gradients, batch)
+        except NotCompared:
+            return self.forward_purity(batch)
 
     def traces(self, batch: Batch, on_trace: OnTrace) -> None:
         """Pass inputs and output of every module in a forward pass to `on_trace`."""

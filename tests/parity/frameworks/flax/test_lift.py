@@ -1,24 +1,16 @@
 """A program that casts to float32 computes, lifted, what the same program computes in float64."""
 
 import functools
-import threading
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from flax import nnx
 
-from parity.frameworks.batch import Batch
-from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.flax.lift import lifted
-from parity.frameworks.flax.module import spec
 from parity.frameworks.flax.purity import flax_purity
-from parity.frameworks.flax.runner import FlaxRunner
 from parity.frameworks.flax.scope import jax_scope
-from parity.frameworks.spec import ModuleUse
 
 CPU = jax.devices("cpu")[0]
 F32, F64 = jnp.float32, jnp.float64
