@@ -28,6 +28,8 @@ ORIENTATION = 1e-12
 # Of the largest output. Correct ports were measured at 4e-15 to 8e-14, the smallest planted bug at
 # 3.7e-5. Rounding grows with width and depth, hence more for large models.
 OUTPUT_FLOAT64, OUTPUT_FLOAT64_LARGE, LARGE_MODEL = 1e-12, 1e-11, 50_000_000
+# Unit of the last place of float32, of the largest output.
+FLOAT32_ROUNDING = 2.0**-23
 # Error of float32 against float64, of the largest output: catches outputs so wrong in both
 # frameworks that their ratio is 1.
 OUTPUT_FLOAT32 = 1e-4

@@ -10,7 +10,7 @@ from flax import nnx
 
 from parity.check.check import check
 from parity.check.levels.names import DTYPES, LEVELS
-from parity.check.metrics import max_abs, size_of
+from parity.check.outputs import output_gap
 from parity.check.pair_session import PairSession
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.flax.module import FlaxUse
@@ -161,4 +161,4 @@ def _output_gap(pair: Pair) -> float:
             f"rules auto: a model raised {type(error).__name__}: {in_a_line(error)}. Names leave a "
             "choice that only running the models can make. Mend the inputs or write a rules file."
         ) from error
-    return max_abs(flax, torch) / max(size_of(torch), 1e-300)
+    return output_gap(flax, torch)

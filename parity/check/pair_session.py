@@ -1,18 +1,15 @@
 """The session of a live pair: its random weights, and runners of both models."""
 
-import dataclasses
 import functools
 
-import numpy as np
 from flax import nnx
 
-from parity.check.metrics import rms_error
 from parity.check.session import Session
-from parity.frameworks.batch import Batch
+from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.flax.runner import FlaxRunner
 from parity.frameworks.flax.scope import jax_scope
-from parity.frameworks.leaves import Leaves, cast, cast_array, neighbours
+from parity.frameworks.leaves import Leaves, cast, neighbours
 from parity.frameworks.torch.leaves import torch_leaves
 from parity.frameworks.torch.runner import TorchRunner
 from parity.pair.pair import Pair
@@ -87,20 +84,18 @@ class PairSession(Session[FlaxRunner, TorchRunner]):
             self._torch_runner(self.torch_leaves, dtype),
         )
 
-    def perturbed_run(self, dtype: str) -> TorchRunner:
-        """Return the torch side from weights one rounding away: what rounding alone does to it."""
-        leaves = neighbours(cast(self.torch_leaves, dtype), self.seed)
+    def perturbed_run(self, dtype: str, number: int = 0, roundings: int = 1) -> TorchRunner:
+        """See `Session`; of the torch side."""
+        leaves = neighbours(cast(self.torch_leaves, dtype), self.seed + number, roundings)
         return self._torch_runner(leaves, dtype)
 
-    def float32_noise(self, batch: Batch, truth: np.ndarray) -> float:
-        """Return the RMS error of float64 from weights and inputs one float32 rounding away."""
-        weights = cast(self.torch_leaves, "float32")
-        inputs = tuple(cast_array(x, "float32") for x in batch.inputs)
-        rounded, errors = dataclasses.replace(batch, inputs=inputs), []
-        for seed in (self.seed, self.seed + 1):
-            run = self.runs("float64")[1].at(neighbours(weights, seed))
-            errors.append(rms_error(batch.select(run.outputs(rounded)), truth))
-        return max(errors)
+    def rounded_outputs(self, batch: Batch) -> list[Outputs]:
+        """See `Session`; of the torch side."""
+        weights, run = cast(self.torch_leaves, "float32"), self.runs("float64")[1]
+        return [
+            run.at(neighbours(weights, seed)).outputs(batch.perturbed("float32", seed, 1))
+            for seed in (self.seed, self.seed + 1)
+        ]
 
     def _torch_runner(self, leaves: Leaves, dtype: str) -> TorchRunner:
         lifting = {"lift": not self.pair.pure, "code_leaves": self.weight_map.ignored}

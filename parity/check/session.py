@@ -10,7 +10,7 @@ import numpy as np
 
 from parity.check import bounds
 from parity.check.null_gradients import NullDirections, null_leaves
-from parity.frameworks.batch import Batch
+from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import Runner, Trainer
 from parity.frameworks.purity import Purity
@@ -61,6 +61,16 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
     @abc.abstractmethod
     def _make_runs(self, dtype: str) -> tuple[Flax_co, Torch_co]:
         """Return a runner of each model in a dtype."""
+
+    @abc.abstractmethod
+    def perturbed_run(self, dtype: str, number: int = 0, roundings: int = 1) -> Runner:
+        """Return one model from weights one rounding away: what rounding alone does to it.
+
+        Args:
+            dtype: of the run.
+            number: for another choice of directions.
+            roundings: for weights further away.
+        """
 
     def runs(self, dtype: str) -> tuple[Flax_co, Torch_co]:
         """Return runners of both models in a dtype; those of another dtype free their memory."""
@@ -188,9 +198,9 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         parts = (*self.purity("forward").values(), *self.purity("gradient").values())
         return list(dict.fromkeys(x for found in parts for x in found.lifted if " constant" in x))
 
-    def float32_noise(self, batch: Batch, truth: np.ndarray) -> float:
-        """Return the RMS error that rounding weights and inputs to float32 alone makes."""
-        return 0.0
+    def rounded_outputs(self, batch: Batch) -> list[Outputs]:
+        """Return float64 outputs of one model from weights and inputs one float32 rounding away."""
+        return []
 
     @property
     def gradient_probe(self) -> Batch:
@@ -226,7 +236,8 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         moments = []
         for run, convert in zip(self.runs("float64"), (dict, self.weight_map.to_flax), strict=True):
             trainer = run.trainer(self.steps)
-            trainer.step(*self.pair.training_batch(0).inputs)
+            batch = self.pair.training_batch(0)
+            trainer.step(*batch.inputs, **batch.keywords)
             moments.append(convert(trainer.moments()[0]))
         found = null_leaves(moments, self._zero)
         if set(found) > set(self.null.leaves):

@@ -1,12 +1,8 @@
 """Defaults for calling a module, reducing its output to a scalar loss and training it."""
 
-from typing import TypeVar
+from collections.abc import Callable
 
 import numpy as np
-
-from parity.frameworks.capture import leaves_of
-
-ArrayT = TypeVar("ArrayT")
 
 # AdamW's. Stated, because the frameworks' own defaults differ (weight decay: torch 1e-2, optax
 # 1e-4).
@@ -22,12 +18,6 @@ def projection(size: int) -> np.ndarray:
     return np.random.default_rng(0).normal(size=size) / np.sqrt(size)
 
 
-def arrays_in(framework: str, output: object, array_type: type[ArrayT]) -> list[ArrayT]:
-    """Return the arrays in the output of a call, of which there must be one."""
-    arrays = [x for x in leaves_of(output) if isinstance(x, array_type)]
-    if not arrays:
-        raise ValueError(
-            f"{framework}: the call gave no array. A check compares arrays. Give a call that "
-            "returns them."
-        )
-    return arrays
+def call(module: Callable[..., object], *inputs: object, **keywords: object) -> object:
+    """Call a module with the arguments as they are."""
+    return module(*inputs, **keywords)

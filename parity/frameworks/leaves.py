@@ -38,19 +38,23 @@ class CastLater(Mapping[str, np.ndarray]):
 
 
 def cast_array(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Return the array in the given dtype if it holds floats, else as it is."""
+    """Return floats in the given dtype, complex numbers in the one that goes with it, else all."""
+    if np.issubdtype(array.dtype, np.complexfloating):
+        return array.astype("complex128" if dtype == "float64" else "complex64")
     return array.astype(dtype) if np.issubdtype(array.dtype, np.floating) else array
 
 
-def neighbours(leaves: Arrays, seed: int) -> Leaves:
-    """Move every float to the next one above or below, at random."""
+def neighbours(leaves: Arrays, seed: int, roundings: int = 1) -> Leaves:
+    """Move every float to the next one above or below, at random, or to one further away."""
     rng = np.random.default_rng(seed)
-    return {
-        name: np.nextafter(leaf, rng.choice([-np.inf, np.inf], leaf.shape).astype(leaf.dtype))
-        if np.issubdtype(leaf.dtype, np.floating)
-        else leaf
-        for name, leaf in leaves.items()
-    }
+    moved = {}
+    for name, leaf in leaves.items():
+        if np.issubdtype(leaf.dtype, np.floating):
+            towards = rng.choice([-np.inf, np.inf], leaf.shape).astype(leaf.dtype)
+            for _ in range(roundings):
+                leaf = np.nextafter(leaf, towards)
+        moved[name] = leaf
+    return moved
 
 
 def dotted(path: Iterable[object]) -> str:

@@ -5,11 +5,11 @@ imports a framework.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 
-from parity.frameworks.batch import Batch
+from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.capture import Backward, OnTrace, Trace
 from parity.frameworks.leaves import Arrays, Leaves
 from parity.frameworks.purity import Purity
@@ -25,8 +25,8 @@ Moments = tuple[Leaves, Leaves, int]
 class Trainer(Protocol):
     """One training of one model, step by step."""
 
-    def step(self, *inputs: np.ndarray) -> float:
-        """Take one optimizer step on inputs of the model's loss; return the loss before it."""
+    def step(self, *inputs: Any, **keywords: Any) -> float:
+        """Take one optimizer step on arguments of the model's loss; return the loss before it."""
 
     def parameters(self) -> Leaves:
         """Return the present weights and statistics by leaf."""
@@ -68,8 +68,8 @@ class Runner(Protocol):
 
     name: str
 
-    def outputs(self, batch: Batch) -> np.ndarray:
-        """Return the model's output."""
+    def outputs(self, batch: Batch) -> Outputs:
+        """Return the model's output, leaf by leaf."""
 
     def gradients(self, batch: Batch) -> tuple[float, Leaves]:
         """Return the loss and its gradient by leaf."""

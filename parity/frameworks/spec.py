@@ -18,8 +18,8 @@ class ModelSpec(Generic[ModuleT, ArrayT]):
     Attributes:
         name: of the model in the report.
         build: a dtype's name to a module of it on the host, whose weights will be overwritten.
-        forward: (module, *inputs) to the output that is compared.
-        loss: (module, *inputs) to a scalar.
+        forward: (module, *inputs, **keywords) to the output that is compared.
+        loss: the same arguments to a scalar.
         trainer: (module, steps that the schedule spans) to a trainer; None for a model that is not
             trained.
         decoder: a module to its decoder; None for a model without a cache.
@@ -29,7 +29,7 @@ class ModelSpec(Generic[ModuleT, ArrayT]):
 
     name: str
     build: Callable[[str], ModuleT]
-    forward: Callable[..., ArrayT]
+    forward: Callable[..., object]
     loss: Callable[..., ArrayT]
     trainer: Callable[[ModuleT, int], Trainer] | None = None
     decoder: Callable[[ModuleT], Decoder] | None = None
@@ -41,8 +41,8 @@ class ModuleUse(Generic[ArrayT, OptimizerT]):
     """How one module is called, scored and trained, where the defaults do not fit.
 
     Attributes:
-        call: (module, *inputs) to outputs; `module(*inputs)` when None.
-        loss: (module, *inputs) to a scalar; a fixed random projection of the outputs when None.
+        call: (module, *inputs, **keywords) to outputs; `module(*inputs, **keywords)` when None.
+        loss: the same arguments to a scalar; a fixed random projection of the outputs when None.
         optimizer: for torch a function of parameters to an optimizer, for Flax an optax
             transformation; AdamW with the same constants when None.
         build: builds the module again, so that constants it computes in float32 when it is built

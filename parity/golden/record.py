@@ -69,11 +69,11 @@ def record(
     # A trainer of its own, as in the levels: its schedule may span another number of steps.
     trainer, states = runner.trainer(HORIZON), []
     for batch in batches[:OPTIMIZER_STEPS]:
-        trainer.step(*batch.inputs)
+        trainer.step(*batch.inputs, **batch.keywords)
         first, second, count = trainer.moments()
         states.append(State(trainer.parameters(), copied(first), copied(second), count))
     trainer = runner.trainer(steps)
-    losses = np.array([trainer.step(*batch.inputs) for batch in batches])
+    losses = np.array([trainer.step(*batch.inputs, **batch.keywords) for batch in batches])
     return Golden(
         framework=here.NAME,
         model=spec.name,
@@ -82,7 +82,10 @@ def record(
         learning_rate=learning_rate or here.learning_rate(module, use.optimizer),
         weights=under_test,
         probes=calls.probes,
-        outputs={name: runner.outputs(batch) for name, batch in calls.probes.items()},
+        outputs={
+            name: {path: x for path, x in runner.outputs(batch).items() if x.dtype.kind != "U"}
+            for name, batch in calls.probes.items()
+        },
         loss=loss,
         gradients=gradients,
         batches=batches,

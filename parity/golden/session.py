@@ -5,7 +5,7 @@ from typing import NoReturn
 
 from parity.check.session import Session
 from parity.frameworks.handle import NAMES, Handle
-from parity.frameworks.leaves import Leaves, different_leaves
+from parity.frameworks.leaves import Leaves, different_leaves, neighbours
 from parity.frameworks.protocols import LiveRunner, Runner
 from parity.frameworks.spec import ModelSpec
 from parity.golden.file import Golden
@@ -107,6 +107,11 @@ class GoldenSession(Session):
                 "steps": self.steps,
             },
         }
+
+    def perturbed_run(self, dtype: str, number: int = 0, roundings: int = 1) -> Runner:
+        """See `Session`; of the module that runs."""
+        leaves = neighbours(self.runner.leaves(), self.golden.seed + number, roundings)
+        return self.runner.at(leaves)
 
     def _make_runs(self, dtype: str) -> tuple[Runner, Runner]:
         replay = RecordedRunner(self.golden)

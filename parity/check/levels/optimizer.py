@@ -22,6 +22,7 @@ from parity.check.levels.names import HORIZON, OPTIMIZER_STEPS
 from parity.check.metrics import largest, max_abs, ratio, relative_l2
 from parity.check.session import Session
 from parity.frameworks.batch import Batch
+from parity.frameworks.capture import leaves_of, map_leaves
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import LiveRunner, Runner, Trainer
 from parity.pair.pair import Pair
@@ -163,7 +164,8 @@ def _steps_of(trainer: Trainer, pair: Pair, leaves: LeavesOf, limit: int) -> lis
 
     taken, before = [], kept(trainer.parameters())
     for index in range(OPTIMIZER_STEPS):
-        loss = trainer.step(*pair.training_batch(index).inputs)
+        batch = pair.training_batch(index)
+        loss = trainer.step(*batch.inputs, **batch.keywords)
         after = kept(trainer.parameters())
         taken.append(_Step(loss, before, after, *moments()))
         before = after
@@ -217,7 +219,7 @@ def _reading(run: LiveRunner[object], pair: Pair, convert: Callable[[Leaves], Le
     for index in range(OPTIMIZER_STEPS):
         batch = pair.training_batch(index)
         _, gradient = run.at(before).gradients(batch)
-        trainer.step(*batch.inputs)
+        trainer.step(*batch.inputs, **batch.keywords)
         after, (first, second, _) = trainer.parameters(), trainer.moments()
         steps.append(Step.sampled(*map(convert, (before, after, first, second, gradient))))
         before = after
@@ -233,7 +235,16 @@ def _reading(run: LiveRunner[object], pair: Pair, convert: Callable[[Leaves], Le
 
 def _parts(batch: Batch, num: int) -> list[Batch]:
     """Split the rows of a batch into equal parts; return none where they do not divide."""
-    if any(x.ndim == 0 or len(x) % num for x in batch.inputs):
+    both = batch.inputs, dict(batch.keywords)
+    arrays = [x for x in leaves_of(both) if isinstance(x, np.ndarray)]
+    if not arrays or any(x.ndim == 0 or len(x) % num for x in arrays):
         return []
-    by_part = zip(*(np.split(x, num) for x in batch.inputs), strict=True)
-    return [Batch(inputs) for inputs in by_part]
+
+    def part(number: int) -> Batch:
+        def cut(x: object) -> object:
+            return np.split(x, num)[number] if isinstance(x, np.ndarray) else x
+
+        inputs, keywords = map_leaves(both, cut)
+        return Batch(inputs, keywords=keywords)
+
+    return [part(number) for number in range(num)]

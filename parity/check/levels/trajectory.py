@@ -9,6 +9,7 @@ import numpy as np
 from parity.check import bounds
 from parity.check.metrics import largest, max_abs
 from parity.check.session import Session
+from parity.frameworks.batch import Batch
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import Runner, Trainer
 from parity.report import Divergence
@@ -61,7 +62,8 @@ def _train(run: Runner, session: Session[Runner, Runner], number: int) -> tuple[
     """Return the losses and final weights of a training; its number is for the progress."""
     trainer, losses = session.trainer(run, session.steps), np.empty(session.steps)
     for step in range(session.steps):
-        losses[step] = trainer.step(*session.pair.training_batch(step).inputs)
+        batch = session.pair.training_batch(step)
+        losses[step] = trainer.step(*batch.inputs, **batch.keywords)
         done = number + (step + 1) / session.steps
         session.progress(done / (2 * len(session.dtypes)))
     final = trainer.parameters()
@@ -99,7 +101,7 @@ def locate(session: "PairSession", records: list[Record]) -> Divergence | None:
         runs = *session.runs(bad.dtype), session.perturbed_run(bad.dtype)
         _, words = rounding_or_bug(
             [run.trainer(session.steps) for run in runs],
-            lambda step: session.pair.training_batch(step).inputs,
+            session.pair.training_batch,
             bad.step,
             runs[1].name,
         )
@@ -112,10 +114,10 @@ def _idle(session: "PairSession", dtype: str, last: int) -> str | None:
     idle = []
     for run in session.runs(dtype) if last else ():
         trainer = run.trainer(session.steps)
-        for step in range(last - 1):
-            trainer.step(*session.pair.training_batch(step).inputs)
-        before = trainer.parameters()
-        trainer.step(*session.pair.training_batch(last - 1).inputs)
+        for step in range(last):
+            before = trainer.parameters() if step == last - 1 else {}
+            batch = session.pair.training_batch(step)
+            trainer.step(*batch.inputs, **batch.keywords)
         after = trainer.parameters()
         if all(np.array_equal(before[name], after[name]) for name in after):
             idle.append(run.name)
@@ -123,20 +125,21 @@ def _idle(session: "PairSession", dtype: str, last: int) -> str | None:
 
 
 def rounding_or_bug(
-    trainers: Sequence[Trainer], inputs: Callable[[int], tuple], last: int, name: str
+    trainers: Sequence[Trainer], batch_of: Callable[[int], Batch], last: int, name: str
 ) -> tuple[bool, str]:
     """Tell chaos from a bug by a perturbed run: one twin from weights one rounding away.
 
     Args:
         trainers: of the two twins and of the second twin's perturbed run, none of them trained.
-        inputs: of a step, by its number from 0.
+        batch_of: a step's number, from 0, to its batch.
         last: the step, from 1, at which the gap of the twins is judged.
         name: of the second twin.
 
     Returns:
         Whether it is a bug, and a sentence on what was seen.
     """
-    losses = np.array([[x.step(*inputs(step)) for x in trainers] for step in range(last)])
+    batches = map(batch_of, range(last))
+    losses = np.array([[x.step(*b.inputs, **b.keywords) for x in trainers] for b in batches])
     gaps = np.abs(losses[:, 0] - losses[:, 1])
     before = float(np.max(gaps[:-1], initial=0.0))
     drift = float(np.max(np.abs(losses[:, 2] - losses[:, 1])))

@@ -9,15 +9,16 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
 from parity.frameworks import default_call
+from parity.frameworks.batch import Argument
+from parity.frameworks.flax.calls import Arguments, arguments, returning_leaves
 from parity.frameworks.flax.leaves import cast_flax, flax_leaves, state_leaves
 from parity.frameworks.flax.runner import FlaxRunner, FlaxSpec
 from parity.frameworks.flax.scope import jax_scope
-from parity.frameworks.leaves import Arrays, Leaves, cast_array
+from parity.frameworks.leaves import Arrays, Leaves
 from parity.frameworks.protocols import Moments
 from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
 
@@ -26,22 +27,22 @@ NAME, MODULE = "flax", nnx.Module
 Built = TypeVar("Built")
 Loss = Callable[..., jax.Array]
 FlaxUse = ModuleUse[jax.Array, optax.GradientTransformation]
-# (graphdef, parameters, rest, optimizer state, *inputs) to the loss and the last three after a step
+# (graphdef, parameters, rest, optimizer state, arguments) to the loss, and the last three after it
 Program = Callable[..., tuple[jax.Array, nnx.State, nnx.State, optax.OptState]]
 
 
 def spec(module: nnx.Module, use: FlaxUse = BY_DEFAULT) -> FlaxSpec:
     """Return the spec of a Flax NNX module, which is copied for every use and never changed."""
 
-    def forward(model: nnx.Module, *inputs: jax.Array) -> jax.Array:
-        output = use.call(model, *inputs) if use.call else model(*inputs)
-        arrays = default_call.arrays_in("flax", output, jax.Array)
-        return arrays[0] if len(arrays) == 1 else jnp.concatenate([x.ravel() for x in arrays])
+    def forward(model: nnx.Module, *inputs: object, **keywords: object) -> object:
+        return (use.call or default_call.call)(model, *inputs, **keywords)
 
-    def projected(model: nnx.Module, *inputs: jax.Array) -> jax.Array:
-        output = forward(model, *inputs)
+    def projected(model: nnx.Module, *inputs: object, **keywords: object) -> jax.Array:
+        leaves = returning_leaves(forward)(model, *inputs, **keywords).float_leaves()
+        numbers = [jnp.stack([x.real, x.imag], -1) if jnp.iscomplexobj(x) else x for x in leaves]
+        output = jnp.concatenate([x.ravel() for x in numbers])
         weights = jnp.asarray(default_call.projection(output.size), output.dtype)
-        return jnp.dot(output.ravel(), weights)
+        return jnp.dot(output, weights)
 
     score, optimizer = use.loss or projected, use.optimizer or adamw()
     program = compile_step(score, optimizer)
@@ -74,11 +75,11 @@ class FlaxTrainer:
         self._program, self._state = program, optimizer.init(self._parameters)
         self._dtype = str(jax.tree.leaves(self._parameters)[0].dtype)
 
-    def step(self, *inputs: np.ndarray) -> float:
+    def step(self, *inputs: Argument, **keywords: Argument) -> float:
         """Take one optimizer step and return the loss before it."""
-        arrays = [jnp.asarray(cast_array(x, self._dtype)) for x in inputs]
+        call = arguments(inputs, keywords, self._dtype)
         loss, self._parameters, self._rest, self._state = self._program(
-            self._graphdef, self._parameters, self._rest, self._state, *arrays
+            self._graphdef, self._parameters, self._rest, self._state, call
         )
         return float(loss)
 
@@ -97,10 +98,10 @@ class FlaxTrainer:
 def compile_step(loss: Loss, optimizer: optax.GradientTransformation) -> Program:
     """Compile a training step, for several trainers to share."""
 
-    def step(graphdef: Any, parameters: Any, rest: Any, state: Any, *arrays: jax.Array) -> tuple:
+    def step(graphdef: Any, parameters: Any, rest: Any, state: Any, call: Arguments) -> tuple:
         def scored(parameters: Any) -> tuple[jax.Array, Any]:
             model = nnx.merge(graphdef, parameters, rest, copy=True)  # statistics change in it
-            value = loss(model, *arrays)
+            value = loss(model, *call.inputs, **call.keywords)
             return value, nnx.split(model, nnx.Param, ...)[2]
 
         (value, rest), gradients = jax.value_and_grad(scored, has_aux=True)(parameters)

@@ -3,20 +3,19 @@
 import contextlib
 import copy
 from collections.abc import Callable
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, Self, TypeVar, cast
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from parity.frameworks.batch import Batch
+from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.capture import Backward, OnTrace, Trace
+from parity.frameworks.flax.calls import Arguments, arguments, returning_leaves
 from parity.frameworks.flax.capture import backward_flax, capture_flax
 from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
 from parity.frameworks.flax.purity import flax_purity
 from parity.frameworks.flax.scope import jax_scope
-from parity.frameworks.leaves import Arrays, CastLater, Leaves, cast_array
+from parity.frameworks.leaves import Arrays, CastLater, Leaves
 from parity.frameworks.protocols import Decoder, Trainer
 from parity.frameworks.purity import Purity
 from parity.frameworks.scoped import Scoped
@@ -24,6 +23,7 @@ from parity.frameworks.spec import ModelSpec
 from parity.system.memory import is_large
 
 FlaxSpec = ModelSpec[nnx.Module, jax.Array]
+Result = TypeVar("Result")
 
 
 class _Program(Protocol):
@@ -48,7 +48,7 @@ class FlaxRunner:
         self._loaded: tuple[nnx.Module, nnx.State] | None = None
         # What programs are compiled with: the same after every loading.
         self._fixed: tuple[nnx.GraphDef[nnx.Module], nnx.State] | None = None
-        self._forward = cast(_Program, jax.jit(self._pure(spec.forward)))
+        self._forward = cast(_Program, jax.jit(self._pure(returning_leaves(spec.forward))))
         loss_and_gradients = jax.value_and_grad(self._pure(spec.loss))
         self._loss_and_gradients = cast(_Program, jax.jit(loss_and_gradients))
 
@@ -59,6 +59,10 @@ class FlaxRunner:
         other = copy.copy(self)
         other._leaves, other._loaded = leaves, None
         return other
+
+    def moved(self) -> Self:
+        """Return the same model with the constants that it holds in a narrow type moved."""
+        return self
 
     @property
     def module(self) -> nnx.Module:
@@ -77,39 +81,39 @@ class FlaxRunner:
             self._forward.clear_cache()
             self._loss_and_gradients.clear_cache()
 
-    def outputs(self, batch: Batch) -> np.ndarray:
-        """Return the model's output."""
+    def outputs(self, batch: Batch) -> Outputs:
+        """Return the model's output, leaf by leaf."""
         with self._scope():
-            return np.asarray(self._forward(self._parameters, *self._arrays(batch)))
+            return self._forward(self._parameters, self._arguments(batch)).outputs()
 
     def gradients(self, batch: Batch) -> tuple[float, Leaves]:
         """Return the loss and its gradient by leaf."""
         with self._scope():
-            loss, gradients = self._loss_and_gradients(self._parameters, *self._arrays(batch))
+            loss, gradients = self._loss_and_gradients(self._parameters, self._arguments(batch))
             return float(loss), state_leaves(gradients)
 
     def forward_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward pass that are not in float64."""
         with self._scope():
-            return flax_purity(self._forward, self._parameters, *self._arrays(batch))
+            return flax_purity(self._forward, self._parameters, self._arguments(batch))
 
     def gradient_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward and backward pass that are not in float64."""
         with self._scope():
-            return flax_purity(self._loss_and_gradients, self._parameters, *self._arrays(batch))
+            return flax_purity(self._loss_and_gradients, self._parameters, self._arguments(batch))
 
     def traces(self, batch: Batch, on_trace: OnTrace) -> None:
         """Pass inputs and output of every module in a forward pass to `on_trace`."""
         # A capture may have a thread of its own, and every thread has its own precision.
         with self._scope(), jax.default_matmul_precision("highest"):
-            arrays = self._arrays(batch)
-            capture_flax(self.module, lambda: self._spec.forward(self.module, *arrays), on_trace)
+            call, forward, module = self._arguments(batch), self._spec.forward, self.module
+            capture_flax(module, lambda: forward(module, *call.inputs, **call.keywords), on_trace)
 
     def backward(self, batch: Batch) -> list[Backward]:
         """Return the gradients of the loss at every module's calls, last call first."""
         with self._scope(), jax.default_matmul_precision("highest"):
-            arrays, loss = self._arrays(batch), self._pure(self._spec.loss)
-            return backward_flax(self.module, lambda: loss(self._parameters, *arrays))
+            call, loss = self._arguments(batch), self._pure(self._spec.loss)
+            return backward_flax(self.module, lambda: loss(self._parameters, call))
 
     def trainer(self, num_steps: int) -> Trainer:
         """Return a trainer, with a copy of the model, for a schedule of `num_steps`."""
@@ -154,18 +158,19 @@ class FlaxRunner:
     def _parameters(self) -> nnx.State:
         return self._load_once()[1]
 
-    def _arrays(self, batch: Batch) -> tuple[jax.Array, ...]:
-        return tuple(jnp.asarray(cast_array(array, self._dtype)) for array in batch.inputs)
+    def _arguments(self, batch: Batch) -> Arguments:
+        return arguments(batch.inputs, batch.keywords, self._dtype)
 
     def _scope(self) -> contextlib.AbstractContextManager[None]:
         return jax_scope(self._dtype, self._device)
 
-    def _pure(self, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        """Return (parameters, *arrays) to what the function gives of a copy of the model."""
+    def _pure(self, function: Callable[..., Result]) -> Callable[[nnx.State, Arguments], Result]:
+        """Return (parameters, arguments) to what the function gives of a copy of the model."""
 
-        def call(parameters: nnx.State, *arrays: jax.Array) -> jax.Array:
+        def call(parameters: nnx.State, given: Arguments) -> Result:
             assert self._fixed is not None, "programs run on parameters of a loaded model"
             graphdef, rest = self._fixed
-            return function(nnx.merge(graphdef, parameters, rest, copy=True), *arrays)
+            model = nnx.merge(graphdef, parameters, rest, copy=True)
+            return function(model, *given.inputs, **given.keywords)
 
         return call

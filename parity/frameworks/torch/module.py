@@ -7,15 +7,16 @@ import functools
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-import numpy as np
 import torch
 
 from parity.frameworks import default_call
-from parity.frameworks.leaves import Arrays, Leaves, cast_array
+from parity.frameworks.batch import Argument
+from parity.frameworks.leaves import Arrays, Leaves
 from parity.frameworks.protocols import Moments
 from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
+from parity.frameworks.torch.calls import float_leaves, tensors
 from parity.frameworks.torch.constants import STATISTICS, constants
-from parity.frameworks.torch.leaves import cast_torch, from_numpy, numpy_view, torch_leaves
+from parity.frameworks.torch.leaves import cast_torch, numpy_view, torch_leaves
 from parity.frameworks.torch.runner import TorchRunner, TorchSpec
 
 NAME, MODULE = "torch", torch.nn.Module
@@ -29,13 +30,13 @@ TorchUse = ModuleUse[torch.Tensor, MakeOptimizer]
 def spec(module: torch.nn.Module, use: TorchUse = BY_DEFAULT) -> TorchSpec:
     """Return the spec of a PyTorch module, which is copied for every use and never changed."""
 
-    def forward(model: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-        output = use.call(model, *inputs) if use.call else model(*inputs)
-        arrays = default_call.arrays_in("torch", output, torch.Tensor)
-        return arrays[0] if len(arrays) == 1 else torch.cat([x.flatten() for x in arrays])
+    def forward(model: torch.nn.Module, *inputs: object, **keywords: object) -> object:
+        return (use.call or default_call.call)(model, *inputs, **keywords)
 
-    def projected(model: torch.nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-        output = forward(model, *inputs)
+    def projected(model: torch.nn.Module, *inputs: object, **keywords: object) -> torch.Tensor:
+        leaves = float_leaves(forward(model, *inputs, **keywords))
+        numbers = [torch.view_as_real(x) if x.is_complex() else x for x in leaves]
+        output = torch.cat([x.flatten() for x in numbers]) if len(numbers) > 1 else numbers[0]
         weights = torch.from_numpy(default_call.projection(output.numel())).to(output)
         return torch.dot(output.flatten(), weights)
 
@@ -65,11 +66,11 @@ class TorchTrainer:
         first = next(module.parameters())
         self._dtype, self._device = str(first.dtype).removeprefix("torch."), first.device
 
-    def step(self, *inputs: np.ndarray) -> float:
+    def step(self, *inputs: Argument, **keywords: Argument) -> float:
         """Take one optimizer step and return the loss before it."""
-        tensors = [from_numpy(cast_array(x, self._dtype)).to(self._device) for x in inputs]
+        arguments = tensors((inputs, keywords), self._dtype, self._device)
         self._optimizer.zero_grad()
-        loss = self._loss(self._module, *tensors)
+        loss = self._loss(self._module, *arguments[0], **arguments[1])
         loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad()  # as much memory as the weights

@@ -3,25 +3,26 @@
 import contextlib
 import copy
 from collections.abc import Callable, Collection, Iterator
-from typing import Self, cast
+from typing import Self, TypeVar, cast
 
-import numpy as np
 import torch
 
-from parity.frameworks.batch import Batch
+from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.capture import Backward, OnTrace, Trace
-from parity.frameworks.leaves import Arrays, CastLater, Leaves, cast_array
+from parity.frameworks.leaves import Arrays, CastLater, Leaves
 from parity.frameworks.protocols import Decoder, Trainer
 from parity.frameworks.purity import Purity
 from parity.frameworks.scoped import Scoped
 from parity.frameworks.spec import ModelSpec
+from parity.frameworks.torch.calls import outputs_of, tensors
 from parity.frameworks.torch.capture import backward_torch, capture_torch
 from parity.frameworks.torch.constants import put_constants, tensors_of
-from parity.frameworks.torch.leaves import from_numpy, load_torch, to_numpy, torch_leaves
+from parity.frameworks.torch.leaves import load_torch, to_numpy, torch_leaves
 from parity.frameworks.torch.lift import Held, lifted
 from parity.frameworks.torch.purity import torch_purity
 
 TorchSpec = ModelSpec[torch.nn.Module, torch.Tensor]
+Result = TypeVar("Result")
 
 
 class TorchRunner:
@@ -93,10 +94,10 @@ class TorchRunner:
         """Free the model's memory until it is asked for again."""
         self._loaded = self._held = None
 
-    def outputs(self, batch: Batch) -> np.ndarray:
-        """Return the model's output."""
+    def outputs(self, batch: Batch) -> Outputs:
+        """Return the model's output, leaf by leaf."""
         with torch.no_grad(), self.scope():
-            return to_numpy(self._spec.forward(self.module, *self.arrays(batch)))
+            return outputs_of(self._called(self._spec.forward, batch))
 
     def gradients(self, batch: Batch) -> tuple[float, Leaves]:
         """Return the loss and its gradient by leaf."""
@@ -107,7 +108,8 @@ class TorchRunner:
 
     def forward_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward pass that are not in float64."""
-        return self._purity(self._spec.forward, self.module, *self.arrays(batch))
+        _ = self.module  # loaded first, for loading is no part of the question
+        return self._purity(self._called, self._spec.forward, batch)
 
     def gradient_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward and backward pass that are not in float64."""
@@ -116,15 +118,13 @@ class TorchRunner:
 
     def traces(self, batch: Batch, on_trace: OnTrace) -> None:
         """Pass inputs and output of every module in a forward pass to `on_trace`."""
-        arrays = self.arrays(batch)
         with self.scope():
-            capture_torch(self.module, lambda: self._spec.forward(self.module, *arrays), on_trace)
+            capture_torch(self.module, lambda: self._called(self._spec.forward, batch), on_trace)
 
     def backward(self, batch: Batch) -> list[Backward]:
         """Return the gradients of the loss at every module's calls, last call first."""
-        arrays = self.arrays(batch)
         with self.scope():
-            return backward_torch(self.module, lambda: self._spec.loss(self.module, *arrays))
+            return backward_torch(self.module, lambda: self._called(self._spec.loss, batch))
 
     def trainer(self, num_steps: int) -> Trainer:
         """Return a trainer, with a copy of the model, for a schedule of `num_steps`."""
@@ -148,11 +148,14 @@ class TorchRunner:
         capture_torch(self.module, lambda: call(self.decoder()), traces.append)
         return traces
 
-    def arrays(self, batch: Batch) -> tuple[torch.Tensor, ...]:
-        """Return the inputs of a call, in the runner's dtype and on its device."""
-        return tuple(
-            _tensor(cast_array(array, self._dtype)).to(self._device) for array in batch.inputs
-        )
+    def arguments(self, batch: Batch) -> tuple[tuple, dict[str, object]]:
+        """Return the inputs and keywords of a call, in the runner's dtype and on its device."""
+        both = batch.inputs, dict(batch.keywords)
+        return tensors(both, self._dtype, self._device)
+
+    def _called(self, function: Callable[..., Result], batch: Batch) -> Result:
+        inputs, keywords = self.arguments(batch)
+        return function(self.module, *inputs, **keywords)
 
     def _load(self) -> torch.nn.Module:
         module = self._spec.build(self._dtype)
@@ -180,16 +183,10 @@ class TorchRunner:
         return log.purity
 
     def _loss_and_gradients(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        loss = self._spec.loss(self.module, *self.arrays(batch))
+        loss = self._called(self._spec.loss, batch)
         parameters = list(self.module.parameters())
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         return loss.detach(), [
             torch.zeros_like(parameter) if gradient is None else gradient
             for parameter, gradient in zip(parameters, gradients, strict=True)
         ]
-
-
-def _tensor(array: np.ndarray) -> torch.Tensor:
-    """Convert an array; integers become int64, the only type torch takes as an index everywhere."""
-    tensor = from_numpy(array)
-    return tensor.long() if tensor.dtype == torch.int32 else tensor
