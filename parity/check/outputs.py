@@ -12,11 +12,12 @@ from parity.check.metrics import error_ratio, max_abs, rms_error, scale_of, size
 from parity.check.session import Session
 from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.protocols import Runner
-from parity.report.record import Record, Verdict, abstain, judge
+from parity.report.record import Record, Verdict, abstain, judge, worst
 
 # Perturbed runs that must show that an output jumps, and how many roundings away their weights are:
 # enough that one at the edge of a step crosses it in one of them, but for one time in a hundred.
 _PERTURBED_RUNS, _ROUNDINGS = 8, 4
+_NONE = np.zeros(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Leaf:
     path: str
     flax: np.ndarray | None
     torch: np.ndarray | None
+    flax_path: str
+    torch_path: str
 
     @property
     def words(self) -> str:
@@ -45,7 +48,8 @@ def paired(flax: Outputs, torch: Outputs) -> list[Leaf]:
     )
     if len(ours) == len(theirs) == 1 and _same_place(*ours, *theirs):
         path = max(*ours, *theirs)
-        return [Leaf("" if path.isdigit() else path, *ours.values(), *theirs.values())]
+        path = "" if path.isdigit() else path
+        return [Leaf(path, *ours.values(), *theirs.values(), *ours, *theirs)]
     found, waiting = [], [path for path in ours if path not in theirs]
     alone = dict.fromkeys(waiting)
     for path, array in theirs.items():
@@ -55,8 +59,9 @@ def paired(flax: Outputs, torch: Outputs) -> list[Leaf]:
             if (twin := next(fitting, None)) is not None:
                 waiting = waiting[waiting.index(twin) + 1 :]
                 del alone[twin]
-        found.append(Leaf(path, None if twin is None else ours[twin], array))
-    return found + [Leaf(path, ours[path], None) for path in alone]
+        other = None if twin is None else ours[twin]
+        found.append(Leaf(path, other, array, "" if twin is None else twin, path))
+    return found + [Leaf(path, ours[path], None, path, "") for path in alone]
 
 
 def _same_place(a: str, b: str) -> bool:
@@ -93,10 +98,12 @@ class Comparison:
     def __init__(self, session: Session[Runner, Runner], name: str, batch: Batch):
         self._session, self._name, self._batch = session, name, batch
         self._truths: dict[str, np.ndarray] = {}
+        self._agreeing: set[str] = set()  # where float64 decides that both are the same
         self._perturbed = functools.cache(self._perturbed_outputs)
+        self._moved = functools.cache(self._moved_outputs)
 
     def in_float64(self) -> Iterator[Record]:
-        """Yield records of each leaf; without a proof of float64, only of what is no rounding."""
+        """Yield records of each leaf."""
         flax, torch = self._outputs("float64")
         leaves, note = paired(flax, torch), self._excluded(flax, torch)
         if not leaves:
@@ -110,13 +117,13 @@ class Comparison:
             a, b = _reals(leaf.flax), _reals(leaf.torch)
             self._truths[leaf.path] = self._session.truth(a, b)
             if a.size == 0:
-                yield abstain(
-                    name, f"empty on both sides, {leaf.flax.shape}: only shapes are equal"
-                )
+                yield abstain(name, f"empty on both sides: equal shapes {leaf.flax.shape} are all")
             else:
                 compared = self._floats if _is_float(a, b) else self._integers
-                for record in compared(leaf.path, name, a, b, note):
-                    yield record.at(leaf.path)
+                found = [x.at(leaf.path) for x in compared(leaf, name, a, b, note)]
+                yield from found
+                if worst(x.verdict for x in found) in (Verdict.PASS, Verdict.TIE):
+                    self._agreeing.add(leaf.path)
             note = None
 
     def in_float32(self) -> Iterator[Record]:
@@ -127,7 +134,7 @@ class Comparison:
                 continue  # the record in float64 says why
             a, b = _reals(leaf.flax), _reals(leaf.torch)
             compared = self._narrow_floats if _is_float(a, b) else self._narrow_integers
-            for record in compared(leaf.path, name, a, b, truth):
+            for record in compared(leaf, name, a, b, truth):
                 yield record.at(leaf.path)
 
     def _outputs(self, dtype: str) -> tuple[Outputs, Outputs]:
@@ -146,96 +153,103 @@ class Comparison:
         return "; ".join(words) or None
 
     def _floats(
-        self, path: str, name: str, a: np.ndarray, b: np.ndarray, note: str | None
+        self, leaf: Leaf, name: str, a: np.ndarray, b: np.ndarray, note: str | None
     ) -> Iterator[Record]:
         """Compare floats by the largest of them, and one by one as float32."""
         kept, words = self._comparable(a, b)
+        note = "; ".join(filter(None, (note, words))) or None
         a, b = a[kept], b[kept]
+        if not a.size:
+            yield judge(name, "float64", "max_abs", math.nan, 0, 0, note=note)
+            return
         unit, bound, noise = self._unit(a), self._session.float64_bound, None
         gap = max_abs(a, b) / unit
         if gap > bound and unit < 1.0:  # what is small because it cancels is as large as rounding
-            noise = size_of(self._moved("float64", path, kept, b)) / unit
+            noise = size_of(self._rounded("float64", leaf, kept, b)) / unit
             bound = max(bound, bounds.CHANCE * noise)
-        note = "; ".join(filter(None, (note, words))) or None
         made = judge(name, "float64", "max_abs", gap, bound, a.size, noise=noise, note=note)
-        made = self._session.decided(made, lambda number: self._held(number, path, kept) / unit)
+        made = self._session.decided(made, lambda number: self._gap_moved(leaf, number) / unit)
         yield made
-        if made.bound != bound:  # they do not agree to the rounding of float64
+        if made.bound != bound:  # it did not agree to rounding
             return
         apart, bound = a.astype(np.float32) != b.astype(np.float32), bounds.rounded_apart(a.size)
         if np.count_nonzero(apart) > bound and not self._session.pair.pure:
-            apart &= abs(a - b) > bounds.CHANCE * self._moved("float64", path, kept, b)
+            apart &= abs(a - b) > bounds.CHANCE * self._rounded("float64", leaf, kept, b)
         flips = int(np.count_nonzero(apart))
         note = f"{flips} of {a.size:,} logits round to another float32" if flips else None
         name = f"{name}, unequal as float32"
         yield judge(name, "float64", "logits", flips, bound, a.size, note=note)
 
     def _integers(
-        self, path: str, name: str, a: np.ndarray, b: np.ndarray, note: str | None
+        self, leaf: Leaf, name: str, a: np.ndarray, b: np.ndarray, note: str | None
     ) -> Iterator[Record]:
         """Compare integers and booleans exactly."""
-        made = self._exactly("float64", path, name, b, a != b, note)
+        made = self._exactly("float64", leaf, name, b, a != b)
+        note = "; ".join(filter(None, (note, made.note))) or None
+        made = dataclasses.replace(made, note=note)
+        # A constant that lifting leaves narrow may flip a choice; how many then says nothing.
         yield self._session.decided(made, lambda number: 0.0)
 
     def _narrow_integers(
-        self, path: str, name: str, a: np.ndarray, b: np.ndarray, truth: np.ndarray
+        self, leaf: Leaf, name: str, a: np.ndarray, b: np.ndarray, truth: np.ndarray
     ) -> Iterator[Record]:
-        yield self._exactly("float32", path, name, truth, (a != truth) | (b != truth), None)
+        yield self._exactly("float32", leaf, name, truth, (a != truth) | (b != truth))
 
     def _exactly(
-        self,
-        dtype: str,
-        path: str,
-        name: str,
-        truth: np.ndarray,
-        apart: np.ndarray,
-        note: str | None,
+        self, dtype: str, leaf: Leaf, name: str, truth: np.ndarray, apart: np.ndarray
     ) -> Record:
         """Judge where integers are apart; it is a tie where a rounding of the weights does it."""
         count = int(np.count_nonzero(apart))
-        made = judge(name, dtype, "different", count, 0, apart.size, note=note)
-        if not count or self._session.pair.pure:
+        made = judge(name, dtype, "different", count, 0, apart.size)
+        is_new = dtype == "float64" or leaf.path in self._agreeing
+        if not count or self._session.pair.pure or not is_new:
             return made
-        moved = self._moved(dtype, path, np.ones(apart.shape, bool), truth).reshape(apart.shape)
+        rounded = self._rounded(dtype, leaf, np.ones(apart.shape, bool), truth)
         note = f"{count} of {apart.size:,} differ"
-        if (moved[apart] > 0).all():
+        if (rounded[apart] > 0).all():
             note += ", each where a rounding of the weights changes it too"
             return dataclasses.replace(made, verdict=Verdict.TIE, note=note)
         return dataclasses.replace(made, note=note)
 
     def _narrow_floats(
-        self, path: str, name: str, a: np.ndarray, b: np.ndarray, truth: np.ndarray
+        self, leaf: Leaf, name: str, a: np.ndarray, b: np.ndarray, truth: np.ndarray
     ) -> Iterator[Record]:
+        """Judge floats by the ratio of their errors, and by the size of each."""
         kept, note = self._comparable(a, b)
-        a, b = (x[kept].astype(np.float32) for x in (a, b))
-        truth, jumps, noise = truth[kept], None, 0.0
-        gaps = [max_abs(x, truth) / self._unit(truth) for x in (a, b)]
-        is_fair = error_ratio(a, b, truth) <= bounds.RATIO and max(gaps) <= bounds.OUTPUT_FLOAT32
-        if not is_fair and not self._session.pair.pure:
-            errors = np.maximum(abs(a - truth), abs(b - truth))
-            moved = self._moved("float32", path, kept, truth)
-            noise = self._rounding(path, kept, truth)
-            floor = max(float(np.median(errors)), bounds.FLOAT32_ROUNDING * size_of(truth))
-            jumps = (errors > bounds.CHANCE * floor) & (errors <= 2 * moved)
-            if num := int(np.count_nonzero(jumps)):
-                a, b, truth = a[~jumps], b[~jumps], truth[~jumps]
-                jumping = f"{num} of {jumps.size:,} jump, each where a rounding of the weights "
-                note = "; ".join(filter(None, (note, jumping + "makes it jump too")))
-        for record in self._ratio_and_gaps(name, a, b, truth, noise):
-            is_tie = jumps is not None and jumps.any() and record.verdict is Verdict.PASS
-            verdict = Verdict.TIE if is_tie else record.verdict
-            yield dataclasses.replace(record, verdict=verdict, note=note)
-
-    def _ratio_and_gaps(
-        self, name: str, a: np.ndarray, b: np.ndarray, truth: np.ndarray, noise: float
-    ) -> Iterator[Record]:
+        a, b, truth = a[kept].astype(np.float32), b[kept].astype(np.float32), truth[kept]
+        if not a.size:
+            return  # the record in float64 says why
+        unit, bound, noise, has_jumps = self._unit(truth), bounds.OUTPUT_FLOAT32, None, False
+        fair = error_ratio(a, b, truth)
+        gaps = [max_abs(x, truth) / unit for x in (a, b)]
+        is_bad = not (fair <= bounds.RATIO and max(gaps) <= bound)
+        if is_bad and not self._session.pair.pure:
+            rounded, jumps = self._rounded("float32", leaf, kept, truth), np.zeros(a.shape, bool)
+            if leaf.path in self._agreeing:
+                errors = np.maximum(abs(a - truth), abs(b - truth))
+                floor = max(float(np.median(errors)), bounds.FLOAT32_ROUNDING * size_of(truth))
+                jumps |= (errors > bounds.CHANCE * floor) & (errors <= 2 * rounded) & (unit > floor)
+                has_jumps = bool(jumps.any())
+                a, b, truth, rounded = (x[~jumps] for x in (a, b, truth, rounded))
+                if has_jumps:
+                    num = f"{np.count_nonzero(jumps)} of {jumps.size:,}"
+                    words = f"{num} jump, each where a rounding of the weights makes it jump too"
+                    note = "; ".join(filter(None, (note, words)))
+                gaps = [max_abs(x, truth) / unit for x in (a, b)]
+                if size_of(rounded) / unit > bound / _ROUNDINGS:  # as above, of what cancels
+                    noise, bound = size_of(rounded) / unit, bounds.CHANCE * size_of(rounded) / unit
+            fair = error_ratio(a, b, truth, self._noise(leaf, kept, jumps, truth))
+        records = []
         if len(self._session.impurities) < 2:  # else there is no truth to divide by
-            ratio = error_ratio(a, b, truth, noise)
-            yield judge(name, "float32", "error_ratio", ratio, bounds.RATIO, a.size)
-        unit = self._unit(truth)
-        for run, output in zip(self._session.runs("float32"), (a, b), strict=True):
-            gap, bound = max_abs(output, truth) / unit, bounds.OUTPUT_FLOAT32
-            yield judge(f"{name}, {run.name}", "float32", "max_abs", gap, bound, output.size)
+            records.append(judge(name, "float32", "error_ratio", fair, bounds.RATIO, a.size))
+        for run, gap in zip(self._session.runs("float32"), gaps, strict=True):
+            named = f"{name}, {run.name}"
+            records.append(judge(named, "float32", "max_abs", gap, bound, a.size, noise=noise))
+        for record in records:
+            is_tie = has_jumps and record.verdict is Verdict.PASS
+            yield dataclasses.replace(
+                record, verdict=Verdict.TIE if is_tie else record.verdict, note=note
+            )
 
     def _comparable(self, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, str | None]:
         """Return where numbers can be compared, and what is equal without being finite."""
@@ -255,44 +269,43 @@ class Comparison:
         size = size_of(truth[np.isfinite(truth)])
         return scale_of(truth) if self._session.pair.pure or not size else size
 
-    def _moved(self, dtype: str, path: str, kept: np.ndarray, centre: np.ndarray) -> np.ndarray:
-        """Return how far perturbed runs take each number away from these."""
-        moved = np.zeros(centre.shape)
-        for outputs in self._perturbed(dtype):
-            if path in outputs and (found := _reals(outputs[path])).shape == kept.shape:
-                apart = abs(found[kept].astype(np.float64) - centre.reshape(-1).astype(np.float64))
-                moved = np.maximum(moved, np.nan_to_num(apart.reshape(centre.shape)))
-        return moved
+    def _rounded(self, dtype: str, leaf: Leaf, kept: np.ndarray, centre: np.ndarray) -> np.ndarray:
+        """Return how far perturbed runs in a dtype are from each of these numbers."""
+        return self._farthest(self._perturbed(dtype, dtype, _ROUNDINGS), leaf, kept, centre)
 
-    def _held(self, number: int, path: str, kept: np.ndarray) -> float:
-        """Return how far rounding takes an output by the constants that one model holds."""
-        found = [run.outputs(self._batch) for run in self._session.moved_runs[number]]
-        if number == 0:  # flax's leaves have paths of their own
-            torch = self._session.runs("float64")[1].outputs(self._batch)
-            found = [{x.path: x.flax for x in paired(side, torch)} for side in found]
-        a, b = (_reals(self._batch.select(side)[path])[kept] for side in found)
-        return max_abs(a, b)
-
-    def _rounding(self, path: str, kept: np.ndarray, truth: np.ndarray) -> float:
+    def _noise(self, leaf: Leaf, kept: np.ndarray, jumps: np.ndarray, truth: np.ndarray) -> float:
         """Return the RMS error that rounding weights and inputs to float32 alone makes."""
-        errors = [0.0]
-        for outputs in self._rounded:
-            if path in outputs and (found := _reals(outputs[path])).shape == kept.shape:
-                errors.append(rms_error(found[kept], truth))
-        return max(errors)
+        outputs, whole = self._perturbed("float32", "float64", 1)[:2], np.zeros(jumps.shape)
+        whole[~jumps] = truth
+        errors = (self._farthest([x], leaf, kept, whole)[~jumps] for x in outputs)
+        return max(rms_error(x, np.zeros_like(x)) for x in errors)
 
-    @functools.cached_property
-    def _rounded(self) -> list[Outputs]:
-        return list(map(self._batch.select, self._session.rounded_outputs(self._batch)))
+    def _farthest(
+        self, runs: list[Outputs], leaf: Leaf, kept: np.ndarray, centre: np.ndarray
+    ) -> np.ndarray:
+        far = np.zeros(centre.shape)
+        for outputs in runs:
+            found = _reals(outputs.get(leaf.torch_path, outputs.get(leaf.flax_path, _NONE)))
+            if found.shape == kept.shape:
+                apart = abs(found[kept].reshape(centre.shape).astype(np.float64) - centre)
+                far = np.maximum(far, np.nan_to_num(apart))
+        return far
 
-    def _perturbed_outputs(self, dtype: str) -> list[Outputs]:
-        """Return the outputs of one model from weights and inputs some roundings away."""
-        found = []
-        for number in range(_PERTURBED_RUNS):
-            run = self._session.perturbed_run(dtype, number, _ROUNDINGS)
-            batch = self._batch.perturbed(dtype, number, _ROUNDINGS)
-            found.append(self._batch.select(run.outputs(batch)))
-        return found
+    def _perturbed_outputs(self, rounded: str, computed: str, roundings: int) -> list[Outputs]:
+        run = self._session.perturbed_outputs
+        return [
+            run(self._batch, rounded, computed, number, roundings)
+            for number in range(_PERTURBED_RUNS)
+        ]
+
+    def _gap_moved(self, leaf: Leaf, number: int) -> float:
+        """Return how far constants that lifting leaves narrow move a leaf of one model."""
+        path = leaf.torch_path if number else leaf.flax_path
+        return max_abs(*(_reals(outputs[path]) for outputs in self._moved(number)))
+
+    def _moved_outputs(self, number: int) -> list[Outputs]:
+        runs = self._session.moved_runs[number]
+        return [self._batch.select(run.outputs(self._batch)) for run in runs]
 
 
 def _is_float(*arrays: np.ndarray) -> bool:

@@ -79,23 +79,25 @@ class PairSession(Session[FlaxRunner, TorchRunner]):
             return self.pair.flax.build("float32")
 
     def _make_runs(self, dtype: str) -> tuple[FlaxRunner, TorchRunner]:
+        lift = not self.pair.pure
         return (
-            FlaxRunner(self.pair.flax, self.flax_leaves, dtype, self.devices.flax),
+            FlaxRunner(self.pair.flax, self.flax_leaves, dtype, self.devices.flax, lift),
             self._torch_runner(self.torch_leaves, dtype),
         )
 
-    def perturbed_run(self, dtype: str, number: int = 0, roundings: int = 1) -> TorchRunner:
-        """See `Session`; of the torch side."""
-        leaves = neighbours(cast(self.torch_leaves, dtype), self.seed + number, roundings)
+    def perturbed_run(self, dtype: str) -> TorchRunner:
+        """Return the torch side from weights one rounding away: what rounding alone does to it."""
+        leaves = neighbours(cast(self.torch_leaves, dtype), self.seed)
         return self._torch_runner(leaves, dtype)
 
-    def rounded_outputs(self, batch: Batch) -> list[Outputs]:
+    def perturbed_outputs(
+        self, batch: Batch, rounded: str, computed: str, number: int, roundings: int
+    ) -> Outputs:
         """See `Session`; of the torch side."""
-        weights, run = cast(self.torch_leaves, "float32"), self.runs("float64")[1]
-        return [
-            run.at(neighbours(weights, seed)).outputs(batch.perturbed("float32", seed, 1))
-            for seed in (self.seed, self.seed + 1)
-        ]
+        seed = self.seed + number
+        leaves = neighbours(cast(self.torch_leaves, rounded), seed, roundings)
+        run = self.runs(computed)[1].at(leaves)
+        return batch.select(run.outputs(batch.perturbed(rounded, seed, roundings)))
 
     def _torch_runner(self, leaves: Leaves, dtype: str) -> TorchRunner:
         lifting = {"lift": not self.pair.pure, "code_leaves": self.weight_map.ignored}

@@ -63,13 +63,17 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         """Return a runner of each model in a dtype."""
 
     @abc.abstractmethod
-    def perturbed_run(self, dtype: str, number: int = 0, roundings: int = 1) -> Runner:
-        """Return one model from weights one rounding away: what rounding alone does to it.
+    def perturbed_outputs(
+        self, batch: Batch, rounded: str, computed: str, number: int, roundings: int
+    ) -> Outputs:
+        """Return what one model gives from weights and inputs that are some roundings away.
 
         Args:
-            dtype: of the run.
+            batch: of the call.
+            rounded: the dtype that is rounded to.
+            computed: the dtype that is computed in.
             number: for another choice of directions.
-            roundings: for weights further away.
+            roundings: how far away.
         """
 
     def runs(self, dtype: str) -> tuple[Flax_co, Torch_co]:
@@ -198,10 +202,6 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         parts = (*self.purity("forward").values(), *self.purity("gradient").values())
         return list(dict.fromkeys(x for found in parts for x in found.lifted if " constant" in x))
 
-    def rounded_outputs(self, batch: Batch) -> list[Outputs]:
-        """Return float64 outputs of one model from weights and inputs one float32 rounding away."""
-        return []
-
     @property
     def gradient_probe(self) -> Batch:
         """The batch on which gradients are taken."""
@@ -216,7 +216,13 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         if self.is_large:
             torch.release()
             hand_back_freed_memory()
-        return flax.gradients(self.gradient_probe), theirs
+        ours = flax.gradients(self.gradient_probe)
+        # What is frozen on one side has no gradient there.
+        both = ours[1].keys() & theirs[1].keys()
+        for _, side in (ours, theirs):
+            for name in side.keys() - both:
+                del side[name]
+        return ours, theirs
 
     @property
     def _zero(self) -> float:
@@ -225,8 +231,24 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
     @functools.cached_property
     def null(self) -> NullDirections:
         """Where the gradient is analytically zero, from float64 and both models."""
-        (_, flax), (_, torch) = self.gradients("float64")
-        return NullDirections.find(flax, torch, self._zero)
+        return self._gradient_facts[0]
+
+    @property
+    def not_finite(self) -> tuple[str, ...]:
+        """Leaves whose gradient in float64 holds infinities or NaN in both models."""
+        return self._gradient_facts[1]
+
+    @functools.cached_property
+    def _gradient_facts(self) -> tuple[NullDirections, tuple[str, ...]]:
+        sides = [gradient for _, gradient in self.gradients("float64")]
+        bad = [x for x in sides[0] if not any(np.isfinite(side[x]).all() for side in sides)]
+        if bad:
+            zeros = [{x: np.nan_to_num(side[x], posinf=0, neginf=0) for x in bad} for side in sides]
+            sides = [side | zero for side, zero in zip(sides, zeros, strict=True)]
+        null = NullDirections.find(*sides, self._zero)
+        leaves = tuple(name for name in null.leaves if name not in bad)
+        means = tuple(x for x in null.means if x[0] not in bad)
+        return dataclasses.replace(null, leaves=leaves, means=means), tuple(bad)
 
     @functools.cached_property
     def null_in_training(self) -> tuple[str, ...]:
@@ -239,6 +261,8 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
             batch = self.pair.training_batch(0)
             trainer.step(*batch.inputs, **batch.keywords)
             moments.append(convert(trainer.moments()[0]))
+        kept = set.intersection(*map(set, moments))
+        moments = [{name: side[name] for name in side if name in kept} for side in moments]
         found = null_leaves(moments, self._zero)
         if set(found) > set(self.null.leaves):
             # The statistics of such a norm follow that bias wherever rounding takes it.

@@ -38,7 +38,8 @@ class Batch:
         def moved(value: object) -> object:
             if not isinstance(value, np.ndarray):
                 return value
-            return neighbours({"": cast_array(value, dtype)}, seed, roundings)[""]
+            array = cast_array(value, dtype)
+            return np.where(np.isfinite(array), neighbours({"": array}, seed, roundings)[""], array)
 
         inputs, keywords = map_leaves((self.inputs, dict(self.keywords)), moved)
         return Batch(inputs, self.real, keywords)

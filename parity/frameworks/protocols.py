@@ -18,8 +18,12 @@ Module_co = TypeVar("Module_co", covariant=True)
 
 # Tokens (B, T) and counts (B,) of each of several calls that share a cache.
 Calls = Sequence[tuple[np.ndarray, np.ndarray]]
-# First and second moments by leaf, and the number of updates.
-Moments = tuple[Leaves, Leaves, int]
+# First and second moments by leaf, and the number of updates; None where it is not counted.
+Moments = tuple[Leaves, Leaves, int | None]
+
+
+class NotCompared(Exception):
+    """Something that a check does not compare, and why; a level that raises it abstains."""
 
 
 class Trainer(Protocol):

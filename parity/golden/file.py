@@ -31,7 +31,7 @@ class State:
     after: Leaves
     first: Leaves
     second: Leaves
-    count: int
+    count: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Golden:
             for kind in ("after", "first", "second"):
                 named[f"step/{number}/{kind}"] = getattr(state, kind)
         found = {f"{group}/{name}": x for group in named for name, x in named[group].items()}
-        counts = np.array([state.count for state in self.states])
+        counts = np.array([-1 if x.count is None else x.count for x in self.states])
         return found | {"loss": np.array(self.loss), "losses": self.losses, "counts": counts}
 
 
@@ -227,7 +227,8 @@ def _golden(path: Path, about: dict[str, Any], tensors: _Tensors) -> Golden:
             tensors.leaves(f"step/{number}/{kind}", about["moments"])
             for kind in ("first", "second")
         )
-        states.append(State(after, first, second, int(counts[number]) if counts.size else 0))
+        count = int(counts[number]) if counts.size else 0
+        states.append(State(after, first, second, None if count < 0 else count))
     golden = Golden(
         **{field: about[field] for field in _PLAIN},
         weights=weights,

@@ -6,6 +6,7 @@ import numpy as np
 
 from parity.check.levels.names import HORIZON, OPTIMIZER_STEPS
 from parity.frameworks.batch import Batch
+from parity.frameworks.default_call import Signature
 from parity.frameworks.handle import handle_of
 from parity.frameworks.leaves import copied
 from parity.frameworks.protocols import Runner
@@ -55,7 +56,8 @@ def record(
             f"record: {steps} steps < {OPTIMIZER_STEPS}. Fewer cannot see every fault of an "
             f"optimizer. Ask for {OPTIMIZER_STEPS} or more."
         )
-    calls, here = as_inputs(inputs, seed), handle_of(module)
+    here = handle_of(module)
+    calls = as_inputs(inputs, seed, [Signature.of(module, use.call)])
     spec = here.spec(module, use)
     leaves = here.initial_leaves(spec, "float64" if weights == "own" else "float32")
     if weights == "random":  # in all that training moves

@@ -47,7 +47,7 @@ def locate(session: "PairSession", records: list[Record]) -> Divergence | None:
         return Divergence(where, "forward", 0, bad.gap, detail=bad.note or "")
     if bad.where:
         found = dataclasses.replace(found, detail=f"{found.detail} Seen in output {bad.where}.")
-    return explain(found, lambda found: explain_output(session, probe, found))
+    return explain(found, lambda found: explain_output(session, batch, found))
 
 
 def failed_probe(session: Session[Runner, Runner], records: Iterable[Record]) -> str:

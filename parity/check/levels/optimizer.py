@@ -12,7 +12,7 @@ rate.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from parity.check.session import Session
 from parity.frameworks.batch import Batch
 from parity.frameworks.capture import leaves_of, map_leaves
 from parity.frameworks.leaves import Leaves
-from parity.frameworks.protocols import LiveRunner, Runner, Trainer
+from parity.frameworks.protocols import LiveRunner, Moments, Runner, Trainer
 from parity.pair.pair import Pair
 from parity.report import Divergence
 from parity.report.record import Record, Verdict, abstain, judge
@@ -53,7 +53,14 @@ class _Step:
     after: Leaves
     first: Leaves
     second: Leaves
-    count: int
+    count: int | None
+
+    def with_moments_of(self, other: "_Step") -> Self:
+        """Return the step without the moments that the other does not keep."""
+        first = {name: leaf for name, leaf in self.first.items() if name in other.first}
+        second = {name: leaf for name, leaf in self.second.items() if name in other.second}
+        count = None if other.count is None else self.count
+        return dataclasses.replace(self, first=first, second=second, count=count)
 
     def update(self, leaf: str) -> np.ndarray:
         """Return the change of a leaf."""
@@ -62,12 +69,14 @@ class _Step:
     def quantities(self, excluded: tuple[str, ...]) -> dict[str, list[str]]:
         """Return the leaves to compare, by what is compared of them."""
         names = [name for name in self.after if name not in excluded]
-        moving = [name for name in names if name in self.second]
-        trained = moving or names  # under SGD nothing has moments
+        means, squares = (
+            [x for x in names if x in moments] for moments in (self.first, self.second)
+        )
+        trained = squares or means or names  # under plain SGD nothing has moments
         # Running statistics of a batch norm follow weights, null ones too, and are compared as
         # they stand.
         others = [name for name in names if name not in trained]
-        compared = {_UPDATE: trained, _FIRST: moving, _SECOND: moving, _STATISTICS: others}
+        compared = {_UPDATE: trained, _FIRST: means, _SECOND: squares, _STATISTICS: others}
         return {quantity: leaves for quantity, leaves in compared.items() if leaves}
 
     def value(self, quantity: str, leaf: str, truth: "_Step") -> np.ndarray:
@@ -83,6 +92,10 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
     """Compare quantities by step; float64 by the worst leaf, float32 by ratio of errors to it."""
     if session.pair.flax.trainer is None or session.pair.torch.trainer is None:
         yield abstain("optimizer", "the pair declares no trainer")
+        return
+    if session.not_finite:
+        names = ", ".join(session.not_finite)
+        yield abstain("optimizer", f"the gradient is not finite in either model, at {names}")
         return
     exact: list[_Step] = []
 
@@ -139,7 +152,8 @@ def _compared(
         name = "largest gap of a single update"
         yield judge(name, dtype, "learning_rates", gap, limit, size).at(leaf)
     yield judge("loss", dtype, "max_abs", abs(flax.loss - torch.loss), bound, 1).at(_LOSS)
-    yield judge("count", dtype, "difference", abs(flax.count - torch.count), 0, 1)
+    if flax.count is not None and torch.count is not None:
+        yield judge("count", dtype, "difference", abs(flax.count - torch.count), 0, 1)
 
 
 def _steps(session: Session[Runner, Runner], dtype: str) -> tuple[list[_Step], list[_Step]]:
@@ -147,7 +161,9 @@ def _steps(session: Session[Runner, Runner], dtype: str) -> tuple[list[_Step], l
     (flax, torch), limit = session.runs(dtype), _limit(session)
     ours = _steps_of(session.trainer(flax, HORIZON), session.pair, dict.items, limit)
     leaves = session.weight_map.flax_leaves
-    return ours, _steps_of(session.trainer(torch, HORIZON), session.pair, leaves, limit)
+    theirs = _steps_of(session.trainer(torch, HORIZON), session.pair, leaves, limit)
+    sides = list(zip(ours, theirs, strict=True))
+    return [a.with_moments_of(b) for a, b in sides], [b.with_moments_of(a) for a, b in sides]
 
 
 def _limit(session: Session[Runner, Runner]) -> int:
@@ -158,7 +174,7 @@ def _steps_of(trainer: Trainer, pair: Pair, leaves: LeavesOf, limit: int) -> lis
     def kept(whole: Leaves) -> Leaves:
         return {name: _sample(leaf, limit) for name, leaf in leaves(whole)}
 
-    def moments() -> tuple[Leaves, Leaves, int]:
+    def moments() -> Moments:
         first, second, count = trainer.moments()  # gone before the next step, or it must copy them
         return kept(first), kept(second), count
 

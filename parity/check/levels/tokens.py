@@ -114,7 +114,8 @@ class _Text:
 
     def gap(self, logits: np.ndarray, truth: np.ndarray) -> float:
         """Return the largest difference of two logits (B, T, V) at real tokens."""
-        return max_abs(*(self.batch.select({"": x})[""] for x in (logits, truth)))
+        logits, truth = (self.batch.select({"": x})[""] for x in (logits, truth))
+        return max_abs(logits, truth)
 
     def best(self, logits: np.ndarray) -> np.ndarray:
         """Return the best token at each choice, after the tokens before it, (B, G)."""

@@ -26,6 +26,10 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
     if session.pair.flax.trainer is None or session.pair.torch.trainer is None:
         yield abstain("trajectory", "the pair declares no trainer")
         return
+    if session.not_finite:
+        names = ", ".join(session.not_finite)
+        yield abstain("trajectory", f"the gradient is not finite in either model, at {names}")
+        return
     exact: np.ndarray | None = None
 
     @functools.cache

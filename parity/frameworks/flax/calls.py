@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from flax import nnx
 from parity.frameworks.batch import Argument, Outputs, output_leaves, plain_array
 from parity.frameworks.capture import map_leaves
 from parity.frameworks.leaves import cast_array
+from parity.frameworks.protocols import NotCompared
 
 
 @jax.tree_util.register_pytree_node_class
@@ -41,7 +42,9 @@ _FIXED = bool, int, float, complex, str
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["paths", "others"]
+    jax.tree_util.register_dataclass,
+    data_fields=["arrays"],
+    meta_fields=["paths", "derived", "others"],
 )
 @dataclasses.dataclass(frozen=True)
 class Returned:
@@ -50,22 +53,42 @@ class Returned:
     Attributes:
         arrays: numbers among them.
         paths: of the arrays.
+        derived: paths of those that jax made, which may have a gradient.
         others: path of each leaf that is no array, and the name of its type.
     """
 
     arrays: tuple[jax.Array, ...]
     paths: tuple[str, ...]
+    derived: tuple[str, ...]
     others: tuple[tuple[str, str], ...]
 
     def outputs(self) -> Outputs:
         """Return the leaves as arrays by path."""
-        arrays = zip(self.paths, (plain_array(np.asarray(x)) for x in self.arrays), strict=True)
+        arrays = zip(self.paths, map(_array, self.arrays), strict=True)
         return dict(arrays) | {path: np.array(kind) for path, kind in self.others}
 
-    def float_leaves(self) -> list[jax.Array]:
-        """Return the arrays of floats or complex numbers, by the order of their paths."""
-        by_path = sorted(zip(self.paths, self.arrays, strict=True), key=lambda x: x[0])
-        return [x for _, x in by_path if jnp.issubdtype(x.dtype, jnp.inexact)]
+    def float_leaves(self, paths: Sequence[str] | None = None) -> list[jax.Array]:
+        """Return the arrays of floats or complex numbers that jax made.
+
+        Args:
+            paths: of those wanted, in order; all, in the order of their paths, when None.
+
+        Raises:
+            NotCompared: where there is none.
+        """
+        leaves = dict(zip(self.paths, self.arrays, strict=True))
+        wanted = [x for x in (sorted(leaves) if paths is None else paths) if x in self.derived]
+        found = [leaves[x] for x in wanted if jnp.issubdtype(leaves[x].dtype, jnp.inexact)]
+        if not found:
+            raise NotCompared("the output has no floats, so it has no gradient")
+        return found
+
+
+def _array(x: jax.Array | jax.ShapeDtypeStruct) -> np.ndarray:
+    """Return an array; of its shape alone, zeros."""
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return plain_array(np.broadcast_to(np.zeros((), x.dtype), x.shape))
+    return plain_array(np.asarray(x))
 
 
 def arguments(inputs: Argument, keywords: Argument, dtype: str) -> Arguments:
@@ -81,7 +104,7 @@ def returning_leaves(function: Callable[..., object]) -> Callable[..., Returned]
     """Return a function whose output is taken apart, so that it can be compiled."""
 
     def returned(*args: object, **kwargs: object) -> Returned:
-        arrays, others = {}, []
+        arrays, derived, others = {}, [], []
         for path, leaf in output_leaves(function(*args, **kwargs)):
             leaf = leaf[...] if isinstance(leaf, nnx.Variable) else leaf
             if isinstance(leaf, jax.Array):
@@ -94,6 +117,7 @@ def returning_leaves(function: Callable[..., object]) -> Callable[..., Returned]
                 others.append((path, found))
             else:
                 arrays[path] = found
-        return Returned(tuple(arrays.values()), tuple(arrays), tuple(others))
+                derived += [path] * isinstance(leaf, jax.Array)
+        return Returned(tuple(arrays.values()), tuple(arrays), tuple(derived), tuple(others))
 
     return returned

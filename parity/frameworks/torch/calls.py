@@ -1,11 +1,14 @@
 """What goes into a call of a PyTorch module, and what comes out of it."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from parity.frameworks.batch import Argument, Outputs, output_leaves, plain_array
 from parity.frameworks.capture import map_leaves
 from parity.frameworks.leaves import cast_array
+from parity.frameworks.protocols import NotCompared
 from parity.frameworks.torch.leaves import from_numpy, to_numpy
 
 
@@ -29,11 +32,23 @@ def outputs_of(output: object) -> Outputs:
     return {path: _array(leaf) for path, leaf in output_leaves(output)}
 
 
-def float_leaves(output: object) -> list[torch.Tensor]:
-    """Return the tensors of floats or complex numbers in an output, by the order of their paths."""
+def float_leaves(output: object, paths: Sequence[str] | None = None) -> list[torch.Tensor]:
+    """Return the tensors of floats or complex numbers in an output.
+
+    Args:
+        output: of a call.
+        paths: of those wanted, in order; all, in the order of their paths, when None.
+
+    Raises:
+        NotCompared: where there is none.
+    """
     leaves = dict(output_leaves(output))
-    found = (leaf for _, leaf in sorted(leaves.items()) if isinstance(leaf, torch.Tensor))
-    return [leaf for leaf in found if leaf.is_floating_point() or leaf.is_complex()]
+    wanted = (leaves.get(path) for path in (sorted(leaves) if paths is None else paths))
+    tensors = [leaf for leaf in wanted if isinstance(leaf, torch.Tensor)]
+    found = [leaf for leaf in tensors if leaf.is_floating_point() or leaf.is_complex()]
+    if not found:
+        raise NotCompared("the output has no floats, so it has no gradient")
+    return found
 
 
 def _array(leaf: object) -> np.ndarray:

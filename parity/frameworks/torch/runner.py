@@ -10,7 +10,7 @@ import torch
 from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.capture import Backward, OnTrace, Trace
 from parity.frameworks.leaves import Arrays, CastLater, Leaves
-from parity.frameworks.protocols import Decoder, Trainer
+from parity.frameworks.protocols import Decoder, NotCompared, Trainer
 from parity.frameworks.purity import Purity
 from parity.frameworks.scoped import Scoped
 from parity.frameworks.spec import ModelSpec
@@ -103,8 +103,7 @@ class TorchRunner:
         """Return the loss and its gradient by leaf."""
         with self.scope():
             loss, gradients = self._loss_and_gradients(batch)
-        names = dict(self.module.named_parameters())
-        return float(loss), dict(zip(names, map(to_numpy, gradients), strict=True))
+        return float(loss), {name: to_numpy(x) for name, x in gradients.items()}
 
     def forward_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward pass that are not in float64."""
@@ -114,7 +113,10 @@ class TorchRunner:
     def gradient_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward and backward pass that are not in float64."""
         _ = self.module  # loaded first, for loading is no part of the question
-        return self._purity(self._loss_and_gradients, batch)
+        try:
+            return self._purity(self._loss_and_gradients, batch)
+        except NotCompared:
+            return self.forward_purity(batch)
 
     def traces(self, batch: Batch, on_trace: OnTrace) -> None:
         """Pass inputs and output of every module in a forward pass to `on_trace`."""
@@ -182,11 +184,12 @@ class TorchRunner:
             function(*args)
         return log.purity
 
-    def _loss_and_gradients(self, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def _loss_and_gradients(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return the loss and its gradient by every parameter that is not frozen."""
         loss = self._called(self._spec.loss, batch)
-        parameters = list(self.module.parameters())
-        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return loss.detach(), [
-            torch.zeros_like(parameter) if gradient is None else gradient
-            for parameter, gradient in zip(parameters, gradients, strict=True)
-        ]
+        named = {name: x for name, x in self.module.named_parameters() if x.requires_grad}
+        if not loss.requires_grad:
+            return loss.detach(), {name: torch.zeros_like(x) for name, x in named.items()}
+        parameters = list(named.values())
+        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        return loss.detach(), dict(zip(named, found, strict=True))

@@ -120,6 +120,7 @@ def test_a_lifted_model_and_its_gradient_are_those_of_the_model_in_float64(kind)
     assert log.num_operations > 2 and not log.impure
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")
 def test_a_script_is_lifted():
     class Script(torch.nn.Module):
         def __init__(self):
