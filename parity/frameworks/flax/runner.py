@@ -68,6 +68,10 @@ class FlaxRunner:
         other._leaves, other._loaded = leaves, None
         return other
 
+    def moved(self) -> Self:
+        """Return the same model: what it holds in a narrow type is not moved yet."""
+        return self
+
     @property
     def module(self) -> nnx.Module:
         """The model itself."""
