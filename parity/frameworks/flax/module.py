@@ -25,11 +25,6 @@ from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
 
 NAME, MODULE = "flax", nnx.Module
 
-# Random numbers that a call may ask for, by the name of the parameter.
-_STREAMS: dict[str, Callable[[], object]] = {"rngs": lambda: nnx.Rngs(0)}
-_STREAMS |= dict.fromkeys(
-    ("key", "rng", "prng_key", "rng_key", "dropout_key", "dropout_rng"), lambda: jax.random.key(0)
-)
 # Under these names optax keeps a mean of gradients, and what it divides by or its square.
 _MEANS = ("mu",)
 _SQUARES = "nu", "sum_of_squares", "e_g"
@@ -60,7 +55,7 @@ def spec(
     signature = default_call.Signature.of(module, use.call)
 
     def called(in_training: bool, model: nnx.Module, *inputs: object, **keywords: object) -> object:
-        given = signature.arguments(inputs, keywords, in_training, _STREAMS)
+        given = signature.arguments(inputs, keywords, in_training, _stream)
         return (use.call or _call)(model, *inputs, **given)
 
     def projected(
@@ -244,6 +239,10 @@ def tried(spec: FlaxSpec, batch: Batch) -> tuple[Outputs, set[str]]:
         except jax.errors.JAXTypeError:  # it looks at numbers
             returned = returning_leaves(forward)(state, call)
         return returned.outputs(), set(returned.derived)
+
+
+def _stream(name: str) -> object:
+    return nnx.Rngs(0) if name == "rngs" else jax.random.key(0)
 
 
 def _call(module: Callable[..., object], *inputs: object, **keywords: object) -> object:

@@ -50,7 +50,7 @@ def spec(
     signature = default_call.Signature.of(module, use.call)
 
     def forward(model: torch.nn.Module, *inputs: object, **keywords: object) -> object:
-        given = signature.arguments(inputs, keywords, model.training, {})
+        given = signature.arguments(inputs, keywords, model.training, _stream)
         return use.call(model, *inputs, **given) if use.call else model(*inputs, **given)
 
     def projected(model: torch.nn.Module, *inputs: object, **keywords: object) -> torch.Tensor:
@@ -167,6 +167,10 @@ def tried(spec: TorchSpec, batch: Batch) -> tuple[Outputs, set[str]]:
         leaves = dict(output_leaves(spec.forward(model, *inputs, **keywords)))
         tensors_in = {path for path, leaf in leaves.items() if isinstance(leaf, torch.Tensor)}
         return outputs_of(leaves), tensors_in
+
+
+def _stream(name: str) -> object:
+    return torch.Generator().manual_seed(0)
 
 
 def initial_leaves(spec: TorchSpec, dtype: str) -> Leaves:
