@@ -79,8 +79,9 @@ class PairSession(Session[FlaxRunner, TorchRunner]):
             return self.pair.flax.build("float32")
 
     def _make_runs(self, dtype: str) -> tuple[FlaxRunner, TorchRunner]:
+        lift = not self.pair.pure
         return (
-            FlaxRunner(self.pair.flax, self.flax_leaves, dtype, self.devices.flax),
+            FlaxRunner(self.pair.flax, self.flax_leaves, dtype, self.devices.flax, lift),
             self._torch_runner(self.torch_leaves, dtype),
         )
 

@@ -15,8 +15,10 @@ import functools
 import os
 import sys
 import threading
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 
 import flax
 import jax
@@ -87,14 +89,14 @@ _num_inside = 0
 
 @contextlib.contextmanager
 def lifted(log: Log | None = None) -> Iterator[Log]:
-    """Run jax in this thread with every narrower float widened, and yield the log.
+    """Run jax in this thread with every narrower float widened.
 
     Args:
         log: that of a run before, whose traced programs are used again and not logged anew. All is
             traced, and logged, when None.
 
     Yields:
-        The log, filled as programs are traced.
+        The log.
     """
     global _num_inside
     log = Log() if log is None else log
@@ -267,9 +269,9 @@ def _lift_bind(original: Function) -> Function:
         if name == "bitcast_convert_type" or name in _CALLBACKS:
             return original(primitive, *_as_expected(original, args, params), **params)
         for key, value in params.items():
-            if isinstance(value, np.dtype) and value in WIDE:
-                _log.value.add(f"{value} {'cast' if name in _CASTS else name}")
-                params[key] = WIDE[value]
+            if isinstance(value, np.dtype | type) and (dtype := _narrow(value)):
+                _log.value.add(f"{dtype} {'cast' if name in _CASTS else name}")
+                params[key] = WIDE[dtype]
         if name == "reduce_precision" and params["mantissa_bits"] < 52:
             _log.value.add(name)
             params |= {"exponent_bits": 11, "mantissa_bits": 52}
@@ -279,6 +281,14 @@ def _lift_bind(original: Function) -> Function:
         return original(primitive, *(_widened(x, original) for x in args), **params)
 
     return bind
+
+
+def _narrow(named: np.dtype | type) -> np.dtype | None:
+    """Return the dtype that a parameter names, if it is narrow."""
+    found = getattr(named, "dtype", named) if isinstance(named, type) else named
+    if isinstance(found, type):
+        found = np.dtype(found) if issubclass(found, np.generic) else None
+    return found if found in WIDE else None
 
 
 def _as_expected(bind: Function, args: tuple[object, ...], params: dict) -> list[object]:
@@ -333,21 +343,37 @@ def _is_rounded(array: np.ndarray) -> bool:
     return any(float(str(x)) != float(x) for x in some)
 
 
-def user_line(traceback: source_info_util.Traceback | None = None) -> str:
+def user_line(at: source_info_util.Traceback | None = None) -> str:
     """Return function and line of the user's code in a traceback, or else of flax or optax.
 
-    The present one when None, which in a backward pass is that of the operation that is derived.
+    When None the present ones, which in a backward pass are those of the operation that is derived.
     """
+    frames = source_info_util.user_frames(at or source_info_util.current().traceback)
+    found = _line((x.file_name, x.function_name, x.start_line) for x in frames)
+    # jax cuts the traceback of what it traces for functions of its own.
+    return found or _line_in(traceback.walk_stack(None))
+
+
+def line_of_error(error: BaseException) -> str:
+    """Return function and line of the user's code, as `user_line`, that raised."""
+    return _line_in(reversed(list(traceback.walk_tb(error.__traceback__))))
+
+
+def _line_in(stack: Iterable[tuple[FrameType, int]]) -> str:
+    calls = ((x.f_code.co_filename, x.f_code.co_qualname, line) for x, line in stack)
+    return _line(x for x in calls if source_info_util.is_user_filename(x[0])) or "top"
+
+
+def _line(calls: Iterable[tuple[str, str, int]]) -> str:
+    """Choose from file, function and line of calls, innermost first; "" where there is none."""
     found = ""
-    traceback = traceback or source_info_util.current().traceback
-    for frame in source_info_util.user_frames(traceback):
-        if not frame.file_name.startswith(_PARITY):
-            line = f"({os.path.basename(frame.file_name)}:{frame.start_line})"
-            where = f"{frame.function_name.replace('<locals>.', '')} {line}"
-            if not frame.file_name.startswith(_LIBRARIES):
+    for file, function, line in calls:
+        if not file.startswith(_PARITY):
+            where = f"{function.replace('<locals>.', '')} ({os.path.basename(file)}:{line})"
+            if not file.startswith(_LIBRARIES):
                 return where
             found = found or where
-    return found or "top"
+    return found
 
 
 def _folder(name: str | None) -> str:

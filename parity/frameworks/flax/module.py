@@ -3,15 +3,16 @@
 A `parity.frameworks.handle.Handle`.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+from flax import linen, nnx
 
 from parity.frameworks import default_call
 from parity.frameworks.batch import Argument, Batch, Outputs
@@ -112,9 +113,10 @@ class FlaxTrainer:
         """Take one optimizer step and return the loss before it."""
         call = arguments(inputs, keywords, self._dtype)
         try:
-            loss, self._parameters, self._rest, self._state = self._step(
-                self._parameters, self._rest, self._state, call
-            )
+            with _nothing_dropped():  # while it is traced
+                loss, self._parameters, self._rest, self._state = self._step(
+                    self._parameters, self._rest, self._state, call
+                )
         except TypeError as error:
             if "keyword-only argument" not in str(error):
                 raise
@@ -241,6 +243,17 @@ def tried(spec: FlaxSpec, batch: Batch) -> tuple[Outputs, set[str]]:
         return returned.outputs(), set(returned.derived)
 
 
+@contextlib.contextmanager
+def _nothing_dropped() -> Iterator[None]:
+    """Let linen's dropout, whose rate is fixed, drop nothing."""
+    original = linen.Dropout.__call__
+    linen.Dropout.__call__ = lambda self, inputs, *args, **kwargs: inputs
+    try:
+        yield
+    finally:
+        linen.Dropout.__call__ = original
+
+
 def _stream(name: str) -> object:
     return nnx.Rngs(0) if name == "rngs" else jax.random.key(0)
 
@@ -266,8 +279,8 @@ def code_leaves(module: nnx.Module) -> tuple[str, ...]:
 
 
 def runner(spec: FlaxSpec, weights: Arrays) -> FlaxRunner:
-    """Return a runner in float64 on the CPU."""
-    return FlaxRunner(spec, weights, "float64", jax.devices("cpu")[0])
+    """Return a runner in lifted float64 on the CPU."""
+    return FlaxRunner(spec, weights, "float64", jax.devices("cpu")[0], lift=True)
 
 
 def learning_rate(module: nnx.Module, optimizer: optax.GradientTransformation | None) -> float:

@@ -14,6 +14,7 @@ from parity.frameworks.capture import Backward, OnTrace, Trace
 from parity.frameworks.flax.calls import Arguments, arguments, returning_leaves
 from parity.frameworks.flax.capture import backward_flax, capture_flax
 from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
+from parity.frameworks.flax.lift import Log, line_of_error
 from parity.frameworks.flax.purity import flax_purity
 from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import Arrays, CastLater, Leaves
@@ -45,14 +46,19 @@ class _Program(Protocol):
 class FlaxRunner:
     """A `LiveRunner` of a Flax NNX model, loaded when it is needed, and again after `release`.
 
-    Its leaves may have any float type; `dtype` is the one to compute in.
+    Its leaves may have any float type; `dtype` is the one to compute in. With `lift`, float64 runs
+    are lifted; where the model raises on that account, they are not, and its purity says so.
     """
 
-    def __init__(self, spec: FlaxSpec, leaves: Arrays, dtype: str, device: jax.Device):
+    def __init__(
+        self, spec: FlaxSpec, leaves: Arrays, dtype: str, device: jax.Device, lift: bool = False
+    ):
         self.name = spec.name
         # As they were given: a copy in another type would be one more model in memory.
         self._spec, self._leaves = spec, leaves
         self._dtype, self._device = dtype, device
+        self._log = Log() if lift and dtype == "float64" else None
+        self._raised_lifted: list[str] = []  # shared with copies at other weights
         self._loaded: tuple[nnx.Module, nnx.State] | None = None
         # What programs are compiled with: the same after every loading.
         self._fixed: tuple[nnx.GraphDef[nnx.Module], nnx.State] | None = None
@@ -69,7 +75,7 @@ class FlaxRunner:
         return other
 
     def moved(self) -> Self:
-        """Return the same model: what it holds in a narrow type is not moved yet."""
+        """Return itself: its programs hold no constant that was rounded when it was made."""
         return self
 
     @property
@@ -91,38 +97,35 @@ class FlaxRunner:
 
     def outputs(self, batch: Batch) -> Outputs:
         """Return the model's output, leaf by leaf."""
-        with self._scope():
-            call = self._parameters, self._arguments(batch)
+
+        def run() -> Outputs:
+            call = self._call(batch)
             try:
                 return self._forward(*call).outputs()
             except jax.errors.JAXTypeError:  # it looks at numbers, which a program does not have
                 return self._pure(returning_leaves(self._spec.forward))(*call).outputs()
 
+        return self._attempt(run)
+
     def gradients(self, batch: Batch) -> tuple[float, Leaves]:
         """Return the loss and its gradient by leaf."""
+        try:
+            loss, gradients = self._attempt(lambda: self._loss_and_gradients(*self._call(batch)))
+        except jax.errors.JAXTypeError as error:
+            raise NotCompared(
+                f"{self.name} looks at numbers on its way, so jax has no gradient of it: "
+                f"{raised(error)}"
+            ) from error
         with self._scope():
-            call = self._parameters, self._arguments(batch)
-            try:
-                loss, gradients = self._loss_and_gradients(*call)
-            except jax.errors.JAXTypeError as error:
-                raise NotCompared(
-                    f"{self.name} looks at numbers on its way, so jax has no gradient of it: "
-                    f"{raised(error)}"
-                ) from error
             return float(loss), state_leaves(gradients)
 
     def forward_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward pass that are not in float64."""
-        with self._scope():
-            return self._purity(self._forward, batch)
+        return self._purity(self._forward, batch)
 
     def gradient_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward and backward pass that are not in float64."""
-        with self._scope():
-            try:
-                return self._purity(self._loss_and_gradients, batch)
-            except NotCompared:
-                return self._purity(self._forward, batch)
+        return self._purity(self._loss_and_gradients, batch)
 
     def traces(self, batch: Batch, on_trace: OnTrace) -> None:
         """Pass inputs and output of every module in a forward pass to `on_trace`."""
@@ -155,11 +158,31 @@ class FlaxRunner:
             capture_flax(self.module, lambda: call(self._make_decoder()), traces.append)
         return traces
 
-    def _purity(self, program: Callable[..., object], batch: Batch) -> Purity:
+    def _purity(self, program: _Program, batch: Batch) -> Purity:
         try:
-            return flax_purity(program, self._parameters, self._arguments(batch))
+            found = self._attempt(lambda: flax_purity(program, *self._call(batch)))
         except jax.errors.JAXTypeError as error:
             return Purity(1, {f"operations that jax cannot list, {raised(error)}": 1})
+        found.impure.update(dict.fromkeys(self._raised_lifted, 1))
+        return found
+
+    def _attempt(self, run: Callable[[], Result]) -> Result:
+        """Run in the scope; no more lifted from here on, if it raises only lifted."""
+        try:
+            with self._scope():
+                return run()
+        except Exception as error:
+            if self._log is None or self._raised_lifted:
+                raise
+            self._raised_lifted.append(f"{type(error).__name__} at {line_of_error(error)}")
+            first = error
+        self._loaded = None
+        try:
+            with self._scope():
+                return run()
+        except Exception:
+            self._raised_lifted.clear()
+            raise first from None
 
     def _make_decoder(self) -> Decoder:
         assert self._spec.decoder is not None, f"{self.name} has no cache"
@@ -186,11 +209,15 @@ class FlaxRunner:
     def _parameters(self) -> nnx.State:
         return self._load_once()[1]
 
+    def _call(self, batch: Batch) -> tuple[nnx.State, Arguments]:
+        return self._parameters, self._arguments(batch)
+
     def _arguments(self, batch: Batch) -> Arguments:
         return arguments(batch.inputs, batch.keywords, self._dtype)
 
     def _scope(self) -> contextlib.AbstractContextManager[None]:
-        return jax_scope(self._dtype, self._device)
+        log = None if self._raised_lifted else self._log
+        return jax_scope(self._dtype, self._device, log)
 
     def _pure(self, function: Callable[..., Result]) -> Callable[[nnx.State, Arguments], Result]:
         """Return (parameters, arguments) to what the function gives of a copy of the model."""

@@ -6,13 +6,15 @@ from collections.abc import Iterator
 
 import jax
 
+from parity.frameworks.flax.lift import Log, lifted
 from parity.system.memory import share_of_memory_maps
 
 
 @contextlib.contextmanager
-def jax_scope(dtype: str, device: jax.Device) -> Iterator[None]:
-    """Run jax on `device`, with 64-bit types exactly when dtype is float64."""
-    with jax.enable_x64(dtype == "float64"), jax.default_device(device):
+def jax_scope(dtype: str, device: jax.Device, log: Log | None = None) -> Iterator[None]:
+    """Run jax on `device`, with 64-bit types exactly when dtype is float64; lifted with a log."""
+    lift = contextlib.nullcontext() if log is None else lifted(log)
+    with jax.enable_x64(dtype == "float64"), jax.default_device(device), lift:
         yield
 
 
