@@ -21,6 +21,7 @@ from parity.cli.options import (
 )
 from parity.cli.record import build_module, only_one
 from parity.system.memory import return_freed_memory_at_once
+from parity.system.programs import keep_programs
 from parity.system.progress import interruptible, shown
 from parity.twins.names import PRESETS
 
@@ -58,6 +59,7 @@ def check(
     tokens: PositiveOrNone = None,
     seed: Natural = 0,
     device: Device = "auto",
+    no_cache: bool = False,
     json: str | None = None,
     markdown: str | None = None,
     html: str | None = None,
@@ -99,6 +101,8 @@ def check(
         seed: Seed of the weights and of the text passages.
         json: Write the report to this file; - for standard output.
         markdown: Write the table to this file, for a README; - for standard output.
+        no_cache: Compile everything anew. Else what jax compiles is kept in the user's cache
+            folder, and a second run is faster.
         html: Write a page to this file, with plots of gaps, losses and margins.
 
     Examples:
@@ -121,6 +125,8 @@ def check(
         levels = [name for name in LEVELS if not level or name in level]
         own = {"--torch": torch, "--flax": flax, "--inputs": inputs}
         return_freed_memory_at_once()
+        if not no_cache:
+            keep_programs()
         if golden is not None:
             others = {"--data": data, "--checkpoint": checkpoint, "--inputs": inputs}
             others |= {"--save-rules": save_rules}

@@ -66,7 +66,7 @@ def records(session: PairSession) -> Iterator[Record]:
         runs = session.runs(dtype)
         cached = [run.decoder().generate(tokens, counts, length, True) for run in runs]
         text = _Text(tokens, counts, cached[0] if greedy is None else greedy.tokens)
-        logits = [run.outputs(text.batch) for run in runs]
+        logits = [run.outputs(text.batch)[""] for run in runs]
         truth = logits[0] if truth is None else truth
         error = float(np.max([text.gap(x, truth) for x in logits]))
         if greedy is None:
@@ -114,7 +114,8 @@ class _Text:
 
     def gap(self, logits: np.ndarray, truth: np.ndarray) -> float:
         """Return the largest difference of two logits (B, T, V) at real tokens."""
-        return max_abs(self.batch.select(logits), self.batch.select(truth))
+        logits, truth = (self.batch.select({"": x})[""] for x in (logits, truth))
+        return max_abs(logits, truth)
 
     def best(self, logits: np.ndarray) -> np.ndarray:
         """Return the best token at each choice, after the tokens before it, (B, G)."""
