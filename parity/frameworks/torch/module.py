@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeVar
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from parity.frameworks import default_call
 from parity.frameworks.batch import Argument, Batch, Outputs, output_leaves
@@ -25,6 +26,10 @@ NAME, MODULE = "torch", torch.nn.Module
 # Under these keys optimizers keep a mean of gradients, and what they divide by or its square.
 _MEANS = "exp_avg", "grad_avg"
 _SQUARES = "exp_avg_sq", "exp_inf", "square_avg", "sum"
+
+# Functions that drop numbers; some have twins in place.
+_DROPOUTS = "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"
+_DROPOUTS += "feature_alpha_dropout", "native_dropout"
 
 Built = TypeVar("Built")
 Loss = Callable[..., torch.Tensor]
@@ -50,7 +55,7 @@ def spec(
     signature = default_call.Signature.of(module, use.call)
 
     def forward(model: torch.nn.Module, *inputs: object, **keywords: object) -> object:
-        given = signature.arguments(inputs, keywords, model.training, {})
+        given = signature.arguments(inputs, keywords, model.training, _stream)
         return use.call(model, *inputs, **given) if use.call else model(*inputs, **given)
 
     def projected(model: torch.nn.Module, *inputs: object, **keywords: object) -> torch.Tensor:
@@ -90,6 +95,8 @@ class TorchTrainer:
                 submodule.p = 0.0
             if isinstance(submodule, torch.nn.MultiheadAttention | torch.nn.RNNBase):
                 submodule.dropout = 0.0
+        if not list(module.parameters()):
+            raise NotCompared("the PyTorch model has no parameters to train")
         self._optimizer = optimizer(list(module.parameters()))
         _require_plain_steps(self._optimizer)
         first = next(module.parameters())
@@ -97,7 +104,10 @@ class TorchTrainer:
 
     def step(self, *inputs: Argument, **keywords: Argument) -> float:
         """Take one optimizer step and return the loss before it."""
-        arguments = tensors((inputs, keywords), self._dtype, self._device)
+        with _NothingDropped():
+            return self._step(tensors((inputs, keywords), self._dtype, self._device))
+
+    def _step(self, arguments: tuple[tuple, dict[str, object]]) -> float:
         self._optimizer.zero_grad()
         loss = self._loss(self._module, *arguments[0], **arguments[1])
         if loss.requires_grad:
@@ -141,6 +151,19 @@ def _require_plain_steps(optimizer: torch.optim.Optimizer) -> None:
         )
 
 
+class _NothingDropped(TorchFunctionMode):
+    """While entered, functions that drop numbers drop none."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, kwargs = getattr(func, "__name__", "").rstrip("_"), kwargs or {}
+        if name == "scaled_dot_product_attention":
+            args, kwargs = (*args[:4], *[0.0] * len(args[4:5]), *args[5:]), dict(kwargs)
+            kwargs.pop("dropout_p", None)
+        elif name in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        return func(*args, **kwargs)
+
+
 def adamw(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:
     """Return AdamW with the constants of `default_call`."""
     return torch.optim.AdamW(
@@ -167,6 +190,10 @@ def tried(spec: TorchSpec, batch: Batch) -> tuple[Outputs, set[str]]:
         leaves = dict(output_leaves(spec.forward(model, *inputs, **keywords)))
         tensors_in = {path for path, leaf in leaves.items() if isinstance(leaf, torch.Tensor)}
         return outputs_of(leaves), tensors_in
+
+
+def _stream(name: str) -> object:
+    return torch.Generator().manual_seed(0)
 
 
 def initial_leaves(spec: TorchSpec, dtype: str) -> Leaves:
