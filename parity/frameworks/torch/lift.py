@@ -166,7 +166,9 @@ class _Below(TorchDispatchMode):
         self._lift = lift
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        with torch._C.DisableTorchFunction():  # of a tensor's type, the other mode says the wide one
+        with (
+            torch._C.DisableTorchFunction()
+        ):  # of a tensor's type, the other mode says the wide one
             return self._lift.run(func, args, kwargs or {})
 
 
