@@ -1,5 +1,6 @@
 """`parity check`: are two models the same function, the twins or two of your own?"""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -227,9 +228,12 @@ def _own_pair(
     from parity.check.modules import pair_of
     from parity.system.import_target import built, load_attribute
 
+    attributes = {}
+
     def module(option: str, kind: type[Kind]) -> Kind:
         target = str(own[option])
-        found = built(target, load_attribute(target), (kind,))
+        attributes[option] = load_attribute(target)
+        found = built(target, attributes[option], (kind,))
         if not isinstance(found, kind):
             raise ValueError(
                 f"{option} {target}: gave an object of type {type(found).__name__}. It must be a "
@@ -239,6 +243,8 @@ def _own_pair(
 
     modules = module("--torch", nn.Module), module("--flax", nnx.Module)
     uses = {name: called_by(f"--{name}-call", target) for name, target in calls.items()}
+    if not isinstance(attributes["--torch"], nn.Module):
+        uses["torch"] = dataclasses.replace(uses["torch"], build=attributes["--torch"])
     inputs = load_attribute(str(own["--inputs"]))
     return pair_of(*modules, inputs, rules=rules, seed=seed, torch=uses["torch"], flax=uses["flax"])
 
