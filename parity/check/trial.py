@@ -55,11 +55,10 @@ class Side:
             names = _names(Signature.of(self.module, call), batch)
             given = zip(names, (*batch.inputs, *batch.keywords.values()), strict=True)
             shown = ", ".join(f"{x} {_shown(value)}" for x, value in given)
-            line = ", ".join(names)
             raise ValueError(
                 f"{name}: {called}({shown}) raised {raised(error)}. Both modules are called with "
-                "the same arguments. Mend the inputs, or write how this one is called: def "
-                f"call(module, {line}): return module({line}), given as --{name}-call file.py:call "
+                "the same arguments. Mend the inputs, or write how this one is called: "
+                f"{_line(Signature.of(self.module), names)}, given as --{name}-call file.py:call "
                 f"or {name}=ModuleUse(call=call)."
             ) from error
 
@@ -85,6 +84,18 @@ def _names(signature: Signature, batch: Batch) -> list[str]:
     known = list(signature.defaults)[: len(batch.inputs)]
     known += [f"x{place}" for place in range(len(known), len(batch.inputs))]
     return known + list(batch.keywords)
+
+
+def _line(signature: Signature, names: list[str]) -> str:
+    """Return a function that calls a module with arguments of these names, by its own names."""
+    free = [x for x in signature.required + list(signature.defaults) if x not in names]
+    own = iter(dict.fromkeys(x for x in free if not signature.is_filled(x)))
+    filled = [x for x in signature.required if signature.is_filled(x) and x not in names]
+    passed = [
+        x if x in signature.defaults or (mine := next(own, None)) is None else f"{mine}={x}"
+        for x in names
+    ] + [f"{x}={x}" for x in filled]
+    return f"def call(module, {', '.join(names + filled)}): return module({', '.join(passed)})"
 
 
 def _shown(value: Argument) -> str:

@@ -17,6 +17,9 @@ _MODES = dict.fromkeys(("train", "training", "is_training", "is_train"), (False,
 _MODES |= {"use_running_average": (True, False)}
 _MODES |= dict.fromkeys(("deterministic", "inference"), (True, True))
 
+# Parameters that ask for random numbers.
+STREAMS = "rngs", "key", "rng", "prng_key", "rng_key", "dropout_key", "dropout_rng", "generator"
+
 _BY_NAME = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
 
 
@@ -63,12 +66,16 @@ class Signature:
         """Names that a call has to give."""
         return [x for x, default in self.defaults.items() if default is inspect.Parameter.empty]
 
+    def is_filled(self, name: str) -> bool:
+        """Whether a parameter gets its argument from `arguments` where a call has to give it."""
+        return name in _MODES or name in STREAMS
+
     def arguments(
         self,
         inputs: tuple,
         keywords: Mapping[str, object],
         in_training: bool,
-        streams: Mapping[str, Callable[[], object]],
+        streams: Callable[[str], object],
     ) -> dict[str, object]:
         """Return the keywords of a call: those given, by the module's names, modes and streams.
 
@@ -78,11 +85,11 @@ class Signature:
             inputs: arguments by position.
             keywords: arguments by name.
             in_training: whether training steps call.
-            streams: what makes the random numbers that a parameter of a name asks for.
+            streams: name of a parameter in `STREAMS` to what draws random numbers.
         """
         free = list(self.defaults)[len(inputs) :]
         open_ = [x for x in free if x not in keywords]
-        wanted = [x for x in self.required if x in open_ and x not in _MODES and x not in streams]
+        wanted = [x for x in self.required if x in open_ and not self.is_filled(x)]
         unknown = [] if self.takes_any else [x for x in keywords if x not in self.defaults]
         renamed = (
             dict(zip(unknown, wanted, strict=True)) if len(unknown) == len(wanted) == 1 else {}
@@ -93,8 +100,8 @@ class Signature:
             is_required = default is inspect.Parameter.empty
             if name in _MODES and (is_required or isinstance(default, bool)):
                 found[name] = _MODES[name][in_training]
-            elif name in streams and is_required and name not in found:
-                found[name] = streams[name]()
+            elif name in STREAMS and is_required and name not in found:
+                found[name] = streams(name)
         return found
 
 

@@ -3,15 +3,16 @@
 A `parity.frameworks.handle.Handle`.
 """
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
+from flax import linen, nnx
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from parity.frameworks import default_call
@@ -26,11 +27,6 @@ from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
 
 NAME, MODULE = "flax", nnx.Module
 
-# Random numbers that a call may ask for, by the name of the parameter.
-_STREAMS: dict[str, Callable[[], object]] = {"rngs": lambda: nnx.Rngs(0)}
-_STREAMS |= dict.fromkeys(
-    ("key", "rng", "prng_key", "rng_key", "dropout_key", "dropout_rng"), lambda: jax.random.key(0)
-)
 # Under these names optax keeps a mean of gradients, and what it divides by or its square.
 _MEANS = ("mu",)
 _SQUARES = "nu", "sum_of_squares", "e_g"
@@ -61,7 +57,7 @@ def spec(
     signature = default_call.Signature.of(module, use.call)
 
     def called(in_training: bool, model: nnx.Module, *inputs: object, **keywords: object) -> object:
-        given = signature.arguments(inputs, keywords, in_training, _STREAMS)
+        given = signature.arguments(inputs, keywords, in_training, _stream)
         return (use.call or _call)(model, *inputs, **given)
 
     def projected(
@@ -118,9 +114,10 @@ class FlaxTrainer:
         """Take one optimizer step and return the loss before it."""
         call = arguments(inputs, keywords, self._dtype)
         try:
-            loss, self._parameters, self._rest, self._state = self._step(
-                self._parameters, self._rest, self._state, call
-            )
+            with _nothing_dropped():  # while it is traced
+                loss, self._parameters, self._rest, self._state = self._step(
+                    self._parameters, self._rest, self._state, call
+                )
         except TypeError as error:
             if "keyword-only argument" not in str(error):
                 raise
@@ -278,6 +275,21 @@ def tried(spec: FlaxSpec, batch: Batch) -> tuple[Outputs, set[str]]:
                     "function. Turn dropout and the like off in evaluation"
                 )
         return returned.outputs(), set(returned.derived)
+
+
+@contextlib.contextmanager
+def _nothing_dropped() -> Iterator[None]:
+    """Let linen's dropout, whose rate is fixed, drop nothing."""
+    original = linen.Dropout.__call__
+    linen.Dropout.__call__ = lambda self, inputs, *args, **kwargs: inputs
+    try:
+        yield
+    finally:
+        linen.Dropout.__call__ = original
+
+
+def _stream(name: str) -> object:
+    return nnx.Rngs(0) if name == "rngs" else jax.random.key(0)
 
 
 def _call(module: Callable[..., object], *inputs: object, **keywords: object) -> object:

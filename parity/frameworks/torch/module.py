@@ -13,6 +13,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch.nn.parameter import is_lazy
+from torch.overrides import TorchFunctionMode
 
 from parity.frameworks import default_call
 from parity.frameworks.batch import (
@@ -39,6 +40,10 @@ NAME, MODULE = "torch", torch.nn.Module
 _MEANS = "exp_avg", "grad_avg"
 _SQUARES = "exp_avg_sq", "exp_inf", "square_avg", "sum"
 
+# Functions that drop numbers; some have twins in place.
+_DROPOUTS = "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"
+_DROPOUTS += "feature_alpha_dropout", "native_dropout"
+
 Built = TypeVar("Built")
 Loss = Callable[..., torch.Tensor]
 MakeOptimizer = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
@@ -63,7 +68,7 @@ def spec(
     signature = default_call.Signature.of(module, use.call)
 
     def forward(model: torch.nn.Module, *inputs: object, **keywords: object) -> object:
-        given = signature.arguments(inputs, keywords, model.training, {})
+        given = signature.arguments(inputs, keywords, model.training, _stream)
         return use.call(model, *inputs, **given) if use.call else model(*inputs, **given)
 
     def projected(model: torch.nn.Module, *inputs: object, **keywords: object) -> torch.Tensor:
@@ -103,6 +108,8 @@ class TorchTrainer:
                 submodule.p = 0.0
             if isinstance(submodule, torch.nn.MultiheadAttention | torch.nn.RNNBase):
                 submodule.dropout = 0.0
+        if not list(module.parameters()):
+            raise NotCompared("the PyTorch model has no parameters to train")
         self._optimizer = optimizer(list(module.parameters()))
         _require_plain_steps(self._optimizer)
         first = next(module.parameters())
@@ -110,7 +117,10 @@ class TorchTrainer:
 
     def step(self, *inputs: Argument, **keywords: Argument) -> float:
         """Take one optimizer step and return the loss before it."""
-        arguments = tensors((inputs, keywords), self._dtype, self._device)
+        with _NothingDropped():
+            return self._step(tensors((inputs, keywords), self._dtype, self._device))
+
+    def _step(self, arguments: tuple[tuple, dict[str, object]]) -> float:
         self._optimizer.zero_grad()
         loss = self._loss(self._module, *arguments[0], **arguments[1])
         if loss.requires_grad:
@@ -152,6 +162,19 @@ def _require_plain_steps(optimizer: torch.optim.Optimizer) -> None:
             f"{type(optimizer).__name__} evaluates the loss several times a step, by a closure; "
             "only optimizers that take one gradient a step are compared"
         )
+
+
+class _NothingDropped(TorchFunctionMode):
+    """While entered, functions that drop numbers drop none."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name, kwargs = getattr(func, "__name__", "").rstrip("_"), kwargs or {}
+        if name == "scaled_dot_product_attention":
+            args, kwargs = (*args[:4], *[0.0] * len(args[4:5]), *args[5:]), dict(kwargs)
+            kwargs.pop("dropout_p", None)
+        elif name in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        return func(*args, **kwargs)
 
 
 def adamw(parameters: Iterable[torch.nn.Parameter]) -> torch.optim.AdamW:
@@ -249,6 +272,10 @@ def tried(spec: TorchSpec, batch: Batch) -> tuple[Outputs, set[str]]:
 
 def _arguments(batch: Batch) -> tuple[tuple, dict[str, object]]:
     return tensors((batch.inputs, dict(batch.keywords)), "float32", torch.device("cpu"))
+
+
+def _stream(name: str) -> object:
+    return torch.Generator().manual_seed(0)
 
 
 def initial_leaves(spec: TorchSpec, dtype: str) -> Leaves:
