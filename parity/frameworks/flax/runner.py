@@ -33,7 +33,7 @@ def is_trained(path: tuple[object, ...], variable: object) -> bool:
     """Whether a variable of a module is a parameter of floats or complex numbers."""
     leaves = jax.tree.leaves(variable)
     return isinstance(variable, nnx.Param) and all(
-        jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves
+        jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves
     )
 
 
