@@ -83,7 +83,7 @@ class PairSession(Session[FlaxRunner, TorchRunner]):
             TorchRunner(self.pair.torch, self.torch_leaves, dtype, self.devices.torch),
         )
 
-    def perturbed_run(self, dtype: str) -> TorchRunner:
-        """Return the torch side from weights one rounding away: what rounding alone does to it."""
-        leaves = neighbours(cast(self.torch_leaves, dtype), self.seed)
+    def perturbed_run(self, dtype: str, seed: int = 0, roundings: int = 1) -> TorchRunner:
+        """Return the torch side from weights so many roundings away: what rounding does to it."""
+        leaves = neighbours(cast(self.torch_leaves, dtype), self.seed + seed, roundings)
         return TorchRunner(self.pair.torch, leaves, dtype, self.devices.torch)

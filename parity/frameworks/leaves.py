@@ -42,15 +42,16 @@ def cast_array(array: np.ndarray, dtype: str) -> np.ndarray:
     return array.astype(dtype) if np.issubdtype(array.dtype, np.floating) else array
 
 
-def neighbours(leaves: Arrays, seed: int) -> Leaves:
-    """Move every float to the next one above or below, at random."""
+def neighbours(leaves: Arrays, seed: int, roundings: int = 1) -> Leaves:
+    """Move every float by some units of its last place, up or down at random."""
     rng = np.random.default_rng(seed)
-    return {
-        name: np.nextafter(leaf, rng.choice([-np.inf, np.inf], leaf.shape).astype(leaf.dtype))
-        if np.issubdtype(leaf.dtype, np.floating)
-        else leaf
-        for name, leaf in leaves.items()
-    }
+
+    def moved(leaf: np.ndarray) -> np.ndarray:
+        sign = rng.choice([-1.0, 1.0], leaf.shape).astype(leaf.dtype)
+        return leaf + sign * roundings * np.spacing(np.abs(leaf))
+
+    floats = {name: np.issubdtype(leaf.dtype, np.floating) for name, leaf in leaves.items()}
+    return {name: moved(leaf) if floats[name] else leaf for name, leaf in leaves.items()}
 
 
 def dotted(path: Iterable[object]) -> str:

@@ -7,6 +7,7 @@ from parity.check import bounds
 from parity.check.causes import explain
 from parity.check.locate import locate_backward
 from parity.check.metrics import along_ones, gradient_norm, largest, max_abs, relative_l2
+from parity.check.noise import gradient_noise, judged_by_noise
 from parity.check.session import Session
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import Runner
@@ -32,12 +33,14 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
 def _compared(session: Session[Runner, Runner], dtype: str) -> Iterator[Record]:
     (flax_loss, flax), (torch_loss, torch) = session.gradients(dtype)
     bound = bounds.GRADIENT[dtype]
-    for name in flax:
-        if name not in session.null.leaves:
-            gap = relative_l2(flax[name], torch[name])
-            yield judge(name, dtype, "relative_l2", gap, bound, flax[name].size)
-    gap = abs(flax_loss - torch_loss) / max(abs(flax_loss), 1.0)
-    yield judge("loss", dtype, "relative", gap, bound, 1)
+    compared = [name for name in flax if name not in session.null.leaves]
+    gaps = {name: relative_l2(flax[name], torch[name]) for name in compared}
+    gaps[""] = abs(flax_loss - torch_loss) / max(abs(flax_loss), 1.0)
+    noise = {} if all(gap <= bound for gap in gaps.values()) else gradient_noise(session, dtype)
+    for name, gap in gaps.items():
+        words, metric = (name, "relative_l2") if name else ("loss", "relative")
+        size = flax[name].size if name else 1
+        yield judged_by_noise(words, dtype, metric, gap, bound, size, noise.get(name, 0.0))
     if null := _null_gaps(session, flax, torch):
         where = largest({name: gap for name, (gap, _) in null.items()})
         gap, bound = null[where][0], bounds.NULL_GRADIENT[dtype]

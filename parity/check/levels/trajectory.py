@@ -1,5 +1,6 @@
 """Level `trajectory`: training from the same weights on the same batches gives the same losses."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from parity.check import bounds
 from parity.check.metrics import largest, max_abs
+from parity.check.noise import Trained, training_noise
 from parity.check.session import Session
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import Runner, Trainer
@@ -26,50 +28,84 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
         return
     exact: np.ndarray | None = None
     for number, dtype in enumerate(session.dtypes):
-        (flax, flax_final), (torch, torch_final) = (
+        flax, torch = (
             _train(run, session, 2 * number + side) for side, run in enumerate(session.runs(dtype))
         )
         if dtype == "float64" and session.impurities:
             yield abstain("float64", IMPURE)
-            exact = session.truth(flax, torch)
+            exact = session.truth(flax.losses, torch.losses)
             continue
-        bound = session.float64_bound if dtype == "float64" else bounds.LOSS[dtype]
-        curve = LossCurves(dtype, tuple(flax.tolist()), tuple(torch.tolist()), bound)
-        session.plot_data.losses.append(curve)
-        past = np.flatnonzero(~(np.abs(flax - torch) <= bound))
-        first, steps = int(past[0]) + 1 if past.size else 0, session.steps
-        note = f"first past the bound at step {first} of {steps}" if first else None
-        noise, gap = None if exact is None else max_abs(torch, exact), max_abs(flax, torch)
-        name = f"loss over {steps} steps"
-        made = judge(name, dtype, "max_abs", gap, bound, steps, noise=noise, note=note)
-        yield made.at(step=first)
+        yield from _compared(session, dtype, flax, torch, exact)
         if exact is None:
-            exact = torch
-            theirs = session.weight_map.to_flax(torch_final)
-            yield from _final_parameters(session, flax_final, theirs)
+            exact = torch.losses
 
 
-def _train(run: Runner, session: Session[Runner, Runner], number: int) -> tuple[np.ndarray, Leaves]:
+def _compared(
+    session: Session[Runner, Runner],
+    dtype: str,
+    flax: Trained,
+    torch: Trained,
+    exact: np.ndarray | None,
+) -> Iterator[Record]:
+    """Compare the losses, and the final weights where no run was more exact."""
+    bound, steps = session.float64_bound if exact is None else bounds.LOSS[dtype], session.steps
+    ours, theirs = (tuple(side.losses.tolist()) for side in (flax, torch))
+    session.plot_data.losses.append(LossCurves(dtype, ours, theirs, bound))
+    noise = functools.cache(lambda: training_noise(session, dtype, torch, _untimed))
+    gaps = np.abs(flax.losses - torch.losses)
+    past, first, note = ~(gaps <= bound), 0, None
+    if np.any(past):
+        past &= ~(gaps <= bounds.RATIO * noise().losses)
+        first = int(np.argmax(past)) + 1 if np.any(past) else 0
+        drift = float(noise().losses[-1])
+        bound = bound if first else max(bound, bounds.RATIO * drift)
+        note = f"loss moves by {drift:.1e} from rounding alone"
+        note = f"first past the bound at step {first} of {steps}" if first else note
+    seen = None if exact is None else max_abs(torch.losses, exact)
+    name, gap = f"loss over {steps} steps", max_abs(flax.losses, torch.losses)
+    made = judge(name, dtype, "max_abs", gap, bound, steps, noise=seen, note=note)
+    yield made.at(step=first)
+    if exact is None:
+        theirs = session.weight_map.to_flax(torch.final)
+        yield from _final_parameters(session, flax.final, theirs, lambda: noise().final)
+
+
+def _untimed(run: Runner, session: Session[Runner, Runner]) -> Trained:
+    return _train(run, session, None)
+
+
+def _train(run: Runner, session: Session[Runner, Runner], number: int | None) -> Trained:
     """Return the losses and final weights of a training; its number is for the progress."""
     trainer, losses = session.trainer(run, session.steps), np.empty(session.steps)
     for step in range(session.steps):
         losses[step] = trainer.step(*session.pair.training_batch(step).inputs)
-        done = number + (step + 1) / session.steps
-        session.progress(done / (2 * len(session.dtypes)))
+        if number is not None:
+            done = number + (step + 1) / session.steps
+            session.progress(done / (2 * len(session.dtypes)))
     final = trainer.parameters()
     # On disk it leaves the memory to the training of the other model.
-    return losses, on_disk(final) if session.is_large else final
+    return Trained(losses, on_disk(final) if session.is_large else final)
 
 
 def _final_parameters(
-    session: Session[Runner, Runner], flax: Leaves, torch: Leaves
+    session: Session[Runner, Runner], flax: Leaves, torch: Leaves, noise: Callable[[], Leaves]
 ) -> Iterator[Record]:
     gaps = {name: max_abs(flax[name], torch[name]) for name in flax}
+    judged = gaps.keys() - {*session.null_in_training}
+    drifting = []
+    for name in (name for name in gaps if name in judged and gaps[name] > bounds.PARAMETERS):
+        # The key's third of a fused bias has no gradient, as a key's bias of its own has none.
+        gap = np.abs(np.subtract(flax[name], torch[name], dtype=np.float64))
+        past = gap > bounds.PARAMETERS
+        if name in noise() and np.any(chance := past & (gap <= bounds.CHANCE * noise()[name])):
+            gaps[name] = float(np.max(gap, initial=0.0, where=~chance))
+            drifting.append(f"{np.count_nonzero(chance)} numbers of {name}")
     null = {name: gaps.pop(name) for name in session.null.leaves}
-    adrift = [name for name in session.null_in_training if gaps.pop(name, None) is not None]
+    drifting += [name for name in session.null_in_training if gaps.pop(name, None) is not None]
     leaf, size = largest(gaps), sum(flax[name].size for name in gaps)
-    note = f"moved by rounding in training, not compared: {', '.join(adrift)}" if adrift else None
+    words = f"moved by rounding in training, not compared: {', '.join(drifting)}"
     name, metric, bound = "final parameters", "max_abs_parameters", bounds.PARAMETERS
+    note = words if drifting else None
     made = judge(name, "float64", metric, gaps[leaf], bound, size, note=note)
     yield made.at(leaf, session.steps)
     if null:
