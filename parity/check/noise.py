@@ -6,8 +6,8 @@ fails only if it is also past what the torch model differs by from itself when i
 few roundings away. A fault moves no model toward itself and gains nothing by that.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,14 +16,7 @@ from parity.check.metrics import relative_l2
 from parity.check.session import Session
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import Runner
-from parity.report.record import Record, judge
-
-
-class Trained(NamedTuple):
-    """A training: the loss of every step, and the final weights."""
-
-    losses: np.ndarray
-    final: Leaves
+from parity.report.record import Record, Verdict
 
 
 def perturbed_runs(session: Session[Runner, Runner], dtype: str) -> Iterator[Runner]:
@@ -35,37 +28,37 @@ def perturbed_runs(session: Session[Runner, Runner], dtype: str) -> Iterator[Run
             run.release()
 
 
-def judged_by_noise(
-    name: str, dtype: str, metric: str, gap: float, bound: float, count: int, noise: float
-) -> Record:
+def excused(record: Record, noise: Callable[[], float]) -> Record:
     """Return a record that also passes up to `RATIO` times what rounding alone does."""
-    if gap <= bound or not noise:
-        return judge(name, dtype, metric, gap, bound, count)
-    limit = max(bound, bounds.RATIO * noise)
-    note = f"{name} is past {bound:g}, but rounding alone moves it by {noise:.1e}"
-    return judge(
-        name, dtype, metric, gap, limit, count, noise=noise, note=note if gap <= limit else None
-    )
+    if record.verdict is not Verdict.FAIL or record.bound is None or not (moved := noise()):
+        return record
+    bound = max(record.bound, bounds.RATIO * moved)
+    if not record.gap <= bound:
+        return dataclasses.replace(record, noise=moved)
+    note = f"{record.name} is past {record.bound:g}, but rounding alone moves it by {moved:.1e}"
+    note = f"{record.note}; {note}" if record.note else note
+    return dataclasses.replace(record, bound=bound, noise=moved, verdict=Verdict.PASS, note=note)
 
 
 def gradient_noise(session: Session[Runner, Runner], dtype: str) -> dict[str, float]:
-    """Return by leaf how far rounding moves torch's gradient, relative L2; "" is for the loss."""
+    """Return by leaf how far rounding moves torch's gradient, relative L2, and its "loss"."""
     _, (loss, gradients) = session.gradients(dtype)
-    noise = dict.fromkeys(["", *gradients], 0.0)
+    noise = dict.fromkeys(["loss", *gradients], 0.0)
     for run in perturbed_runs(session, dtype):
         moved_loss, moved = run.gradients(session.gradient_probe)
-        gaps = {x: relative_l2(g, gradients[x]) for x, g in session.weight_map.flax_leaves(moved)}
-        gaps[""] = abs(moved_loss - loss) / max(abs(loss), 1.0)
-        noise = {name: max(size, gaps[name]) for name, size in noise.items()}
+        leaves = session.weight_map.flax_leaves(moved)
+        gaps = {x: relative_l2(g, gradients[x]) for x, g in leaves if x in gradients}
+        gaps["loss"] = abs(moved_loss - loss) / max(abs(loss), 1.0)
+        noise = {name: max(size, gaps.get(name, 0.0)) for name, size in noise.items()}
     return noise
 
 
 def training_noise(
     session: Session[Runner, Runner],
     dtype: str,
-    torch: Trained,
-    train: Callable[[Runner, Session[Runner, Runner]], Trained],
-) -> Trained:
+    torch: tuple[np.ndarray, Leaves],
+    train: Callable[[Runner], tuple[np.ndarray, Leaves]],
+) -> tuple[np.ndarray, Leaves]:
     """Return the largest gaps of perturbed trainings to torch's.
 
     Args:
@@ -78,12 +71,11 @@ def training_noise(
         The gaps of the losses at each step or before it, and of each number, by flax's names.
     """
     move = session.weight_map.to_flax
-    losses, start = np.zeros_like(torch.losses), move(torch.final)
+    losses, start = np.zeros_like(torch[0]), move(torch[1])
     final = {name: np.zeros(leaf.shape) for name, leaf in start.items()}
     for run in perturbed_runs(session, dtype):
-        moved = train(run, session)
-        losses = np.maximum(losses, np.abs(moved.losses - torch.losses))
-        for name, leaf in move(moved.final).items():
-            gap = np.abs(np.subtract(leaf, start[name], dtype=np.float64))
-            final[name] = np.maximum(final[name], gap)
-    return Trained(np.maximum.accumulate(losses), final)
+        moved, leaves = train(run)
+        losses = np.maximum(losses, np.abs(moved - torch[0]))
+        for name, leaf in move(leaves).items():
+            final[name] = np.maximum(final[name], np.abs(leaf - start[name]))
+    return np.maximum.accumulate(losses), final

@@ -1,6 +1,7 @@
 """Find the cause of a different loss or gradient by re-running torch with one operation changed."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 
@@ -24,11 +25,12 @@ def explain_loss(session: PairSession, found: Divergence) -> Divergence:
     (target, _), _ = session.gradients("float64")
     port = session.runs("float64")[1]
     loss = torch.nn.Module()  # the model is no submodule, so it has no weights of its own
-    loss.forward = lambda *arrays: session.pair.torch.loss(port.module, *arrays)
-    replay = Replay(loss, port.arrays(session.gradient_probe), {}, {"model": port.module})
-    return dataclasses.replace(
-        found, cause=describe_match([Suspect(replay, np.asarray(target))], {})
-    )
+    loss.forward = functools.partial(session.pair.torch.loss, port.module)
+    arguments = port.arguments(session.gradient_probe)
+    replay = Replay(loss, *arguments, {"model": port.module})
+    with port.scope():
+        cause = describe_match([Suspect(replay, np.asarray(target))], {})
+    return dataclasses.replace(found, cause=cause)
 
 
 def explain_gradient(session: PairSession, found: Divergence) -> Divergence:
@@ -45,11 +47,11 @@ def explain_gradient(session: PairSession, found: Divergence) -> Divergence:
     mapped = session.weight_map.to_torch(judged)
     targets = {x: mapped[x] for x in mapped if x.startswith(inside) and x in own}
     parameters = [own[name] for name in targets]
-    arrays = port.arrays(session.gradient_probe)
+    inputs, keywords = port.arguments(session.gradient_probe)
 
     def gradients(change: Change) -> list[np.ndarray]:
-        with Watch(change), torch.enable_grad():
-            loss = session.pair.torch.loss(port.module, *arrays)
+        with port.scope(), Watch(change), torch.enable_grad():
+            loss = session.pair.torch.loss(port.module, *inputs, **keywords)
         if not loss.requires_grad:
             return [to_numpy(torch.zeros_like(x)) for x in parameters]
         made = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)

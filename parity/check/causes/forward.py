@@ -65,10 +65,12 @@ def explain_output(session: PairSession, batch: Batch, found: Divergence) -> Div
     another.
     """
     path = "" if found.where == session.model_name else found.where
-    model = session.runs("float64")[1].module
+    port = session.runs("float64")[1]
     others = [x for x in session.pair.probes.values() if x is not batch]
     calls = (_suspects(session, inputs, path) for inputs in (batch, *others))
-    cause = describe_match(itertools.chain.from_iterable(calls), dict(model.named_modules()))
+    with port.scope():
+        modules = dict(port.module.named_modules())
+        cause = describe_match(itertools.chain.from_iterable(calls), modules)
     return dataclasses.replace(found, cause=cause)
 
 

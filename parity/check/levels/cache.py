@@ -33,7 +33,7 @@ def records(session: PairSession) -> Iterator[Record]:
     for number, dtype in enumerate(session.dtypes):
         cached, bound = [], bounds.CACHE[dtype]
         for run in session.runs(dtype):
-            whole = run.outputs(Batch((tokens, counts)))
+            whole = run.outputs(Batch((tokens, counts)))[""]
             pieces = assemble(calls, run.decoder().chunks(calls, tokens.shape[1]), whole.shape)
             gap, name = max_abs(pieces[real], whole[real]), f"{run.name}, cached against uncached"
             yield judge(name, dtype, "max_abs", gap, bound, whole[real].size)
