@@ -4,9 +4,12 @@ import importlib
 import importlib.util
 import os
 import sys
+import traceback
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+_PARITY = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
 def load_attribute(target: str) -> Any:
@@ -50,6 +53,17 @@ def built(target: str, found: Any, kinds: tuple[type, ...]) -> Any:
 def in_a_line(error: BaseException) -> str:
     """Return the first line of an exception's message."""
     return (str(error).strip().splitlines() or ["no message"])[0][:200]
+
+
+def raised(error: BaseException) -> str:
+    """Return an exception's type and first line, and the last line of the user's that led to it."""
+    own = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((_PARITY, "<")) and "site-packages" not in frame.filename
+    ]
+    place = f" at {os.path.basename(own[-1].filename)}:{own[-1].lineno}" if own else ""
+    return f"{type(error).__name__}{place}: {in_a_line(error).removesuffix('.')}"
 
 
 def _from_file(path: str) -> ModuleType:

@@ -15,7 +15,7 @@ from flax_gpt import GPTConfig, TrainConfig
 from parity.frameworks.leaves import Leaves
 from parity.pair.text import Corpus
 from parity.report.json import to_json
-from parity.system.files import unfinished, write_atomically
+from parity.system.files import unfinished, write_file
 from parity.training.checkpoint import read_checkpoint, write_checkpoint
 from parity.twins.names import FRAMEWORKS
 
@@ -113,7 +113,7 @@ class Run:
             )
         path.mkdir(parents=True, exist_ok=True)
         fields = {"schema": 1} | dataclasses.asdict(config)
-        write_atomically(path / "config.json", json.dumps(fields, indent=1) + "\n")
+        write_file(path / "config.json", json.dumps(fields, indent=1) + "\n")
         return cls(path, config)
 
     @classmethod
@@ -226,7 +226,7 @@ class Run:
         Raises:
             ValueError: when a step up to it is missing.
         """
-        write_atomically(self.path / "metrics.jsonl", "".join(map(as_line, self.metrics(step))))
+        write_file(self.path / "metrics.jsonl", "".join(map(as_line, self.metrics(step))))
 
 
 def as_line(row: Mapping[str, object]) -> str:

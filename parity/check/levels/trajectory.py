@@ -1,5 +1,6 @@
 """Level `trajectory`: training from the same weights on the same batches gives the same losses."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -8,11 +9,12 @@ import numpy as np
 from parity.check import bounds
 from parity.check.metrics import largest, max_abs
 from parity.check.session import Session
+from parity.frameworks.batch import Batch
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import Runner, Trainer
 from parity.report import Divergence
 from parity.report.plot_data import LossCurves
-from parity.report.record import IMPURE, Record, abstain, first_failed, judge
+from parity.report.record import Record, Verdict, abstain, first_failed, judge
 from parity.system.memory import on_disk
 
 if TYPE_CHECKING:  # as in locate
@@ -24,15 +26,24 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
     if session.pair.flax.trainer is None or session.pair.torch.trainer is None:
         yield abstain("trajectory", "the pair declares no trainer")
         return
+    if session.not_finite:
+        names = ", ".join(session.not_finite)
+        yield abstain("trajectory", f"the gradient is not finite in either model, at {names}")
+        return
     exact: np.ndarray | None = None
+
+    @functools.cache
+    def moved(number: int) -> dict[str, float]:
+        sides = [_train(run, session, 0) for run in session.moved_runs[number]]
+        convert = session.weight_map.to_flax if number else dict
+        (ours, start), (theirs, final) = sides
+        gaps = _final_parameters(session, convert(start), convert(final))
+        return {"loss": max_abs(ours, theirs)} | {made.name: made.gap for made in gaps}
+
     for number, dtype in enumerate(session.dtypes):
         (flax, flax_final), (torch, torch_final) = (
             _train(run, session, 2 * number + side) for side, run in enumerate(session.runs(dtype))
         )
-        if dtype == "float64" and session.impurities:
-            yield abstain("float64", IMPURE)
-            exact = session.truth(flax, torch)
-            continue
         bound = session.float64_bound if dtype == "float64" else bounds.LOSS[dtype]
         curve = LossCurves(dtype, tuple(flax.tolist()), tuple(torch.tolist()), bound)
         session.plot_data.losses.append(curve)
@@ -42,18 +53,21 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
         noise, gap = None if exact is None else max_abs(torch, exact), max_abs(flax, torch)
         name = f"loss over {steps} steps"
         made = judge(name, dtype, "max_abs", gap, bound, steps, noise=noise, note=note)
-        yield made.at(step=first)
+        made = session.decided(made, lambda number: moved(number)["loss"])
+        yield made.at(step=0 if made.verdict is Verdict.PASS else first)
         if exact is None:
-            exact = torch
+            exact = flax if session.pair.torch.name in session.impurities else torch
             theirs = session.weight_map.to_flax(torch_final)
-            yield from _final_parameters(session, flax_final, theirs)
+            for made in _final_parameters(session, flax_final, theirs):
+                yield session.decided(made, lambda number, name=made.name: moved(number)[name])
 
 
 def _train(run: Runner, session: Session[Runner, Runner], number: int) -> tuple[np.ndarray, Leaves]:
     """Return the losses and final weights of a training; its number is for the progress."""
     trainer, losses = session.trainer(run, session.steps), np.empty(session.steps)
     for step in range(session.steps):
-        losses[step] = trainer.step(*session.pair.training_batch(step).inputs)
+        batch = session.pair.training_batch(step)
+        losses[step] = trainer.step(*batch.inputs, **batch.keywords)
         done = number + (step + 1) / session.steps
         session.progress(done / (2 * len(session.dtypes)))
     final = trainer.parameters()
@@ -91,7 +105,7 @@ def locate(session: "PairSession", records: list[Record]) -> Divergence | None:
         runs = *session.runs(bad.dtype), session.perturbed_run(bad.dtype)
         _, words = rounding_or_bug(
             [run.trainer(session.steps) for run in runs],
-            lambda step: session.pair.training_batch(step).inputs,
+            session.pair.training_batch,
             bad.step,
             runs[1].name,
         )
@@ -104,10 +118,10 @@ def _idle(session: "PairSession", dtype: str, last: int) -> str | None:
     idle = []
     for run in session.runs(dtype) if last else ():
         trainer = run.trainer(session.steps)
-        for step in range(last - 1):
-            trainer.step(*session.pair.training_batch(step).inputs)
-        before = trainer.parameters()
-        trainer.step(*session.pair.training_batch(last - 1).inputs)
+        for step in range(last):
+            before = trainer.parameters() if step == last - 1 else {}
+            batch = session.pair.training_batch(step)
+            trainer.step(*batch.inputs, **batch.keywords)
         after = trainer.parameters()
         if all(np.array_equal(before[name], after[name]) for name in after):
             idle.append(run.name)
@@ -115,20 +129,21 @@ def _idle(session: "PairSession", dtype: str, last: int) -> str | None:
 
 
 def rounding_or_bug(
-    trainers: Sequence[Trainer], inputs: Callable[[int], tuple], last: int, name: str
+    trainers: Sequence[Trainer], batch_of: Callable[[int], Batch], last: int, name: str
 ) -> tuple[bool, str]:
     """Tell chaos from a bug by a perturbed run: one twin from weights one rounding away.
 
     Args:
         trainers: of the two twins and of the second twin's perturbed run, none of them trained.
-        inputs: of a step, by its number from 0.
+        batch_of: a step's number, from 0, to its batch.
         last: the step, from 1, at which the gap of the twins is judged.
         name: of the second twin.
 
     Returns:
         Whether it is a bug, and a sentence on what was seen.
     """
-    losses = np.array([[x.step(*inputs(step)) for x in trainers] for step in range(last)])
+    batches = map(batch_of, range(last))
+    losses = np.array([[x.step(*b.inputs, **b.keywords) for x in trainers] for b in batches])
     gaps = np.abs(losses[:, 0] - losses[:, 1])
     before = float(np.max(gaps[:-1], initial=0.0))
     drift = float(np.max(np.abs(losses[:, 2] - losses[:, 1])))

@@ -11,12 +11,15 @@ from parity.frameworks.leaves import Arrays, Leaves, require_same
 
 def torch_leaves(module: torch.nn.Module) -> Leaves:
     """Return every parameter and persistent buffer of a module by its name."""
-    return {name: to_numpy(tensor) for name, tensor in module.state_dict().items()}
+    return {name: to_numpy(tensor) for name, tensor in _tensors(module).items()}
 
 
 def load_torch(module: torch.nn.Module, leaves: Arrays) -> None:
-    """Overwrite all parameters and persistent buffers; names, shapes and dtypes must be equal."""
-    tensors = module.state_dict()
+    """Overwrite all parameters and persistent buffers; names, shapes and dtypes must be equal.
+
+    Integers of another width are loaded as the module's own.
+    """
+    tensors = _tensors(module)
     # Only shapes and types, for a copy would be one more model in memory.
     blank = {x: np.broadcast_to(to_numpy(v.new_empty(())), v.shape) for x, v in tensors.items()}
     require_same("torch", blank, leaves)
@@ -26,8 +29,22 @@ def load_torch(module: torch.nn.Module, leaves: Arrays) -> None:
 
 
 def cast_torch(module: torch.nn.Module, dtype: str) -> torch.nn.Module:
-    """Copy a module into a float type, on the host."""
-    return copy.deepcopy(module).to("cpu", getattr(torch, dtype))
+    """Copy a module into a float type, on the host; what is complex stays so."""
+    real = getattr(torch, dtype)
+    imaginary = torch.complex128 if real is torch.float64 else torch.complex64
+
+    def changed(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_complex():
+            return tensor.to("cpu", imaginary)
+        return tensor.to("cpu", real if tensor.is_floating_point() else tensor.dtype)
+
+    return copy.deepcopy(module)._apply(changed)
+
+
+def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the state of a module without what is no tensor, the extra state of a module say."""
+    found = module.state_dict().items()
+    return {name: tensor for name, tensor in found if isinstance(tensor, torch.Tensor)}
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
@@ -37,7 +54,7 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 def numpy_view(tensor: torch.Tensor) -> np.ndarray:
     """Return the memory of a tensor on the host as an array of the same bits."""
-    tensor = tensor.detach()
+    tensor = tensor.detach().resolve_conj().resolve_neg()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
