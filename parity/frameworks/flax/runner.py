@@ -27,6 +27,7 @@ from parity.system.memory import is_large
 
 FlaxSpec = ModelSpec[nnx.Module, jax.Array]
 Result = TypeVar("Result")
+Tree = TypeVar("Tree")
 
 
 def is_trained(path: tuple[object, ...], variable: object) -> bool:
@@ -35,6 +36,11 @@ def is_trained(path: tuple[object, ...], variable: object) -> bool:
     return isinstance(variable, nnx.Param) and all(
         jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves
     )
+
+
+def conjugated(gradients: Tree) -> Tree:
+    """Return gradients as torch defines them for complex numbers: jax has their conjugates."""
+    return jax.tree.map(lambda x: x.conj() if jnp.iscomplexobj(x) else x, gradients)
 
 
 class _Program(Protocol):
@@ -121,7 +127,7 @@ class FlaxRunner:
                 f"{raised(error)}"
             ) from error
         with self._scope():
-            return float(loss), state_leaves(gradients)
+            return float(loss), conjugated(state_leaves(gradients))
 
     def forward_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward pass that are not in float64."""
