@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from parity.check import bounds
-from parity.check.causes.optimizer import Reading, Step, difference, read, shares
+from parity.check.causes.optimizer import Reading, Step, difference, explain_forms, read, shares
 from parity.check.levels.names import HORIZON, OPTIMIZER_STEPS
 from parity.check.metrics import largest, max_abs, ratio, relative_l2
 from parity.check.session import Session
@@ -224,14 +224,25 @@ def locate(session: "PairSession", records: list[Record]) -> Divergence | None:
 def _cause(session: "PairSession") -> str | None:
     """Describe how the two optimizers differ, each inferred from its own steps alone."""
     pair, (flax, torch) = session.pair, session.runs("float64")
-    readings = _reading(flax, pair, dict), _reading(torch, pair, session.weight_map.to_flax)
-    return difference(*readings, (flax.name, torch.name))
+    names = flax.name, torch.name
+    converted = (flax, dict), (torch, session.weight_map.to_flax)
+    flax_steps, torch_steps = (_steps_seen(run, pair, convert) for run, convert in converted)
+    if all(step.first and step.second for step in (*flax_steps, *torch_steps)):
+        readings = (
+            _reading(steps, run, pair, convert)
+            for steps, (run, convert) in zip((flax_steps, torch_steps), converted, strict=True)
+        )
+        if cause := difference(*readings, names):
+            return cause
+    return explain_forms(flax_steps, torch_steps, names)
 
 
-def _reading(run: LiveRunner[object], pair: Pair, convert: Callable[[Leaves], Leaves]) -> Reading:
-    """Infer one side's optimizer settings from its first steps."""
+def _steps_seen(
+    run: LiveRunner[object], pair: Pair, convert: Callable[[Leaves], Leaves]
+) -> list[Step]:
+    """Take the first steps of one side, with the gradient before each."""
     trainer, steps = run.trainer(HORIZON), []
-    start = before = trainer.parameters()
+    before = trainer.parameters()
     for index in range(OPTIMIZER_STEPS):
         batch = pair.training_batch(index)
         _, gradient = run.at(before).gradients(batch)
@@ -239,9 +250,17 @@ def _reading(run: LiveRunner[object], pair: Pair, convert: Callable[[Leaves], Le
         after, (first, second, _) = trainer.parameters(), trainer.moments()
         steps.append(Step.sampled(*map(convert, (before, after, first, second, gradient))))
         before = after
+    return steps
+
+
+def _reading(
+    steps: list[Step], run: LiveRunner[object], pair: Pair, convert: Callable[[Leaves], Leaves]
+) -> Reading:
+    """Infer one side's optimizer settings from its first steps."""
     reading = read(steps)
     # If the gradient of the full batch does not explain them, try gradients of its equal parts.
     if reading.betas is not None and reading.gradient is None:
+        start = run.trainer(HORIZON).parameters()
         for parts in filter(None, (_parts(pair.training_batch(0), num) for num in _PARTS)):
             gradients = [convert(run.at(start).gradients(part)[1]) for part in parts]
             if mixture := shares(steps[0].first, gradients):

@@ -29,8 +29,10 @@ from jax._src import callback, core, dtypes, literals, pjit, source_info_util
 from jax._src.array import ArrayImpl
 from jax._src.interpreters import partial_eval
 from jax._src.lax import lax
+from jax._src.numpy import array_constructors
 
 import parity
+from parity.frameworks.rounding import half_units, unrounded
 
 _F64, _C128 = np.dtype(np.float64), np.dtype(np.complex128)
 # Narrower types of floats, with the one that stands for each.
@@ -47,7 +49,6 @@ _DRAWN = {_F64: np.dtype(np.float32), _C128: np.dtype(np.complex64)}
 _BITWISE = ("bitcast_convert_type", "view")  # they read bits, whose number is the program's
 _CALLBACKS = ("pure_callback", "io_callback")  # their functions expect the types that they name
 _CASTS = ("astype", "convert_element_type", "asarray", "array", "")
-_MASK = 1e30  # a number that large is one to mask with
 _HELD = (ArrayImpl, int, literals.TypedNdArray, *literals.typed_scalar_types)
 
 Function = Callable[..., object]
@@ -58,27 +59,33 @@ class Log(Counter[str]):
 
     An operation is counted when it is traced. A constant was rounded before it is met: its last
     bits are those of its type. One that is exact, as a mask, is left out.
+
+    Args:
+        moves: constants by half a unit in the last place of their type, up or down at random: by
+            what rounding may have changed them. Round numbers stay.
     """
 
     # A context is known by its log.
     __hash__ = object.__hash__
     __eq__ = object.__eq__
 
-    def __init__(self) -> None:
+    def __init__(self, moves: bool = False) -> None:
         super().__init__()
-        self._constants: set[tuple[str, int]] = set()
+        self._moves, self._met = moves, set[tuple[str, int]]()
 
     def add(self, what: str) -> None:
         """Count an operation."""
         self[f"{what} at {user_line()}"] += 1
 
-    def add_constant(self, array: np.ndarray | jax.Array) -> None:
-        """Count a narrow array, once at each line, if it was rounded."""
-        words = f"{array.dtype} constant at {user_line()}"
-        if (words, id(array)) not in self._constants:
-            self._constants.add((words, id(array)))
-            if _is_rounded(np.asarray(array)):
+    def wide(self, array: np.ndarray) -> np.ndarray:
+        """Return a narrow array in its wide type, and count it once at each line, if rounded."""
+        step = half_units(array)
+        if step.any():
+            words = f"{array.dtype} constant at {user_line()}"
+            if (words, hash(array.tobytes())) not in self._met:
+                self._met.add((words, hash(array.tobytes())))
                 self[words] += 1
+        return unrounded(array) + step if self._moves else unrounded(array)
 
 
 _log = jax.make_user_context(None)
@@ -128,6 +135,9 @@ def _install() -> None:
         (dtypes, "check_and_canonicalize_user_dtype", _lift_requested),
         (dtypes, "default_int_dtype", _lift_default),
         (dtypes, "default_uint_dtype", _lift_default),
+        (array_constructors, "array", _lift_held),
+        (jnp, "array", _lift_held),
+        (lax, "_convert_element_type", _lift_held),
         (callback, "_check_shape_dtype", lambda original: lambda result: None),
         (partial_eval.DynamicJaxprTrace, "new_const", _lift_constant),
         (pjit, "_run_python_pjit", _lift_call),
@@ -160,13 +170,11 @@ def _in_lifted_threads(original: Function, replacement: Function) -> Function:
 
 
 def _lift_dtype(original: Function) -> Function:
+    """Widen the type that a value has."""
+
     def dtype(x: object) -> object:
         found = original(x)
-        if found not in WIDE:
-            return found
-        if isinstance(x, np.ndarray | np.generic) and not isinstance(x, literals.TypedNdArray):
-            _log.value.add_constant(x)
-        return WIDE[found]
+        return WIDE.get(found, found)
 
     return dtype
 
@@ -187,7 +195,9 @@ def _lift_explicit(original: Function) -> Function:
         found = original(dtype, fun_name)
         if fun_name in _BITWISE:
             return found
-        if found in WIDE and fun_name != "dtype":
+        if fun_name == "dtype":  # of a value, or a promotion of some
+            return WIDE.get(found, found)
+        if found in WIDE:
             _log.value.add(f"{found} {'cast' if fun_name in _CASTS else fun_name}")
         return _like_32_bits(found)
 
@@ -238,6 +248,16 @@ def _lift_constant(original: Function) -> Function:
         return original(trace, _widened(value), *others, **named)
 
     return constant
+
+
+def _lift_held(original: Function) -> Function:
+    """Widen a NumPy array on its way into jax."""
+
+    def held(value: object, *others: object, **named: object) -> object:
+        is_held = isinstance(value, np.ndarray | np.generic) and value.dtype in WIDE
+        return original(_widened(value) if is_held else value, *others, **named)
+
+    return held
 
 
 def _lift_call(original: Function) -> Function:
@@ -320,27 +340,18 @@ def _widened(x: object, bind: Function | None = None) -> object:
         return literals.TypedInt(x, np.dtype(np.int32)) if short.min <= x <= short.max else x
     if isinstance(x, literals.TypedFloat | literals.TypedComplex) and x.dtype in WIDE:
         return type(x)(x, WIDE[x.dtype])
-    if not isinstance(x, ArrayImpl | np.ndarray | np.generic):
-        return x
-    dtype = _like_32_bits(x.dtype) if isinstance(x, np.generic | np.ndarray) else WIDE.get(x.dtype)
     if isinstance(x, ArrayImpl | literals.TypedNdArray):
         dtype = WIDE.get(x.dtype)  # integers that jax made are as long as they have to be
-    if dtype is None or dtype == x.dtype:
+    elif isinstance(x, np.ndarray | np.generic):
+        dtype = WIDE.get(x.dtype) or _SHORT.get(x.dtype)
+    else:
         return x
-    if x.dtype in WIDE:
-        _log.value.add_constant(x)
-    wide = core.ShapedArray(x.shape, dtype, weak_type=dtypes.is_weakly_typed(x))
-    return literals.TypedNdArray(np.asarray(x).astype(dtype), wide)
-
-
-def _is_rounded(array: np.ndarray) -> bool:
-    """Whether some of an array's numbers are not the short decimals by which they print."""
-    if np.issubdtype(array.dtype, np.complexfloating):
-        array = np.stack([array.real, array.imag])
-    some = array.ravel()[:: 1 + array.size // 1000]
-    with np.errstate(invalid="ignore"):
-        some = some[np.abs(some) < _MASK]
-    return any(float(str(x)) != float(x) for x in some)
+    if dtype is None:
+        return x
+    held = np.asarray(x)
+    wide = _log.value.wide(held) if x.dtype in WIDE else held.astype(dtype)
+    aval = core.ShapedArray(x.shape, dtype, weak_type=dtypes.is_weakly_typed(x))
+    return literals.TypedNdArray(wide, aval)
 
 
 def user_line(at: source_info_util.Traceback | None = None) -> str:

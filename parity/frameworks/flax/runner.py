@@ -33,7 +33,7 @@ def is_trained(path: tuple[object, ...], variable: object) -> bool:
     """Whether a variable of a module is a parameter of floats or complex numbers."""
     leaves = jax.tree.leaves(variable)
     return isinstance(variable, nnx.Param) and all(
-        jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves
+        jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves
     )
 
 
@@ -77,8 +77,10 @@ class FlaxRunner:
         return other
 
     def moved(self) -> Self:
-        """Return itself: its programs hold no constant that was rounded when it was made."""
-        return self
+        """Return the same model with the constants that it holds in a narrow type moved."""
+        other = self.at(self._leaves)
+        other._log = None if self._log is None else Log(moves=True)
+        return other
 
     @property
     def module(self) -> nnx.Module:

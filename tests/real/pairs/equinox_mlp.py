@@ -45,12 +45,12 @@ class Adapter(nnx.Module):
     def __init__(self, module):
         arrays, self.static = eqx.partition(module, eqx.is_inexact_array)
         leaves, self.treedef = jax.tree.flatten_with_path(arrays)
-        self.weights = nnx.Dict(
-            {jax.tree_util.keystr(p, simple=True, separator="_"): nnx.Param(x) for p, x in leaves}
-        )
+        keys = (jax.tree_util.keystr(path, simple=True, separator="_") for path, _ in leaves)
+        self.names = tuple(keys)  # in the order of the tree: nnx sorts the keys of a Dict
+        self.weights = nnx.Dict(zip(self.names, (nnx.Param(x) for _, x in leaves), strict=True))
 
     def __call__(self, *inputs):
-        arrays = jax.tree.unflatten(self.treedef, [x[...] for x in self.weights.values()])
+        arrays = jax.tree.unflatten(self.treedef, [self.weights[name][...] for name in self.names])
         return jax.vmap(eqx.combine(arrays, self.static))(*map(jnp.asarray, inputs))
 
 
