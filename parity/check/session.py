@@ -13,7 +13,7 @@ from parity.check.null_gradients import NullDirections, null_leaves
 from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import Runner, Trainer
-from parity.frameworks.purity import Purity
+from parity.frameworks.purity import AGAIN, Purity
 from parity.pair.pair import Pair
 from parity.report.plot_data import PlotData
 from parity.report.record import IMPURE, Record, Verdict, abstain, judge
@@ -82,6 +82,10 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
             self.release()
             self._dtype = dtype
         return self._runs(dtype)
+
+    def perturbed_run(self, dtype: str, seed: int = 0, roundings: int = 1) -> Torch_co | None:
+        """Return the torch side from weights so many roundings away; None for a recording."""
+        return None
 
     def release(self) -> None:
         """Free the memory of all that can be loaded or computed again."""
@@ -154,7 +158,7 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         """
         if record.verdict is not Verdict.FAIL or record.dtype != "float64" or self.pair.pure:
             return record
-        moved = sum(map(noise, range(len(self.moved_runs))))
+        moved = sum(map(noise, range(len(self.moved_runs)))) if self._held else 0.0
         if record.bound is not None and moved > 0.0:
             note = f"rounding moves it by {moved:.0e}: {', '.join(self._held)}"
             bound = max(record.bound, bounds.HELD_CONSTANTS * moved)
@@ -200,7 +204,8 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
     def _held(self) -> list[str]:
         """Constants that a model holds in a narrow type."""
         parts = (*self.purity("forward").values(), *self.purity("gradient").values())
-        return list(dict.fromkeys(x for found in parts for x in found.lifted if " constant" in x))
+        words = dict.fromkeys(x for found in parts for x in found.lifted if " constant" in x)
+        return [x for x in words if not x.endswith(AGAIN)]
 
     @property
     def gradient_probe(self) -> Batch:

@@ -32,7 +32,9 @@ Result = TypeVar("Result")
 def is_trained(path: tuple[object, ...], variable: object) -> bool:
     """Whether a variable of a module is a parameter of floats or complex numbers."""
     leaves = jax.tree.leaves(variable)
-    return isinstance(variable, nnx.Param) and all(jnp.issubdtype(x, jnp.inexact) for x in leaves)
+    return isinstance(variable, nnx.Param) and all(
+        jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves
+    )
 
 
 class _Program(Protocol):

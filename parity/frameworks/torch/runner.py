@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from typing import Self, TypeVar, cast
 
@@ -57,6 +58,7 @@ class TorchRunner:
         self._moves = False
         self._loaded: torch.nn.Module | None = None
         self._held: Held | None = None
+        self._again: dict[str, int] = {}  # constants that are in float64 now
 
     def at(self, leaves: Arrays) -> Self:
         """Return the same model with other weights."""
@@ -165,7 +167,8 @@ class TorchRunner:
         if self._lifts:
             kept = module.state_dict().keys() - set(self._code_leaves)
             constants = self._spec.constants()
-            put_constants(module, {name: x for name, x in constants.items() if name not in kept})
+            constants = {name: x for name, x in constants.items() if name not in kept}
+            self._again = put_constants(module, constants)
         return module.to(self._device).eval()
 
     @property
@@ -182,7 +185,8 @@ class TorchRunner:
             return torch_purity(function, *args)
         with lifted(self._constants) as log:
             function(*args)
-        return log.purity
+        found = log.purity
+        return dataclasses.replace(found, lifted=found.lifted | self._again)
 
     def _loss_and_gradients(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss and its gradient by every parameter that is not frozen."""
