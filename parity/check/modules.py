@@ -136,8 +136,11 @@ def pair_of(
     scored = scored_leaves(sides, first)
     port, original = (x.handle.spec(x.module, x.use, y) for x, y in zip(sides, scored, strict=True))
 
+    half = _half_precision(torch_module, flax_module)
+
     def made(rules: Rules) -> Pair:
-        return Pair(port, original, rules, calls.probes, calls.training_batch, pure=False)
+        batches = calls.probes, calls.training_batch
+        return Pair(port, original, rules, *batches, pure=False, half=half)
 
     if rules == "auto":
         rules = infer_rules(torch_module, flax_module, lambda found: _output_gap(made(found)))
@@ -150,6 +153,14 @@ def pair_of(
         theirs = flax_leaves(PairSession(pair).build_flax())
         pair = dataclasses.replace(pair, leaves=resolve(rules, ours, theirs).to_flax(ours))
     return pair
+
+
+def _half_precision(torch_module: torch.nn.Module, flax_module: nnx.Module) -> str | None:
+    """Return the type of 16 bits that all float weights of one of the modules have, if one does."""
+    ours = {str(x.dtype).removeprefix("torch.") for x in torch_module.parameters()}
+    theirs = {str(x.dtype) for x in flax_leaves(flax_module).values() if x.dtype.kind not in "iub"}
+    found = (min(x) for x in (ours, theirs) if x and x <= {"bfloat16", "float16"})
+    return next(found, None)
 
 
 def _without_frozen(pair: Pair, sides: tuple[Side, Side], scored: list[list[str]]) -> Pair:
