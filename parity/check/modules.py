@@ -25,6 +25,7 @@ from parity.pair.pair import Pair
 from parity.report import Report
 from parity.system.devices import choose_devices
 from parity.system.import_target import in_a_line
+from parity.system.random_state import kept_random_state
 from parity.weights.infer import infer_rules
 from parity.weights.rules import Rules
 from parity.weights.weight_map import TransplantError, resolve
@@ -86,6 +87,7 @@ def check_pair(
     return check(pair, levels=levels, dtypes=dtypes, devices=devices, seed=seed, steps=steps)
 
 
+@kept_random_state()
 def pair_of(
     torch_module: torch.nn.Module,
     flax_module: nnx.Module,
@@ -133,6 +135,8 @@ def pair_of(
     )
     calls = as_inputs(inputs, seed, [Signature.of(side.module, side.use.call) for side in sides])
     first = next(iter(calls.probes.values()))
+    flax_side, torch_side = sides = sides[0].prepared(first), sides[1].prepared(first)
+    flax_module, torch_module = flax_side.module, torch_side.module
     scored = scored_leaves(sides, first)
     port, original = (x.handle.spec(x.module, x.use, y) for x, y in zip(sides, scored, strict=True))
 
@@ -142,12 +146,15 @@ def pair_of(
         batches = calls.probes, calls.training_batch
         return Pair(port, original, rules, *batches, pure=False, half=half)
 
+    is_file = rules != "auto" and not isinstance(rules, Rules)
     if rules == "auto":
         rules = infer_rules(torch_module, flax_module, lambda found: _output_gap(made(found)))
     elif not isinstance(rules, Rules):
         rules = Rules.load(Path(rules))
     rate = learning_rate(torch_module, torch.optimizer)
-    pair = _without_frozen(dataclasses.replace(made(rules), learning_rate=rate), sides, scored)
+    pair = _without_frozen(
+        dataclasses.replace(made(rules), learning_rate=rate), sides, scored, is_file
+    )
     if weights == "torch":
         ours = torch_leaves(original.build("float32"))
         theirs = flax_leaves(PairSession(pair).build_flax())
@@ -163,15 +170,19 @@ def _half_precision(torch_module: torch.nn.Module, flax_module: nnx.Module) -> s
     return next(found, None)
 
 
-def _without_frozen(pair: Pair, sides: tuple[Side, Side], scored: list[list[str]]) -> Pair:
+def _without_frozen(
+    pair: Pair, sides: tuple[Side, Side], scored: list[list[str]], is_file: bool
+) -> Pair:
     """Return the pair with what one side does not train frozen on the other too."""
     flax, torch = (side.handle.trained(side.module) for side in sides)
     frozen: list[tuple[str, ...]] = [(), ()]
     try:
         leaves = torch_leaves(sides[1].module), flax_leaves(sides[0].module)
         links = resolve(pair.rules, *leaves).links
-    except TransplantError:  # which the level of the weights reports
-        return pair
+    except TransplantError:
+        if is_file:
+            raise
+        return pair  # the level of the weights reports it
     for link in links:
         moves = bool(flax & {*link.flax}), bool(torch & {*link.torch})
         if moves[0] != moves[1]:

@@ -287,7 +287,13 @@ class Comparison:
         return scale_of(truth) if self._session.pair.pure or not size else size
 
     def _rounded(self, dtype: str, leaf: Leaf, kept: np.ndarray, centre: np.ndarray) -> np.ndarray:
-        """Return how far perturbed runs in a dtype are from each of these numbers."""
+        """Return how far perturbed runs in a dtype are from each of these numbers.
+
+        In float64 that is from those of the same model, for the other may be wrong.
+        """
+        if dtype == "float64":
+            own = _of_leaf(self._perturbed(dtype, dtype, 0)[0], leaf)
+            centre = own[kept].reshape(centre.shape) if own.shape == kept.shape else centre
         return self._farthest(self._perturbed(dtype, dtype, _ROUNDINGS), leaf, kept, centre)
 
     def _noise(self, leaf: Leaf, kept: np.ndarray, jumps: np.ndarray, truth: np.ndarray) -> float:
@@ -302,7 +308,7 @@ class Comparison:
     ) -> np.ndarray:
         far = np.zeros(centre.shape)
         for outputs in runs:
-            found = _reals(outputs.get(leaf.torch_path, outputs.get(leaf.flax_path, _NONE)))
+            found = _of_leaf(outputs, leaf)
             if found.shape == kept.shape:
                 apart = abs(found[kept].reshape(centre.shape).astype(np.float64) - centre)
                 far = np.maximum(far, np.nan_to_num(apart))
@@ -312,7 +318,7 @@ class Comparison:
         run = self._session.perturbed_outputs
         return [
             run(self._batch, rounded, computed, number, roundings)
-            for number in range(_PERTURBED_RUNS)
+            for number in range(_PERTURBED_RUNS if roundings else 1)
         ]
 
     def _gap_moved(self, leaf: Leaf, number: int) -> float:
@@ -323,6 +329,10 @@ class Comparison:
     def _moved_outputs(self, number: int) -> list[Outputs]:
         runs = self._session.moved_runs[number]
         return [self._batch.select(run.outputs(self._batch)) for run in runs]
+
+
+def _of_leaf(outputs: Outputs, leaf: Leaf) -> np.ndarray:
+    return _reals(outputs.get(leaf.torch_path, outputs.get(leaf.flax_path, _NONE)))
 
 
 def _is_float(*arrays: np.ndarray) -> bool:

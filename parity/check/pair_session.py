@@ -85,9 +85,9 @@ class PairSession(Session[FlaxRunner, TorchRunner]):
             self._torch_runner(self.torch_leaves, dtype),
         )
 
-    def perturbed_run(self, dtype: str) -> TorchRunner:
-        """Return the torch side from weights one rounding away: what rounding alone does to it."""
-        leaves = neighbours(cast(self.torch_leaves, dtype), self.seed)
+    def perturbed_run(self, dtype: str, seed: int = 0, roundings: int = 1) -> TorchRunner:
+        """Return the torch side from weights some roundings away: what rounding does to it."""
+        leaves = neighbours(cast(self.torch_leaves, dtype), self.seed + seed, roundings)
         return self._torch_runner(leaves, dtype)
 
     def perturbed_outputs(

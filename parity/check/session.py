@@ -83,6 +83,10 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
             self._dtype = dtype
         return self._runs(dtype)
 
+    def perturbed_run(self, dtype: str, seed: int = 0, roundings: int = 1) -> Torch_co | None:
+        """Return the torch side from weights so many roundings away; None for a recording."""
+        return None
+
     def release(self) -> None:
         """Free the memory of all that can be loaded or computed again."""
         self.gradients.cache_clear()

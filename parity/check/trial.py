@@ -1,7 +1,8 @@
 """One call of both modules before a check: a module that cannot be called is refused in a line."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Self, TypeVar
 
 import numpy as np
 
@@ -10,8 +11,12 @@ from parity.frameworks.batch import Argument, Batch, Outputs
 from parity.frameworks.capture import leaves_of
 from parity.frameworks.default_call import Signature
 from parity.frameworks.handle import Handle
+from parity.frameworks.protocols import Unusable
 from parity.frameworks.spec import ModuleUse
 from parity.system.import_target import raised
+from parity.system.random_state import kept_random_state
+
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +33,22 @@ class Side:
         Raises:
             ValueError: for a module that raises, with what was tried and the line to write.
         """
+        return self._run(
+            batch, lambda: self.handle.tried(self.handle.spec(self.module, self.use), batch)
+        )
+
+    def prepared(self, batch: Batch) -> Self:
+        """Return the side with a module that can be checked; raises as `outputs`."""
+        module = self._run(batch, lambda: self.handle.prepared(self.module, self.use, batch))
+        return dataclasses.replace(self, module=module)
+
+    def _run(self, batch: Batch, call: Callable[[], Result]) -> Result:
         try:
-            return self.handle.tried(self.handle.spec(self.module, self.use), batch)
+            with kept_random_state():
+                return call()
+        except Unusable as error:
+            about = f"{self.handle.NAME}: {type(self.module).__name__}"
+            raise ValueError(f"{about}: {error}.") from error
         except Exception as error:
             name, call = self.handle.NAME, self.use.call
             called = type(self.module).__name__ if call is None else f"the call of {name}"

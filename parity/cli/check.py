@@ -24,6 +24,7 @@ from parity.cli.record import build_module, called_by, only_one
 from parity.system.memory import return_freed_memory_at_once
 from parity.system.programs import keep_programs
 from parity.system.progress import interruptible, shown
+from parity.system.random_state import kept_random_state
 from parity.twins.names import PRESETS
 
 if TYPE_CHECKING:
@@ -218,6 +219,7 @@ def _refuse_part_of_pair(own: Mapping[str, str | None], rules: str) -> None:
         raise ValueError(f"--rules {rules}: no such file. Give a rules file, or auto.")
 
 
+@kept_random_state()
 def _own_pair(
     own: Mapping[str, str | None], calls: Mapping[str, str | None], rules: str, seed: int
 ) -> "Pair":

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator
 import numpy as np
 
 from parity.frameworks.leaves import Arrays, Leaves
+from parity.system.import_target import closest
 from parity.weights.layouts import Link, Shapes
 from parity.weights.rules import Rules
 
@@ -87,7 +88,8 @@ def resolve(rules: Rules, torch_leaves: Arrays, flax_leaves: Arrays) -> WeightMa
     by_rule = [(rule, list(rule.links(mapped))) for rule in rules.rules]
     found = [link for _, links in by_rule for link in links]
     uses = Counter(name for link in found for name in link.torch)
-    problems = [f"no rule for torch leaf {name}" for name in mapped if not uses[name]]
+    unmapped = [name for name in mapped if not uses[name]]
+    problems = [f"no rule for torch leaf {name}" for name in unmapped]
     problems += [f"{uses[name]} rules for torch leaf {name}" for name in mapped if uses[name] > 1]
     links: list[Link] = []
     for link in found:
@@ -103,7 +105,7 @@ def resolve(rules: Rules, torch_leaves: Arrays, flax_leaves: Arrays) -> WeightMa
     ]
     problems += [f"no torch leaf for flax leaf {name}" for name in flax_leaves if not taken[name]]
     unused = [rule for rule, of_rule in by_rule if not rule.optional and not of_rule]
-    problems += [f"rule {rule} matches nothing" for rule in unused]
+    problems += [f"rule {x} matches nothing{closest(x.torch, unmapped)}" for x in unused]
     for alias, original in aliases.items():
         if original not in torch_leaves:
             problems.append(f"torch leaf {alias} is tied to {original}, which does not exist")

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen, nnx
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from parity.frameworks import default_call
 from parity.frameworks.batch import Argument, Batch, Outputs
@@ -21,7 +22,7 @@ from parity.frameworks.flax.leaves import StaticCasts, cast_flax, flax_leaves, s
 from parity.frameworks.flax.runner import FlaxRunner, FlaxSpec, is_trained
 from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import Arrays, Leaves, dotted
-from parity.frameworks.protocols import Moments, NotCompared
+from parity.frameworks.protocols import Moments, NotCompared, Unusable
 from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
 
 NAME, MODULE = "flax", nnx.Module
@@ -223,23 +224,56 @@ def seeded(seed: int, build: Callable[[], Built]) -> Built:
     return build()
 
 
+def prepared(module: nnx.Module, use: FlaxUse, batch: Batch) -> nnx.Module:
+    """Return a module that can be checked: its linen parts, which are lazy, have variables."""
+    if not any(map(_is_empty_bridge, dict(nnx.iter_modules(module)).values())):
+        return module
+    module = nnx.clone(module)
+    call = arguments(batch.inputs, batch.keywords, "float32")
+    for _, part in nnx.iter_modules(module):
+        if _is_empty_bridge(part):
+            part._pytree__state._initializing = True
+    spec(module, use).forward(module, *call.inputs, **call.keywords)
+    for _, part in nnx.iter_modules(module):
+        part._pytree__state._initializing = False
+    return module
+
+
+def _is_empty_bridge(module: nnx.Module) -> bool:
+    names = (name for name in vars(module) if not name.startswith(("_pytree__", "to_nnx__")))
+    return isinstance(module, nnx.bridge.ToNNX) and not any(names)
+
+
 def tried(spec: FlaxSpec, batch: Batch) -> tuple[Outputs, set[str]]:
-    """Return an output of the shapes and types of a model's, and the paths of its own arrays."""
+    """Return an output of the shapes and types of a model's, and the paths of its own arrays.
+
+    Raises:
+        Unusable: for a model whose outputs are random.
+    """
     with jax_scope("float32", jax.devices("cpu")[0]):
         model = spec.build("float32")
         model.eval()
         call = arguments(batch.inputs, batch.keywords, "float32")
-        graphdef, state = nnx.split(model)
+        graphdef, streams, state = nnx.split(model, nnx.RngState, ...)
 
-        def forward(state: nnx.State, call: Arguments) -> object:
+        def forward(streams: nnx.State, state: nnx.State, call: Arguments) -> object:
             return spec.forward(
-                nnx.merge(graphdef, state, copy=True), *call.inputs, **call.keywords
+                nnx.merge(graphdef, streams, state, copy=True), *call.inputs, **call.keywords
             )
 
         try:
-            returned = jax.eval_shape(returning_leaves(forward), state, call)
+            jaxpr, returned = jax.make_jaxpr(returning_leaves(forward), return_shape=True)(
+                streams, state, call
+            )
         except jax.errors.JAXTypeError:  # it looks at numbers
-            returned = returning_leaves(forward)(state, call)
+            returned = returning_leaves(forward)(streams, state, call)
+        else:
+            _, used = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+            if any(used[: len(jax.tree.leaves(streams))]):
+                raise Unusable(
+                    "its outputs depend on its random streams. What is compared must be a "
+                    "function. Turn dropout and the like off in evaluation"
+                )
         return returned.outputs(), set(returned.derived)
 
 
@@ -270,7 +304,7 @@ def initial_leaves(spec: FlaxSpec, dtype: str) -> Leaves:
 
 def trained(module: nnx.Module) -> set[str]:
     """Return the names of the leaves that training moves by their gradient."""
-    return {dotted(path) for path, _ in nnx.to_flat_state(nnx.state(module, is_trained))}
+    return set(state_leaves(nnx.state(module, is_trained)))
 
 
 def code_leaves(module: nnx.Module) -> tuple[str, ...]:

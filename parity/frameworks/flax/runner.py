@@ -31,8 +31,8 @@ Result = TypeVar("Result")
 
 def is_trained(path: tuple[object, ...], variable: object) -> bool:
     """Whether a variable of a module is a parameter of floats or complex numbers."""
-    leaves = jax.tree.leaves(variable)
-    return isinstance(variable, nnx.Param) and all(jnp.issubdtype(x, jnp.inexact) for x in leaves)
+    types = [getattr(x, "dtype", type(x)) for x in jax.tree.leaves(variable)]
+    return isinstance(variable, nnx.Param) and all(jnp.issubdtype(x, jnp.inexact) for x in types)
 
 
 class _Program(Protocol):
@@ -127,7 +127,10 @@ class FlaxRunner:
 
     def gradient_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward and backward pass that are not in float64."""
-        return self._purity(self._loss_and_gradients, batch)
+        try:
+            return self._purity(self._loss_and_gradients, batch)
+        except NotCompared:  # there is no loss
+            return self.forward_purity(batch)
 
     def traces(self, batch: Batch, on_trace: OnTrace) -> None:
         """Pass inputs and output of every module in a forward pass to `on_trace`."""
