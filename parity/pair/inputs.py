@@ -44,7 +44,7 @@ def as_inputs(given: object, seed: int = 0, signatures: Sequence[Signature] = ()
         found = given(np.random.default_rng((seed, *path))) if takes_generator else given()
         return _named(found, names)
 
-    probes = {}
+    probes: dict[str, Batch] = {}
     for number in range(_DRAWS if takes_generator else 1):
         extra = f", draw {number + 1}" if number else ""
         probes |= {name + extra: batch for name, batch in drawn(0, number).items()}
@@ -56,8 +56,9 @@ def as_inputs(given: object, seed: int = 0, signatures: Sequence[Signature] = ()
 
 def _named(given: object, names: Set[str]) -> dict[str, Batch]:
     """Return one or more calls, by name."""
-    is_one = not isinstance(given, Mapping) or _are_keywords(given, names)
-    calls = {"inputs": given} if is_one else given
+    calls: Mapping[str, object] = {"inputs": given}
+    if isinstance(given, Mapping) and not _are_keywords(given, names):
+        calls = given
     if not calls:
         raise ValueError("inputs: none. A check needs at least one call. Give arrays.")
     return {str(name): _batch(str(name), call, names) for name, call in calls.items()}
