@@ -31,10 +31,8 @@ Result = TypeVar("Result")
 
 def is_trained(path: tuple[object, ...], variable: object) -> bool:
     """Whether a variable of a module is a parameter of floats or complex numbers."""
-    leaves = jax.tree.leaves(variable)
-    return isinstance(variable, nnx.Param) and all(
-        jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves
-    )
+    types = [getattr(x, "dtype", type(x)) for x in jax.tree.leaves(variable)]
+    return isinstance(variable, nnx.Param) and all(jnp.issubdtype(x, jnp.inexact) for x in types)
 
 
 class _Program(Protocol):
