@@ -12,15 +12,13 @@ from parity.check.check import check
 from parity.check.levels.names import DTYPES, LEVELS
 from parity.check.outputs import output_gap
 from parity.check.pair_session import PairSession
-from parity.check.trial import Side, scored_leaves
-from parity.frameworks.default_call import Signature
+from parity.check.trial import Side, called
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.flax.module import FlaxUse
 from parity.frameworks.handle import handle
 from parity.frameworks.spec import BY_DEFAULT
 from parity.frameworks.torch.leaves import torch_leaves
 from parity.frameworks.torch.module import TorchUse, learning_rate
-from parity.pair.inputs import as_inputs
 from parity.pair.pair import Pair
 from parity.report import Report
 from parity.system.devices import choose_devices
@@ -133,11 +131,8 @@ def pair_of(
         Side(handle("flax"), flax_module, flax),
         Side(handle("torch"), torch_module, torch),
     )
-    calls = as_inputs(inputs, seed, [Signature.of(side.module, side.use.call) for side in sides])
-    first = next(iter(calls.probes.values()))
-    flax_side, torch_side = sides = sides[0].prepared(first), sides[1].prepared(first)
-    flax_module, torch_module = flax_side.module, torch_side.module
-    scored = scored_leaves(sides, first)
+    calls, sides, scored = called(sides, inputs, seed)
+    flax_module, torch_module = (side.module for side in sides)
     port, original = (x.handle.spec(x.module, x.use, y) for x, y in zip(sides, scored, strict=True))
 
     half = _half_precision(torch_module, flax_module)
