@@ -56,7 +56,7 @@ def torch_leaf(module: torch.nn.Module, name: str) -> Leaf | None:
     """Describe a leaf of a module; None for a count or a mask, which is no weight."""
     tensor = module.state_dict()[name]
     shape = tuple(tensor.shape)
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() and not tensor.is_complex():
         return None
     part = ""
     if isinstance(module, torch.nn.MultiheadAttention) and name.startswith("in_proj"):

@@ -113,7 +113,7 @@ class TorchTrainer:
         self._optimizer = optimizer(list(module.parameters()))
         _require_plain_steps(self._optimizer)
         first = next(module.parameters())
-        self._dtype, self._device = str(first.dtype).removeprefix("torch."), first.device
+        self._dtype, self._device = str(first.dtype.to_real()).removeprefix("torch."), first.device
 
     def step(self, *inputs: Argument, **keywords: Argument) -> float:
         """Take one optimizer step and return the loss before it."""
@@ -208,6 +208,11 @@ def prepared(module: torch.nn.Module, use: TorchUse, batch: Batch) -> torch.nn.M
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             spec(module, use).forward(module, *inputs, **keywords)
     for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise Unusable(
+                f"{name or 'it'} is scripted. Once cast to float64, a script still has gradients "
+                "in float32. Give the module before it is scripted or traced"
+            )
         if type(part).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
             raise Unusable(
                 f"{name or 'it'} is quantized. Floats are compared. Give the model before it is "
