@@ -11,7 +11,7 @@ import torch
 from flax import nnx
 
 from parity.frameworks.torch.leaves import from_numpy, to_numpy
-from parity.weights.layouts import Layout, Shape, joined_shape
+from parity.weights.layouts import Layout, Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,3 +186,24 @@ def _on_arrays(function: Callable[[torch.Tensor], torch.Tensor], parameter: torc
 def _convolve(x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
     function = getattr(torch.nn.functional, _CONVOLUTIONS[weight.ndim])
     return function(x.movedim(-1, 1), weight, groups=groups).movedim(1, -1)
+
+
+def joined_shape(shape: Shape, layout: Layout, framework: str) -> Shape:
+    """Return the shape in flax's order of axes with all heads in one, outputs last."""
+    if framework == "torch":
+        window = shape[2:]
+        match layout:
+            case Layout.TRANSPOSED:
+                return shape[::-1]
+            case Layout.CONV | Layout.CONV_TRANSPOSE_KERNEL:
+                return (*window, shape[1], shape[0])
+            case Layout.CONV_TRANSPOSE:
+                return (*window, shape[0], shape[1])
+    match layout:
+        case Layout.HEADS_OUT:
+            return shape[0], shape[1] * shape[2]
+        case Layout.HEADS_IN:
+            return shape[0] * shape[1], shape[2]
+        case Layout.FLAT:
+            return (shape[0] * shape[1],)
+    return shape

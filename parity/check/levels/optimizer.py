@@ -82,6 +82,9 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
     if session.pair.flax.trainer is None or session.pair.torch.trainer is None:
         yield abstain("optimizer", "the pair declares no trainer")
         return
+    if reason := session.weight_map.trained_apart:
+        yield abstain("optimizer", reason)
+        return
     exact: list[_Step] = []
     for number, dtype in enumerate(session.dtypes):
         flax_steps, torch_steps = _steps(session, dtype)
@@ -125,7 +128,10 @@ def _compared(
 def _steps(session: Session[Runner, Runner], dtype: str) -> tuple[list[_Step], list[_Step]]:
     """Take the steps of both sides, one after the other."""
     (flax, torch), limit = session.runs(dtype), SAMPLE_LARGE if session.is_large else SAMPLE
-    ours = _steps_of(session.trainer(flax, HORIZON), session.pair, dict.items, limit)
+    mapped = session.weight_map.mapped
+    ours = _steps_of(
+        session.trainer(flax, HORIZON), session.pair, lambda x: mapped(x).items(), limit
+    )
     leaves = session.weight_map.flax_leaves
     return ours, _steps_of(session.trainer(torch, HORIZON), session.pair, leaves, limit)
 
@@ -183,7 +189,8 @@ def locate(session: "PairSession", records: list[Record]) -> Divergence | None:
 def _cause(session: "PairSession") -> str | None:
     """Describe how the two optimizers differ, each inferred from its own steps alone."""
     pair, (flax, torch) = session.pair, session.runs("float64")
-    readings = _reading(flax, pair, dict), _reading(torch, pair, session.weight_map.to_flax)
+    mapped = session.weight_map.mapped
+    readings = _reading(flax, pair, mapped), _reading(torch, pair, session.weight_map.to_flax)
     return difference(*readings, (flax.name, torch.name))
 
 

@@ -24,6 +24,9 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
     if session.pair.flax.trainer is None or session.pair.torch.trainer is None:
         yield abstain("trajectory", "the pair declares no trainer")
         return
+    if reason := session.weight_map.trained_apart:
+        yield abstain("trajectory", reason)
+        return
     exact: np.ndarray | None = None
     for number, dtype in enumerate(session.dtypes):
         (flax, flax_final), (torch, torch_final) = (
@@ -46,7 +49,8 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
         if exact is None:
             exact = torch
             theirs = session.weight_map.to_flax(torch_final)
-            yield from _final_parameters(session, flax_final, theirs)
+            ours = session.weight_map.mapped(flax_final)
+            yield from _final_parameters(session, ours, theirs)
 
 
 def _train(run: Runner, session: Session[Runner, Runner], number: int) -> tuple[np.ndarray, Leaves]:

@@ -35,8 +35,9 @@ def _round_trips(session: PairSession) -> Iterator[Record]:
     start = session.flax_leaves
     load_torch(torch_model, session.torch_leaves)
     there = torch_leaves(torch_model)
+    kept = {name: start[name] for name in session.weight_map.flax_ignored}
     with jax_scope("float32", session.devices.flax):
-        load_flax(flax_model, session.weight_map.to_flax(there))
+        load_flax(flax_model, session.weight_map.to_flax(there) | kept)
     back = flax_leaves(flax_model)
     bits = sum(different_bits(start[name], back[name]) for name in start)
     size = sum(leaf.size for leaf in start.values())

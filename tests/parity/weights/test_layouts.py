@@ -93,7 +93,7 @@ def test_rules_are_what_their_file_says(tmp_path):
 @pytest.mark.parametrize("text, complaint", [
     ("[[rule]]\ntorch = 3", "a rule without torch"),
     ('[[rule]]\ntorch = "a.*"\nflax = "b"', "have 1 and 0 stars"),
-    ('[[rule]]\ntorch = "a"\nflax = "b"\nlayout = "odd"', "'odd' is not a valid Layout"),
+    ('[[rule]]\ntorch = "a"\nflax = "b"\nlayout = "odd"', "layout 'odd': no layout"),
     ('[[rule]]\ntorch = "a"\nflax = "b"\nshape = 3', "unexpected keyword argument 'shape'"),
     ("rule = ", "A rules file is TOML"),
     ('[[tie]]\nalias = "a"', "'original'"),
