@@ -19,7 +19,6 @@ see `Layout`.
 import dataclasses
 import enum
 import functools
-import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -85,11 +84,7 @@ class Axes:
     @classmethod
     @functools.cache
     def read(cls, layout: str, heads: int = 1) -> "Axes":
-        """Read a layout.
-
-        Raises:
-            ValueError: for a layout that is none, in a line.
-        """
+        """Return the axes that a layout names; a ValueError for a text that is none."""
         text = _NAMED.get(layout, layout)
         sides = text.split("->")
         if len(sides) != 2:
@@ -208,13 +203,11 @@ class Link:
         return self._moved("torch", "flax", leaves, shapes)
 
     def misfits(self, torch: Arrays, flax: Arrays) -> list[str]:
-        """Describe what keeps the link from working: dtypes, axes or shapes.
-
-        Integers and booleans are numbers, whatever their width.
-        """
+        """Describe what keeps the link from working: dtypes, axes or shapes."""
         leaves, parts = [torch[x] for x in self.torch], [flax[x] for x in self.flax]
         ours, theirs = (_listed(x) for x in (self.torch, self.flax))
         noun = "torch leaf" if len(leaves) == 1 else "torch leaves"
+        # Integers and booleans are numbers, whatever their width.
         kinds = {x.dtype if x.dtype.kind not in "iub" else None for x in (*leaves, *parts)}
         if len(kinds) > 1:
             return [f"{noun} {ours} is {leaves[0].dtype}, flax {theirs} is {parts[0].dtype}"]

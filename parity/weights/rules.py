@@ -261,14 +261,11 @@ def _filled(
     """Return the names that a pattern stands for, its stars and brackets replaced."""
     left = iter(stars)
     pattern = re.sub(r"\*", lambda _: next(left), pattern)
-    own = [stack for stack in stacks if f"[{stack}]" in pattern]
-    return tuple(
-        name
-        for numbers in itertools.product(*(stacks[stack] for stack in own))
-        for name in _alternatives(
-            _STACK.sub(lambda found: dict(zip(own, numbers, strict=True))[found[1]], pattern)
-        )
-    )
+    patterns = [pattern]
+    for stack, numbers in stacks.items():
+        if f"[{stack}]" in pattern:
+            patterns = [x.replace(f"[{stack}]", number) for x in patterns for number in numbers]
+    return tuple(name for x in patterns for name in _alternatives(x))
 
 
 def _alternatives(name: str) -> Iterator[str]:
