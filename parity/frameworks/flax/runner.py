@@ -16,10 +16,12 @@ from parity.frameworks.flax.capture import backward_flax, capture_flax
 from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
 from parity.frameworks.flax.purity import flax_purity
 from parity.frameworks.flax.scope import Scoped, jax_scope
+from parity.frameworks.flax.uses import flax_uses
 from parity.frameworks.leaves import Arrays, CastLater, Leaves, cast_array
 from parity.frameworks.protocols import Decoder, Trainer
 from parity.frameworks.purity import Purity
 from parity.frameworks.spec import ModelSpec
+from parity.frameworks.uses import Uses
 from parity.system.memory import is_large
 
 FlaxSpec = ModelSpec[nnx.Module, jax.Array]
@@ -103,6 +105,12 @@ class FlaxRunner:
         with self._scope(), jax.default_matmul_precision("highest"):
             arrays = self._arrays(batch)
             capture_flax(self.module, lambda: self._spec.forward(self.module, *arrays), on_trace)
+
+    def uses(self, batch: Batch) -> Uses:
+        """Return how a forward pass uses each leaf."""
+        with self._scope():
+            arrays = self._arrays(batch)
+            return flax_uses(self.module, lambda module: self._spec.forward(module, *arrays))
 
     def backward(self, batch: Batch) -> list[Backward]:
         """Return the gradients of the loss at every module's calls, last call first."""

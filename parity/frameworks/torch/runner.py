@@ -16,6 +16,8 @@ from parity.frameworks.spec import ModelSpec
 from parity.frameworks.torch.capture import backward_torch, capture_torch
 from parity.frameworks.torch.leaves import from_numpy, load_torch, to_numpy, torch_leaves
 from parity.frameworks.torch.purity import torch_purity
+from parity.frameworks.torch.uses import torch_uses
+from parity.frameworks.uses import Uses
 
 TorchSpec = ModelSpec[torch.nn.Module, torch.Tensor]
 
@@ -78,6 +80,11 @@ class TorchRunner:
         """Pass inputs and output of every module in a forward pass to `on_trace`."""
         arrays = self.arrays(batch)
         capture_torch(self.module, lambda: self._spec.forward(self.module, *arrays), on_trace)
+
+    def uses(self, batch: Batch) -> Uses:
+        """Return how a forward pass uses each leaf."""
+        arrays = self.arrays(batch)
+        return torch_uses(self.module, lambda: self._spec.forward(self.module, *arrays))
 
     def backward(self, batch: Batch) -> list[Backward]:
         """Return the gradients of the loss at every module's calls, last call first."""
