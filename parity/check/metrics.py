@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from parity.frameworks.leaves import Leaves
+from parity.frameworks.leaves import Leaves, real_view
 
 
 def largest(values: Mapping[str, float]) -> str:
@@ -51,7 +51,7 @@ def rms_error(a: np.ndarray, b: np.ndarray) -> float:
     if a.shape != b.shape:
         return math.inf
     with np.errstate(invalid="ignore"):
-        return float(np.sqrt(np.mean((_wide(a) - _wide(b)) ** 2))) if a.size else 0.0
+        return float(np.sqrt(np.mean(np.abs(_wide(a) - _wide(b)) ** 2))) if a.size else 0.0
 
 
 def relative_l2(a: np.ndarray, b: np.ndarray) -> float:
@@ -65,9 +65,12 @@ def relative_l2(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def different_bits(a: np.ndarray, b: np.ndarray) -> int:
-    """Count the elements whose bytes differ, so that NaN equals itself and 0 is not -0."""
+    """Count the elements whose bytes differ, so that NaN equals itself; integers as numbers."""
+    if a.shape == b.shape and a.dtype.kind in "iub" and b.dtype.kind in "iub":
+        return int(np.count_nonzero(a != b))
     if a.shape != b.shape or a.dtype != b.dtype:
         return max(a.size, b.size, 1)
+    a, b = real_view(a), real_view(b)
     words = f"u{a.dtype.itemsize}"
     bits_a, bits_b = np.ascontiguousarray(a).view(words), np.ascontiguousarray(b).view(words)
     return int(np.count_nonzero(bits_a != bits_b))
@@ -79,12 +82,12 @@ def error_ratio(a: np.ndarray, b: np.ndarray, truth: np.ndarray) -> float:
     Errors below the rounding of `truth` to the narrower dtype count as that rounding, because a
     ratio of two numbers that are both exact says nothing.
     """
-    floor = float(np.finfo(a.dtype).eps) * float(np.sqrt(np.mean(_wide(truth) ** 2)))
+    floor = float(np.finfo(a.dtype).eps) * rms_error(truth, np.zeros_like(truth))
     return ratio(rms_error(a, truth), rms_error(b, truth), floor)
 
 
 def _wide(array: np.ndarray) -> np.ndarray:
-    return np.asarray(array, np.float64)
+    return np.asarray(array, np.complex128 if array.dtype.kind == "c" else np.float64)
 
 
 def along_ones(array: np.ndarray, axis: int) -> np.ndarray:
@@ -94,4 +97,5 @@ def along_ones(array: np.ndarray, axis: int) -> np.ndarray:
 
 def gradient_norm(gradients: Leaves) -> float:
     """Return the Euclidean norm of a whole gradient."""
-    return float(np.sqrt(sum(np.sum(np.square(g, dtype=np.float64)) for g in gradients.values())))
+    squares = (np.sum(np.square(real_view(g), dtype=np.float64)) for g in gradients.values())
+    return float(np.sqrt(sum(squares)))

@@ -1,8 +1,8 @@
 """The frameworks' own layers: how their leaves lie, and what each leaf does alone."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from flax import nnx
 
+from parity.frameworks.flax.leaves import find_leaf
 from parity.frameworks.torch.leaves import from_numpy, to_numpy
 from parity.weights.layouts import Layout, Shape
 
@@ -78,11 +79,14 @@ def torch_leaf(module: torch.nn.Module, name: str) -> Leaf | None:
 
 def flax_leaf(module: nnx.Module, name: str) -> Leaf:
     """Describe a leaf of a module."""
-    variable = getattr(module, name) if not isinstance(module, nnx.List) else module[int(name)]
-    shape = tuple(variable[...].shape)
-    kind, role = _kind(module), _FLAX_ROLES.get(name, name)
+    found = find_leaf(module, name)
+    shape = found.array.shape
+    role = name.rpartition(".")[2] if isinstance(module, nnx.bridge.ToNNX) else name
+    kind, role = _kind(module) or _linen_kind(module, name), _FLAX_ROLES.get(role, role)
     if not kind or role not in ("weight", "bias", "mean", "var"):
-        loose = "parameter" if isinstance(variable, nnx.Param) else "buffer"
+        # The scales of a weight norm are trained although they are plain arrays.
+        is_parameter = isinstance(found.variable, nnx.Param) or isinstance(module, nnx.WeightNorm)
+        loose = "parameter" if is_parameter else "buffer"
         return Leaf(loose, "weight", Layout.SAME, shape)
     layout = Layout.SAME
     if isinstance(module, nnx.LinearGeneral) and len(shape) == 3 and role == "weight":
@@ -153,11 +157,8 @@ def flax_input(module: nnx.Module, rng: np.random.Generator) -> np.ndarray:
 
 def flax_owner(module: nnx.Module, leaf: str) -> tuple[nnx.Module, str]:
     """Return the module that owns a leaf, and the leaf's name in it."""
-    *path, name = leaf.split(".")
-    owner: Any = module
-    for step in path:
-        owner = owner[int(step)] if step.isdigit() else getattr(owner, step)
-    return owner, name
+    found = find_leaf(module, leaf)
+    return found.owner, found.name
 
 
 def torch_owner(module: torch.nn.Module, leaf: str) -> tuple[torch.nn.Module, str]:
@@ -168,6 +169,22 @@ def torch_owner(module: torch.nn.Module, leaf: str) -> tuple[torch.nn.Module, st
 
 def _kind(module: object) -> str:
     return next((kind for types, kind in _KINDS.items() if isinstance(module, types)), "")
+
+
+def _linen_kind(module: nnx.Module, name: str) -> str:
+    """Return the kind of the linen layer that a leaf of a bridged module belongs to."""
+    if not isinstance(module, nnx.bridge.ToNNX):
+        return ""
+    leaves: object = vars(module)
+    for key in name.split(".")[:-1]:
+        leaves = leaves.get(key, {}) if isinstance(leaves, Mapping) else {}
+    siblings = leaves if isinstance(leaves, Mapping) else {}
+    axes = {x: np.ndim(siblings[x].get_value()) for x in siblings if x in _FLAX_ROLES}
+    if "mean" in siblings:
+        return "batch norm"
+    if "kernel" in axes and axes["kernel"] != 3:  # a head axis, or a window
+        return "linear" if axes["kernel"] == 2 else "convolution"
+    return "embedding" if "embedding" in axes else "norm" if "scale" in axes else ""
 
 
 def _is_conv1d(module: torch.nn.Module) -> bool:

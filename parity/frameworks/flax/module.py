@@ -3,6 +3,7 @@
 A `parity.frameworks.handle.Handle`.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ import optax
 from flax import nnx
 
 from parity.frameworks import default_call
-from parity.frameworks.flax.leaves import cast_flax, flax_leaves, state_leaves
+from parity.frameworks.flax.leaves import StaticCasts, cast_flax, flax_leaves, state_leaves
 from parity.frameworks.flax.runner import FlaxRunner, FlaxSpec
 from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import Arrays, Leaves, cast_array
@@ -26,8 +27,9 @@ NAME, MODULE = "flax", nnx.Module
 Built = TypeVar("Built")
 Loss = Callable[..., jax.Array]
 FlaxUse = ModuleUse[jax.Array, optax.GradientTransformation]
-# (graphdef, parameters, rest, optimizer state, *inputs) to the loss and the last three after a step
-Program = Callable[..., tuple[jax.Array, nnx.State, nnx.State, optax.OptState]]
+# (parameters, rest, optimizer state, *inputs) to the loss and these three after a step
+Step = Callable[..., tuple[jax.Array, nnx.State, nnx.State, optax.OptState]]
+Program = Callable[[nnx.GraphDef[nnx.Module]], Step]
 
 
 def spec(module: nnx.Module, use: FlaxUse = BY_DEFAULT) -> FlaxSpec:
@@ -44,10 +46,10 @@ def spec(module: nnx.Module, use: FlaxUse = BY_DEFAULT) -> FlaxSpec:
         return jnp.dot(output.ravel(), weights)
 
     score, optimizer = use.loss or projected, use.optimizer or adamw()
-    program = compile_step(score, optimizer)
+    program, casts = compile_step(score, optimizer), StaticCasts()
     return ModelSpec(
         name=f"{type(module).__name__} (flax)",
-        build=lambda dtype: cast_flax(module, dtype),
+        build=lambda dtype: cast_flax(module, dtype, casts),
         forward=forward,
         loss=score,
         trainer=lambda model, num_steps: FlaxTrainer(model, program, optimizer),
@@ -71,14 +73,14 @@ class FlaxTrainer:
             if isinstance(submodule, nnx.MultiHeadAttention):
                 submodule.dropout_rate = 0.0
         self._graphdef, self._parameters, self._rest = nnx.split(module, nnx.Param, ...)
-        self._program, self._state = program, optimizer.init(self._parameters)
+        self._step, self._state = program(self._graphdef), optimizer.init(self._parameters)
         self._dtype = str(jax.tree.leaves(self._parameters)[0].dtype)
 
     def step(self, *inputs: np.ndarray) -> float:
         """Take one optimizer step and return the loss before it."""
         arrays = [jnp.asarray(cast_array(x, self._dtype)) for x in inputs]
-        loss, self._parameters, self._rest, self._state = self._program(
-            self._graphdef, self._parameters, self._rest, self._state, *arrays
+        loss, self._parameters, self._rest, self._state = self._step(
+            self._parameters, self._rest, self._state, *arrays
         )
         return float(loss)
 
@@ -95,7 +97,16 @@ class FlaxTrainer:
 
 
 def compile_step(loss: Loss, optimizer: optax.GradientTransformation) -> Program:
-    """Compile a training step, for several trainers to share."""
+    """Return a training step for each graph, compiled once for all trainers of equal ones."""
+    # The graph is no argument of what is compiled, for it may hold what has no hash, as configs do.
+    compiled: list[tuple[nnx.GraphDef[nnx.Module], Step]] = []
+
+    def program(graphdef: nnx.GraphDef[nnx.Module]) -> Step:
+        for known, found in compiled:
+            if _are_equal(known, graphdef):
+                return found
+        compiled.append((graphdef, jax.jit(functools.partial(step, graphdef))))
+        return compiled[-1][1]
 
     def step(graphdef: Any, parameters: Any, rest: Any, state: Any, *arrays: jax.Array) -> tuple:
         def scored(parameters: Any) -> tuple[jax.Array, Any]:
@@ -107,7 +118,14 @@ def compile_step(loss: Loss, optimizer: optax.GradientTransformation) -> Program
         updates, state = optimizer.update(gradients, state, parameters)
         return value, optax.apply_updates(parameters, updates), rest, state
 
-    return jax.jit(step, static_argnums=0)
+    return program
+
+
+def _are_equal(a: nnx.GraphDef[nnx.Module], b: nnx.GraphDef[nnx.Module]) -> bool:
+    try:
+        return bool(a == b)
+    except Exception:  # arrays among the static parts have no truth value
+        return False
 
 
 def adamw() -> optax.GradientTransformation:

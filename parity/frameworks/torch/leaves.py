@@ -11,12 +11,15 @@ from parity.frameworks.leaves import Arrays, Leaves, require_same
 
 def torch_leaves(module: torch.nn.Module) -> Leaves:
     """Return every parameter and persistent buffer of a module by its name."""
-    return {name: to_numpy(tensor) for name, tensor in module.state_dict().items()}
+    return {name: to_numpy(tensor) for name, tensor in _tensors(module).items()}
 
 
 def load_torch(module: torch.nn.Module, leaves: Arrays) -> None:
-    """Overwrite all parameters and persistent buffers; names, shapes and dtypes must be equal."""
-    tensors = module.state_dict()
+    """Overwrite all parameters and persistent buffers; names, shapes and dtypes must be equal.
+
+    Integers of another width are loaded as the module's own.
+    """
+    tensors = _tensors(module)
     # Only shapes and types, for a copy would be one more model in memory.
     blank = {x: np.broadcast_to(to_numpy(v.new_empty(())), v.shape) for x, v in tensors.items()}
     require_same("torch", blank, leaves)
@@ -30,6 +33,12 @@ def cast_torch(module: torch.nn.Module, dtype: str) -> torch.nn.Module:
     return copy.deepcopy(module).to("cpu", getattr(torch, dtype))
 
 
+def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return the state of a module without what is no tensor, the extra state of a module say."""
+    found = module.state_dict().items()
+    return {name: tensor for name, tensor in found if isinstance(tensor, torch.Tensor)}
+
+
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
     """Copy a tensor into an array of the same bits; `Tensor.numpy` refuses bfloat16."""
     return numpy_view(tensor.cpu().contiguous()).copy()
@@ -37,7 +46,7 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray:
 
 def numpy_view(tensor: torch.Tensor) -> np.ndarray:
     """Return the memory of a tensor on the host as an array of the same bits."""
-    tensor = tensor.detach()
+    tensor = tensor.detach().resolve_conj().resolve_neg()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
