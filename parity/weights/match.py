@@ -1,0 +1,231 @@
+"""Match the units of two models: by shapes, names, numbers, operations and the order of use."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from parity.frameworks.leaves import Arrays
+from parity.weights.names import agreement, information, likeness, ranks, words
+from parity.weights.units import Fit, Unit, families, fits, reordered, runs, stacks_of
+
+# What speaks for a pair of units, at most: words in common, equal names, numbers, operation, order.
+_WORDS, _EQUAL, _NUMBERS, _OPERATION, _ORDER = 2.0, 1.0, 1.0, 0.5, 0.75
+# Least difference between two pairs and the same two exchanged that decides without a run.
+_CLEAR = 0.35
+# Least likeness of a constant that torch or flax has, for the other may compute it.
+_LIKE = 0.25
+_DENSE = "linear", "embedding", "convolution", "transposed convolution"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A unit of torch and one of flax, and the ways in which they are the same numbers."""
+
+    torch: Unit
+    flax: Unit
+    score: float
+    fits: tuple[Fit, ...]
+
+
+@dataclasses.dataclass
+class Matching:
+    """Pairs of units, and what is left over of both models."""
+
+    pairs: list[Pair]
+    torch: list[Unit]
+    flax: list[Unit]
+    groups: list[list[int]]  # of places in `pairs` that could as well be exchanged
+
+    @property
+    def left(self) -> int:
+        """How many leaves have no counterpart."""
+        return sum(len(unit.names) for unit in (*self.torch, *self.flax) if is_needed(unit))
+
+
+def is_needed(unit: Unit) -> bool:
+    """Whether a unit must have a counterpart: a constant need not, nor what no output needs."""
+    return unit.leaf.kind != "buffer" and unit.kind != "integer"
+
+
+def match(
+    ours: list[Unit], theirs: list[Unit], torch_leaves: Arrays, flax_leaves: Arrays
+) -> Matching:
+    """Match the units of torch and of flax; stack or fuse what else has no counterpart."""
+    scores = _Scores(torch_leaves, flax_leaves)
+    best = scores.assigned(ours, theirs)
+    models = [ours, theirs]
+    while best.left:
+        found = best
+        for side, unmatched in enumerate((best.torch, best.flax)):
+            for paths in runs([unit for unit in unmatched if is_needed(unit)]):
+                tried = list(models)
+                tried[side] = stacks_of(models[side], paths)
+                if len(tried[side]) == len(models[side]):
+                    continue
+                made = scores.assigned(*tried)
+                if made.left < found.left:
+                    found, chosen = made, tried
+        if found is best:
+            break
+        best, models = found, chosen
+    for side in (0, 1):
+        for whole in list((best.torch, best.flax)[1 - side]):
+            several = _family((best.torch, best.flax)[side], whole, side)
+            if several is not None:
+                names = set(several.names)
+                models[side] = [x for x in models[side] if x.name not in names] + [several]
+                best = scores.assigned(*models)
+    return best
+
+
+def _family(unmatched: Sequence[Unit], whole: Unit, side: int) -> Unit | None:
+    """Return the siblings without a counterpart that are one leaf of the other model."""
+    for several in families([unit for unit in unmatched if is_needed(unit)], whole.size):
+        if fits(*((several, whole) if side == 0 else (whole, several))):
+            return several
+    return None
+
+
+class _Scores:
+    """How well units go together."""
+
+    def __init__(self, torch_leaves: Arrays, flax_leaves: Arrays):
+        self._leaves = torch_leaves, flax_leaves
+
+    def assigned(self, ours: list[Unit], theirs: list[Unit]) -> Matching:
+        """Return the pairs that go together best."""
+        models = ours, theirs
+        self._information = [information(unit.owner for unit in model) for model in models]
+        self._ranks: list[dict[str, tuple[int, ...]]] = [{}, {}]
+        for model, found in zip(models, self._ranks, strict=True):
+            for dense in (True, False):
+                kind = [x.owner for x in model if (x.leaf.kind in _DENSE) is dense]
+                found |= ranks(list(dict.fromkeys(kind)))
+        pairs, groups = [], []
+        left: list[list[Unit]] = [[], []]
+        for mine, other in _classes(*models):
+            found = self._of_class(mine, other)
+            groups += [[len(pairs) + i for i in group] for group in self._open(found)]
+            pairs += found
+            for side, units in enumerate((mine, other)):
+                taken = {(pair.torch, pair.flax)[side].names for pair in found}
+                left[side] += [unit for unit in units if unit.names not in taken]
+        return Matching(pairs, left[0], left[1], groups)
+
+    def _of_class(self, ours: list[Unit], theirs: list[Unit]) -> list[Pair]:
+        table = {}
+        scores = np.full((len(ours), len(theirs)), -1e6)
+        orders = [_places(units) for units in (ours, theirs)]
+        for (i, mine), (j, other) in itertools.product(enumerate(ours), enumerate(theirs)):
+            made = fits(mine, other)
+            if not made:
+                continue
+            order = 1.0 - abs(orders[0][i] - orders[1][j])
+            score = self.score(mine, other) + _ORDER * order - made[0].cost
+            if score > -10:
+                table[i, j] = tuple(made)
+                scores[i, j] = score
+        # Pairs that fit come first: the large number is for one that does not.
+        rows, columns = linear_sum_assignment(-scores)
+        self._table = scores
+        self._at = {}
+        pairs = []
+        for i, j in zip(rows, columns, strict=True):
+            if (i, j) in table:
+                self._at[len(pairs)] = int(i), int(j)
+                pairs.append(Pair(ours[i], theirs[j], float(scores[i, j]), table[i, j]))
+        return pairs
+
+    def _open(self, pairs: list[Pair]) -> list[list[int]]:
+        """Return the places of the pairs of a class that could as well be exchanged."""
+        groups: list[set[int]] = []
+        for first, second in itertools.combinations(range(len(pairs)), 2):
+            (i, j), (k, n) = self._at[first], self._at[second]
+            exchanged = self._table[i, n] + self._table[k, j]
+            if self._table[i, j] + self._table[k, n] - exchanged < _CLEAR:
+                joined = {first, second}
+                for group in [x for x in groups if x & joined]:
+                    joined |= group
+                    groups.remove(group)
+                groups.append(joined)
+        return [sorted(group) for group in groups]
+
+    def score(self, ours: Unit, theirs: Unit) -> float:
+        """Return how well two units go together, less than -10 for those that cannot."""
+        mine, other = ours.leaf, theirs.leaf
+        score = 0.0
+        if mine.is_known and other.is_known:
+            if mine.role != other.role or (mine.kind in _DENSE) != (other.kind in _DENSE):
+                return -100.0
+            score += _OPERATION if mine.kind == other.kind else -_OPERATION
+        elif "other" not in (ours.operation, theirs.operation):
+            score += _OPERATION if ours.operation == theirs.operation else -2 * _OPERATION
+        told = (words(ours.owner), words(theirs.owner))
+        alike = likeness(*told, *self._information)
+        is_equal = ours.owner == theirs.owner and ours.leaf.role == theirs.leaf.role
+        score += _WORDS * alike + _EQUAL * is_equal
+        score += _NUMBERS * agreement(*(x[y.owner] for x, y in
+                                        zip(self._ranks, (ours, theirs), strict=True)))  # fmt: skip
+        return score + self._constants(ours, theirs, alike)
+
+    def _constants(self, ours: Unit, theirs: Unit, alike: float) -> float:
+        """Return what speaks for a pair of which one is no parameter."""
+        are_buffers = [unit.leaf.kind == "buffer" for unit in (ours, theirs)]
+        if not any(are_buffers):
+            return 0.0
+        mine, other = (leaves[x.name] for leaves, x in zip(self._leaves, (ours, theirs), strict=True))
+        if mine.shape == other.shape and np.allclose(mine, other, 1e-5, 1e-6) and np.ptp(mine):
+            return 1.0
+        if not all(are_buffers) or ours.kind == "integer":
+            return -0.5 if alike > _LIKE else -100.0
+        return 0.0
+
+
+def _classes(ours: list[Unit], theirs: list[Unit]) -> Iterator[tuple[list[Unit], list[Unit]]]:
+    """Yield the units of torch and of flax of one size and kind."""
+    by_class: dict[tuple[object, ...], tuple[list[Unit], list[Unit]]] = {}
+    for side, units in enumerate((ours, theirs)):
+        for unit in units:
+            by_class.setdefault((unit.size, unit.kind), ([], []))[side].append(unit)
+    yield from by_class.values()
+
+
+def _places(units: Sequence[Unit]) -> list[float]:
+    """Return the place of each unit in their order, from 0 to 1."""
+    order = sorted(range(len(units)), key=lambda i: units[i].order)
+    return [order.index(i) / max(len(units) - 1, 1) for i in range(len(units))]
+
+
+def exchanged(pairs: Sequence[Pair], order: Sequence[int]) -> list[Pair] | None:
+    """Return pairs with the flax units in another order; None where these do not fit."""
+    made = []
+    for pair, place in zip(pairs, order, strict=True):
+        flax = pairs[place].flax
+        if not (found := fits(pair.torch, flax)):
+            return None
+        made.append(dataclasses.replace(pair, flax=flax, fits=tuple(found)))
+    return made
+
+
+def orders_of(pair: Pair) -> list[Pair]:
+    """Return a pair with what is fused in every order, the present one first."""
+    made = [pair]
+    several = pair.torch if len(pair.torch.shapes) > 1 else pair.flax
+    count = len(several.shapes)
+    for order in itertools.permutations(range(count)) if 1 < count <= 4 else ():
+        unit = reordered(several, order)
+        both = (unit, pair.flax) if several is pair.torch else (pair.torch, unit)
+        if unit != several and (found := fits(*both)):
+            made.append(Pair(*both, pair.score, tuple(found)))
+    return made
+
+
+def alias_of(unit: Unit, pairs: Sequence[Pair], scores: Mapping[str, float]) -> Pair | None:
+    """Return the pair whose torch leaf a flax leaf without a counterpart is too, if there is."""
+    like = [x for x in pairs if x.flax.shapes == unit.shapes and x.flax.axes == unit.axes
+            and not x.flax.stacks and len(x.flax.names) == 1 and x.flax.kind == unit.kind
+            and x.flax.leaf.role == unit.leaf.role]  # fmt: skip
+    return max(like, key=lambda x: scores.get(x.flax.name, 0.0), default=None)
