@@ -9,8 +9,8 @@ import torch
 from flax import nnx
 
 from parity.check.check import check
+from parity.check.experiment import PairExperiment
 from parity.check.levels.names import DTYPES, LEVELS
-from parity.check.metrics import max_abs, size_of
 from parity.check.pair_session import PairSession
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.flax.module import FlaxUse
@@ -23,7 +23,6 @@ from parity.pair.inputs import as_inputs
 from parity.pair.pair import Pair
 from parity.report import Report
 from parity.system.devices import choose_devices
-from parity.system.import_target import in_a_line
 from parity.weights.infer import infer_rules
 from parity.weights.rules import Rules
 from parity.weights.weight_map import resolve
@@ -130,9 +129,12 @@ def pair_of(
         return Pair(port, original, rules, calls.probes, calls.training_batch, pure=False)
 
     if rules == "auto":
-        rules = infer_rules(torch_module, flax_module, lambda found: _output_gap(made(found)))
+        rules = Rules((), rest="auto")
     elif not isinstance(rules, Rules):
         rules = Rules.load(Path(rules))
+    if rules.is_open:
+        experiment = PairExperiment(made(Rules(())))
+        rules = infer_rules(torch_module, flax_module, experiment, rules)
     rate = learning_rate(torch_module, torch.optimizer)
     pair = dataclasses.replace(made(rules), learning_rate=rate)
     if weights == "torch":
@@ -149,16 +151,3 @@ def _require_modules(torch_module: object, flax_module: object) -> None:
             f"check_pair: {kinds}. A pair is a torch.nn.Module and a flax.nnx.Module, in this "
             "order. Give these."
         )
-
-
-def _output_gap(pair: Pair) -> float:
-    """Return the gap of the float64 outputs with these rules, relative to the largest output."""
-    session = PairSession(pair, dtypes=("float64",))
-    try:
-        flax, torch = (run.outputs(session.gradient_probe) for run in session.runs("float64"))
-    except Exception as error:
-        raise ValueError(
-            f"rules auto: a model raised {type(error).__name__}: {in_a_line(error)}. Names leave a "
-            "choice that only running the models can make. Mend the inputs or write a rules file."
-        ) from error
-    return max_abs(flax, torch) / max(size_of(torch), 1e-300)

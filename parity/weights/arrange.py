@@ -62,12 +62,12 @@ def ways(sides: Sides) -> list[Way]:
     axes = sides.flax_axes
     if all(axes) and len(set(axes)) == len(axes) and sorted(axes) == sorted(sides.torch_axes):
         by_axis = dict(zip(axes, _NAMES, strict=False))
-        sizes = [dict(zip(x, y, strict=True)) for x, y in ((sides[2], sides[0]), (sides[3], sides[1]))]
+        sizes = [
+            dict(zip(x, y, strict=True)) for x, y in ((sides[2], sides[0]), (sides[3], sides[1]))
+        ]
         both = (tuple((by_axis[x],) for x in side) for side in (sides.torch_axes, axes))
         return [Way(0.0, *both)] if sizes[0] == sizes[1] else []
-    torch, flax = (
-        tuple(i for i, size in enumerate(shape) if size != 1) for shape in sides[:2]
-    )
+    torch, flax = (tuple(i for i, size in enumerate(shape) if size != 1) for shape in sides[:2])
     if sides.torch == sides.flax and len(torch) < 2:
         names = tuple((x,) for x in _NAMES[: len(sides.torch)])
         return [Way(0.0, names, names)]
@@ -143,9 +143,7 @@ def _alike(torch: tuple[int, ...], flax: tuple[int, ...], sides: Sides) -> bool:
     return len(kinds) <= 1
 
 
-def _ways_of(
-    blocks: list[tuple[tuple[int, ...], tuple[int, ...]]], sides: Sides
-) -> Iterator[Way]:
+def _ways_of(blocks: list[tuple[tuple[int, ...], tuple[int, ...]]], sides: Sides) -> Iterator[Way]:
     """Yield the ways to spell paired axes: every order within a product."""
     orders = []
     for torch, flax in blocks:

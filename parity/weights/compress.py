@@ -98,8 +98,9 @@ def _braced(names: tuple[str, ...]) -> str:
     if len(names) == 1:
         return names[0]
     steps = [name.split(".") for name in names]
-    if len({len(x) for x in steps}) > 1 or sum(len(set(x)) > 1 for x in zip(*steps)) > 1:
+    if len({len(x) for x in steps}) > 1:
         return "{" + ",".join(names) + "}"
-    return ".".join(
-        step[0] if len(set(step)) == 1 else "{" + ",".join(step) + "}" for step in zip(*steps)
-    )
+    columns = list(zip(*steps, strict=True))
+    if sum(len(set(column)) > 1 for column in columns) > 1:
+        return "{" + ",".join(names) + "}"
+    return ".".join(x[0] if len(set(x)) == 1 else "{" + ",".join(x) + "}" for x in columns)

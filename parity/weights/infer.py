@@ -11,14 +11,13 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
 from flax import nnx
 
 from parity.frameworks.flax.leaves import flax_leaves
-from parity.frameworks.leaves import Leaves
 from parity.frameworks.torch.leaves import torch_leaves
 from parity.frameworks.uses import Uses
 from parity.weights.compress import as_rule, compress
@@ -30,10 +29,13 @@ from parity.weights.rules import Rule, Rules, as_line
 from parity.weights.units import Unit, fits, units
 from parity.weights.weight_map import TransplantError
 
-# Relative to the largest output; with the wrong map outputs differ by their own size.
-_SAME_OUTPUT = 1e-9
+# Relative to the largest output: gaps that rounding leaves, and those that a wrong map cannot have,
+# for with one the outputs differ by their own size.
+_SAME_OUTPUT, _NEAR_OUTPUT = 1e-9, 1e-4
 # A map that leaves so much less of the gap of all others is right, and something else is wrong.
 _MUCH_BETTER = 0.03
+# Least difference in cost between two ways to lie that decides without a run.
+_CLEAR = 0.5
 # Longest search, in seconds and in forward passes; most ways to exchange units of one group.
 _SECONDS, _MOST_TRIALS, _MOST_EXCHANGES = 20.0, 400, 24
 
@@ -41,14 +43,14 @@ _SECONDS, _MOST_TRIALS, _MOST_EXCHANGES = 20.0, 400, 24
 class Experiment(Protocol):
     """Runs of both models, to tell maps apart."""
 
-    def uses(self) -> tuple[Uses, Uses]:
+    def uses(self) -> tuple[Uses | None, Uses | None]:
         """Return how torch and how flax use their leaves."""
 
     def gap(self, rules: Rules) -> float:
         """Return the difference of the outputs, relative to the largest, for weights so mapped."""
 
     def strangers(self, rules: Rules) -> int:
-        """Return how many outputs of torch's modules no module of flax has, for weights so mapped."""
+        """Return how many outputs of torch's modules no module of flax has, for such weights."""
 
 
 class OpenRules(ValueError):
@@ -78,6 +80,13 @@ class _Choice:
 
     places: tuple[int, ...]
     answers: tuple[tuple[Pair, ...], ...]
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing but a run decides, or one that a person makes."""
+        first, second = (answer[0] for answer in self.answers[:2])
+        is_layout = first.torch == second.torch and first.flax == second.flax
+        return not is_layout or second.fits[0].cost - first.fits[0].cost < _CLEAR
 
 
 def infer_rules(
@@ -149,13 +158,16 @@ class _Inference:
     def rules(self) -> Rules:
         """Return the rules."""
         found = match(*self._models, self._torch, self._flax)
-        pairs = [*found.pairs, *map(self._pair_of, self._open)]
+        place = {name: number for number, name in enumerate(self._torch)}
+        order = sorted(range(len(found.pairs)), key=lambda i: place[found.pairs[i].torch.name])
+        pairs = [found.pairs[i] for i in order] + [self._pair_of(link) for link in self._open]
+        groups = [sorted(order.index(i) for i in group) for group in found.groups]
         problems = self._left_over(found)
         if problems:
             links = [*self._links, *(pair.fits[0].link(pair.torch, pair.flax) for pair in pairs)]
             partial = compress(links, self._base(), self._torch, self._flax)
             raise OpenRules(problems, dataclasses.replace(partial, rest="auto"))
-        choices = list(self._choices(pairs, found.groups))
+        choices = list(self._choices(pairs, groups))
         return self._decided(pairs, choices)
 
     def _base(self) -> Rules:
@@ -179,7 +191,9 @@ class _Inference:
     def _of_given(self) -> tuple[list[Link], list[Link]]:
         """Return the links of the given rules: those with a layout, and those without."""
         links = [
-            link for rule in self._given.rules for link in rule.links(self._torch, "torch", self._flax)
+            link
+            for rule in self._given.rules
+            for link in rule.links(self._torch, "torch", self._flax)
         ]
         problems = [
             f"rule {rule} matches nothing"
@@ -274,7 +288,8 @@ class _Inference:
                 made = [exchanged([pairs[i] for i in group], order) for group in alike]
                 if all(x is not None for x in made):
                     answers.append(tuple(pair for group in made for pair in group or ()))
-            yield _Choice(tuple(i for group in alike for i in group), tuple(answers))
+            if len(answers) > 1:
+                yield _Choice(tuple(i for group in alike for i in group), tuple(answers))
         by_kind: dict[tuple[object, ...], list[int]] = {}
         for place, pair in enumerate(pairs):
             shapes = pair.torch.shapes, pair.flax.shapes
@@ -297,10 +312,10 @@ class _Inference:
         if self._experiment is None:
             return self._unproven(likely, pairs, choices, "there are no inputs to try them on")
         gap = self._experiment.gap(self._rules_of(pairs, short=False))
-        if gap <= _SAME_OUTPUT or not choices:
+        if gap <= _NEAR_OUTPUT or not choices:
             return likely
         better, its_gap = self._searched(pairs, choices, gap)
-        if its_gap <= _SAME_OUTPUT:
+        if its_gap <= _NEAR_OUTPUT:
             return self._rules_of(better)
         if its_gap <= _MUCH_BETTER * gap:
             rules, why = self._rules_of(better), f"the smallest gap of outputs, {its_gap:.0e}, has"
@@ -337,7 +352,7 @@ class _Inference:
         measure = self._experiment.strangers
         least = measure(self._rules_of(best)), best_gap
         for choice in (*order, *order):
-            for answer in choice.answers[1:] if choice.answers else ():
+            for answer in choice.answers[1:]:
                 tried = answered(best, choice, answer)
                 rules, trials = self._rules_of(tried, short=False), trials + 1
                 found = measure(rules), self._experiment.gap(rules)
@@ -348,18 +363,18 @@ class _Inference:
                     return best, best_gap
         return best, best_gap
 
-    def _unproven(
-        self, rules: Rules, pairs: list[Pair], choices: list[_Choice], why: str
-    ) -> Rules:
+    def _unproven(self, rules: Rules, pairs: list[Pair], choices: list[_Choice], why: str) -> Rules:
         """Return rules with a note on what was chosen without proof."""
-        lines = []
-        for choice in choices:
-            pair = pairs[choice.places[0]]
-            link = pair.fits[0].link(pair.torch, pair.flax)
-            rule = next((x for x in rules.rules if link in x.links(self._torch, "torch", self._flax)),
-                        Rule(pair.torch.name, pair.flax.name, link.layout))  # fmt: skip
-            lines.append(as_line(rule))
-        lines = list(dict.fromkeys(lines))
+        by_leaf = {
+            name: rule
+            for rule in rules.rules
+            for link in rule.links(self._torch, "torch", self._flax)
+            for name in link.torch
+        }
+        unclear = [i for choice in choices if choice.is_open for i in choice.places]
+        lines = list(dict.fromkeys(as_line(by_leaf[pairs[i].torch.name]) for i in unclear))
+        if not lines:
+            return rules
         more = f" and {len(lines) - 6} more" if len(lines) > 6 else ""
         note = f"by names and order, not proven: {'  '.join(lines[:6])}{more}; {why}"
         return dataclasses.replace(rules, notes=(*rules.notes, note))

@@ -238,4 +238,3 @@ def _on_arrays(function: Callable[[torch.Tensor], torch.Tensor], parameter: torc
 def _convolve(x: torch.Tensor, weight: torch.Tensor, groups: int) -> torch.Tensor:
     function = getattr(torch.nn.functional, _CONVOLUTIONS[weight.ndim])
     return function(x.movedim(-1, 1), weight, groups=groups).movedim(1, -1)
-

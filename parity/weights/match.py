@@ -176,7 +176,9 @@ class _Scores:
         are_buffers = [unit.leaf.kind == "buffer" for unit in (ours, theirs)]
         if not any(are_buffers):
             return 0.0
-        mine, other = (leaves[x.name] for leaves, x in zip(self._leaves, (ours, theirs), strict=True))
+        mine, other = (
+            leaves[x.name] for leaves, x in zip(self._leaves, (ours, theirs), strict=True)
+        )
         if mine.shape == other.shape and np.allclose(mine, other, 1e-5, 1e-6) and np.ptp(mine):
             return 1.0
         if not all(are_buffers) or ours.kind == "integer":

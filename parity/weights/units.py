@@ -18,7 +18,7 @@ _NUMBER = re.compile(r"\d+")
 # The usual order of what is fused.
 _ORDERS = (
     ("query", "key", "value"), ("key", "value"), ("gate", "up"), ("up", "gate"),
-    ("i", "f", "g", "out"), ("r", "z", "n"),
+    ("i", "f", "g", "o"), ("r", "z", "n"),
 )  # fmt: skip
 # The axis along which a named layout lies end to end, by its letter; "" for the last one.
 _JOINED = {Layout.TRANSPOSED: "b", Layout.HEADS_OUT: "b", Layout.HEADS_IN: "c", Layout.FLAT: "a"}
@@ -149,7 +149,8 @@ def families(found: Sequence[Unit], size: int) -> Iterator[Unit]:
         steps = unit.name.split(".")
         for place in {len(steps) - 1, len(steps) - 2} & set(range(len(steps))):
             key = (place, *steps[:place], *steps[place + 1 :], unit.stacks, unit.kind)
-            groups.setdefault(key, []).append(unit)
+            for shapes in ((), unit.shapes):  # a cell reads gates of the input and state by turns
+                groups.setdefault((*key, shapes), []).append(unit)
     for (place, *_), group in groups.items():
         group = sorted(_distinct(group), key=lambda unit: unit.order)
         for length in range(min(len(group), 8), 1, -1):
@@ -165,7 +166,7 @@ def _distinct(group: list[Unit]) -> list[Unit]:
 
 def _in_usual_order(members: list[Unit], place: int) -> list[Unit]:
     """Return members in the order in which such are usually fused, else as they are used."""
-    said = [words(unit.name.split(".")[place]) or {_letter(unit, place)} for unit in members]
+    said = [words(unit.name.split(".")[place]) | {_letter(unit, place)} for unit in members]
     for order in _ORDERS:
         places = [next((i for i, x in enumerate(order) if x in said_by), None) for said_by in said]
         if None not in places and len(set(places)) == len(members) == len(order):
@@ -257,6 +258,8 @@ def _stacked_ways(
 def _fused_ways(sides: Sides, framework: str, shapes: tuple[Shape, ...]) -> Iterator[Way]:
     """Yield the ways in which leaves of a framework are one leaf of the other."""
     count = len(shapes)
+    if len({len(shape) for shape in shapes}) > 1:
+        return
     if len(set(shapes)) == 1:
         for left, place in stacked(sides, "{}", count, framework):
             yield from (with_axis(way, "{}", place, framework) for way in ways(left))

@@ -13,6 +13,7 @@ from parity.frameworks.flax.leaves import state_leaves
 from parity.frameworks.uses import Use, Uses
 
 Jaxpr = jax.extend.core.Jaxpr
+Literal = jax.extend.core.Literal
 Equation = jax.extend.core.JaxprEqn
 
 _SAME_AXES = {"convert_element_type", "copy", "copy_p", "rev", "slice", "dynamic_slice", "neg",
@@ -62,7 +63,7 @@ class _Reader:
         """Read the equations of a jaxpr, some of whose variables are leaves; return all such."""
         views = dict(views)
         for equation in jaxpr.eqns:
-            given = [None if isinstance(x, jax.extend.core.Literal) else views.get(x)
+            given = [None if isinstance(x, Literal) else views.get(x)
                      for x in equation.invars]  # fmt: skip
             if not any(given):
                 continue
@@ -70,9 +71,9 @@ class _Reader:
                 for body, arguments in inner:
                     seen = self.read(body, dict(arguments))
                     if len(body.outvars) == len(equation.outvars):
-                        pairs = zip(body.outvars, equation.outvars, strict=True)
-                        views |= {o: seen[x] for x, o in pairs
-                                  if not isinstance(x, jax.extend.core.Literal) and x in seen}  # fmt: skip
+                        for inside, outside in zip(body.outvars, equation.outvars, strict=True):
+                            if not isinstance(inside, Literal) and inside in seen:
+                                views[outside] = seen[inside]
                 continue
             view = next(filter(None, given))
             if (axes := _passed(equation, view)) is not None:
@@ -145,9 +146,7 @@ def _passed(equation: Equation, view: _View) -> tuple[int, ...] | None:
     return None
 
 
-def _reshaped(
-    old: Sequence[int], new: Sequence[int], axes: tuple[int, ...]
-) -> tuple[int, ...]:
+def _reshaped(old: Sequence[int], new: Sequence[int], axes: tuple[int, ...]) -> tuple[int, ...]:
     """Return the axes after a reshape: of an axis that is cut, for each piece; -1 where joined."""
     made, sources = [-1] * len(new), [i for i, size in enumerate(old) if size != 1]
     targets = [i for i, size in enumerate(new) if size != 1]

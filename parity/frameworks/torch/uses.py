@@ -45,7 +45,10 @@ class _Watch(TorchFunctionMode):
             if found is None or any(_memory(x) == _memory(tensor) for x in results):
                 continue
             if name in _COPIES and results[0].shape == tensor.shape:
-                self._leaves[_memory(results[0])] = found[0], self._copied(found, tensor, results[0])
+                self._leaves[_memory(results[0])] = (
+                    found[0],
+                    self._copied(found, tensor, results[0]),
+                )
                 self._kept.append(results[0])
             elif found[0] not in self.uses:
                 keyword = dict(zip(range(len(args), len(args) + len(kwargs)), kwargs, strict=False))
