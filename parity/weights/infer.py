@@ -247,14 +247,16 @@ class _Inference:
                     self._notes.append(f"torch {unit.name}: no output needs it, and flax lacks it")
             else:
                 problems.append(_missing("torch", unit, found.flax))
-        for unit in found.flax:
+        owners: dict[str, str] = {}
+        for unit in sorted(found.flax, key=lambda unit: -len(unit.shapes[0])):
             is_unused = uses[1] is not None and not any(name in uses[1] for name in unit.names)
-            alias = alias_of(unit, found.pairs, self._likeness(unit)) if not is_unused else None
+            alias = None if is_unused else self._alias(unit, found.pairs, owners)
             if is_unused or (not is_needed(unit) and alias is None):
                 self._flax_ignored += unit.names
                 if is_needed(unit):
                     self._notes.append(f"flax {unit.name}: no output needs it, and torch lacks it")
             elif alias is not None and len(unit.names) == 1:
+                owners[unit.owner] = alias.flax.owner
                 self._flax_ties.append((unit.name, alias.flax.name))
                 self._notes.append(
                     f"flax {unit.name} and {alias.flax.name} are one tensor in torch, "
@@ -264,10 +266,10 @@ class _Inference:
                 problems.append(_missing("flax", unit, found.torch))
         return problems
 
-    def _likeness(self, unit: Unit) -> dict[str, float]:
-        """Return how like the name of a flax leaf the others are."""
+    def _alias(self, unit: Unit, pairs: Sequence[Pair], owners: dict[str, str]) -> Pair | None:
         told = information(self._flax)
-        return {x: likeness(words(unit.name), words(x), told, told) for x in self._flax}
+        alike = {x: likeness(words(unit.name), words(x), told, told) for x in self._flax}
+        return alias_of(unit, pairs, alike, owners)
 
     def _choices(self, pairs: list[Pair], groups: Sequence[Sequence[int]]) -> Iterator[_Choice]:
         """Yield what is not clear: which is which, in what order, and which way round.

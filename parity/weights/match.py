@@ -9,10 +9,21 @@ from scipy.optimize import linear_sum_assignment
 
 from parity.frameworks.leaves import Arrays
 from parity.weights.names import agreement, information, likeness, ranks, words
-from parity.weights.units import Fit, Unit, families, fits, reordered, runs, stacks_of
+from parity.weights.units import (
+    Fit,
+    Unit,
+    families,
+    fits,
+    is_usual,
+    reordered,
+    runs,
+    stacks_of,
+)
 
 # What speaks for a pair of units, at most: words in common, equal names, numbers, operation, order.
 _WORDS, _EQUAL, _NUMBERS, _OPERATION, _ORDER = 2.0, 1.0, 1.0, 0.5, 0.75
+# The same for two that are added after units which are a pair.
+_BEFORE = 1.5
 # Least difference between two pairs and the same two exchanged that decides without a run.
 _CLEAR = 0.35
 # Least likeness of a constant that torch or flax has, for the other may compute it.
@@ -72,21 +83,36 @@ def match(
             break
         best, models = found, chosen
     for side in (0, 1):
-        for whole in list((best.torch, best.flax)[1 - side]):
-            several = _family((best.torch, best.flax)[side], whole, side)
+        unmatched = {x.name for x in (best.torch, best.flax)[side] if is_needed(x)}
+        tried = list(models)
+        for whole in (x for x in (best.torch, best.flax)[1 - side] if is_needed(x)):
+            several = _family(tried[side], unmatched, whole, side)
             if several is not None:
                 names = set(several.names)
-                models[side] = [x for x in models[side] if x.name not in names] + [several]
-                best = scores.assigned(*models)
+                tried[side] = [x for x in tried[side] if x.name not in names] + [several]
+        if len(tried[side]) < len(models[side]):
+            made = scores.assigned(*tried)
+            if made.left < best.left:
+                best, models = made, tried
     return best
 
 
-def _family(unmatched: Sequence[Unit], whole: Unit, side: int) -> Unit | None:
-    """Return the siblings without a counterpart that are one leaf of the other model."""
-    for several in families([unit for unit in unmatched if is_needed(unit)], whole.size):
-        if fits(*((several, whole) if side == 0 else (whole, several))):
-            return several
-    return None
+def _family(units: Sequence[Unit], unmatched: set[str], whole: Unit, side: int) -> Unit | None:
+    """Return the siblings that are one leaf of the other model; one has no counterpart."""
+    found = [
+        several
+        for several in families([unit for unit in units if is_needed(unit)], whole.size)
+        if unmatched & set(several.names)
+        and fits(*((several, whole) if side == 0 else (whole, several)))
+    ]
+    told = words(whole.owner)
+    free = [len(unmatched & set(several.names)) / len(several.names) for several in found]
+    best = max(
+        range(len(found)),
+        key=lambda i: (free[i], is_usual(found[i]), len(words(found[i].owner) & told)),
+        default=None,
+    )
+    return None if best is None else found[best]
 
 
 class _Scores:
@@ -96,7 +122,19 @@ class _Scores:
         self._leaves = torch_leaves, flax_leaves
 
     def assigned(self, ours: list[Unit], theirs: list[Unit]) -> Matching:
-        """Return the pairs that go together best."""
+        """Return the pairs that go together best, also with those that are used before them."""
+        self._twins = {}
+        first = self._assigned(ours, theirs)
+        before = [_predecessors(units) for units in (ours, theirs)]
+        twins = {pair.torch.name: pair.flax.name for pair in first.pairs}
+        self._twins = {
+            unit.name: {x for x, y in before[1].items() if y == twins[before[0][unit.name]]}
+            for unit in ours
+            if before[0].get(unit.name) in twins
+        }
+        return self._assigned(ours, theirs)
+
+    def _assigned(self, ours: list[Unit], theirs: list[Unit]) -> Matching:
         models = ours, theirs
         self._information = [information(unit.owner for unit in model) for model in models]
         self._ranks: list[dict[str, tuple[int, ...]]] = [{}, {}]
@@ -167,6 +205,7 @@ class _Scores:
         alike = likeness(*told, *self._information)
         is_equal = ours.owner == theirs.owner and ours.leaf.role == theirs.leaf.role
         score += _WORDS * alike + _EQUAL * is_equal
+        score += _BEFORE * (theirs.name in self._twins.get(ours.name, ()))
         score += _NUMBERS * agreement(*(x[y.owner] for x, y in
                                         zip(self._ranks, (ours, theirs), strict=True)))  # fmt: skip
         return score + self._constants(ours, theirs, alike)
@@ -184,6 +223,16 @@ class _Scores:
         if not all(are_buffers) or ours.kind == "integer":
             return -0.5 if alike > _LIKE else -100.0
         return 0.0
+
+
+def _predecessors(units: Sequence[Unit]) -> dict[str, str]:
+    """Return what is used before each unit that is added to something, such as a bias."""
+    order = sorted(units, key=lambda unit: unit.order)
+    return {
+        unit.name: before.name
+        for before, unit in itertools.pairwise(order)
+        if unit.operation == "term" and before.operation != "term"
+    }
 
 
 def _classes(ours: list[Unit], theirs: list[Unit]) -> Iterator[tuple[list[Unit], list[Unit]]]:
@@ -225,8 +274,15 @@ def orders_of(pair: Pair) -> list[Pair]:
     return made
 
 
-def alias_of(unit: Unit, pairs: Sequence[Pair], scores: Mapping[str, float]) -> Pair | None:
-    """Return the pair whose torch leaf a flax leaf without a counterpart is too, if there is."""
+def alias_of(
+    unit: Unit, pairs: Sequence[Pair], scores: Mapping[str, float], owners: Mapping[str, str]
+) -> Pair | None:
+    """Return the pair whose torch leaf a flax leaf without a counterpart is too, if there is.
+
+    A vector is one if the matrix of its module, among the `owners` by that of the alias, is.
+    """
+    if len(unit.shapes[0]) < 2:
+        pairs = [x for x in pairs if x.flax.owner == owners.get(unit.owner)]
     like = [x for x in pairs if x.flax.shapes == unit.shapes and x.flax.axes == unit.axes
             and not x.flax.stacks and len(x.flax.names) == 1 and x.flax.kind == unit.kind
             and x.flax.leaf.role == unit.leaf.role]  # fmt: skip

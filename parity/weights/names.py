@@ -23,7 +23,7 @@ _SYNONYMS = {
     "input": "ih inp",
     "hidden": "hh",
     "gain": "g gamma gains",
-    "bias": "b beta biases",
+    "bias": "beta biases",
     "head": "classifier cls",
     "": "self proj projection linear fc dense l lm conv model module transformer weight w kernel "
     "scale embedding_table table parametrizations original param params c layer_instance",

@@ -160,6 +160,18 @@ def families(found: Sequence[Unit], size: int) -> Iterator[Unit]:
                     yield _fused(_in_usual_order(members, int(str(place))))
 
 
+def is_usual(several: Unit) -> bool:
+    """Whether what is side by side has the names of what is usually fused."""
+    width = len(several.shapes)
+    steps = zip(*(name.split(".") for name in several.names[:width]), strict=False)
+    differ = next((x for x in steps if len(set(x)) == width), ())
+    return any(
+        all(order[i] in words(name) | {name.strip("_")[-1:]} for i, name in enumerate(differ))
+        for order in _ORDERS
+        if len(order) == len(differ)
+    )
+
+
 def _distinct(group: list[Unit]) -> list[Unit]:
     return list({unit.names: unit for unit in group}.values())
 
