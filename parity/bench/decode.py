@@ -134,7 +134,7 @@ class TwinModels:
 
 
 def bench_decode(options: DecodeOptions, devices: Devices, progress: Progress) -> DecodeBench:
-    """Time one token of every decoder in every cell of a grid.
+    """Return the time of one token of every decoder in every cell of a grid.
 
     Args:
         options: what to time.
@@ -180,7 +180,7 @@ def bench_decode(options: DecodeOptions, devices: Devices, progress: Progress) -
 
 
 def _twins(config: flax_gpt.GPTConfig, devices: Devices) -> TwinModels:
-    """Make the twins with weights of which every one matters.
+    """Return the twins with weights of which every one matters.
 
     Positions are made loud, or else one token would follow itself for ever, whatever the cache
     holds, and equal tokens would say little.
@@ -398,7 +398,7 @@ def _time_rounds(
 def _account(
     framework: str, task: DecodeTask, cache: flax_gpt.KVCache | torch_gpt.KVCache
 ) -> dict[str, int]:
-    """Count the bytes of a cache after the prompt, and check them by the formula.
+    """Return the bytes of a cache after the prompt, checked by the formula.
 
     Raises:
         ValueError: if the cache counts otherwise.

@@ -28,6 +28,8 @@ ORIENTATION = 1e-12
 # Of the largest output. Correct ports were measured at 4e-15 to 8e-14, the smallest planted bug at
 # 3.7e-5. Rounding grows with width and depth, hence more for large models.
 OUTPUT_FLOAT64, OUTPUT_FLOAT64_LARGE, LARGE_MODEL = 1e-12, 1e-11, 50_000_000
+# Unit of the last place of float32, of the largest output.
+FLOAT32_ROUNDING = 2.0**-23
 # Error of float32 against float64, of the largest output: catches outputs so wrong in both
 # frameworks that their ratio is 1.
 OUTPUT_FLOAT32 = 1e-4
@@ -41,6 +43,12 @@ OUTPUT_FLOAT16 = 4e-2
 ROUNDED_APART, ROUNDED_APART_PER_OUTPUT = 1, 2e-5
 # Reading a sequence in chunks through the cache must change nothing but the order of sums.
 CACHE = {"float64": OUTPUT_FLOAT64, "float32": 1e-5}
+
+# Where a model holds constants in float32, such as a table of angles, its float64 run may be off by
+# what rounding did to them. Moving each by half a unit in its last place measures that; a table is
+# the result of a few operations that each round, in either model. A constant that is wrong by one
+# in a thousand is off by more than 1e4 such moves.
+HELD_CONSTANTS = 8.0
 
 # ---- gradients ---------------------------------------------------------------------------------
 
@@ -78,6 +86,11 @@ NULL_PARAMETERS = 1e-8
 # A gap of two trainings is a bug when it is this many times the gap of one twin to its own run from
 # weights one rounding away (the perturbed run); up to there it may be chance.
 CHANCE = 100.0
+# Perturbed runs by which a value past its bound is judged, and how many units of the last place
+# their weights are moved by. A float32 run rounds at every operation, not only once by weight; and
+# where one unit of a million stands so near its kink that it flips in one run of twenty, runs that
+# are moved by one unit would seldom show it. Of their largest gap RATIO is allowed.
+PERTURBED_RUNS, ROUNDINGS = 4, 16
 # Rounding of a loss, which is float32 in every narrow type; no ratio can be taken of less.
 LOSS_ROUNDING = 2.0**-23
 

@@ -6,8 +6,9 @@ from collections import Counter
 
 import numpy as np
 
-from parity.check.metrics import max_abs, size_of
+from parity.check.outputs import output_gap
 from parity.check.pair_session import PairSession
+from parity.frameworks.batch import Outputs
 from parity.frameworks.capture import Trace
 from parity.frameworks.flax.runner import FlaxRunner
 from parity.frameworks.leaves import Leaves
@@ -34,8 +35,8 @@ class PairExperiment:
         self._session = PairSession(pair, dtypes=("float64",))
         self._own = torch_leaves(pair.torch.build("float32"))
         devices, leaves = self._session.devices, self._session.flax_leaves
-        self._flax = FlaxRunner(pair.flax, leaves, "float64", devices.flax)
-        self._torch = TorchRunner(pair.torch, self._own, "float64", devices.torch)
+        self._flax = FlaxRunner(pair.flax, leaves, "float64", devices.flax, lift=True)
+        self._torch = TorchRunner(pair.torch, self._own, "float64", devices.torch, lift=True)
         self._leaves = functools.cache(self._leaves)
         self._flax_at = functools.cache(self._flax_at)
         self._flax_outputs = functools.cache(self._flax_outputs)
@@ -66,7 +67,7 @@ class PairExperiment:
                 "leave a choice that only running the models can make. Mend the inputs or write a "
                 "rules file."
             ) from error
-        return max_abs(flax, torch) / max(size_of(torch), 1e-300)
+        return output_gap(flax, torch)
 
     def strangers(self, rules: Rules) -> int:
         """Return how many outputs of torch's modules no module of flax has, for such weights."""
@@ -82,7 +83,7 @@ class PairExperiment:
     def _leaves(self, apart: Rules) -> Leaves:
         return PairSession(dataclasses.replace(self._pair, rules=apart)).flax_leaves
 
-    def _flax_outputs(self, apart: Rules) -> np.ndarray:
+    def _flax_outputs(self, apart: Rules) -> Outputs:
         return self._flax_at(apart).outputs(self._session.gradient_probe)
 
     def _flax_marks(self, apart: Rules) -> Counter[tuple[object, ...]]:
@@ -104,8 +105,8 @@ def _marks(run: FlaxRunner | TorchRunner, session: PairSession) -> list[tuple[ob
     marks: list[tuple[object, ...]] = []
 
     def note(trace: Trace) -> None:
-        x = np.asarray(trace.output, np.float64)
-        sums = (float(np.abs(x).sum()), float((x**2).sum()))
+        x = np.abs(np.asarray(trace.output, np.complex128))
+        sums = float(x.sum()), float((x**2).sum())
         marks.append((x.size, *(f"{value:.{_DIGITS}e}" for value in sums)))
 
     run.traces(session.gradient_probe, note)

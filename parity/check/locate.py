@@ -3,15 +3,19 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, TypeVar
+import hashlib
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from parity.check import bounds
 from parity.check.metrics import error_ratio, max_abs, scale_of, size_of
 from parity.frameworks.batch import Batch
-from parity.frameworks.capture import Backward, Trace, lockstep
+from parity.frameworks.capture import Backward, Trace, lockstep, map_leaves
 from parity.report import Divergence
 
 if TYPE_CHECKING:  # it imports both frameworks, and a golden is checked where one is missing
@@ -19,13 +23,69 @@ if TYPE_CHECKING:  # it imports both frameworks, and a golden is checked where o
 
 Call = TypeVar("Call", Trace, Backward)
 Gap = Callable[[np.ndarray, np.ndarray], float | None]  # None if it is rounding
+Key = tuple[str, int]  # path of a module, and how many of its calls came before
+# A call to the calls whose inputs depend on what differs in its output.
+Readers = Callable[[Key], Collection[Key]]
 
 
 def locate_forward(session: "PairSession", batch: Batch) -> Divergence | None:
     """Return the first module whose output diverges in float64."""
     with _both(session, batch) as (flax, torch):
-        root, paths = session.model_name, session.modules.values()
-        return first_divergence(flax, torch, float64_gap, root, "forward", paths)
+        readers = functools.partial(_readers, session, batch)
+        return first_divergence(flax, torch, float64_gap, session.model_name, "forward", readers)
+
+
+def _readers(session: "PairSession", batch: Batch, key: Key) -> set[Key]:
+    """Return torch's calls whose inputs change with what differs in the output of one call."""
+    path, number = key
+    with _both(session, batch) as sides:
+        calls = ((a, b) for a, b in matched(*sides) if a.path == path and b is not None)
+        found = next(itertools.islice(calls, number, None), None)
+    if found is None or not np.issubdtype(found[1].output.dtype, np.floating):
+        return set()
+    ours, theirs = found[0].output, found[1].output
+    noise = np.random.default_rng(0).normal(size=theirs.shape) * size_of(theirs)
+    if (like := aligned(ours, theirs)).shape == theirs.shape:
+        noise *= ~(np.abs(like - theirs) <= bounds.MODULE_OUTPUT * scale_of(theirs))
+    return changed_inputs(session, batch, key, noise)
+
+
+def changed_inputs(
+    session: "PairSession", batch: Batch, key: Key, noise: np.ndarray | None = None
+) -> set[Key]:
+    """Return torch's calls whose inputs change when noise is added to the output of one call."""
+    run, (path, number) = session.runs("float64")[1], key
+    count = itertools.count()
+
+    def disturb(_: object, __: object, output: Any) -> Any:
+        if next(count) != number:
+            return None
+        first = itertools.count()
+
+        def changed(x: Any) -> Any:
+            if not (hasattr(x, "is_floating_point") and x.is_floating_point()) or next(first):
+                return x
+            drawn = np.random.default_rng(0).normal(size=x.shape) if noise is None else noise
+            return x + x.new_tensor(drawn)
+
+        return map_leaves(output, changed)
+
+    def inputs() -> dict[Key, list[bytes]]:
+        seen: list[Trace] = []
+        run.traces(batch, lambda trace: seen.append(_digested(trace)))
+        return {key: [x.tobytes() for x in trace.inputs] for key, trace in _numbered(seen)}
+
+    before = inputs()
+    with run.module.get_submodule(path).register_forward_hook(disturb):
+        after = inputs()
+    return {key for key in before if before[key] != after.get(key)}
+
+
+def _digested(trace: Trace) -> Trace:
+    """Return a trace with a digest in place of every input, and without its output."""
+    digests = (hashlib.blake2b(np.ascontiguousarray(x)).digest() for x in trace.inputs)
+    inputs = tuple(np.frombuffer(x, np.uint8) for x in digests)
+    return Trace(trace.path, inputs, np.empty(0))
 
 
 def locate_backward(session: "PairSession", leaves: Mapping[str, float]) -> Divergence | None:
@@ -140,26 +200,132 @@ def gaps_by_module(session: "PairSession", batch: Batch) -> list[tuple[str, floa
         return [(a.path or root, max_abs(a.output, aligned(b, a.output))) for a, b in pairs]
 
 
+@dataclasses.dataclass(frozen=True)
+class Compared:
+    """One call of a module in both models.
+
+    Attributes:
+        key: of the call.
+        gap: between the outputs; None if they agree.
+        fed: whether the inputs agree; None where the first, or all of them, cannot be compared.
+        wholly: whether every input can be compared.
+        shapes: of the outputs, where they cannot be brought together; else "".
+    """
+
+    key: Key
+    gap: float | None
+    fed: bool | None
+    wholly: bool
+    shapes: str
+
+    @property
+    def path(self) -> str:
+        """Path of the module."""
+        return self.key[0]
+
+    @classmethod
+    def of(cls, key: Key, a: Trace, b: Trace, gap: Gap) -> "Compared":
+        """Compare a call in two models."""
+        agree = _inputs_agree(a.inputs, b.inputs, gap)
+        fed = False if False in agree else agree[0] if agree else True
+        found = gap(a.output, b.output)
+        unlike = found is not None and not comparable(a.output, b.output)
+        shapes = f" The shapes are {a.output.shape} and {b.output.shape}." if unlike else ""
+        return cls(key, found, fed, None not in agree, shapes)
+
+
+def compared(
+    a: Iterable[Trace], b: Iterable[Trace], gap: Gap
+) -> tuple[list[Compared], Collection[str]]:
+    """Return the calls that both models make, and the paths of all that the first one makes."""
+    calls: list[Compared] = []
+    called: Counter[str] = Counter()
+    for trace, twin in matched(a, b):
+        if twin is not None:
+            calls.append(Compared.of((trace.path, called[trace.path]), trace, twin, gap))
+        called[trace.path] += 1
+    return calls, called
+
+
+def compared_calls(session: "PairSession", batch: Batch) -> dict[Key, Compared]:
+    """Return the calls of a float64 forward pass that both models make."""
+    with _both(session, batch) as sides:
+        return {call.key: call for call in compared(*sides, float64_gap)[0]}
+
+
 def first_divergence(
-    a: Iterable[Trace], b: Iterable[Trace], gap: Gap, root: str, phase: str, paths: Collection[str]
+    a: Iterable[Trace],
+    b: Iterable[Trace],
+    gap: Gap,
+    root: str,
+    phase: str,
+    readers: Readers = lambda key: (),
 ) -> Divergence | None:
     """Return the first module to complete whose output differs although its inputs agree.
 
-    Both have the same paths; `root` is the name of the model itself.
+    A module is acquitted whose caller's output agrees, or which a later module reads whose inputs
+    agree: its output has another layout, or a module of one name has another place.
+
+    Args:
+        a: calls of one model.
+        b: calls of the other, with the same paths.
+        gap: between two arrays.
+        root: name of the model itself.
+        phase: of the divergence.
+        readers: the calls whose inputs depend on what differs in the output of a call.
 
     Returns:
-        The caller of a module whose inputs differ while all that completed before it agrees: it was
-        fed by wrong code outside of modules, in its caller's body. None when nothing differs.
+        The caller of a module whose inputs differ while all that completed before it agrees, from
+        the inside out as far as inputs differ: it was fed by wrong code outside of modules, in its
+        caller's body. None when nothing differs.
     """
-    for trace, twin in matched(a, b):
-        if twin is None or (found := gap(trace.output, twin.output)) is None:
+    calls, called = compared(a, b, gap)
+    for place, call in enumerate(calls):
+        # Arguments that cannot be compared accuse nobody: the callers, which come later, decide.
+        if (
+            call.gap is None
+            or (call.fed is None and call.path)
+            or _acquitted(calls, place, readers)
+        ):
             continue
-        if trace.path and _inputs_differ(trace.inputs, twin.inputs, gap):
-            detail = f"Its own code diverges before {trace.path} is called; all before that agrees."
-            return Divergence(_caller(trace.path, paths) or root, phase, 0, found, detail=detail)
-        detail = "Given the same input its output differs; all before it agrees."
-        return Divergence(trace.path or root, phase, 0, found, detail=detail)
+        where, detail = call.path, "Given the same input its output differs"
+        if where and not call.fed:
+            detail = f"Its own code diverges before {where} is called"
+            caller: int | None = place
+            while where and caller is not None and not calls[caller].fed:
+                where, caller = _caller(where, called), _calling(calls, caller)
+                if caller is not None and calls[caller].path != where:
+                    caller = None  # its calls cannot be compared
+        detail += f"; all before {'that' if call.fed is False else 'it'} agrees.{call.shapes}"
+        return Divergence(where or root, phase, 0, call.gap, detail=detail)
     return None
+
+
+def _calling(calls: Sequence[Compared], place: int) -> int | None:
+    """Return the place of the call within which another one was made; None where it is unknown."""
+    path = calls[place].path
+    later = (i for i in range(place + 1, len(calls)) if _is_inside(path, calls[i].path))
+    return next(later, None) if path else None
+
+
+def _is_inside(path: str, other: str) -> bool:
+    return path != other and (not other or path.startswith(f"{other}."))
+
+
+def _acquitted(calls: Sequence[Compared], place: int, readers: Readers) -> bool:
+    """Whether a difference does not matter, as what is made of it agrees."""
+    caller = _calling(calls, place)
+    while caller is not None:
+        if calls[caller].gap is None:
+            return True
+        caller = _calling(calls, caller)
+    path = calls[place].path
+    agreeing = {
+        call.key
+        for call in calls[place + 1 :]
+        if call.fed and call.wholly and not _is_inside(path, call.path)
+    }
+    return bool(path and agreeing and agreeing & set(readers(calls[place].key)))
 
 
 def matched(
@@ -170,7 +336,7 @@ def matched(
     The others are read no further than necessary; traces that come early are kept.
     """
     streams = [_numbered(other) for other in others]
-    early: list[dict[tuple[str, int], Call]] = [{} for _ in others]
+    early: list[dict[Key, Call]] = [{} for _ in others]
     for key, trace in _numbered(a):
         twins = []
         for stream, waiting in zip(streams, early, strict=True):
@@ -189,25 +355,63 @@ def translated(traces: Iterable[Call], modules: Mapping[str, str]) -> Iterator[C
 
 def float64_gap(a: np.ndarray, b: np.ndarray) -> float | None:
     """Return the largest difference between two float64 outputs; None if it is rounding."""
-    gap = max_abs(a, aligned(b, a))
+    a, b = together(a, b)
+    gap = max_abs(a, b)
     return None if gap <= bounds.MODULE_OUTPUT * scale_of(a) else gap
+
+
+def together(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return two activations in one layout and shape, as far as there is one.
+
+    What one model computes once for all rows of a batch, the other may compute for each.
+    """
+    other = aligned(b, a)
+    if other.shape != a.shape:
+        with contextlib.suppress(ValueError):
+            a, other = np.broadcast_arrays(a, other)
+    return a, other
+
+
+def comparable(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two activations can be compared: their shapes fit, and a mask is none of numbers."""
+    if {"b", "f"} == {a.dtype.kind, b.dtype.kind}:
+        return False
+    a, b = together(a, b)
+    return a.shape == b.shape
 
 
 def aligned(array: np.ndarray, like: np.ndarray) -> np.ndarray:
     """Return an activation with its axes in the order of another framework's, by the best fit.
 
-    Torch has channels after the batch and flax has them last; some have time before the batch;
-    heads may share an axis with their width.
+    Torch has channels after the batch and flax has them last; some have time before the batch, or
+    heads before time; heads may share an axis with their width, and rows one with the batch.
     """
-    tried = [array]
+    best, smallest = array, math.inf
+    for tried in _layouts(array, like.shape):
+        found = max_abs(tried, like)
+        if found <= bounds.MODULE_OUTPUT * scale_of(like):
+            return tried
+        if best.shape != like.shape or found < smallest:
+            best, smallest = tried, found
+    return best
+
+
+def _layouts(array: np.ndarray, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """Yield the forms of an activation that have a shape: axes permuted, joined or split."""
+    if array.size != math.prod(shape):
+        return
+    if array.shape == shape:
+        yield array
+    orders = list(itertools.permutations(range(array.ndim)))[1:] if 3 <= array.ndim <= 5 else []
+    for order in orders:
+        if tuple(array.shape[axis] for axis in order) == shape:
+            yield array.transpose(order)
+    if array.ndim == len(shape):
+        return
+    yield array.reshape(shape)
     if array.ndim >= 3:
-        tried += np.moveaxis(array, 1, -1), np.moveaxis(array, -1, 1), np.swapaxes(array, 0, 1)
-    if array.size == like.size:
-        tried.append(array.reshape(like.shape))
-    fitting = [x for x in tried if x.shape == like.shape]
-    if len(fitting) < 2:
-        return (fitting or [array])[0]
-    return min(fitting, key=lambda x: np.nan_to_num(max_abs(x, like), nan=np.inf))
+        for moved in (np.moveaxis(array, 1, -1), np.moveaxis(array, -1, 1), array.swapaxes(1, 2)):
+            yield moved.reshape(shape)
 
 
 @contextlib.contextmanager
@@ -220,19 +424,24 @@ def _both(
         yield translated(flax, session.modules), torch
 
 
-def _inputs_differ(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...], gap: Gap) -> bool:
-    """Whether the inputs of two modules differ."""
+def _inputs_agree(a: Sequence[np.ndarray], b: Sequence[np.ndarray], gap: Gap) -> list[bool | None]:
+    """Return of each input whether both models give the same; None where it cannot be compared."""
     if len(a) == len(b):
-        return any(gap(x, y) is not None for x, y in zip(a, b, strict=True))
+        pairs = zip(a, b, strict=True)
+        return [gap(x, y) is None if comparable(x, y) else None for x, y in pairs]
     # Each float of the fewer must be among the others: torch's attention is given its input three
     # times and flax's once.
     few, many = sorted((_floats(a), _floats(b)), key=len)
-    return any(all(gap(x, y) is not None for y in many) for x in few)
+    found: list[bool | None] = []
+    for x in few:
+        like = [y for y in many if comparable(x, y)]
+        found.append(any(gap(x, y) is None for y in like) if like else None)
+    return found
 
 
-def _numbered(traces: Iterable[Call]) -> Iterator[tuple[tuple[str, int], Call]]:
-    """Yield each trace with its path and how many calls of the same module came before it."""
-    seen: dict[str, int] = {}
+def _numbered(traces: Iterable[Call]) -> Iterator[tuple[Key, Call]]:
+    """Yield each trace with the key of its call."""
+    seen: Counter[str] = Counter()
     for trace in traces:
-        seen[trace.path] = seen.get(trace.path, -1) + 1
         yield (trace.path, seen[trace.path]), trace
+        seen[trace.path] += 1

@@ -76,14 +76,15 @@ def different_bits(a: np.ndarray, b: np.ndarray) -> int:
     return int(np.count_nonzero(bits_a != bits_b))
 
 
-def error_ratio(a: np.ndarray, b: np.ndarray, truth: np.ndarray) -> float:
+def error_ratio(a: np.ndarray, b: np.ndarray, truth: np.ndarray, noise: float = 0.0) -> float:
     """Return the larger of two RMS errors against `truth` over the smaller; 1 is a fair draw.
 
     Errors below the rounding of `truth` to the narrower dtype count as that rounding, because a
-    ratio of two numbers that are both exact says nothing.
+    ratio of two numbers that are both exact says nothing. Where a noise is given that rounding
+    makes elsewhere, so do errors below that.
     """
     floor = float(np.finfo(a.dtype).eps) * rms_error(truth, np.zeros_like(truth))
-    return ratio(rms_error(a, truth), rms_error(b, truth), floor)
+    return ratio(rms_error(a, truth), rms_error(b, truth), max(floor, noise))
 
 
 def _wide(array: np.ndarray) -> np.ndarray:

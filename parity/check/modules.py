@@ -12,20 +12,22 @@ from parity.check.check import check
 from parity.check.experiment import PairExperiment
 from parity.check.levels.names import DTYPES, LEVELS
 from parity.check.pair_session import PairSession
+from parity.check.trial import Side, scored_leaves
+from parity.frameworks.default_call import Signature
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.flax.module import FlaxUse
-from parity.frameworks.flax.module import spec as flax_spec
+from parity.frameworks.handle import handle
 from parity.frameworks.spec import BY_DEFAULT
 from parity.frameworks.torch.leaves import torch_leaves
 from parity.frameworks.torch.module import TorchUse, learning_rate
-from parity.frameworks.torch.module import spec as torch_spec
 from parity.pair.inputs import as_inputs
 from parity.pair.pair import Pair
 from parity.report import Report
 from parity.system.devices import choose_devices
+from parity.system.random_state import kept_random_state
 from parity.weights.infer import infer_rules
 from parity.weights.rules import Rules
-from parity.weights.weight_map import resolve
+from parity.weights.weight_map import TransplantError, resolve
 
 
 class PairOptions(TypedDict, total=False):
@@ -61,8 +63,11 @@ def check_pair(
     Args:
         torch_module: the PyTorch module.
         flax_module: the Flax NNX module.
-        inputs: what to call both with: an array, a tuple of arrays, several such by name, or a
+        inputs: what to call both with: an array, a tuple of arguments, a dict of them by the names
+            of parameters, a tuple that ends with such a dict, several such calls by name, or a
             function of a NumPy random generator that returns one of these, called for every batch.
+            Arguments are arrays, of either framework too, None, numbers, texts, and lists and dicts
+            of these. Parameters such as `train`, `deterministic` and `rngs` are filled in.
         levels: names of levels; all by default.
         dtypes: float64, or float64 and float32.
         device: auto, cpu or cuda.
@@ -81,6 +86,7 @@ def check_pair(
     return check(pair, levels=levels, dtypes=dtypes, devices=devices, seed=seed, steps=steps)
 
 
+@kept_random_state()
 def pair_of(
     torch_module: torch.nn.Module,
     flax_module: nnx.Module,
@@ -122,12 +128,21 @@ def pair_of(
             )
     if weights not in ("random", "torch"):
         raise ValueError(f"check_pair: weights {weights!r}: there are random and torch.")
-    calls = as_inputs(inputs, seed)
-    port, original = flax_spec(flax_module, flax), torch_spec(torch_module, torch)
+    sides = (
+        Side(handle("flax"), flax_module, flax),
+        Side(handle("torch"), torch_module, torch),
+    )
+    calls = as_inputs(inputs, seed, [Signature.of(side.module, side.use.call) for side in sides])
+    first = next(iter(calls.probes.values()))
+    flax_side, torch_side = sides = sides[0].prepared(first), sides[1].prepared(first)
+    flax_module, torch_module = flax_side.module, torch_side.module
+    scored = scored_leaves(sides, first)
+    port, original = (x.handle.spec(x.module, x.use, y) for x, y in zip(sides, scored, strict=True))
 
     def made(rules: Rules) -> Pair:
         return Pair(port, original, rules, calls.probes, calls.training_batch, pure=False)
 
+    is_file = rules != "auto" and not isinstance(rules, Rules)
     if rules == "auto":
         rules = Rules((), rest="auto")
     elif not isinstance(rules, Rules):
@@ -136,12 +151,42 @@ def pair_of(
         experiment = PairExperiment(made(Rules(())))
         rules = infer_rules(torch_module, flax_module, experiment, rules)
     rate = learning_rate(torch_module, torch.optimizer)
-    pair = dataclasses.replace(made(rules), learning_rate=rate)
+    pair = _without_frozen(
+        dataclasses.replace(made(rules), learning_rate=rate), sides, scored, is_file
+    )
     if weights == "torch":
         ours = torch_leaves(original.build("float32"))
         theirs = flax_leaves(PairSession(pair).build_flax())
-        pair = dataclasses.replace(pair, leaves=resolve(rules, ours, theirs).to_flax(ours))
+        found = resolve(rules, ours, theirs)
+        kept = {name: theirs[name] for name in found.flax_ignored}
+        pair = dataclasses.replace(pair, leaves=found.to_flax(ours) | kept)
     return pair
+
+
+def _without_frozen(
+    pair: Pair, sides: tuple[Side, Side], scored: list[list[str]], is_file: bool
+) -> Pair:
+    """Return the pair with what one side does not train frozen on the other too."""
+    flax, torch = (side.handle.trained(side.module) for side in sides)
+    frozen: list[tuple[str, ...]] = [(), ()]
+    try:
+        leaves = torch_leaves(sides[1].module), flax_leaves(sides[0].module)
+        links = resolve(pair.rules, *leaves).links
+    except TransplantError:
+        if is_file:
+            raise
+        return pair  # the level of the weights reports it
+    for link in links:
+        moves = bool(flax & {*link.flax}), bool(torch & {*link.torch})
+        if moves[0] != moves[1]:
+            frozen = [frozen[0] + link.flax, frozen[1] + link.torch]
+    if not frozen[1]:
+        return pair
+    flax_spec, torch_spec = (
+        side.handle.spec(side.module, side.use, leaves, names)
+        for side, leaves, names in zip(sides, scored, frozen, strict=True)
+    )
+    return dataclasses.replace(pair, flax=flax_spec, torch=torch_spec, frozen=frozen[1])
 
 
 def _require_modules(torch_module: object, flax_module: object) -> None:

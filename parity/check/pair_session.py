@@ -5,6 +5,7 @@ import functools
 from flax import nnx
 
 from parity.check.session import Session
+from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.flax.runner import FlaxRunner
 from parity.frameworks.flax.scope import jax_scope
@@ -82,12 +83,26 @@ class PairSession(Session[FlaxRunner, TorchRunner]):
             return self.pair.flax.build("float32")
 
     def _make_runs(self, dtype: str) -> tuple[FlaxRunner, TorchRunner]:
+        lift = not self.pair.pure
         return (
-            FlaxRunner(self.pair.flax, self.flax_leaves, dtype, self.devices.flax),
-            TorchRunner(self.pair.torch, self.torch_leaves, dtype, self.devices.torch),
+            FlaxRunner(self.pair.flax, self.flax_leaves, dtype, self.devices.flax, lift),
+            self._torch_runner(self.torch_leaves, dtype),
         )
 
-    def perturbed_run(self, dtype: str) -> TorchRunner:
-        """Return the torch side from weights one rounding away: what rounding alone does to it."""
-        leaves = neighbours(cast(self.torch_leaves, dtype), self.seed)
-        return TorchRunner(self.pair.torch, leaves, dtype, self.devices.torch)
+    def perturbed_run(self, dtype: str, seed: int = 0, roundings: int = 1) -> TorchRunner:
+        """Return the torch side from weights some roundings away: what rounding does to it."""
+        leaves = neighbours(cast(self.torch_leaves, dtype), self.seed + seed, roundings)
+        return self._torch_runner(leaves, dtype)
+
+    def perturbed_outputs(
+        self, batch: Batch, rounded: str, computed: str, number: int, roundings: int
+    ) -> Outputs:
+        """See `Session`; of the torch side."""
+        seed = self.seed + number
+        leaves = neighbours(cast(self.torch_leaves, rounded), seed, roundings)
+        run = self.runs(computed)[1].at(leaves)
+        return batch.select(run.outputs(batch.perturbed(rounded, seed, roundings)))
+
+    def _torch_runner(self, leaves: Leaves, dtype: str) -> TorchRunner:
+        lifting = {"lift": not self.pair.pure, "code_leaves": self.weight_map.ignored}
+        return TorchRunner(self.pair.torch, leaves, dtype, self.devices.torch, **lifting)

@@ -1,6 +1,7 @@
 """State shared by all levels of a check: both models, their weights and what is known of them."""
 
 import abc
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Generic, TypeVar
@@ -9,12 +10,13 @@ import numpy as np
 
 from parity.check import bounds
 from parity.check.null_gradients import NullDirections, null_leaves
-from parity.frameworks.batch import Batch
+from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import Runner, Trainer
+from parity.frameworks.purity import AGAIN, Purity
 from parity.pair.pair import Pair
 from parity.report.plot_data import PlotData
-from parity.report.record import IMPURE, Record, abstain, judge
+from parity.report.record import IMPURE, Record, Verdict, abstain, judge
 from parity.system.memory import hand_back_freed_memory, is_large
 from parity.weights.weight_map import WeightMap
 
@@ -50,12 +52,29 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         self.steps, self.progress = steps, progress
         self.plot_data = PlotData()
         self._runs = functools.cache(self._make_runs)
+        self.purity = functools.cache(self._make_purity)
         self.gradients = functools.lru_cache(maxsize=1)(self._make_gradients)
         self._dtype: str | None = None
+        self._abstained = False  # whether a comparison in float64 did
+        self._said: set[str] = set()  # models of which it is said what was lifted
 
     @abc.abstractmethod
     def _make_runs(self, dtype: str) -> tuple[Flax_co, Torch_co]:
         """Return a runner of each model in a dtype."""
+
+    @abc.abstractmethod
+    def perturbed_outputs(
+        self, batch: Batch, rounded: str, computed: str, number: int, roundings: int
+    ) -> Outputs:
+        """Return what one model gives from weights and inputs that are some roundings away.
+
+        Args:
+            batch: of the call.
+            rounded: the dtype that is rounded to.
+            computed: the dtype that is computed in.
+            number: for another choice of directions.
+            roundings: how far away.
+        """
 
     def runs(self, dtype: str) -> tuple[Flax_co, Torch_co]:
         """Return runners of both models in a dtype; those of another dtype free their memory."""
@@ -63,6 +82,10 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
             self.release()
             self._dtype = dtype
         return self._runs(dtype)
+
+    def perturbed_run(self, dtype: str, seed: int = 0, roundings: int = 1) -> Torch_co | None:
+        """Return the torch side from weights so many roundings away; None for a recording."""
+        return None
 
     def release(self) -> None:
         """Free the memory of all that can be loaded or computed again."""
@@ -95,37 +118,94 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         """Bound of outputs, updates and losses in float64."""
         return bounds.float64_bound(self.num_params)
 
-    @functools.cached_property
-    def impurities(self) -> dict[str, str]:
-        """By model, what is not float64 in its float64 run, for a pair that may have such."""
+    def _make_purity(self, part: str) -> dict[str, Purity]:
+        """Return the purity of the "forward" or "gradient" part of each float64 run, by model."""
         found = {}
-        for run in self.runs("float64") if not self.pair.pure else ():
-            batch = self.gradient_probe
-            if impure := run.forward_purity(batch).impure or run.gradient_purity(batch).impure:
-                words = _counted(impure)
-                more = f" and {len(words) - 3} more" if len(words) > 3 else ""
-                found[run.name] = ", ".join(words[:3]) + more
-        return found
-
-    def proof_of_float64(self, part: str) -> Iterator[Record]:
-        """Yield proofs that "forward" or "gradient" is in float64, or a record that abstains."""
-        if self.impurities:
-            models = "; ".join(f"{name}: {words}" for name, words in self.impurities.items())
-            yield abstain("float64", f"{IMPURE}; in {models}")
-            return
         for run in self.runs("float64"):
             if self.is_large:
                 self.release()
             measure = run.forward_purity if part == "forward" else run.gradient_purity
-            found = measure(self.gradient_probe)
-            name, num = f"{run.name}, {part} in float64", sum(found.impure.values())
-            note = ", ".join(_counted(found.impure)) or None
-            metric, count = "narrow operations", found.num_operations
-            yield judge(name, "float64", metric, num, 0, count, note=note)
+            found[run.name] = measure(self.gradient_probe)
+        return found
+
+    @functools.cached_property
+    def impurities(self) -> dict[str, str]:
+        """By model, what is not float64 in its float64 run, for a pair that may have such."""
+        if self.pair.pure:
+            return {}
+        forward, gradient = self.purity("forward"), self.purity("gradient")
+        found = {name: forward[name].impure or gradient[name].impure for name in forward}
+        return {name: _listed(impure) for name, impure in found.items() if impure}
+
+    @functools.cached_property
+    def moved_runs(self) -> list[tuple[Runner, Runner]]:
+        """Each float64 run, and the same with the constants moved that it holds in a narrow type.
+
+        They differ by what rounding may have done to these.
+        """
+        return [(run, run.moved()) for run in self.runs("float64")]
+
+    def decided(self, record: Record, noise: Callable[[int], float]) -> Record:
+        """Return a comparison in float64 as it is, or judged by what lifting leaves narrow.
+
+        What agrees does so whatever was narrow on the way. What does not may differ by as much as
+        constants move it that a model holds in a narrow type; and where an operation stayed narrow,
+        it is for float32 to say.
+
+        Args:
+            record: of two runs in float64.
+            noise: number of a pair of `moved_runs` to the gap of the two in the record's metric.
+        """
+        if record.verdict is not Verdict.FAIL or record.dtype != "float64" or self.pair.pure:
+            return record
+        moved = sum(map(noise, range(len(self.moved_runs)))) if self._held else 0.0
+        if record.bound is not None and moved > 0.0:
+            note = f"rounding moves it by {moved:.0e}: {', '.join(self._held)}"
+            bound = max(record.bound, bounds.HELD_CONSTANTS * moved)
+            verdict = Verdict.PASS if record.gap <= bound else Verdict.FAIL
+            note = f"{record.note}; {note}" if record.note else note
+            record = dataclasses.replace(
+                record, bound=bound, noise=moved, verdict=verdict, note=note
+            )
+        if record.verdict is Verdict.FAIL and self.impurities:
+            self._abstained = True
+            return abstain("float64", f"{IMPURE}; {self._narrow}")
+        return record
+
+    def proof_of_float64(self, part: str) -> Iterator[Record]:
+        """Yield proofs that "forward" or "gradient" is in float64, and what was lifted for it.
+
+        Where something stayed narrow, agreement is a proof as well; else the record abstains.
+        """
+        if self.impurities and self._abstained:
+            yield abstain("float64", f"{IMPURE}; {self._narrow}")
+            return
+        for model, found in self.purity(part).items():
+            num, notes = sum(found.impure.values()), []
+            if found.impure:
+                agreed = "" if self.pair.pure else ", yet the models agree"
+                notes = [_listed(found.impure) + agreed]
+            if found.lifted and model not in self._said:
+                self._said.add(model)
+                notes.append(f"{model} computes narrower, lifted: {_listed(found.lifted)}")
+            name, bound = f"{model}, {part} in float64", 0 if self.pair.pure else num
+            metric, note = "narrow operations", "; ".join(notes) or None
+            yield judge(name, "float64", metric, num, bound, found.num_operations, note=note)
 
     def truth(self, flax: np.ndarray, torch: np.ndarray) -> np.ndarray:
         """Return the float64 output by which float32 is judged: that of a model which is pure."""
         return torch if self.pair.flax.name in self.impurities else flax
+
+    @property
+    def _narrow(self) -> str:
+        return "; ".join(f"in {name}: {words}" for name, words in self.impurities.items())
+
+    @property
+    def _held(self) -> list[str]:
+        """Constants that a model holds in a narrow type."""
+        parts = (*self.purity("forward").values(), *self.purity("gradient").values())
+        words = dict.fromkeys(x for found in parts for x in found.lifted if " constant" in x)
+        return [x for x in words if not x.endswith(AGAIN)]
 
     @property
     def gradient_probe(self) -> Batch:
@@ -142,7 +222,13 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
             torch.release()
             hand_back_freed_memory()
         loss, gradients = flax.gradients(self.gradient_probe)
-        return (loss, self.weight_map.sum_of_ties(gradients)), theirs
+        ours = loss, self.weight_map.sum_of_ties(gradients)
+        # What is frozen on one side has no gradient there.
+        both = ours[1].keys() & theirs[1].keys()
+        for _, side in (ours, theirs):
+            for name in side.keys() - both:
+                del side[name]
+        return ours, theirs
 
     @property
     def _zero(self) -> float:
@@ -151,8 +237,24 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
     @functools.cached_property
     def null(self) -> NullDirections:
         """Where the gradient is analytically zero, from float64 and both models."""
-        (_, flax), (_, torch) = self.gradients("float64")
-        return NullDirections.find(flax, torch, self._zero)
+        return self._gradient_facts[0]
+
+    @property
+    def not_finite(self) -> tuple[str, ...]:
+        """Leaves whose gradient in float64 holds infinities or NaN in both models."""
+        return self._gradient_facts[1]
+
+    @functools.cached_property
+    def _gradient_facts(self) -> tuple[NullDirections, tuple[str, ...]]:
+        sides = [gradient for _, gradient in self.gradients("float64")]
+        bad = [x for x in sides[0] if not any(np.isfinite(side[x]).all() for side in sides)]
+        if bad:
+            zeros = [{x: np.nan_to_num(side[x], posinf=0, neginf=0) for x in bad} for side in sides]
+            sides = [side | zero for side, zero in zip(sides, zeros, strict=True)]
+        null = NullDirections.find(*sides, self._zero)
+        leaves = tuple(name for name in null.leaves if name not in bad)
+        means = tuple(x for x in null.means if x[0] not in bad)
+        return dataclasses.replace(null, leaves=leaves, means=means), tuple(bad)
 
     @functools.cached_property
     def null_in_training(self) -> tuple[str, ...]:
@@ -164,8 +266,11 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         converts = self.weight_map.mapped, self.weight_map.to_flax
         for run, convert in zip(self.runs("float64"), converts, strict=True):
             trainer = run.trainer(self.steps)
-            trainer.step(*self.pair.training_batch(0).inputs)
+            batch = self.pair.training_batch(0)
+            trainer.step(*batch.inputs, **batch.keywords)
             moments.append(convert(trainer.moments()[0]))
+        kept = set.intersection(*map(set, moments))
+        moments = [{name: side[name] for name in side if name in kept} for side in moments]
         found = null_leaves(moments, self._zero)
         if set(found) > set(self.null.leaves):
             # The statistics of such a norm follow that bias wherever rounding takes it.
@@ -173,5 +278,7 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         return tuple(dict.fromkeys((*self.null.leaves, *found)))
 
 
-def _counted(operations: Mapping[str, int]) -> list[str]:
-    return [f"{name} ({n}x)" for name, n in operations.items()]
+def _listed(operations: Mapping[str, int]) -> str:
+    words = [f"{name} ({n}x)" for name, n in operations.items()]
+    more = f" and {len(words) - 3} more" if len(words) > 3 else ""
+    return ", ".join(words[:3]) + more

@@ -126,6 +126,7 @@ def _read(
     family: Family, document: Mapping[str, Any], where: str
 ) -> tuple[Family, dict[str, Any], list[str], list[str]]:
     problems: list[str] = []
+    notes: list[str] = []
     fields: dict[str, Any] = dict(family.fixed)
     for entry in family.entries:
         given = [document[name] for name in entry.names if name in document]
@@ -154,6 +155,7 @@ def _read(
         known |= set(_ROTARY)
         rotary, found = _rotary(document)
         problems += found
+        notes += _two_spellings(document, where)
         if not found:
             fields["rotary"] = rotary
             if rotary["scaling"] == "dynamic":
@@ -165,14 +167,17 @@ def _read(
         if "num_layers" in fields:
             fields |= _window(family.window, document, fields["num_layers"], problems)
     left = sorted(set(document) - known)
-    notes = [f"{where}: {', '.join(left)}: not understood and left aside"] if left else []
+    notes += [f"{where}: {', '.join(left)}: not understood and left aside"] if left else []
     return family, fields, problems, notes
 
 
 def _rotary(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Read rotary positions in the old spelling (rope_theta, rope_scaling) or the new one."""
-    new, old = document.get("rope_parameters"), document.get("rope_scaling")
-    given = dict(new or old or {})
+    """Read rotary positions in the old spelling (rope_theta, rope_scaling) or the new one.
+
+    Where both are given, the old one counts alone, as in `convert_rope_params_to_dict` of
+    transformers: model cards have people add it to a file that already holds the new one.
+    """
+    given = dict(document.get("rope_scaling") or document.get("rope_parameters") or {})
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in _ROPE_TYPES:
         return {}, [f"rope type is {kind!r}, there are {', '.join(_ROPE_TYPES)}"]
@@ -199,6 +204,16 @@ def _rotary(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
         rotary["low_frequency"] = float(given["low_freq_factor"])
         rotary["high_frequency"] = float(given["high_freq_factor"])
     return rotary, []
+
+
+def _two_spellings(document: Mapping[str, Any], where: str) -> list[str]:
+    """Return a note when rotary positions are given twice and differ."""
+    new, old = document.get("rope_parameters"), document.get("rope_scaling")
+    if not new or not old or new == old:
+        return []
+    return [
+        f"{where}: rope_scaling and rope_parameters differ; rope_scaling counts, as in the library"
+    ]
 
 
 def _rope_parameters(rotary: Rotary) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from flax_gpt import GPTConfig
@@ -116,6 +117,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises:
         ValueError: see `check_new`.
+        OSError: with the folder in its message, when the disk refuses it.
     """
     check_new(path)
     folder = Path(tempfile.mkdtemp(dir=path.absolute().parent, prefix=f".{path.name}."))
@@ -125,6 +127,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         if path.exists():
             path.rmdir()
         folder.rename(path)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):  # a full disk, reported without a name
+            raise OSError(
+                f"{path}: {error}. Nothing was written. Make room or name another."
+            ) from error
         raise

@@ -1,5 +1,6 @@
 """`parity check`: are two models the same function, the twins or two of your own?"""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -19,9 +20,11 @@ from parity.cli.options import (
     in_one_line,
     write_output,
 )
-from parity.cli.record import build_module, only_one
+from parity.cli.record import build_module, called_by, only_one
 from parity.system.memory import return_freed_memory_at_once
+from parity.system.programs import keep_programs
 from parity.system.progress import interruptible, shown
+from parity.system.random_state import kept_random_state
 from parity.twins.names import PRESETS
 
 if TYPE_CHECKING:
@@ -44,6 +47,8 @@ def check(
     torch: str | None = None,
     flax: str | None = None,
     inputs: str | None = None,
+    torch_call: str | None = None,
+    flax_call: str | None = None,
     rules: str = "auto",
     save_rules: str | None = None,
     golden: Path | None = None,
@@ -58,6 +63,7 @@ def check(
     tokens: PositiveOrNone = None,
     seed: Natural = 0,
     device: Device = "auto",
+    no_cache: bool = False,
     json: str | None = None,
     markdown: str | None = None,
     html: str | None = None,
@@ -83,8 +89,14 @@ def check(
             qwen3, bloom), of one that `parity convert` made, or of a name of the hub.
         torch: Your PyTorch module, or what builds it: my_pkg.net:build or net.py:Net.
         flax: Your Flax NNX module, or a function that builds it.
-        inputs: What to call both with: an array, a tuple of arrays, several such in a dict, or a
-            function of a NumPy random generator that returns one of these.
+        inputs: What to call both with: an array, a tuple of arguments, a dict of them by the names
+            of parameters, several such calls in a dict by names of your own, or a function of a
+            NumPy random generator that returns one of these. Parameters such as train,
+            deterministic and rngs are filled in.
+        torch_call: How your PyTorch module is called, where a plain call does not fit: calls.py:f,
+            a function such as def f(module, tokens, mask): return module(input_ids=tokens,
+            attention_mask=mask).logits. It gets the arguments of --inputs.
+        flax_call: The same of your Flax module. It may bring axes into the other's order.
         rules: Which weight is which: a rules file, or auto to infer it.
         save_rules: Write the rules that were used to this file, to keep and edit.
         golden: A file of `parity record`: checks one module of yours against it, in float64 alone
@@ -99,6 +111,8 @@ def check(
         seed: Seed of the weights and of the text passages.
         json: Write the report to this file; - for standard output.
         markdown: Write the table to this file, for a README; - for standard output.
+        no_cache: Compile everything anew. Else what jax compiles is kept in the user's cache
+            folder, and a second run is faster.
         html: Write a page to this file, with plots of gaps, losses and margins.
 
     Examples:
@@ -108,6 +122,8 @@ def check(
         parity check --level logits --level gradients --dtype float64
         parity check --checkpoint ./llama --steps 3
         parity check --torch my_pkg.net:build --flax my_port.net:build --inputs inputs.py:make
+        parity check --torch net.py:Net --flax port.py:Port --inputs inputs.py:make \
+            --flax-call inputs.py:call
         parity check --golden net.safetensors --flax my_port.net:build --rules rules.toml
     """
     files = {"--json": json, "--markdown": markdown, "--html": html, "--save-rules": save_rules}
@@ -120,13 +136,16 @@ def check(
             raise ValueError(f"--level {min(unknown)}: no such level. Choose {', '.join(LEVELS)}.")
         levels = [name for name in LEVELS if not level or name in level]
         own = {"--torch": torch, "--flax": flax, "--inputs": inputs}
+        calls = {"torch": torch_call, "flax": flax_call}
         return_freed_memory_at_once()
+        if not no_cache:
+            keep_programs()
         if golden is not None:
             others = {"--data": data, "--checkpoint": checkpoint, "--inputs": inputs}
             others |= {"--save-rules": save_rules}
-            report = _check_golden(errors, golden, own, rules, levels, others)
+            report = _check_golden(errors, golden, own, calls, rules, levels, others)
         else:
-            is_own = any(own.values())
+            is_own = any((*own.values(), *calls.values()))
             of_twins = preset != "tiny" or task != "next-token"
             if is_own and (checkpoint is not None or data is not None or of_twins):
                 raise ValueError(
@@ -152,7 +171,7 @@ def check(
 
                 devices = choose_devices(device)
                 if is_own:
-                    pair = _own_pair(own, rules, seed)
+                    pair = _own_pair(own, calls, rules, seed)
                 elif checkpoint is not None:
                     from parity.checkpoints import folder_of, open_checkpoint, pair_of
 
@@ -200,17 +219,23 @@ def _refuse_part_of_pair(own: Mapping[str, str | None], rules: str) -> None:
         raise ValueError(f"--rules {rules}: no such file. Give a rules file, or auto.")
 
 
-def _own_pair(own: Mapping[str, str | None], rules: str, seed: int) -> "Pair":
-    """Return the pair of a user's modules, whose targets are given by option."""
+@kept_random_state()
+def _own_pair(
+    own: Mapping[str, str | None], calls: Mapping[str, str | None], rules: str, seed: int
+) -> "Pair":
+    """Return the pair of a user's modules: targets by option, and of calls by framework."""
     from flax import nnx
     from torch import nn
 
     from parity.check.modules import pair_of
     from parity.system.import_target import built, load_attribute
 
+    attributes = {}
+
     def module(option: str, kind: type[Kind]) -> Kind:
         target = str(own[option])
-        found = built(target, load_attribute(target), (kind,))
+        attributes[option] = load_attribute(target)
+        found = built(target, attributes[option], (kind,))
         if not isinstance(found, kind):
             raise ValueError(
                 f"{option} {target}: gave an object of type {type(found).__name__}. It must be a "
@@ -219,13 +244,18 @@ def _own_pair(own: Mapping[str, str | None], rules: str, seed: int) -> "Pair":
         return found
 
     modules = module("--torch", nn.Module), module("--flax", nnx.Module)
-    return pair_of(*modules, load_attribute(str(own["--inputs"])), rules=rules, seed=seed)
+    uses = {name: called_by(f"--{name}-call", target) for name, target in calls.items()}
+    if not isinstance(attributes["--torch"], nn.Module):
+        uses["torch"] = dataclasses.replace(uses["torch"], build=attributes["--torch"])
+    inputs = load_attribute(str(own["--inputs"]))
+    return pair_of(*modules, inputs, rules=rules, seed=seed, torch=uses["torch"], flax=uses["flax"])
 
 
 def _check_golden(
     errors: Console,
     golden: Path,
     own: Mapping[str, str | None],
+    calls: Mapping[str, str | None],
     rules: str,
     levels: Sequence[str],
     others: Mapping[str, object],
@@ -242,5 +272,6 @@ def _check_golden(
     recorded = read(golden)
     found = weight_rules(None if rules == "auto" else Path(rules), recorded, name)
     module = build_module(name, target, recorded.seed)
+    use = called_by(f"--{name}-call", calls[name])
     with shown(errors, levels) as show, interruptible(show) as progress:
-        return check(recorded, module, rules=found, levels=levels, progress=progress)
+        return check(recorded, module, rules=found, use=use, levels=levels, progress=progress)

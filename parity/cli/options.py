@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from parity.system.files import write_atomically
+from parity.system.files import check_writable, write_file
 from parity.twins.names import DTYPES, FRAMEWORKS, PRESETS
 
 if TYPE_CHECKING:
@@ -100,13 +100,11 @@ def check_data(data: Path | None) -> None:
 def check_outputs(files: dict[str, str | None]) -> None:
     """Refuse output files, by option, that could not be written after all the work."""
     for option, name in files.items():
-        if name in (None, "-"):
-            continue
-        if Path(name).is_dir():
-            raise ValueError(f"{option} {name}: that is a folder. Name a file in it.")
-        if not Path(name).parent.is_dir():
-            folder = Path(name).parent
-            raise ValueError(f"{option} {name}: no folder {folder}. Make it or name another.")
+        if name not in (None, "-"):
+            try:
+                check_writable(Path(name))
+            except ValueError as error:
+                raise ValueError(f"{option} {error}") from error
 
 
 def write_output(name: str | None, text: Callable[[], str]) -> None:
@@ -114,7 +112,7 @@ def write_output(name: str | None, text: Callable[[], str]) -> None:
     if str(name) == "-":
         typer.echo(text(), nl=False)
     elif name is not None:
-        write_atomically(Path(name), text())
+        write_file(Path(name), text())
 
 
 def check_dtype(dtype: str) -> None:

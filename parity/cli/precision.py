@@ -60,7 +60,7 @@ def precision(
         with errors.status("loading jax and torch"):
             from parity.pair.text import Corpus
             from parity.system.devices import choose_devices
-            from parity.system.files import write_atomically
+            from parity.system.files import write_file
             from parity.training import as_line, draw_precision, precision_report
             from parity.training.precision import check_dtypes
 
@@ -86,7 +86,7 @@ def precision(
 
         with shown(errors, dtypes) as show, interruptible(show) as progress:
             report = precision_report(config, corpus, devices, steps, dtypes, progress)
-        write_atomically(out / "precision.json", as_line(report.to_dict()))
+        write_file(out / "precision.json", as_line(report.to_dict()))
         draw_precision(out / "precision.png", report)
         console, verdicts = Console(highlight=False, soft_wrap=True), report.verdicts
         gap = f"gap between the losses {report.float64_gap:.1e}"

@@ -9,6 +9,7 @@ from rich.console import Console
 from parity.check.levels.names import OPTIMIZER_STEPS
 from parity.cli.options import Natural, check_outputs, in_one_line
 from parity.frameworks.handle import handle
+from parity.frameworks.spec import ModuleUse
 from parity.system.import_target import built, load_attribute
 
 
@@ -17,6 +18,7 @@ def record(
     inputs: Annotated[str, typer.Option()],
     torch: str | None = None,
     flax: str | None = None,
+    call: str | None = None,
     steps: Annotated[int, typer.Option(min=OPTIMIZER_STEPS)] = OPTIMIZER_STEPS,
     weights: str = "random",
     seed: Natural = 0,
@@ -35,6 +37,8 @@ def record(
             random generator that gives them.
         torch: The PyTorch module: net.py:build or my_pkg.net:build.
         flax: The Flax NNX module: port.py:build or my_pkg.port:build.
+        call: How the module is called, where a plain call does not fit: calls.py:f, a function of
+            the module and its inputs.
         steps: Steps of AdamW to record.
         weights: random, which hides nothing, or own for those that the module is built with.
         seed: Seed of the weights and of the inputs.
@@ -54,7 +58,8 @@ def record(
             from parity.golden import record as run
 
             module = build_module(name, target, seed)
-            golden = run(module, given, weights=weights, seed=seed, steps=steps)
+            use = called_by("--call", call)
+            golden = run(module, given, use=use, weights=weights, seed=seed, steps=steps)
             golden.write(out)
         size = out.stat().st_size / 1e6
         done = f"{len(golden.weights)} leaves, {len(golden.probes)} probes, {steps} steps"
@@ -72,6 +77,17 @@ def only_one(command: str, torch: str | None, flax: str | None) -> tuple[str, st
     raise ValueError(
         f"{command}: {given}. A golden has one side, and one side is run. Give one of them."
     )
+
+
+def called_by(option: str, target: str | None) -> ModuleUse:
+    """Return the use of a module that a function calls: (module, *inputs, **keywords)."""
+    call = None if target is None else load_attribute(target)
+    if call is not None and not callable(call):
+        raise ValueError(
+            f"{option} {target}: {type(call).__name__}. It is a function that calls a module: def "
+            "f(module, x): return module(x). Name one."
+        )
+    return ModuleUse(call=call)
 
 
 def build_module(framework: str, target: str, seed: int) -> object:

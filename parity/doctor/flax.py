@@ -21,9 +21,10 @@ from parity.frameworks.default_call import projection
 from parity.frameworks.flax.capture import wrapped_calls
 from parity.frameworks.flax.leaves import cast_flax, flax_leaves, load_flax, state_leaves
 from parity.frameworks.flax.module import FlaxTrainer, compile_step
-from parity.frameworks.flax.scope import Scoped, jax_scope
+from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import Leaves, dotted
 from parity.frameworks.protocols import Trainer
+from parity.frameworks.scoped import Scoped
 
 
 class FlaxModel(LanguageModel):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from parity.exercise.plants import CATEGORIES, ORDER, chosen, mutated_files
 from parity.faults.edit import FRAMEWORKS
-from parity.system.files import write_atomically
+from parity.system.files import write_file
 
 RECORD = ".exercise.json"
 CATEGORIES_NAMED = 4  # the highest level whose categories the task names
@@ -67,7 +67,7 @@ def write_starter(folder: Path | str, framework: str, level: int, seed: int) -> 
     texts["README.md"] = _task(Exercise(framework, level, seed))
     texts[RECORD] = json.dumps({"schema": 1, **vars(Exercise(framework, level, seed))}) + "\n"
     for name, text in texts.items():
-        write_atomically(folder / name, text)
+        write_file(folder / name, text)
 
 
 def read_exercise(folder: Path | str) -> Exercise:

@@ -14,6 +14,7 @@ from rich.text import Text
 from parity.doctor import DETECTORS, examine, twin_model
 from parity.faults.bug import GALLERY, Bug
 from parity.faults.edit import FRAMEWORKS, mutated, twin
+from parity.frameworks.flax.scope import drop_programs_if_many
 from parity.report.figures import save
 from parity.report.record import Verdict
 
@@ -210,6 +211,7 @@ def draw(matrix: Matrix, path: Path) -> None:
 
 
 def _row(framework: str, package: ModuleType, bug: str | None, seed: int) -> Row:
+    drop_programs_if_many()
     model = twin_model(framework, package, seed=seed, healthy=twin(framework))
     found = examine(model, stop_early=False)
     asked = Verdict.PASS, Verdict.FAIL

@@ -4,9 +4,10 @@ What works with a single framework, as goldens do, asks here, so that the other 
 """
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol, TypeVar, cast
 
+from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.leaves import Arrays, Leaves
 from parity.frameworks.protocols import LiveRunner
 from parity.frameworks.spec import ModelSpec, ModuleUse
@@ -27,8 +28,29 @@ class Handle(Protocol):
     NAME: str
     MODULE: type
 
-    def spec(self, module: object, use: ModuleUse) -> ModelSpec:
-        """Return the spec of a module."""
+    def spec(
+        self,
+        module: object,
+        use: ModuleUse,
+        scored: Sequence[str] | None = None,
+        frozen: Collection[str] = (),
+    ) -> ModelSpec:
+        """Return the spec of a module.
+
+        Its default loss reads these leaves of its output, and training leaves frozen ones alone.
+        """
+
+    def trained(self, module: object) -> set[str]:
+        """Return the names of the leaves that training moves by their gradient."""
+
+    def prepared(self, module: object, use: ModuleUse, batch: Batch) -> object:
+        """Return a module that can be checked, a copy where parts are not built yet."""
+
+    def tried(self, spec: ModelSpec, batch: Batch) -> tuple[Outputs, set[str]]:
+        """Return an output of the shapes and types of a model's, or raise what it raises.
+
+        And the paths of the leaves in it that are arrays of the framework.
+        """
 
     def seeded(self, seed: int, build: Callable[[], Built]) -> Built:
         """Return what a function builds, with the framework's own generator at a seed."""

@@ -47,8 +47,8 @@ def cast_array(array: np.ndarray, dtype: str) -> np.ndarray:
     return array.astype(np.result_type(dtype, np.complex64) if array.dtype.kind == "c" else dtype)
 
 
-def neighbours(leaves: Arrays, seed: int) -> Leaves:
-    """Move every float to the next one above or below, at random."""
+def neighbours(leaves: Arrays, seed: int, roundings: int = 1) -> Leaves:
+    """Move every float to the next one above or below, at random, or to one further away."""
     rng = np.random.default_rng(seed)
 
     def moved(leaf: np.ndarray) -> np.ndarray:
@@ -56,7 +56,10 @@ def neighbours(leaves: Arrays, seed: int) -> Leaves:
             return moved(real_view(leaf)).view(leaf.dtype).reshape(leaf.shape)
         if not np.issubdtype(leaf.dtype, np.floating):
             return leaf
-        return np.nextafter(leaf, rng.choice([-np.inf, np.inf], leaf.shape).astype(leaf.dtype))
+        towards = rng.choice([-np.inf, np.inf], leaf.shape).astype(leaf.dtype)
+        for _ in range(roundings):
+            leaf = np.nextafter(leaf, towards)
+        return leaf
 
     return {name: moved(leaf) for name, leaf in leaves.items()}
 

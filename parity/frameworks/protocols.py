@@ -5,11 +5,11 @@ imports a framework.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 
-from parity.frameworks.batch import Batch
+from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.capture import Backward, OnTrace, Trace
 from parity.frameworks.leaves import Arrays, Leaves
 from parity.frameworks.purity import Purity
@@ -18,15 +18,23 @@ Module_co = TypeVar("Module_co", covariant=True)
 
 # Tokens (B, T) and counts (B,) of each of several calls that share a cache.
 Calls = Sequence[tuple[np.ndarray, np.ndarray]]
-# First and second moments by leaf, and the number of updates.
-Moments = tuple[Leaves, Leaves, int]
+# First and second moments by leaf, and the number of updates; None where it is not counted.
+Moments = tuple[Leaves, Leaves, int | None]
+
+
+class NotCompared(Exception):
+    """Something that a check does not compare, and why; a level that raises it abstains."""
+
+
+class Unusable(ValueError):
+    """A model that cannot be checked although it can be called: what it does, and the remedy."""
 
 
 class Trainer(Protocol):
     """One training of one model, step by step."""
 
-    def step(self, *inputs: np.ndarray) -> float:
-        """Take one optimizer step on inputs of the model's loss; return the loss before it."""
+    def step(self, *inputs: Any, **keywords: Any) -> float:
+        """Take one optimizer step on arguments of the model's loss; return the loss before it."""
 
     def parameters(self) -> Leaves:
         """Return the present weights and statistics by leaf."""
@@ -68,8 +76,8 @@ class Runner(Protocol):
 
     name: str
 
-    def outputs(self, batch: Batch) -> np.ndarray:
-        """Return the model's output."""
+    def outputs(self, batch: Batch) -> Outputs:
+        """Return the model's output, leaf by leaf."""
 
     def gradients(self, batch: Batch) -> tuple[float, Leaves]:
         """Return the loss and its gradient by leaf."""
@@ -85,6 +93,12 @@ class Runner(Protocol):
 
     def release(self) -> None:
         """Free the model's memory until it is asked for again."""
+
+    def moved(self) -> Self:
+        """Return the same model with the constants that it holds in a narrow type moved.
+
+        Each by half a unit in its last place: what rounding may have done to it.
+        """
 
 
 class LiveRunner(Runner, Protocol[Module_co]):

@@ -6,6 +6,9 @@ tolerance is disputed. One operation that falls back to float32 spoils that with
 
 import dataclasses
 
+# The end of the words on a constant that was rounded when the model was built, and is no more.
+AGAIN = "computed again"
+
 
 @dataclasses.dataclass(frozen=True)
 class Purity:
@@ -15,7 +18,10 @@ class Purity:
         num_operations: operations examined.
         impure: operations with an input or output float narrower than 64 bits, and those that
             cannot be examined, with their counts.
+        lifted: operations that the model asks for in a narrower type and that ran in float64, and
+            constants that it holds in one, with their counts.
     """
 
     num_operations: int
     impure: dict[str, int]
+    lifted: dict[str, int] = dataclasses.field(default_factory=dict)

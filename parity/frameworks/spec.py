@@ -1,7 +1,7 @@
 """How to build, call and score one model."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 from parity.frameworks.protocols import Decoder, Trainer
@@ -18,19 +18,22 @@ class ModelSpec(Generic[ModuleT, ArrayT]):
     Attributes:
         name: of the model in the report.
         build: a dtype's name to a module of it on the host, whose weights will be overwritten.
-        forward: (module, *inputs) to the output that is compared.
-        loss: (module, *inputs) to a scalar.
+        forward: (module, *inputs, **keywords) to the output that is compared.
+        loss: the same arguments to a scalar.
         trainer: (module, steps that the schedule spans) to a trainer; None for a model that is not
             trained.
         decoder: a module to its decoder; None for a model without a cache.
+        constants: arrays of the module that no weight overwrites, such as tables of angles, by
+            name: in the type in which it holds them, or in float64 where that could be computed.
     """
 
     name: str
     build: Callable[[str], ModuleT]
-    forward: Callable[..., ArrayT]
+    forward: Callable[..., object]
     loss: Callable[..., ArrayT]
     trainer: Callable[[ModuleT, int], Trainer] | None = None
     decoder: Callable[[ModuleT], Decoder] | None = None
+    constants: Callable[[], Mapping[str, ArrayT]] = dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,15 +41,18 @@ class ModuleUse(Generic[ArrayT, OptimizerT]):
     """How one module is called, scored and trained, where the defaults do not fit.
 
     Attributes:
-        call: (module, *inputs) to outputs; `module(*inputs)` when None.
-        loss: (module, *inputs) to a scalar; a fixed random projection of the outputs when None.
+        call: (module, *inputs, **keywords) to outputs; `module(*inputs, **keywords)` when None.
+        loss: the same arguments to a scalar; a fixed random projection of the outputs when None.
         optimizer: for torch a function of parameters to an optimizer, for Flax an optax
             transformation; AdamW with the same constants when None.
+        build: builds the module again, so that constants it computes in float32 when it is built
+            can be had in float64; where None, its class is called with its own attributes.
     """
 
     call: Callable[..., object] | None = None
     loss: Callable[..., ArrayT] | None = None
     optimizer: OptimizerT | None = None
+    build: Callable[[], object] | None = None
 
 
 BY_DEFAULT: ModuleUse = ModuleUse()

@@ -1,6 +1,7 @@
 """A golden as one safetensors file: all that one model computed, all floats in float64."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,12 +11,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from parity.frameworks.batch import Batch
-from parity.frameworks.leaves import Arrays, Leaves, cast, cast_array
+from parity.frameworks.batch import Argument, Batch, Outputs
+from parity.frameworks.capture import leaves_of
+from parity.frameworks.leaves import Leaves, cast, cast_array
 from parity.frameworks.purity import Purity
-from parity.system.files import write_atomically
+from parity.system.files import write_file
 
-KIND, SCHEMA = "parity golden", 1
+KIND, SCHEMA = "parity golden", 2
 # The only entry of the file's metadata: of several, safetensors does not keep the order.
 _ABOUT = "about"
 # Fields of a golden that are no arrays.
@@ -29,7 +31,7 @@ class State:
     after: Leaves
     first: Leaves
     second: Leaves
-    count: int
+    count: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Golden:
         learning_rate: the largest of the optimizer, in units of which single updates are judged.
         weights: under test.
         probes: named inputs; gradients are taken on the first.
-        outputs: by probe.
+        outputs: by probe, leaf by leaf.
         loss: on the first probe.
         gradients: of that loss, by leaf.
         batches: one for each step of training.
@@ -61,7 +63,7 @@ class Golden:
     learning_rate: float
     weights: Leaves
     probes: Mapping[str, Batch]
-    outputs: Arrays
+    outputs: Mapping[str, Outputs]
     loss: float
     gradients: Leaves
     batches: tuple[Batch, ...]
@@ -86,14 +88,18 @@ class Golden:
             )
         # safetensors writes memory as it lies, whatever the strides say.
         tensors = {name: np.array(tensor, order="C") for name, tensor in tensors.items()}
-        write_atomically(path, save(tensors, metadata={_ABOUT: json.dumps(self._about())}))
+        write_file(path, save(tensors, metadata={_ABOUT: json.dumps(self._about())}))
 
     def _about(self) -> dict[str, Any]:
         return {
             **{"kind": KIND, "schema": SCHEMA},
             **{field: getattr(self, field) for field in _PLAIN},
-            "probes": {name: len(batch.inputs) for name, batch in self.probes.items()},
-            "batches": [len(batch.inputs) for batch in self.batches],
+            "probes": {name: _described(batch) for name, batch in self.probes.items()},
+            "outputs": {
+                name: {path: array.dtype.kind for path, array in outputs.items()}
+                for name, outputs in self.outputs.items()
+            },
+            "batches": [_described(batch) for batch in self.batches],
             "states": len(self.states),
             "weights": list(self.weights),
             "gradients": list(self.gradients),
@@ -104,15 +110,20 @@ class Golden:
     def _tensors(self) -> Leaves:
         named = {"weights": self.weights, "gradient": self.gradients, "final": self.final}
         for number, (name, batch) in enumerate(self.probes.items()):
-            named[f"probe/{number}/input"] = _numbered(batch)
-            named[f"probe/{number}"] = {"output": self.outputs[name]}
+            named[f"probe/{number}/input"] = _arrays(batch)
+            outputs = self.outputs[name].items()
+            named[f"probe/{number}/output"] = {path: _as_reals(x) for path, x in outputs}
         for number, batch in enumerate(self.batches):
-            named[f"batch/{number}/input"] = _numbered(batch)
+            named[f"batch/{number}/input"] = _arrays(batch)
         for number, state in enumerate(self.states):
             for kind in ("after", "first", "second"):
                 named[f"step/{number}/{kind}"] = getattr(state, kind)
-        found = {f"{group}/{name}": x for group in named for name, x in named[group].items()}
-        counts = np.array([state.count for state in self.states])
+        found = {
+            f"{group}/{name}".removesuffix("/"): x  # an output that is one array has no path
+            for group in named
+            for name, x in named[group].items()
+        }
+        counts = np.array([-1 if x.count is None else x.count for x in self.states])
         return found | {"loss": np.array(self.loss), "losses": self.losses, "counts": counts}
 
 
@@ -171,14 +182,32 @@ class _Tensors:
             return np.zeros(0)
         return tensor
 
+    def outputs(self, group: str, kinds: dict[str, str]) -> Outputs:
+        """Return an output, whose leaves have these kinds of numbers."""
+        found = {path: self.get(f"{group}/{path}".removesuffix("/")) for path in kinds}
+        as_complex = {path: x for path, x in found.items() if kinds[path] == "c" and x.size}
+        return found | {path: x.view(np.complex128)[..., 0] for path, x in as_complex.items()}
+
     def leaves(self, group: str, names: list[str]) -> Leaves:
         """Return the tensors of a group, each in the shape of the weights of its name."""
         shapes = {name: x.shape for name, x in self._found.items()}
         return {name: self.get(f"{group}/{name}", shapes.get(f"weights/{name}")) for name in names}
 
-    def batch(self, group: str, num_inputs: int) -> Batch:
-        """Return the inputs of a group."""
-        return Batch(tuple(self.get(f"{group}/input/{place}") for place in range(num_inputs)))
+    def batch(self, group: str, described: list[Any]) -> Batch:
+        """Return the arguments of a group."""
+
+        def argument(described: Any) -> Argument:
+            kind, value = described
+            if kind == "array":
+                return self.get(f"{group}/input/{value}")
+            if kind == "dict":
+                return {name: argument(x) for name, x in value.items()}
+            if kind == "fixed":
+                return value
+            return {"list": list, "tuple": tuple}[kind](map(argument, value))
+
+        inputs, keywords = described
+        return Batch(argument(inputs), keywords=argument(keywords))
 
     def require_all(self, path: Path) -> None:
         """Refuse a file with problems, or with tensors that were not read."""
@@ -202,12 +231,16 @@ def _golden(path: Path, about: dict[str, Any], tensors: _Tensors) -> Golden:
             tensors.leaves(f"step/{number}/{kind}", about["moments"])
             for kind in ("first", "second")
         )
-        states.append(State(after, first, second, int(counts[number]) if counts.size else 0))
+        count = int(counts[number]) if counts.size else 0
+        states.append(State(after, first, second, None if count < 0 else count))
     golden = Golden(
         **{field: about[field] for field in _PLAIN},
         weights=weights,
         probes={name: tensors.batch(f"probe/{n}", inputs) for n, (name, inputs) in probes},
-        outputs={name: tensors.get(f"probe/{n}/output") for n, (name, _) in probes},
+        outputs={
+            name: tensors.outputs(f"probe/{n}/output", about["outputs"][name])
+            for n, (name, _) in probes
+        },
         loss=float(np.sum(tensors.get("loss", ()))),
         gradients=tensors.leaves("gradient", about["gradients"]),
         batches=tuple(tensors.batch(f"batch/{n}", x) for n, x in enumerate(about["batches"])),
@@ -220,5 +253,30 @@ def _golden(path: Path, about: dict[str, Any], tensors: _Tensors) -> Golden:
     return golden
 
 
-def _numbered(batch: Batch) -> Leaves:
-    return {str(place): cast_array(x, "float64") for place, x in enumerate(batch.inputs)}
+def _as_reals(array: np.ndarray) -> np.ndarray:
+    """Return complex numbers as pairs of float64, which a file can hold, and others as they are."""
+    if array.dtype.kind != "c":
+        return array
+    return np.stack([array.real, array.imag], -1).astype(np.float64)
+
+
+def _arrays(batch: Batch) -> Leaves:
+    """Return the arrays among the arguments of a call, by number."""
+    arrays = [x for x in leaves_of((batch.inputs, batch.keywords)) if isinstance(x, np.ndarray)]
+    return {str(place): cast_array(x, "float64") for place, x in enumerate(arrays)}
+
+
+def _described(batch: Batch) -> list[Any]:
+    """Describe the arguments of a call, with the numbers of `_arrays` in place of arrays."""
+    numbers = itertools.count()
+
+    def described(value: Argument) -> list[Any]:
+        if isinstance(value, np.ndarray):
+            return ["array", next(numbers)]
+        if isinstance(value, Mapping):  # in the order of `leaves_of`
+            return ["dict", {name: described(value[name]) for name in sorted(value, key=str)}]
+        if isinstance(value, tuple | list):
+            return ["tuple" if isinstance(value, tuple) else "list", list(map(described, value))]
+        return ["fixed", value]
+
+    return [described(batch.inputs), described(batch.keywords)]

@@ -6,6 +6,7 @@ import numpy as np
 
 from parity.check.levels.names import HORIZON, OPTIMIZER_STEPS
 from parity.frameworks.batch import Batch
+from parity.frameworks.default_call import Signature
 from parity.frameworks.handle import handle_of
 from parity.frameworks.leaves import copied
 from parity.frameworks.protocols import Runner
@@ -55,7 +56,8 @@ def record(
             f"record: {steps} steps < {OPTIMIZER_STEPS}. Fewer cannot see every fault of an "
             f"optimizer. Ask for {OPTIMIZER_STEPS} or more."
         )
-    calls, here = as_inputs(inputs, seed), handle_of(module)
+    here = handle_of(module)
+    calls = as_inputs(inputs, seed, [Signature.of(module, use.call)])
     spec = here.spec(module, use)
     leaves = here.initial_leaves(spec, "float64" if weights == "own" else "float32")
     if weights == "random":  # in all that training moves
@@ -69,11 +71,11 @@ def record(
     # A trainer of its own, as in the levels: its schedule may span another number of steps.
     trainer, states = runner.trainer(HORIZON), []
     for batch in batches[:OPTIMIZER_STEPS]:
-        trainer.step(*batch.inputs)
+        trainer.step(*batch.inputs, **batch.keywords)
         first, second, count = trainer.moments()
         states.append(State(trainer.parameters(), copied(first), copied(second), count))
     trainer = runner.trainer(steps)
-    losses = np.array([trainer.step(*batch.inputs) for batch in batches])
+    losses = np.array([trainer.step(*batch.inputs, **batch.keywords) for batch in batches])
     return Golden(
         framework=here.NAME,
         model=spec.name,
@@ -82,7 +84,10 @@ def record(
         learning_rate=learning_rate or here.learning_rate(module, use.optimizer),
         weights=under_test,
         probes=calls.probes,
-        outputs={name: runner.outputs(batch) for name, batch in calls.probes.items()},
+        outputs={
+            name: {path: x for path, x in runner.outputs(batch).items() if x.dtype.kind != "U"}
+            for name, batch in calls.probes.items()
+        },
         loss=loss,
         gradients=gradients,
         batches=batches,

@@ -1,8 +1,6 @@
 """A recorded model, which answers the levels from a golden."""
 
-import numpy as np
-
-from parity.frameworks.batch import Batch
+from parity.frameworks.batch import Argument, Batch, Outputs
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import Moments
 from parity.frameworks.purity import Purity
@@ -19,7 +17,11 @@ class RecordedRunner:
     def release(self) -> None:
         """Nothing to release."""
 
-    def outputs(self, batch: Batch) -> np.ndarray:
+    def moved(self) -> "RecordedRunner":
+        """Return itself, for a recording is what it is."""
+        return self
+
+    def outputs(self, batch: Batch) -> Outputs:
         """Return the output for one of the golden's own probes."""
         found = (name for name, probe in self._golden.probes.items() if probe is batch)
         return self._golden.outputs[next(found)]
@@ -47,7 +49,7 @@ class RecordedTrainer:
     def __init__(self, golden: Golden):
         self._golden, self._steps = golden, 0
 
-    def step(self, *inputs: np.ndarray) -> float:
+    def step(self, *inputs: Argument, **keywords: Argument) -> float:
         """Move one step on and return the loss before it."""
         self._steps += 1
         return float(self._golden.losses[self._steps - 1])

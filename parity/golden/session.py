@@ -4,8 +4,9 @@ import functools
 from typing import NoReturn
 
 from parity.check.session import Session
+from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.handle import NAMES, Handle
-from parity.frameworks.leaves import Leaves, different_leaves
+from parity.frameworks.leaves import Leaves, cast, different_leaves, neighbours
 from parity.frameworks.protocols import LiveRunner, Runner
 from parity.frameworks.spec import ModelSpec
 from parity.golden.file import Golden
@@ -107,6 +108,14 @@ class GoldenSession(Session):
                 "steps": self.steps,
             },
         }
+
+    def perturbed_outputs(
+        self, batch: Batch, rounded: str, computed: str, number: int, roundings: int
+    ) -> Outputs:
+        """See `Session`; of the module that runs."""
+        seed = self.golden.seed + number
+        run = self.runner.at(neighbours(cast(self.runner.leaves(), rounded), seed, roundings))
+        return batch.select(run.outputs(batch.perturbed(rounded, seed, roundings)))
 
     def _make_runs(self, dtype: str) -> tuple[Runner, Runner]:
         replay = RecordedRunner(self.golden)

@@ -2,11 +2,12 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence, Set
 
 import numpy as np
 
-from parity.frameworks.batch import Batch
+from parity.frameworks.batch import Argument, Batch
+from parity.frameworks.default_call import Signature
 
 # Draws from a function of a random generator: one input may miss what another reaches.
 _DRAWS = 2
@@ -25,20 +26,23 @@ class Inputs:
     training_batch: Callable[[int], Batch]
 
 
-def as_inputs(given: object, seed: int = 0) -> Inputs:
+def as_inputs(given: object, seed: int = 0, signatures: Sequence[Signature] = ()) -> Inputs:
     """Return the probes and training batches that a user's inputs stand for.
 
     Args:
-        given: an array; a tuple of the arrays of one call; such by name; or a function of a NumPy
-            random generator that returns one of these and is called for every batch.
+        given: what `check_pair` takes: one call, several by name, or a function that gives these.
         seed: of the generators.
+        signatures: of the modules. A mapping whose keys are parameters of theirs is one call with
+            keywords; any other names calls.
     """
     takes_generator = callable(given) and bool(inspect.signature(given).parameters)
+    names = {name for signature in signatures for name in signature.defaults}
 
     def drawn(*path: int) -> dict[str, Batch]:
         if not callable(given):
-            return _named(given)
-        return _named(given(np.random.default_rng((seed, *path))) if takes_generator else given())
+            return _named(given, names)
+        found = given(np.random.default_rng((seed, *path))) if takes_generator else given()
+        return _named(found, names)
 
     probes = {}
     for number in range(_DRAWS if takes_generator else 1):
@@ -50,33 +54,70 @@ def as_inputs(given: object, seed: int = 0) -> Inputs:
     return Inputs(probes, lambda step: batches[step % len(batches)])
 
 
-def _named(given: object) -> dict[str, Batch]:
+def _named(given: object, names: Set[str]) -> dict[str, Batch]:
     """Return one or more calls, by name."""
-    calls = given if isinstance(given, Mapping) else {"inputs": given}
+    is_one = not isinstance(given, Mapping) or _are_keywords(given, names)
+    calls = {"inputs": given} if is_one else given
     if not calls:
         raise ValueError("inputs: none. A check needs at least one call. Give arrays.")
-    return {str(name): Batch(_arrays(str(name), call)) for name, call in calls.items()}
+    return {str(name): _batch(str(name), call, names) for name, call in calls.items()}
 
 
-def _arrays(name: str, call: object) -> tuple[np.ndarray, ...]:
-    arrays = call if isinstance(call, tuple | list) else (call,)
-    found = []
-    for place, value in enumerate(arrays):
-        where = f"inputs {name}, argument {place}"
-        try:
-            array = np.asarray(value)
-        except Exception as error:  # whatever a tensor on another device raises
-            raise ValueError(
-                f"{where}: {type(value).__name__} does not become an array. Give NumPy arrays."
-            ) from error
-        if array.dtype.kind not in "fiub":
-            raise ValueError(
-                f"{where}: {array.dtype}. Both frameworks take floats, integers and booleans. Give "
-                "arrays of these, a tuple of them for several arguments, or calls by name."
-            )
-        if array.dtype.kind == "f" and not np.all(np.isfinite(array)):
-            raise ValueError(
-                f"{where}: not finite. Nothing can be compared after it. Give other numbers."
-            )
-        found.append(array)
-    return tuple(found)
+def _are_keywords(given: object, names: Set[str]) -> bool:
+    return isinstance(given, Mapping) and bool(given) and set(given) <= names
+
+
+def _batch(name: str, call: object, names: Set[str]) -> Batch:
+    """Return the arguments of one call: by position, by name, or both as (positions, names)."""
+    positions, keywords = call if isinstance(call, tuple | list) else (call,), {}
+    if len(positions) and _are_keywords(positions[-1], names):
+        *positions, keywords = positions
+        if len(positions) == 1 and isinstance(positions[0], tuple | list):
+            positions = positions[0]
+    where = f"inputs {name}, argument"
+    by_position = tuple(_argument(f"{where} {place}", x) for place, x in enumerate(positions))
+    by_name = {key: _argument(f"{where} {key}", x) for key, x in keywords.items()}
+    return Batch(by_position, keywords=by_name)
+
+
+def _argument(where: str, value: object) -> Argument:
+    """Return an argument with NumPy arrays for those of any framework; other values stay."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _argument(f"{where}, {key}", x) for key, x in value.items()}
+    if isinstance(value, tuple | list) and not _is_table(value):
+        items = [_argument(f"{where}, {place}", x) for place, x in enumerate(value)]
+        if isinstance(value, list):
+            return items
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    try:
+        if callable(detach := getattr(value, "detach", None)):  # a torch tensor
+            value = detach().cpu().resolve_conj()
+            value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+        array = np.asarray(value)
+        array = array.astype(np.float32) if array.dtype.kind == "V" else array  # bfloat16 of jax
+    except Exception as error:  # whatever a tensor on another device raises
+        raise ValueError(
+            f"{where}: {type(value).__name__} does not become an array. Give NumPy arrays."
+        ) from error
+    if array.dtype.kind not in "fiubc":
+        raise ValueError(
+            f"{where}: {array.dtype}. Both frameworks take floats, integers and booleans. Give "
+            "arrays of these, a tuple of them for several arguments, a dict of them by the names "
+            "of parameters, or calls by name."
+        )
+    if array.dtype.kind in "fc" and np.any(np.isnan(array)):
+        raise ValueError(
+            f"{where}: not finite, it holds NaN. Nothing can be compared after it. Give numbers."
+        )
+    return array
+
+
+def _is_table(value: Sequence[object]) -> bool:
+    """Whether a list is an array that is written out."""
+    if isinstance(value, tuple) or not value:
+        return False
+    return all(
+        isinstance(x, bool | int | float) or (isinstance(x, list) and _is_table(x)) for x in value
+    )

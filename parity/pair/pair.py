@@ -42,6 +42,7 @@ class Pair:
         leaves: the Flax model's weights under test; None for random ones, which hide nothing.
         pure: whether a float64 run must be in float64 throughout. False for foreign modules: where
             one is not, float64 proves less, and the report says so.
+        frozen: torch's parameters that neither side trains.
     """
 
     flax: ModelSpec[nnx.Module, jax.Array]
@@ -57,3 +58,4 @@ class Pair:
     config: Mapping[str, object] = dataclasses.field(default_factory=dict)
     leaves: Leaves | None = None
     pure: bool = True
+    frozen: tuple[str, ...] = ()

@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from parity.system.files import write_atomically
+from parity.system.files import write_file
 
 
 def plain(axes: Iterable[Axes]) -> None:
@@ -26,4 +26,4 @@ def save(figure: Figure, path: Path) -> None:
     """
     picture = io.BytesIO()
     figure.savefig(picture, dpi=140, format="png")
-    write_atomically(path, picture.getvalue())
+    write_file(path, picture.getvalue())

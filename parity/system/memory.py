@@ -6,6 +6,7 @@ import gc
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -43,6 +44,20 @@ def return_freed_memory_at_once() -> None:
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
+
+
+def share_of_memory_maps() -> float:
+    """Return how much of the kernel's limit of mappings this process uses; 0.0 where unknown.
+
+    Every compiled program takes some, and a process that reaches the limit, 65,530 on most
+    machines, is ended by the next allocation, whatever memory is free.
+    """
+    try:
+        limit = int(Path("/proc/sys/vm/max_map_count").read_text())
+        with open("/proc/self/maps", "rb") as maps:
+            return sum(1 for _ in maps) / limit
+    except (OSError, ValueError):
+        return 0.0
 
 
 def on_disk(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

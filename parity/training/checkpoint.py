@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from parity.frameworks.leaves import Leaves
-from parity.system.files import write_atomically
+from parity.system.files import write_file
 
 FORMAT = "parity-checkpoint-1"
 
@@ -29,7 +29,7 @@ def write_checkpoint(path: Path, states: Mapping[str, Leaves], about: Mapping[st
     """
     tensors = {f"{side}/{name}": x for side, state in states.items() for name, x in state.items()}
     _check_finite(path, tensors)
-    write_atomically(path, save(tensors, metadata={"format": FORMAT} | dict(about)))
+    write_file(path, save(tensors, metadata={"format": FORMAT} | dict(about)))
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Leaves], dict[str, str]]:

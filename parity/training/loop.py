@@ -9,6 +9,7 @@ import numpy as np
 
 from parity.check import bounds
 from parity.check.levels.trajectory import rounding_or_bug
+from parity.frameworks.batch import Batch
 from parity.frameworks.leaves import Leaves, cast, neighbours
 from parity.pair.text import Corpus
 from parity.system.devices import Devices, pinned_precision
@@ -195,7 +196,7 @@ def judge_gap(run: Run, corpus: Corpus, trainers: Trainers) -> tuple[bool, str]:
     with pinned_precision():
         is_bug, explanation = rounding_or_bug(
             (again["flax"], again["torch"], perturbed["torch"]),
-            lambda step: batch(config, corpus, step),
+            lambda step: Batch(batch(config, corpus, step)),
             first,
             "torch_gpt",
         )

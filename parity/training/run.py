@@ -15,7 +15,7 @@ from flax_gpt import GPTConfig, TrainConfig
 from parity.frameworks.leaves import Leaves
 from parity.pair.text import Corpus
 from parity.report.json import to_json
-from parity.system.files import unfinished, write_atomically
+from parity.system.files import unfinished, write_file
 from parity.training.checkpoint import read_checkpoint, write_checkpoint
 from parity.twins.names import FRAMEWORKS
 
@@ -87,7 +87,7 @@ class Run:
 
     @classmethod
     def start(cls, path: Path, config: RunConfig) -> Self:
-        """Make the folder, or go on with a run of the same config in it.
+        """Return the run of a new folder, or of one that holds a run of the same config.
 
         Raises:
             ValueError: when the folder holds another run or something else.
@@ -113,12 +113,12 @@ class Run:
             )
         path.mkdir(parents=True, exist_ok=True)
         fields = {"schema": 1} | dataclasses.asdict(config)
-        write_atomically(path / "config.json", json.dumps(fields, indent=1) + "\n")
+        write_file(path / "config.json", json.dumps(fields, indent=1) + "\n")
         return cls(path, config)
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Open a run that exists.
+        """Return a run that exists.
 
         Raises:
             ValueError: when the folder holds none, or its config cannot be read.
@@ -226,7 +226,7 @@ class Run:
         Raises:
             ValueError: when a step up to it is missing.
         """
-        write_atomically(self.path / "metrics.jsonl", "".join(map(as_line, self.metrics(step))))
+        write_file(self.path / "metrics.jsonl", "".join(map(as_line, self.metrics(step))))
 
 
 def as_line(row: Mapping[str, object]) -> str:

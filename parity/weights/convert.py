@@ -10,7 +10,7 @@ from safetensors.numpy import save
 
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.torch.leaves import torch_leaves
-from parity.system.files import write_atomically
+from parity.system.files import write_file
 from parity.weights.infer import infer_rules
 from parity.weights.rules import Rules
 from parity.weights.weight_map import resolve
@@ -71,5 +71,5 @@ def convert_file(
             "file or mend the module."
         )
     made = (weight_map.to_flax if to == "flax" else weight_map.to_torch)(leaves) | kept
-    write_atomically(out, save({name: np.ascontiguousarray(x) for name, x in made.items()}))
+    write_file(out, save({name: np.ascontiguousarray(x) for name, x in made.items()}))
     return len(made)

@@ -63,8 +63,8 @@ class OpenRules(ValueError):
     def __init__(self, problems: Sequence[str], partial: Rules):
         self.partial = partial
         super().__init__(
-            f"rules auto: {'; '.join(problems)}. Every leaf needs a counterpart that holds the same "
-            "numbers. Mend a model, or add lines such as these to a rules file:\n"
+            f"rules auto: {'; '.join(problems)}. Every leaf needs a counterpart that holds the "
+            "same numbers. Mend a model, or add lines such as these to a rules file:\n"
             f"{partial.to_toml()}"
         )
 
@@ -141,7 +141,9 @@ class _Inference:
         }
         theirs = {
             name: leaf
-            for name, leaf in self._flax.items()
+            for name, leaf in sorted(
+                self._flax.items(), key=lambda item: _definition(flax_module, item[0])
+            )
             if name not in {x for x, _ in given.flax_ties}
             and name not in taken
             and not given.is_flax_ignored(name)
@@ -382,6 +384,17 @@ class _Inference:
         return dataclasses.replace(rules, notes=(*rules.notes, note))
 
 
+def _definition(module: nnx.Module, name: str) -> list[int]:
+    """Return a key that sorts leaves as they are defined, for flax sorts them by name."""
+    node, key = module, []
+    for step in name.split("."):
+        held = list(getattr(node, "__dict__", ()))
+        is_item = isinstance(node, nnx.List) and step.isdigit()
+        key.append(int(step) if is_item else held.index(step) if step in held else len(held))
+        node = node[int(step)] if is_item else getattr(node, step, None)
+    return key
+
+
 def _module(unit: Unit) -> str:
     """Return the path of the module that a unit lies in."""
     return unit.owner if unit.leaf.is_known else unit.name.rpartition(".")[0]
@@ -407,11 +420,10 @@ def _missing(framework: str, unit: Unit, others: Sequence[Unit]) -> str:
     near = [x for x in others if x.size == unit.size and is_needed(x)]
     shapes = [f"{x.name} {list(x.shapes[0])}" for x in near[:3]]
     named = f" ({', '.join(shapes)} has no way to be it)" if near else ""
-    lines = "" if not near else as_line(
-        Rule(unit.name, near[0].name, "") if framework == "torch" else Rule(near[0].name, unit.name, "")
-    )  # fmt: skip
+    names = [unit.name, near[0].name] if near else []
+    line = as_line(Rule(*(names if framework == "torch" else names[::-1]), "")) if near else ""
     more = f" and {len(unit.names) - 1} more" if len(unit.names) > 1 else ""
     return (
         f"{other} has nothing for {framework} {unit.name}{more} {list(unit.shapes[0])}{named}"
-        + (f", or is it {lines} ?" if lines else "")
+        + (f", or is it {line} ?" if line else "")
     )

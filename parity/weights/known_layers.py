@@ -157,7 +157,8 @@ def torch_action(module: torch.nn.Module, leaf: str) -> Act | None:
 
 def flax_action(module: nnx.Module, leaf: str) -> Act | None:
     """Return the same for a flax leaf, to be run in the caller's `jax_scope`."""
-    if leaf not in _FLAX_ROLES and leaf != "bias" or "" in flax_leaf(module, leaf).axes[:1]:
+    is_stack = leaf != "bias" and "" in flax_leaf(module, leaf).axes[:1]
+    if (leaf not in _FLAX_ROLES and leaf != "bias") or is_stack:
         return None  # a stack of several, or what only a subclass has
     if isinstance(module, nnx.Linear) and type(module).__call__ is not nnx.Linear.__call__:
         return lambda x: np.asarray(x @ module.kernel[...])

@@ -156,19 +156,21 @@ class _Scores:
     def _of_class(self, ours: list[Unit], theirs: list[Unit]) -> list[Pair]:
         table = {}
         scores = np.full((len(ours), len(theirs)), -1e6)
+        self._by_name = scores.copy()  # order decides what is likely, and proves nothing
         orders = [_places(units) for units in (ours, theirs)]
         for (i, mine), (j, other) in itertools.product(enumerate(ours), enumerate(theirs)):
             made = fits(mine, other)
             if not made:
                 continue
             order = 1.0 - abs(orders[0][i] - orders[1][j])
-            score = self.score(mine, other) + _ORDER * order - made[0].cost
-            if score > -10:
+            named = self.score(mine, other) - made[0].cost
+            if named > -10:
                 table[i, j] = tuple(made)
-                scores[i, j] = score
+                self._by_name[i, j] = named
+                is_next = other.name in self._twins.get(mine.name, ())
+                scores[i, j] = named + _ORDER * order + _BEFORE * is_next
         # Pairs that fit come first: the large number is for one that does not.
         rows, columns = linear_sum_assignment(-scores)
-        self._table = scores
         self._at = {}
         pairs = []
         for i, j in zip(rows, columns, strict=True):
@@ -182,8 +184,8 @@ class _Scores:
         groups: list[set[int]] = []
         for first, second in itertools.combinations(range(len(pairs)), 2):
             (i, j), (k, n) = self._at[first], self._at[second]
-            exchanged = self._table[i, n] + self._table[k, j]
-            if self._table[i, j] + self._table[k, n] - exchanged < _CLEAR:
+            exchanged = self._by_name[i, n] + self._by_name[k, j]
+            if self._by_name[i, j] + self._by_name[k, n] - exchanged < _CLEAR:
                 joined = {first, second}
                 for group in [x for x in groups if x & joined]:
                     joined |= group
@@ -205,7 +207,6 @@ class _Scores:
         alike = likeness(*told, *self._information)
         is_equal = ours.owner == theirs.owner and ours.leaf.role == theirs.leaf.role
         score += _WORDS * alike + _EQUAL * is_equal
-        score += _BEFORE * (theirs.name in self._twins.get(ours.name, ()))
         score += _NUMBERS * agreement(*(x[y.owner] for x, y in
                                         zip(self._ranks, (ours, theirs), strict=True)))  # fmt: skip
         return score + self._constants(ours, theirs, alike)
@@ -226,13 +227,21 @@ class _Scores:
 
 
 def _predecessors(units: Sequence[Unit]) -> dict[str, str]:
-    """Return what is used before each unit that is added to something, such as a bias."""
+    """Return what each unit that is added, such as a bias, is added to the product of."""
     order = sorted(units, key=lambda unit: unit.order)
-    return {
+    found = {
         unit.name: before.name
         for before, unit in itertools.pairwise(order)
-        if unit.operation == "term" and before.operation != "term"
+        if unit.use and unit.operation == "term" and before.operation != "term"
     }
+    by_owner: dict[str, list[Unit]] = {}
+    for unit in units:
+        by_owner.setdefault(unit.owner, []).append(unit)
+    for group in by_owner.values():
+        others = [unit for unit in group if unit.operation != "term"]
+        if len(others) == 1:
+            found |= {x.name: others[0].name for x in group if x.operation == "term"}
+    return found
 
 
 def _classes(ours: list[Unit], theirs: list[Unit]) -> Iterator[tuple[list[Unit], list[Unit]]]:

@@ -16,8 +16,9 @@ def module_map(
     """Return the torch path of each flax module that has a counterpart; "" for the models.
 
     Two modules correspond when the same links of the weight map lie below them. Nested modules that
-    hold the same weights are paired from the outside in. A module without weights is paired with
-    one of the same name in the same place.
+    hold the same weights are paired from the outside in, but those that own leaves with each other:
+    a linear layer is none with an activation around it. A module without weights is paired with one
+    of the same name in the same place.
     """
     torch_paths = [
         path for path, part in torch_module.named_modules() if not isinstance(part, _CONTAINERS)
@@ -29,11 +30,15 @@ def module_map(
     ]
     ours = _by_content(torch_paths, [link.torch for link in weights.links])
     theirs = _by_content(flax_paths, [link.flax for link in weights.links])
+    paths = {*torch_paths, *flax_paths}
+    leaves = (leaf for link in weights.links for leaf in (*link.torch, *link.flax))
+    owners = {max(paths.intersection(_ancestors(leaf)), key=len) for leaf in leaves}
     found = {"": ""}
-    for content, torch_chain in ours.items():
-        if content:
-            inner = [path for path in theirs.get(content, []) if path]
-            found |= dict(zip(inner, [path for path in torch_chain if path], strict=False))
+    for content in (x for x in ours if x and x in theirs):
+        inner, outer = ([path for path in side[content] if path] for side in (theirs, ours))
+        while inner and outer and {inner[-1], outer[-1]} <= owners:
+            found[inner.pop()] = outer.pop()
+        found |= dict(zip(inner, outer, strict=False))
     empty = set(ours.get(frozenset(), []))
     for path in sorted(theirs.get(frozenset(), []), key=_depth):
         parent, _, name = path.rpartition(".")

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 import numpy as np
 
 from parity.frameworks.leaves import Arrays, Leaves
+from parity.system.import_target import closest
 from parity.weights.layouts import Link, Shapes
 from parity.weights.rules import Rules
 
@@ -82,6 +83,10 @@ class WeightMap:
         """Return the flax leaves that torch has too."""
         return {name: leaf for name, leaf in leaves.items() if name not in self.flax_ignored}
 
+    def own(self, leaves: Arrays) -> Iterator[tuple[str, np.ndarray]]:
+        """Yield what `mapped` returns."""
+        yield from self.mapped(leaves).items()
+
     def sum_of_ties(self, gradients: Leaves) -> Leaves:
         """Return flax gradients with the sum for all leaves of one torch tensor: its gradient."""
         summed = self.mapped(gradients)
@@ -138,7 +143,8 @@ def resolve(rules: Rules, torch_leaves: Arrays, flax_leaves: Arrays) -> WeightMa
     by_rule = [(rule, list(rule.links(mapped, "torch", flax_mapped))) for rule in rules.rules]
     found = [link for _, links in by_rule for link in links]
     uses = Counter(name for link in found for name in link.torch)
-    problems = [f"no rule for torch leaf {name}" for name in mapped if not uses[name]]
+    unmapped = [name for name in mapped if not uses[name]]
+    problems = [f"no rule for torch leaf {name}" for name in unmapped]
     problems += [f"{uses[name]} rules for torch leaf {name}" for name in mapped if uses[name] > 1]
     links: list[Link] = []
     for link in found:
@@ -154,7 +160,7 @@ def resolve(rules: Rules, torch_leaves: Arrays, flax_leaves: Arrays) -> WeightMa
     ]
     problems += [f"no torch leaf for flax leaf {name}" for name in flax_mapped if not taken[name]]
     unused = [rule for rule, of_rule in by_rule if not rule.optional and not of_rule]
-    problems += [f"rule {rule} matches nothing" for rule in unused]
+    problems += [f"rule {x} matches nothing{closest(x.torch, unmapped)}" for x in unused]
     for alias, original in aliases.items():
         if original not in torch_leaves:
             problems.append(f"torch leaf {alias} is tied to {original}, which does not exist")

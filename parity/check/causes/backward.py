@@ -1,6 +1,7 @@
 """Find the cause of a different loss or gradient by re-running torch with one operation changed."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 from parity.check import bounds
-from parity.check.causes.forward import describe_match
+from parity.check.causes.forward import Suspect, describe_match
 from parity.check.causes.operations import left_out, on_argument
 from parity.check.causes.replay import Change, Operation, Replay, Watch, name_of, named
 from parity.check.metrics import relative_l2
@@ -24,9 +25,12 @@ def explain_loss(session: PairSession, found: Divergence) -> Divergence:
     (target, _), _ = session.gradients("float64")
     port = session.runs("float64")[1]
     loss = torch.nn.Module()  # the model is no submodule, so it has no weights of its own
-    loss.forward = lambda *arrays: session.pair.torch.loss(port.module, *arrays)
-    replay = Replay(loss, port.arrays(session.gradient_probe), {}, {"model": port.module})
-    return dataclasses.replace(found, cause=describe_match([(replay, np.asarray(target))], {}))
+    loss.forward = functools.partial(session.pair.torch.loss, port.module)
+    arguments = port.arguments(session.gradient_probe)
+    replay = Replay(loss, *arguments, {"model": port.module})
+    with port.scope():
+        cause = describe_match([Suspect(replay, np.asarray(target))], {})
+    return dataclasses.replace(found, cause=cause)
 
 
 def explain_gradient(session: PairSession, found: Divergence) -> Divergence:
@@ -43,22 +47,26 @@ def explain_gradient(session: PairSession, found: Divergence) -> Divergence:
     mapped = session.weight_map.to_torch(judged)
     targets = {x: mapped[x] for x in mapped if x.startswith(inside) and x in own}
     parameters = [own[name] for name in targets]
-    arrays = port.arrays(session.gradient_probe)
+    inputs, keywords = port.arguments(session.gradient_probe)
 
     def gradients(change: Change) -> list[np.ndarray]:
-        with Watch(change), torch.enable_grad():
-            loss = session.pair.torch.loss(port.module, *arrays)
+        with port.scope(), Watch(change), torch.enable_grad():
+            loss = session.pair.torch.loss(port.module, *inputs, **keywords)
         if not loss.requires_grad:
             return [to_numpy(torch.zeros_like(x)) for x in parameters]
         made = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
         return [to_numpy(x) for x in made]
 
+    def explained(change: Change) -> bool:
+        pairs = zip(gradients(change), targets.values(), strict=True)
+        return all(relative_l2(x, target) <= bounds.EXPLAINED_GRADIENT for x, target in pairs)
+
     start = time.perf_counter()
-    for place, argument, words in _uses(gradients, parameters):
-        if time.perf_counter() - start > _SECONDS or not targets:
+    # What float64 does not show has no cause that a replay in float64 could find.
+    for place, argument, words in [] if explained(_unchanged) else _uses(gradients, parameters):
+        if time.perf_counter() - start > _SECONDS:
             break
-        pairs = zip(gradients(_changed(place, argument)), targets.values(), strict=True)
-        if all(relative_l2(x, target) <= bounds.EXPLAINED_GRADIENT for x, target in pairs):
+        if explained(_changed(place, argument)):
             return dataclasses.replace(found, cause=f"torch matches with {words}")
     return found
 
@@ -86,6 +94,10 @@ def _uses(
 
     gradients(look)
     return stops + reads + others
+
+
+def _unchanged(place: int, operation: Operation) -> None:
+    """Keep an operation."""
 
 
 def _changed(place: int, argument: int | None) -> Change:

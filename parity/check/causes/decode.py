@@ -64,11 +64,20 @@ def explain_chunks(
     return dataclasses.replace(found, cause=_cause(replay, right, divergent, early))
 
 
-def explain_tokens(session: PairSession, found: Divergence, use_cache: bool) -> Divergence:
-    """Return the divergence of greedy tokens, with its cause if one change makes torch match."""
+def explain_tokens(
+    session: PairSession, found: Divergence, length: int, use_cache: bool
+) -> Divergence:
+    """Return the divergence of greedy tokens, with its cause if one change makes torch match.
+
+    Args:
+        session: of the check.
+        found: the divergence.
+        length: tokens to write.
+        use_cache: whether they are written with a cache.
+    """
     if session.pair.prompts is None:
         return found
-    (tokens, counts), length = session.pair.prompts, session.pair.new_tokens
+    tokens, counts = session.pair.prompts
     flax, port = session.runs("float64")
     target = flax.decoder().generate(tokens, counts, length, use_cache)
     replay = _Decoding(

@@ -1,13 +1,16 @@
 """Find the cause of a different output by re-running one torch module with one thing changed."""
 
+import copy
 import dataclasses
+import functools
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
 
+from parity.check import bounds
 from parity.check.causes.operations import (
     ACTIVATIONS,
     alternative,
@@ -15,10 +18,18 @@ from parity.check.causes.operations import (
     common_sizes,
     substitutes,
 )
-from parity.check.causes.replay import Change, Operation, Replay, named
+from parity.check.causes.replay import Change, Changed, Operation, Replay, named
 from parity.check.causes.weights import readings
-from parity.check.locate import aligned, float64_gap, translated
-from parity.check.metrics import size_of
+from parity.check.locate import (
+    Key,
+    aligned,
+    changed_inputs,
+    compared_calls,
+    float64_gap,
+    together,
+    translated,
+)
+from parity.check.metrics import max_abs, scale_of, size_of
 from parity.check.pair_session import PairSession
 from parity.frameworks.batch import Batch
 from parity.frameworks.capture import Trace, leaves_of
@@ -27,9 +38,26 @@ from parity.report import Divergence
 
 # Spent at most on the search in one call; a small module's alternatives take two.
 _SECONDS = 20.0
+# Of the model's gap, what a right change of one module may leave: other faults are no part of it.
+_CLOSER = 1e-2
 
 
-def explain_output(session: PairSession, probe: str, found: Divergence) -> Divergence:
+@dataclasses.dataclass(frozen=True)
+class Suspect:
+    """A call to run again with one thing changed.
+
+    Attributes:
+        replay: of the call.
+        target: the output that it should have.
+        confirms: whether the model as a whole comes closer with that change.
+    """
+
+    replay: Replay
+    target: np.ndarray
+    confirms: Callable[[Changed], bool] = lambda changed: True
+
+
+def explain_output(session: PairSession, batch: Batch, found: Divergence) -> Divergence:
     """Return the divergence of a forward pass with its cause, if one change closes the gap.
 
     The torch side is changed, whichever of the two is wrong: only the user knows which that is.
@@ -37,33 +65,40 @@ def explain_output(session: PairSession, probe: str, found: Divergence) -> Diver
     another.
     """
     path = "" if found.where == session.model_name else found.where
-    model = session.runs("float64")[1].module
-    probes = dict.fromkeys((probe, *session.pair.probes))
-    calls = (_divergent_calls(session, session.pair.probes[name], path) for name in probes)
-    cause = describe_match(itertools.chain.from_iterable(calls), dict(model.named_modules()))
+    port = session.runs("float64")[1]
+    others = [x for x in session.pair.probes.values() if x is not batch]
+    calls = (_suspects(session, inputs, path) for inputs in (batch, *others))
+    with port.scope():
+        modules = dict(port.module.named_modules())
+        cause = describe_match(itertools.chain.from_iterable(calls), modules)
     return dataclasses.replace(found, cause=cause)
 
 
 def describe_match(
-    calls: Iterable[tuple[Replay, np.ndarray]], modules: Mapping[str, torch.nn.Module]
+    suspects: Iterable[Suspect], modules: Mapping[str, torch.nn.Module]
 ) -> str | None:
     """Describe the first change that makes a call's output as expected; None after 20 s each."""
-    for replay, target in calls:
-        start = time.perf_counter()
-        # Of the same model: their weights may be the right ones.
-        others = {name: x for name, x in modules.items() if x is not replay.module}
-        for words, output in _attempts(replay, others):
+    for suspect in suspects:
+        start, replay, target = time.perf_counter(), suspect.replay, suspect.target
+        if (now := replay.output()) is not None and float64_gap(target, now) is None:
+            continue  # there is nothing to explain
+        for changed in _attempts(replay, _others(replay, modules)):
+            output = replay.output(changed)
             if output is not None and float64_gap(target, output) is None:
-                left = size_of(target - aligned(output, target))
-                return f"torch matches to {left:.0e} with {words}"
+                if suspect.confirms(changed):
+                    left = size_of(target - aligned(output, target))
+                    return f"torch matches to {left:.0e} with {changed.words}"
             if time.perf_counter() - start > _SECONDS:
                 break
     return None
 
 
-def _divergent_calls(
-    session: PairSession, batch: Batch, path: str
-) -> Iterator[tuple[Replay, np.ndarray]]:
+def _others(replay: Replay, modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
+    """Return the model's other modules: their weights may be the right ones."""
+    return {name: x for name, x in modules.items() if x is not replay.module}
+
+
+def _suspects(session: PairSession, batch: Batch, path: str) -> Iterator[Suspect]:
     """Yield the first call of a torch module whose output diverges, and flax's output there.
 
     Then yield the whole model up to there, because a module may be given more than arrays, such as
@@ -76,30 +111,82 @@ def _divergent_calls(
     def keep(trace: Trace) -> None:
         for known in translated([trace], session.modules):
             called.add(known.path)
-            if known.path == path:
+            if known.path in (path, ""):
                 targets.append(known)
 
     flax.traces(batch, keep)
+    wholes = [x.output for x in targets if not x.path]
+    targets = [x for x in targets if x.path == path]
     model, divergent = port.module, port.module.get_submodule(path)
     modules = {name: x for name, x in model.named_modules() if name in called}
     own, prefix = dict(divergent.named_modules()), f"{path}." if path else ""
     inside = {name: x for name, x in own.items() if name and prefix + name in called}
     bare = {name: x for name, x in own.items() if name not in inside and _is_bare(x)}
     calls = {module: _calls(port, batch, module) for module in (divergent, model)}
-    for call, target in zip(calls[divergent], targets, strict=False):
+    for number, (call, target) in enumerate(zip(calls[divergent], targets, strict=False)):
         replay = Replay(divergent, *call, inside)
         output = replay.output()
         if output is not None and float64_gap(target.output, output) is None:
             continue
-        yield replay, target.output
-        if bare:
-            yield Replay(divergent, *call, inside | bare), target.output
+        for agreeing in (inside, inside | bare) if bare else (inside,):
+            confirms = functools.partial(_moves_on, session, batch, (path, number), agreeing)
+            yield Suspect(Replay(divergent, *call, agreeing), target.output, confirms)
         if path and len(targets) == len(calls[model]) == 1:
             around = {x for x in modules if f"{path}.".startswith(f"{x}.")} | {""}
             outside = {name: x for name, x in modules.items() if name not in around}
             outside[path] = divergent
-            yield Replay(model, *calls[model][0], outside, divergent), target.output
+            whole = Replay(model, *calls[model][0], outside)
+            confirms = functools.partial(_closes, session, whole, wholes[0])
+            yield Suspect(
+                Replay(model, *calls[model][0], outside, divergent), target.output, confirms
+            )
         return
+
+
+def _closes(session: PairSession, whole: Replay, target: np.ndarray, changed: Changed) -> bool:
+    """Whether the model's output comes closer by orders with a change of its own code."""
+    before, after = whole.output(), whole.output(_again(session, whole, changed))
+    if before is None or after is None:
+        return False
+    gaps = [max_abs(*together(target, x)) for x in (before, after)]
+    return gaps[1] <= max(_CLOSER * gaps[0], bounds.MODULE_OUTPUT * scale_of(target))
+
+
+def _moves_on(
+    session: PairSession,
+    batch: Batch,
+    key: Key,
+    agreeing: Mapping[str, torch.nn.Module],
+    changed: Changed,
+) -> bool:
+    """Whether what reads a module agrees, or the model comes closer, with all its calls changed."""
+    path, _ = key
+    if not path:
+        return True  # its output is the model's
+    model = session.runs("float64")[1].module
+    divergent, before = model.get_submodule(path), compared_calls(session, batch)
+    alone = copy.deepcopy(divergent)  # without the hooks of a capture
+    inside = {name: alone.get_submodule(name) for name in agreeing}
+
+    def instead(_: object, args: tuple, kwargs: dict[str, object], __: object) -> object:
+        replay = Replay(alone, args, kwargs, inside)
+        return replay.run(_again(session, replay, changed))
+
+    readers = changed_inputs(session, batch, key)
+    with divergent.register_forward_hook(instead, with_kwargs=True):
+        after = compared_calls(session, batch)
+    outside = (x for x in readers & before.keys() if not f"{x[0]}.".startswith(f"{path}."))
+    if any(before[x].fed is False and after[x].fed for x in outside):
+        return True
+    gaps = [calls[("", 0)].gap for calls in (before, after)]
+    return gaps[1] is None or (gaps[0] is not None and gaps[1] <= _CLOSER * gaps[0])
+
+
+def _again(session: PairSession, replay: Replay, changed: Changed) -> Changed | None:
+    """Return the same change of another call, whose arguments are others."""
+    modules = dict(session.runs("float64")[1].module.named_modules())
+    found = _attempts(replay, _others(replay, modules))
+    return next((x for x in found if x.words == changed.words), None)
 
 
 def _is_bare(module: torch.nn.Module) -> bool:
@@ -115,18 +202,16 @@ def _calls(run: TorchRunner, batch: Batch, module: torch.nn.Module) -> list[tupl
     return calls
 
 
-def _attempts(
-    replay: Replay, others: Mapping[str, torch.nn.Module]
-) -> Iterator[tuple[str, np.ndarray | None]]:
-    """Yield the output of every change with its description; the likely ones first."""
+def _attempts(replay: Replay, others: Mapping[str, torch.nn.Module]) -> Iterator[Changed]:
+    """Yield every change, the likely ones first."""
     operations, submodule_calls = replay.operations(), replay.submodule_calls()
     sizes = common_sizes(operations)
     for place, done in enumerate(operations):
         for words, instead in alternatives(done, sizes):
-            yield named(words, done.operation, done.line), replay.output(_at(place, instead))
+            yield Changed(named(words, done.operation, done.line), _at(place, instead))
     yield from _submodule_attempts(replay, submodule_calls)
     for words, weights in readings(replay.module, others):
-        yield words, replay.output(weights=weights)
+        yield Changed(words, weights=weights)
     # One line of code that runs several times, as for queries and keys.
     lines: dict[tuple[str, str], list[int]] = {}
     for place, done in enumerate(operations):
@@ -139,7 +224,7 @@ def _attempts(
             def change(at: int, _: object, places=places, number=number) -> Operation | None:
                 return alternative(operations[at], sizes, number) if at in places else None
 
-            yield named(words, done.operation, done.line), replay.output(change)
+            yield Changed(named(words, done.operation, done.line), change)
     at_hand = {
         f"the {side} of {path}": x
         for path, args, output in submodule_calls
@@ -149,38 +234,38 @@ def _attempts(
     }
     for place, done in enumerate(operations):
         for words, instead in substitutes(done, at_hand):
-            yield named(words, done.operation, done.line), replay.output(_at(place, instead))
+            yield Changed(named(words, done.operation, done.line), _at(place, instead))
 
 
 def _submodule_attempts(
     replay: Replay, submodule_calls: list[tuple[str, tuple, object]]
-) -> Iterator[tuple[str, np.ndarray | None]]:
+) -> Iterator[Changed]:
     """Leave a submodule out, put another in its place, or shift its ids by one."""
     for number, (path, args, _) in enumerate(submodule_calls):
 
-        def tried(instead: Operation, number=number) -> np.ndarray | None:
+        def tried(words: str, instead: Operation, number=number) -> Changed:
             count = itertools.count()
 
             def exchange(_: str, __: object, given: tuple, kwargs: dict, output: object) -> object:
                 return instead(*given, **kwargs) if next(count) == number else None
 
-            return replay.output(exchange=exchange)
+            return Changed(words, exchange=exchange)
 
         own, inputs = replay.agreeing[path], [x for x in args if isinstance(x, torch.Tensor)]
-        yield f"{path} left out", tried(lambda x, *args, **kwargs: x)
+        yield tried(f"{path} left out", lambda x, *args, **kwargs: x)
         if _is_bare(own):
             for words, function in ACTIVATIONS.items():
-                yield f"{words} for {path}", tried(lambda x, *args, f=function, **kwargs: f(x))
+                yield tried(f"{words} for {path}", lambda x, *args, f=function, **kwargs: f(x))
         if inputs and not inputs[0].is_floating_point():
             for shift in (1, -1):
 
                 def shifted(x, *args, own=own, shift=shift, **kwargs):
                     return own.forward((x + shift).clamp(min=0), *args, **kwargs)
 
-                yield f"ids {shift:+d} for {path}", tried(shifted)
+                yield tried(f"ids {shift:+d} for {path}", shifted)
         for other, module in replay.agreeing.items():
             if other != path and type(module) is type(own):
-                yield f"{other} in place of {path}", tried(module.forward)
+                yield tried(f"{other} in place of {path}", module.forward)
 
 
 def _at(place: int, instead: Operation) -> Change:

@@ -26,6 +26,17 @@ Change = Callable[[int, Operation], Operation | None]
 # (path, submodule, args, kwargs, output) of a call to its replaced output; None to keep it.
 Exchange = Callable[[str, torch.nn.Module, tuple, dict, object], object]
 
+
+@dataclasses.dataclass(frozen=True)
+class Changed:
+    """What is changed while a module is run again, and its description."""
+
+    words: str
+    change: Change = lambda place, operation: None
+    exchange: Exchange = lambda path, module, args, kwargs, output: None
+    weights: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+
+
 _SILENT = {"__get__", "__set__", "_set_grad_enabled"}
 _CAUSES = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _PARITY = os.path.dirname(os.path.dirname(os.path.dirname(_CAUSES))) + os.sep
@@ -65,22 +76,21 @@ class Replay:
         self.module, self.agreeing, self._observed = module, agreeing, observed
         self._call = args, dict(kwargs)
 
-    def output(
-        self,
-        change: Change = lambda place, operation: None,
-        exchange: Exchange = lambda path, module, args, kwargs, output: None,
-        weights: Mapping[str, torch.Tensor] | None = None,
-    ) -> np.ndarray | None:
+    def output(self, changed: Changed | None = None) -> np.ndarray | None:
         """Return the output's first array with this changed; None if the module raises."""
-        with torch.no_grad(), Watch(change) as watch, self._hooked(watch, exchange):
+        arrays = [x for x in leaves_of(self.run(changed)) if isinstance(x, torch.Tensor)]
+        return to_numpy(arrays[0]) if arrays else None
+
+    def run(self, changed: Changed | None = None) -> object:
+        """Return the output with this changed; None if the module raises."""
+        made = changed or Changed("nothing")
+        with torch.no_grad(), Watch(made.change) as watch, self._hooked(watch, made.exchange):
             try:
-                output = functional_call(self.module, dict(weights or {}), *self._call)
+                return functional_call(self.module, dict(made.weights), *self._call)
             except _Observed as seen:
-                output = seen.output
+                return seen.output
             except Exception:  # shapes that do not fit, say: then it was not that
                 return None
-        arrays = [x for x in leaves_of(output) if isinstance(x, torch.Tensor)]
-        return to_numpy(arrays[0]) if arrays else None
 
     def operations(self) -> list[Done]:
         """Return the module's own operations, in order."""
@@ -95,7 +105,7 @@ class Replay:
 
             return watched
 
-        self.output(look)
+        self.run(Changed("nothing", look))
         return seen
 
     def submodule_calls(self) -> list[tuple[str, tuple, object]]:
@@ -105,7 +115,7 @@ class Replay:
         def look(path: str, _: torch.nn.Module, args: tuple, kwargs: dict, output: object) -> None:
             seen.append((path, args, output))
 
-        self.output(exchange=look)
+        self.run(Changed("nothing", exchange=look))
         return seen
 
     @contextlib.contextmanager
@@ -179,7 +189,9 @@ def place_of_caller() -> tuple[tuple[CodeType, int] | None, str]:
         if not name.startswith((_PARITY, _TORCH)):
             place = frame.f_code, frame.f_lasti
             return place, f"{os.path.basename(name)}:{frame.f_lineno}"
-        if name.startswith(_PARITY) and not name.startswith(_CAUSES):
+        if frame.f_code is Replay.run.__code__ or (
+            name.startswith(_PARITY) and not name.startswith(_CAUSES)
+        ):
             break
         frame = frame.f_back
     return None, ""

@@ -33,7 +33,7 @@ def records(session: PairSession) -> Iterator[Record]:
     for number, dtype in enumerate(session.dtypes):
         cached, bound = [], bounds.CACHE[dtype]
         for run in session.runs(dtype):
-            whole = run.outputs(Batch((tokens, counts)))
+            whole = run.outputs(Batch((tokens, counts)))[""]
             pieces = assemble(calls, run.decoder().chunks(calls, tokens.shape[1]), whole.shape)
             gap, name = max_abs(pieces[real], whole[real]), f"{run.name}, cached against uncached"
             yield judge(name, dtype, "max_abs", gap, bound, whole[real].size)
@@ -91,9 +91,8 @@ def locate(session: PairSession, records: list[Record]) -> Divergence | None:
         run.traces(Batch((tokens, counts)), traces.append)
         whole = _by_token(traces, real)
         pieces = run.decoder_traces(lambda decoder: decoder.chunks(calls, capacity))
-        joined, paths = _joined(pieces, calls, real), {trace.path for trace in whole}
-        root = session.model_name
-        found = first_divergence(whole, joined, float64_gap, root, "decode", paths) or found
+        joined, root = _joined(pieces, calls, real), session.model_name
+        found = first_divergence(whole, joined, float64_gap, root, "decode") or found
     return explain(found, lambda found: explain_chunks(session, found, calls, capacity))
 
 

@@ -1,17 +1,22 @@
 """Level `gradients`: the loss has the same gradient by every leaf."""
 
+import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from parity.check import bounds
 from parity.check.causes import explain
 from parity.check.locate import locate_backward
 from parity.check.metrics import along_ones, gradient_norm, largest, max_abs, relative_l2
+from parity.check.noise import excused, gradient_noise
 from parity.check.session import Session
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import Runner
 from parity.report import Divergence
-from parity.report.record import IMPURE, Record, Verdict, abstain, judge
+from parity.report.record import Record, Verdict, abstain, judge
 
 if TYPE_CHECKING:  # as in locate
     from parity.check.pair_session import PairSession
@@ -19,25 +24,49 @@ if TYPE_CHECKING:  # as in locate
 
 def records(session: Session[Runner, Runner]) -> Iterator[Record]:
     """Yield one record per leaf; null directions are judged absolutely and named."""
+
+    @functools.cache
+    def noise(number: int) -> dict[str, float]:
+        flax, torch = (run.gradients(session.gradient_probe) for run in session.moved_runs[number])
+        if number:
+            to_flax = session.weight_map.to_flax
+            flax, torch = ((loss, to_flax(gradients)) for loss, gradients in (flax, torch))
+        return {x.name: x.gap for x in _compared(session, "float64", flax, torch)}
+
+    rounding = functools.cache(functools.partial(gradient_noise, session))
     for number, dtype in enumerate(session.dtypes):
-        if dtype == "float64" and session.impurities:
-            yield abstain("float64", IMPURE)
-            continue
-        yield from _compared(session, dtype)
+        for made in _compared(session, dtype, *session.gradients(dtype)):
+            made = excused(made, lambda x=made: rounding(x.dtype).get(x.name, 0.0))
+            yield session.decided(made, lambda number, name=made.name: noise(number)[name])
         session.progress((number + 1) / len(session.dtypes))
-    if not session.impurities:
-        yield from session.proof_of_float64("gradient")
+    yield from session.proof_of_float64("gradient")
 
 
-def _compared(session: Session[Runner, Runner], dtype: str) -> Iterator[Record]:
-    (flax_loss, flax), (torch_loss, torch) = session.gradients(dtype)
+def _compared(
+    session: Session[Runner, Runner],
+    dtype: str,
+    flax_side: tuple[float, Leaves],
+    torch_side: tuple[float, Leaves],
+) -> Iterator[Record]:
+    (flax_loss, flax), (torch_loss, torch) = flax_side, torch_side
     bound = bounds.GRADIENT[dtype]
     for name in flax:
-        if name not in session.null.leaves:
-            gap = relative_l2(flax[name], torch[name])
-            yield judge(name, dtype, "relative_l2", gap, bound, flax[name].size)
+        if name in session.null.leaves:
+            continue
+        a, b, note = flax[name], torch[name], None
+        finite = np.isfinite(a)
+        if not finite.all() and np.array_equal(finite, np.isfinite(b)):
+            a, b = a[finite], b[finite]
+            note = f"{np.count_nonzero(~finite)} of {finite.size} not finite on both sides"
+            if not a.size:
+                yield dataclasses.replace(abstain(name, note), dtype=dtype)
+                continue
+        gap = relative_l2(a, b)
+        yield judge(name, dtype, "relative_l2", gap, bound, a.size, note=note)
     gap = abs(flax_loss - torch_loss) / max(abs(flax_loss), 1.0)
-    yield judge("loss", dtype, "relative", gap, bound, 1)
+    frozen = ", ".join(session.pair.frozen)
+    note = f"frozen, without a gradient: {frozen}" if frozen else None
+    yield judge("loss", dtype, "relative", gap, bound, 1, note=note)
     if null := _null_gaps(session, flax, torch):
         where = largest({name: gap for name, (gap, _) in null.items()})
         gap, bound = null[where][0], bounds.NULL_GRADIENT[dtype]
@@ -51,7 +80,7 @@ def _null_gaps(
     session: Session[Runner, Runner], flax: Leaves, torch: Leaves
 ) -> dict[str, tuple[float, int]]:
     """Return the gap and size of each null direction, in norms of the whole gradient."""
-    scale, gaps = gradient_norm(flax), {}
+    scale, gaps = gradient_norm(flax) or 1.0, {}
     for name in session.null.leaves:
         gaps[name] = max_abs(flax[name], torch[name]) / scale, flax[name].size
     for name, axis in session.null.means:

@@ -10,22 +10,24 @@ rate.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 
 from parity.check import bounds
-from parity.check.causes.optimizer import Reading, Step, difference, read, shares
+from parity.check.causes.optimizer import Reading, Step, difference, explain_forms, read, shares
 from parity.check.levels.names import HORIZON, OPTIMIZER_STEPS
 from parity.check.metrics import largest, max_abs, ratio, relative_l2
 from parity.check.session import Session
 from parity.frameworks.batch import Batch
+from parity.frameworks.capture import leaves_of, map_leaves
 from parity.frameworks.leaves import Leaves
-from parity.frameworks.protocols import LiveRunner, Runner, Trainer
+from parity.frameworks.protocols import LiveRunner, Moments, Runner, Trainer
 from parity.pair.pair import Pair
 from parity.report import Divergence
-from parity.report.record import IMPURE, Record, Verdict, abstain, judge
+from parity.report.record import Record, Verdict, abstain, judge
 
 if TYPE_CHECKING:  # as in locate
     from parity.check.pair_session import PairSession
@@ -51,7 +53,14 @@ class _Step:
     after: Leaves
     first: Leaves
     second: Leaves
-    count: int
+    count: int | None
+
+    def with_moments_of(self, other: "_Step") -> Self:
+        """Return the step without the moments that the other does not keep."""
+        first = {name: leaf for name, leaf in self.first.items() if name in other.first}
+        second = {name: leaf for name, leaf in self.second.items() if name in other.second}
+        count = None if other.count is None else self.count
+        return dataclasses.replace(self, first=first, second=second, count=count)
 
     def update(self, leaf: str) -> np.ndarray:
         """Return the change of a leaf."""
@@ -60,12 +69,14 @@ class _Step:
     def quantities(self, excluded: tuple[str, ...]) -> dict[str, list[str]]:
         """Return the leaves to compare, by what is compared of them."""
         names = [name for name in self.after if name not in excluded]
-        moving = [name for name in names if name in self.second]
-        trained = moving or names  # under SGD nothing has moments
+        means, squares = (
+            [x for x in names if x in moments] for moments in (self.first, self.second)
+        )
+        trained = squares or means or names  # under plain SGD nothing has moments
         # Running statistics of a batch norm follow weights, null ones too, and are compared as
         # they stand.
         others = [name for name in names if name not in trained]
-        compared = {_UPDATE: trained, _FIRST: moving, _SECOND: moving, _STATISTICS: others}
+        compared = {_UPDATE: trained, _FIRST: means, _SECOND: squares, _STATISTICS: others}
         return {quantity: leaves for quantity, leaves in compared.items() if leaves}
 
     def value(self, quantity: str, leaf: str, truth: "_Step") -> np.ndarray:
@@ -85,18 +96,40 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
     if reason := session.weight_map.trained_apart:
         yield abstain("optimizer", reason)
         return
+    if session.not_finite:
+        names = ", ".join(session.not_finite)
+        yield abstain("optimizer", f"the gradient is not finite in either model, at {names}")
+        return
     exact: list[_Step] = []
+
+    @functools.cache
+    def noise(number: int) -> dict[str, float]:
+        convert = session.weight_map.flax_leaves if number else session.weight_map.own
+        ours, theirs = (
+            _steps_of(session.trainer(run, HORIZON), session.pair, convert, _limit(session))
+            for run in session.moved_runs[number]
+        )
+        return {x.name: x.gap for x in _all_compared(session, "float64", ours, theirs, exact)}
+
     for number, dtype in enumerate(session.dtypes):
         flax_steps, torch_steps = _steps(session, dtype)
         if not exact:
             exact = flax_steps if session.pair.torch.name in session.impurities else torch_steps
-            if session.impurities:
-                yield abstain("float64", IMPURE)
-                continue
-        for step, sides in enumerate(zip(flax_steps, torch_steps, exact, strict=True), 1):
-            for made in _compared(session, dtype, *sides):
-                yield dataclasses.replace(made, name=f"step {step} {made.name}", step=step)
+        for made in _all_compared(session, dtype, flax_steps, torch_steps, exact):
+            yield session.decided(made, lambda number, name=made.name: noise(number)[name])
         session.progress((number + 1) / len(session.dtypes))
+
+
+def _all_compared(
+    session: Session[Runner, Runner],
+    dtype: str,
+    flax: Sequence[_Step],
+    torch: Sequence[_Step],
+    truth: Sequence[_Step],
+) -> Iterator[Record]:
+    for step, sides in enumerate(zip(flax, torch, truth, strict=True), 1):
+        for made in _compared(session, dtype, *sides):
+            yield dataclasses.replace(made, name=f"step {step} {made.name}", step=step)
 
 
 def _compared(
@@ -122,31 +155,36 @@ def _compared(
         name = "largest gap of a single update"
         yield judge(name, dtype, "learning_rates", gap, limit, size).at(leaf)
     yield judge("loss", dtype, "max_abs", abs(flax.loss - torch.loss), bound, 1).at(_LOSS)
-    yield judge("count", dtype, "difference", abs(flax.count - torch.count), 0, 1)
+    if flax.count is not None and torch.count is not None:
+        yield judge("count", dtype, "difference", abs(flax.count - torch.count), 0, 1)
 
 
 def _steps(session: Session[Runner, Runner], dtype: str) -> tuple[list[_Step], list[_Step]]:
     """Take the steps of both sides, one after the other."""
-    (flax, torch), limit = session.runs(dtype), SAMPLE_LARGE if session.is_large else SAMPLE
-    mapped = session.weight_map.mapped
-    ours = _steps_of(
-        session.trainer(flax, HORIZON), session.pair, lambda x: mapped(x).items(), limit
-    )
+    (flax, torch), limit = session.runs(dtype), _limit(session)
+    ours = _steps_of(session.trainer(flax, HORIZON), session.pair, session.weight_map.own, limit)
     leaves = session.weight_map.flax_leaves
-    return ours, _steps_of(session.trainer(torch, HORIZON), session.pair, leaves, limit)
+    theirs = _steps_of(session.trainer(torch, HORIZON), session.pair, leaves, limit)
+    sides = list(zip(ours, theirs, strict=True))
+    return [a.with_moments_of(b) for a, b in sides], [b.with_moments_of(a) for a, b in sides]
+
+
+def _limit(session: Session[Runner, Runner]) -> int:
+    return SAMPLE_LARGE if session.is_large else SAMPLE
 
 
 def _steps_of(trainer: Trainer, pair: Pair, leaves: LeavesOf, limit: int) -> list[_Step]:
     def kept(whole: Leaves) -> Leaves:
         return {name: _sample(leaf, limit) for name, leaf in leaves(whole)}
 
-    def moments() -> tuple[Leaves, Leaves, int]:
+    def moments() -> Moments:
         first, second, count = trainer.moments()  # gone before the next step, or it must copy them
         return kept(first), kept(second), count
 
     taken, before = [], kept(trainer.parameters())
     for index in range(OPTIMIZER_STEPS):
-        loss = trainer.step(*pair.training_batch(index).inputs)
+        batch = pair.training_batch(index)
+        loss = trainer.step(*batch.inputs, **batch.keywords)
         after = kept(trainer.parameters())
         taken.append(_Step(loss, before, after, *moments()))
         before = after
@@ -189,25 +227,43 @@ def locate(session: "PairSession", records: list[Record]) -> Divergence | None:
 def _cause(session: "PairSession") -> str | None:
     """Describe how the two optimizers differ, each inferred from its own steps alone."""
     pair, (flax, torch) = session.pair, session.runs("float64")
-    mapped = session.weight_map.mapped
-    readings = _reading(flax, pair, mapped), _reading(torch, pair, session.weight_map.to_flax)
-    return difference(*readings, (flax.name, torch.name))
+    names = flax.name, torch.name
+    converted = (flax, session.weight_map.mapped), (torch, session.weight_map.to_flax)
+    flax_steps, torch_steps = (_steps_seen(run, pair, convert) for run, convert in converted)
+    if all(step.first and step.second for step in (*flax_steps, *torch_steps)):
+        readings = (
+            _reading(steps, run, pair, convert)
+            for steps, (run, convert) in zip((flax_steps, torch_steps), converted, strict=True)
+        )
+        if cause := difference(*readings, names):
+            return cause
+    return explain_forms(flax_steps, torch_steps, names)
 
 
-def _reading(run: LiveRunner[object], pair: Pair, convert: Callable[[Leaves], Leaves]) -> Reading:
-    """Infer one side's optimizer settings from its first steps."""
+def _steps_seen(
+    run: LiveRunner[object], pair: Pair, convert: Callable[[Leaves], Leaves]
+) -> list[Step]:
+    """Take the first steps of one side, with the gradient before each."""
     trainer, steps = run.trainer(HORIZON), []
-    start = before = trainer.parameters()
+    before = trainer.parameters()
     for index in range(OPTIMIZER_STEPS):
         batch = pair.training_batch(index)
         _, gradient = run.at(before).gradients(batch)
-        trainer.step(*batch.inputs)
+        trainer.step(*batch.inputs, **batch.keywords)
         after, (first, second, _) = trainer.parameters(), trainer.moments()
         steps.append(Step.sampled(*map(convert, (before, after, first, second, gradient))))
         before = after
+    return steps
+
+
+def _reading(
+    steps: list[Step], run: LiveRunner[object], pair: Pair, convert: Callable[[Leaves], Leaves]
+) -> Reading:
+    """Infer one side's optimizer settings from its first steps."""
     reading = read(steps)
     # If the gradient of the full batch does not explain them, try gradients of its equal parts.
     if reading.betas is not None and reading.gradient is None:
+        start = run.trainer(HORIZON).parameters()
         for parts in filter(None, (_parts(pair.training_batch(0), num) for num in _PARTS)):
             gradients = [convert(run.at(start).gradients(part)[1]) for part in parts]
             if mixture := shares(steps[0].first, gradients):
@@ -217,7 +273,16 @@ def _reading(run: LiveRunner[object], pair: Pair, convert: Callable[[Leaves], Le
 
 def _parts(batch: Batch, num: int) -> list[Batch]:
     """Split the rows of a batch into equal parts; return none where they do not divide."""
-    if any(x.ndim == 0 or len(x) % num for x in batch.inputs):
+    both = batch.inputs, dict(batch.keywords)
+    arrays = [x for x in leaves_of(both) if isinstance(x, np.ndarray)]
+    if not arrays or any(x.ndim == 0 or len(x) % num for x in arrays):
         return []
-    by_part = zip(*(np.split(x, num) for x in batch.inputs), strict=True)
-    return [Batch(inputs) for inputs in by_part]
+
+    def part(number: int) -> Batch:
+        def cut(x: object) -> object:
+            return np.split(x, num)[number] if isinstance(x, np.ndarray) else x
+
+        inputs, keywords = map_leaves(both, cut)
+        return Batch(inputs, keywords=keywords)
+
+    return [part(number) for number in range(num)]

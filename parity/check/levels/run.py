@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 from parity.check.session import Session
-from parity.frameworks.protocols import Runner
+from parity.frameworks.protocols import NotCompared, Runner
 from parity.report import Divergence, Level
-from parity.report.record import BAD, Record, Verdict, error
+from parity.report.record import BAD, Record, Verdict, abstain, error
 
 AnySession = TypeVar("AnySession", bound=Session[Runner, Runner])
 Progress = Callable[[str, float], None]
@@ -57,6 +57,8 @@ def _level(
     try:
         for record in compare(session):  # what failed before it raised is still known to differ
             records.append(record)
+    except NotCompared as reason:
+        records.append(abstain(name, str(reason)))
     except Exception as exception:
         records.append(error(name, exception))
     if any(record.verdict is Verdict.FAIL for record in records):

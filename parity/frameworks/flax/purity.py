@@ -1,5 +1,6 @@
 """Find the operations of a jax program that are narrower than float64."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -7,29 +8,46 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from parity.frameworks.flax.lift import is_lifted, lifted, user_line
 from parity.frameworks.purity import Purity
 
-# They round without a narrow type, or cannot be examined.
-_OPAQUE = {"reduce_precision", "pure_callback", "io_callback"}
+# They cannot be examined.
+_OPAQUE = {"pure_callback", "io_callback"}
 
 
 def flax_purity(function: Callable[..., object], *args: object) -> Purity:
-    """Return the purity of the jaxpr of function(*args), and of those inside it."""
-    seen = [
-        (f"{equation.primitive.name} at {equation.source_info.name_stack or 'top'}", equation)
-        for equation in _equations(jax.make_jaxpr(function)(*args).jaxpr)
-    ]
+    """Return the purity of the jaxpr of function(*args), and of those inside it.
+
+    Inside of `lifted` it is traced anew, and what is lifted on the way is in it.
+    """
+    lift = is_lifted()
+    with lifted() if lift else contextlib.nullcontext(Counter[str]()) as log:
+        seen = list(_equations(jax.make_jaxpr(function)(*args).jaxpr))
     impure = Counter(
-        name
-        for name, equation in seen
-        if equation.primitive.name in _OPAQUE
-        or any(_is_narrow(v.aval) for v in (*equation.invars, *equation.outvars))
+        f"{equation.primitive.name} at {user_line(equation.source_info.traceback)}"
+        for equation in seen
+        if _is_impure(equation) and not (lift and _widens(equation))
     )
-    return Purity(len(seen), dict(impure))
+    return Purity(len(seen), dict(impure), dict(log))
 
 
-def _is_narrow(aval: object) -> bool:
-    dtype = getattr(aval, "dtype", None)
+def _is_impure(equation: Any) -> bool:
+    name = equation.primitive.name
+    if name == "reduce_precision":  # it rounds without a narrow type
+        return equation.params["mantissa_bits"] < jnp.finfo(jnp.float64).nmant
+    return name in _OPAQUE or any(map(_is_narrow, (*equation.invars, *equation.outvars)))
+
+
+def _widens(equation: Any) -> bool:
+    """Whether nothing is lost: bits are drawn as a narrow float, or one is made a float64."""
+    name, inputs, outputs = equation.primitive.name, equation.invars, equation.outvars
+    if name == "bitcast_convert_type":
+        return not jnp.issubdtype(inputs[0].aval.dtype, jnp.inexact)
+    return name == "convert_element_type" and not any(map(_is_narrow, outputs))
+
+
+def _is_narrow(variable: Any) -> bool:
+    dtype = getattr(variable.aval, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
         return False
     return jnp.finfo(dtype).bits < 64

@@ -3,28 +3,40 @@
 import contextlib
 import copy
 from collections.abc import Callable
-from typing import Any, Protocol, Self, cast
+from typing import Any, Protocol, Self, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from parity.frameworks.batch import Batch
+from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.capture import Backward, OnTrace, Trace
+from parity.frameworks.flax.calls import Arguments, arguments, returning_leaves
 from parity.frameworks.flax.capture import backward_flax, capture_flax
 from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
+from parity.frameworks.flax.lift import Log, line_of_error
 from parity.frameworks.flax.purity import flax_purity
-from parity.frameworks.flax.scope import Scoped, jax_scope
+from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.flax.uses import flax_uses
-from parity.frameworks.leaves import Arrays, CastLater, Leaves, cast_array
-from parity.frameworks.protocols import Decoder, Trainer
+from parity.frameworks.leaves import Arrays, CastLater, Leaves
+from parity.frameworks.protocols import Decoder, NotCompared, Trainer
 from parity.frameworks.purity import Purity
+from parity.frameworks.scoped import Scoped
 from parity.frameworks.spec import ModelSpec
 from parity.frameworks.uses import Uses
+from parity.system.import_target import raised
 from parity.system.memory import is_large
 
 FlaxSpec = ModelSpec[nnx.Module, jax.Array]
+Result = TypeVar("Result")
+
+
+def is_trained(path: tuple[object, ...], variable: object) -> bool:
+    """Whether a variable of a module is a parameter of floats or complex numbers."""
+    leaves = jax.tree.leaves(variable)
+    return isinstance(variable, nnx.Param) and all(
+        jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves
+    )
 
 
 class _Program(Protocol):
@@ -38,18 +50,23 @@ class _Program(Protocol):
 class FlaxRunner:
     """A `LiveRunner` of a Flax NNX model, loaded when it is needed, and again after `release`.
 
-    Its leaves may have any float type; `dtype` is the one to compute in.
+    Its leaves may have any float type; `dtype` is the one to compute in. With `lift`, float64 runs
+    are lifted; where the model raises on that account, they are not, and its purity says so.
     """
 
-    def __init__(self, spec: FlaxSpec, leaves: Arrays, dtype: str, device: jax.Device):
+    def __init__(
+        self, spec: FlaxSpec, leaves: Arrays, dtype: str, device: jax.Device, lift: bool = False
+    ):
         self.name = spec.name
         # As they were given: a copy in another type would be one more model in memory.
         self._spec, self._leaves = spec, leaves
         self._dtype, self._device = dtype, device
+        self._log = Log() if lift and dtype == "float64" else None
+        self._raised_lifted: list[str] = []  # shared with copies at other weights
         self._loaded: tuple[nnx.Module, nnx.State] | None = None
         # What programs are compiled with: the same after every loading.
         self._fixed: tuple[nnx.GraphDef[nnx.Module], nnx.State] | None = None
-        self._forward = cast(_Program, jax.jit(self._pure(spec.forward)))
+        self._forward = cast(_Program, jax.jit(self._pure(returning_leaves(spec.forward))))
         loss_and_gradients = jax.value_and_grad(self._pure(spec.loss))
         self._loss_and_gradients = cast(_Program, jax.jit(loss_and_gradients))
 
@@ -59,6 +76,12 @@ class FlaxRunner:
             self._load_once()
         other = copy.copy(self)
         other._leaves, other._loaded = leaves, None
+        return other
+
+    def moved(self) -> Self:
+        """Return the same model with the constants that it holds in a narrow type moved."""
+        other = self.at(self._leaves)
+        other._log = None if self._log is None else Log(moves=True)
         return other
 
     @property
@@ -78,45 +101,56 @@ class FlaxRunner:
             self._forward.clear_cache()
             self._loss_and_gradients.clear_cache()
 
-    def outputs(self, batch: Batch) -> np.ndarray:
-        """Return the model's output."""
-        with self._scope():
-            return np.asarray(self._forward(self._parameters, *self._arrays(batch)))
+    def outputs(self, batch: Batch) -> Outputs:
+        """Return the model's output, leaf by leaf."""
+
+        def run() -> Outputs:
+            call = self._call(batch)
+            try:
+                return self._forward(*call).outputs()
+            except jax.errors.JAXTypeError:  # it looks at numbers, which a program does not have
+                return self._pure(returning_leaves(self._spec.forward))(*call).outputs()
+
+        return self._attempt(run)
 
     def gradients(self, batch: Batch) -> tuple[float, Leaves]:
         """Return the loss and its gradient by leaf."""
+        try:
+            loss, gradients = self._attempt(lambda: self._loss_and_gradients(*self._call(batch)))
+        except jax.errors.JAXTypeError as error:
+            raise NotCompared(
+                f"{self.name} looks at numbers on its way, so jax has no gradient of it: "
+                f"{raised(error)}"
+            ) from error
         with self._scope():
-            loss, gradients = self._loss_and_gradients(self._parameters, *self._arrays(batch))
             return float(loss), state_leaves(gradients)
 
     def forward_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward pass that are not in float64."""
-        with self._scope():
-            return flax_purity(self._forward, self._parameters, *self._arrays(batch))
+        return self._purity(self._forward, batch)
 
     def gradient_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward and backward pass that are not in float64."""
-        with self._scope():
-            return flax_purity(self._loss_and_gradients, self._parameters, *self._arrays(batch))
+        return self._purity(self._loss_and_gradients, batch)
 
     def traces(self, batch: Batch, on_trace: OnTrace) -> None:
         """Pass inputs and output of every module in a forward pass to `on_trace`."""
         # A capture may have a thread of its own, and every thread has its own precision.
         with self._scope(), jax.default_matmul_precision("highest"):
-            arrays = self._arrays(batch)
-            capture_flax(self.module, lambda: self._spec.forward(self.module, *arrays), on_trace)
+            call, forward, module = self._arguments(batch), self._spec.forward, self.module
+            capture_flax(module, lambda: forward(module, *call.inputs, **call.keywords), on_trace)
 
     def uses(self, batch: Batch) -> Uses:
         """Return how a forward pass uses each leaf."""
         with self._scope():
-            arrays = self._arrays(batch)
-            return flax_uses(self.module, lambda module: self._spec.forward(module, *arrays))
+            call, forward = self._arguments(batch), returning_leaves(self._spec.forward)
+            return flax_uses(self.module, lambda x: forward(x, *call.inputs, **call.keywords))
 
     def backward(self, batch: Batch) -> list[Backward]:
         """Return the gradients of the loss at every module's calls, last call first."""
         with self._scope(), jax.default_matmul_precision("highest"):
-            arrays, loss = self._arrays(batch), self._pure(self._spec.loss)
-            return backward_flax(self.module, lambda: loss(self._parameters, *arrays))
+            call, loss = self._arguments(batch), self._pure(self._spec.loss)
+            return backward_flax(self.module, lambda: loss(self._parameters, call))
 
     def trainer(self, num_steps: int) -> Trainer:
         """Return a trainer, with a copy of the model, for a schedule of `num_steps`."""
@@ -136,6 +170,32 @@ class FlaxRunner:
             capture_flax(self.module, lambda: call(self._make_decoder()), traces.append)
         return traces
 
+    def _purity(self, program: _Program, batch: Batch) -> Purity:
+        try:
+            found = self._attempt(lambda: flax_purity(program, *self._call(batch)))
+        except jax.errors.JAXTypeError as error:
+            return Purity(1, {f"operations that jax cannot list, {raised(error)}": 1})
+        found.impure.update(dict.fromkeys(self._raised_lifted, 1))
+        return found
+
+    def _attempt(self, run: Callable[[], Result]) -> Result:
+        """Run in the scope; no more lifted from here on, if it raises only lifted."""
+        try:
+            with self._scope():
+                return run()
+        except Exception as error:
+            if self._log is None or self._raised_lifted:
+                raise
+            self._raised_lifted.append(f"{type(error).__name__} at {line_of_error(error)}")
+            first = error
+        self._loaded = None
+        try:
+            with self._scope():
+                return run()
+        except Exception:
+            self._raised_lifted.clear()
+            raise first from None
+
     def _make_decoder(self) -> Decoder:
         assert self._spec.decoder is not None, f"{self.name} has no cache"
         return self._spec.decoder(self.module)
@@ -152,7 +212,7 @@ class FlaxRunner:
         if self._loaded is None:
             module = self._load()
             with self._scope():
-                graphdef, parameters, rest = nnx.split(module, nnx.Param, ...)
+                graphdef, parameters, rest = nnx.split(module, is_trained, ...)
             self._fixed = self._fixed or (graphdef, rest)
             self._loaded = module, parameters
         return self._loaded
@@ -161,18 +221,23 @@ class FlaxRunner:
     def _parameters(self) -> nnx.State:
         return self._load_once()[1]
 
-    def _arrays(self, batch: Batch) -> tuple[jax.Array, ...]:
-        return tuple(jnp.asarray(cast_array(array, self._dtype)) for array in batch.inputs)
+    def _call(self, batch: Batch) -> tuple[nnx.State, Arguments]:
+        return self._parameters, self._arguments(batch)
+
+    def _arguments(self, batch: Batch) -> Arguments:
+        return arguments(batch.inputs, batch.keywords, self._dtype)
 
     def _scope(self) -> contextlib.AbstractContextManager[None]:
-        return jax_scope(self._dtype, self._device)
+        log = None if self._raised_lifted else self._log
+        return jax_scope(self._dtype, self._device, log)
 
-    def _pure(self, function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        """Return (parameters, *arrays) to what the function gives of a copy of the model."""
+    def _pure(self, function: Callable[..., Result]) -> Callable[[nnx.State, Arguments], Result]:
+        """Return (parameters, arguments) to what the function gives of a copy of the model."""
 
-        def call(parameters: nnx.State, *arrays: jax.Array) -> jax.Array:
+        def call(parameters: nnx.State, given: Arguments) -> Result:
             assert self._fixed is not None, "programs run on parameters of a loaded model"
             graphdef, rest = self._fixed
-            return function(nnx.merge(graphdef, parameters, rest, copy=True), *arrays)
+            model = nnx.merge(graphdef, parameters, rest, copy=True)
+            return function(model, *given.inputs, **given.keywords)
 
         return call

@@ -29,8 +29,16 @@ def load_torch(module: torch.nn.Module, leaves: Arrays) -> None:
 
 
 def cast_torch(module: torch.nn.Module, dtype: str) -> torch.nn.Module:
-    """Copy a module into a float type, on the host."""
-    return copy.deepcopy(module).to("cpu", getattr(torch, dtype))
+    """Copy a module into a float type, on the host; what is complex stays so."""
+    real = getattr(torch, dtype)
+    imaginary = torch.complex128 if real is torch.float64 else torch.complex64
+
+    def changed(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.is_complex():
+            return tensor.to("cpu", imaginary)
+        return tensor.to("cpu", real if tensor.is_floating_point() else tensor.dtype)
+
+    return copy.deepcopy(module)._apply(changed)
 
 
 def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:

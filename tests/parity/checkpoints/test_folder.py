@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from typer.testing import CliRunner
@@ -34,6 +35,7 @@ from parity.checkpoints import (
     torch_model,
 )
 from parity.checkpoints import folder_of as folder_of_name
+from parity.checkpoints.write import new_folder
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.torch.leaves import torch_leaves
 from parity.report.record import Verdict
@@ -227,6 +229,29 @@ def test_the_old_spelling_of_rotary_positions_means_the_same(folder_of, tmp_path
         shutil.copytree(folder_of(name), folder)
         (folder / "config.json").write_text(json.dumps(document))
         assert Checkpoint.open(folder).config == Checkpoint.open(folder_of(name)).config
+
+
+@pytest.mark.parametrize("theta", [None, 5000.0])
+def test_of_two_spellings_of_rotary_positions_the_library_s_counts_and_is_named(
+    folder_of, tmp_path, theta
+):
+    folder = tmp_path / "llama"
+    shutil.copytree(folder_of("llama"), folder)
+    document = json.loads((folder / "config.json").read_text())
+    document["rope_scaling"] = {"rope_type": "linear", "factor": 3.0}
+    document |= {} if theta is None else {"rope_theta": theta}
+    (folder / "config.json").write_text(json.dumps(document))
+    checkpoint = Checkpoint.open(folder)
+    assert [x for x in checkpoint.notes if "rope_scaling counts" in x]
+    library = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = np.arange(12)[None] % checkpoint.config.vocab_size
+    with torch.no_grad():
+        expected = library(torch.tensor(ids)).logits.numpy()
+        found = torch_model(checkpoint)(torch.tensor(ids))[0].numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    document["rope_scaling"] = document["rope_parameters"]
+    (folder / "config.json").write_text(json.dumps(document))
+    assert not Checkpoint.open(folder).notes
 
 
 def test_dynamic_scaling_is_that_of_transformers_token_by_token(tmp_path):
@@ -651,3 +676,14 @@ def test_a_model_of_our_own_is_the_same_to_the_library(tmp_path):
             expected = again(torch.from_numpy(prompts())).logits.numpy()
         found = np.asarray(model(jax.numpy.asarray(prompts()))[0])
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "full", [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left")]
+)
+def test_a_full_disk_is_one_line_with_the_folder_and_nothing_is_left(tmp_path, full):
+    with pytest.raises(OSError, match=r"made: .*No space left.* Nothing was written"):
+        with new_folder(tmp_path / "made") as folder:
+            (folder / "config.json").write_text("{}")
+            raise full
+    assert not list(tmp_path.iterdir())

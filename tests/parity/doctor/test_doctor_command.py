@@ -216,7 +216,7 @@ def test_a_file_that_cannot_be_written_after_all_ends_with_2(folder, monkeypatch
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("parity.cli.options.write_atomically", full)
+    monkeypatch.setattr("parity.cli.options.write_file", full)
     done = doctor("net.py:NoMask", "--only", "causality", "--html", "net.html")
     assert done.exit_code == 2 and "No space left on device" in done.stderr
     assert "Begin with causality" in done.stdout  # what was found is not lost

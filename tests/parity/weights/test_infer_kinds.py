@@ -113,7 +113,10 @@ class Block(torch.nn.Module):
 class Blocks(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.blocks, self.head = torch.nn.ModuleList(Block() for _ in range(4)), torch.nn.Linear(6, 2)
+        self.blocks, self.head = (
+            torch.nn.ModuleList(Block() for _ in range(4)),
+            torch.nn.Linear(6, 2),
+        )
 
     def forward(self, x):
         for block in self.blocks:
@@ -188,7 +191,9 @@ def test_patches_positions_and_scales_are_found_in_other_shapes(table, rng):
     rules, gap = found(Reader(), Patches(table), rng.normal(size=(2, 3, 6, 6)))
     assert gap < 1e-12 and not rules.notes
     layouts = {rule.flax: rule.layout for rule in rules.rules}
-    assert layouts["proj.kernel"] == "d c a b -> (a b c) d" and layouts["mix.kernel"] == "b a 1 -> a b"
+    assert (
+        layouts["proj.kernel"] == "d c a b -> (a b c) d" and layouts["mix.kernel"] == "b a 1 -> a b"
+    )
 
 
 class Cell(nnx.Module):
@@ -231,7 +236,9 @@ class Deep(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4))
+        self.stem = torch.nn.Sequential(
+            torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 4)
+        )
         self.body = torch.nn.ModuleDict({"left": torch.nn.Linear(4, 4, bias=False)})
         self.matrix = torch.nn.Parameter(torch.randn(4, 4))
         self.register_buffer("scale", torch.tensor([1.0, 2.0, 3.0, 4.0]))

@@ -130,15 +130,15 @@ def test_a_text_with_more_characters_than_ids_is_refused_wherever_it_comes_in():
 def test_models_are_given_back_when_others_are_asked_for_and_come_back_the_same(small):
     session = PairSession(small(), choose_devices("cpu"))
     runs, batch = session.runs("float64"), session.gradient_probe
-    before = [run.outputs(batch) for run in runs]
+    before = [run.outputs(batch)[""] for run in runs]
     held = [weakref.ref(run.module) for run in runs]
     session.runs("float32")
     gc.collect()
     assert [reference() for reference in held] == [None, None]
     for run, output in zip(session.runs("float64"), before, strict=True):
-        assert np.array_equal(run.outputs(batch), output)
+        assert np.array_equal(run.outputs(batch)[""], output)
         other = run.at({name: 2 * leaf for name, leaf in run.gradients(batch)[1].items()})
-        assert not np.array_equal(other.outputs(batch), output)
+        assert not np.array_equal(other.outputs(batch)[""], output)
 
 
 def test_a_large_leaf_is_compared_by_a_sample_of_its_numbers(small):
@@ -172,11 +172,11 @@ def test_memory_is_saved_without_a_change_to_what_is_compared(small, request):
 def test_a_large_model_gives_its_programs_back_too(small, all_are_large):
     session = PairSession(small(), choose_devices("cpu"))
     run, batch = session.runs("float64")[0], session.gradient_probe
-    before = run.outputs(batch)
+    before = run.outputs(batch)[""]
     assert run._forward._cache_size() == 1
     session.release()
     assert run._forward._cache_size() == 0
-    assert np.array_equal(run.outputs(batch), before)
+    assert np.array_equal(run.outputs(batch)[""], before)
 
 
 def test_a_large_model_whose_update_is_wrong_is_found_in_the_same_place(
