@@ -21,6 +21,8 @@ from parity.frameworks.torch.constants import put_constants, tensors_of
 from parity.frameworks.torch.leaves import load_torch, to_numpy, torch_leaves
 from parity.frameworks.torch.lift import Held, lifted
 from parity.frameworks.torch.purity import torch_purity
+from parity.frameworks.torch.uses import torch_uses
+from parity.frameworks.uses import Uses
 
 TorchSpec = ModelSpec[torch.nn.Module, torch.Tensor]
 Result = TypeVar("Result")
@@ -124,6 +126,11 @@ class TorchRunner:
         """Pass inputs and output of every module in a forward pass to `on_trace`."""
         with self.scope():
             capture_torch(self.module, lambda: self._called(self._spec.forward, batch), on_trace)
+
+    def uses(self, batch: Batch) -> Uses:
+        """Return how a forward pass uses each leaf."""
+        with self.scope():
+            return torch_uses(self.module, lambda: self._called(self._spec.forward, batch))
 
     def backward(self, batch: Batch) -> list[Backward]:
         """Return the gradients of the loss at every module's calls, last call first."""
