@@ -17,11 +17,13 @@ from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
 from parity.frameworks.flax.lift import Log, line_of_error
 from parity.frameworks.flax.purity import flax_purity
 from parity.frameworks.flax.scope import jax_scope
+from parity.frameworks.flax.uses import flax_uses
 from parity.frameworks.leaves import Arrays, CastLater, Leaves
 from parity.frameworks.protocols import Decoder, NotCompared, Trainer
 from parity.frameworks.purity import Purity
 from parity.frameworks.scoped import Scoped
 from parity.frameworks.spec import ModelSpec
+from parity.frameworks.uses import Uses
 from parity.system.import_target import raised
 from parity.system.memory import is_large
 
@@ -144,6 +146,12 @@ class FlaxRunner:
         with self._scope(), jax.default_matmul_precision("highest"):
             call, forward, module = self._arguments(batch), self._spec.forward, self.module
             capture_flax(module, lambda: forward(module, *call.inputs, **call.keywords), on_trace)
+
+    def uses(self, batch: Batch) -> Uses:
+        """Return how a forward pass uses each leaf."""
+        with self._scope():
+            call, forward = self._arguments(batch), returning_leaves(self._spec.forward)
+            return flax_uses(self.module, lambda x: forward(x, *call.inputs, **call.keywords))
 
     def backward(self, batch: Batch) -> list[Backward]:
         """Return the gradients of the loss at every module's calls, last call first."""

@@ -41,8 +41,8 @@ _MEANS = "exp_avg", "grad_avg"
 _SQUARES = "exp_avg_sq", "exp_inf", "square_avg", "sum"
 
 # Functions that drop numbers; some have twins in place.
-_DROPOUTS = "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"
-_DROPOUTS += "feature_alpha_dropout", "native_dropout"
+_DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"}
+_DROPOUTS |= {"feature_alpha_dropout", "native_dropout"}
 
 Built = TypeVar("Built")
 Loss = Callable[..., torch.Tensor]
@@ -276,7 +276,8 @@ def tried(spec: TorchSpec, batch: Batch) -> tuple[Outputs, set[str]]:
 
 
 def _arguments(batch: Batch) -> tuple[tuple, dict[str, object]]:
-    return tensors((batch.inputs, dict(batch.keywords)), "float32", torch.device("cpu"))
+    both: tuple[tuple, dict[str, object]] = batch.inputs, dict(batch.keywords)
+    return tensors(both, "float32", torch.device("cpu"))
 
 
 def _stream(name: str) -> object:
