@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+_PYTHON = os.path.dirname(os.__file__) + os.sep
 _PARITY = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 
 
@@ -76,7 +77,8 @@ def raised(error: BaseException) -> str:
     own = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((_PARITY, "<")) and "site-packages" not in frame.filename
+        if not frame.filename.startswith((_PARITY, _PYTHON, "<"))
+        and "site-packages" not in frame.filename
     ]
     place = f" at {os.path.basename(own[-1].filename)}:{own[-1].lineno}" if own else ""
     return f"{type(error).__name__}{place}: {in_a_line(error).removesuffix('.')}"

@@ -38,7 +38,14 @@ def cast_torch(module: torch.nn.Module, dtype: str) -> torch.nn.Module:
             return tensor.to("cpu", imaginary)
         return tensor.to("cpu", real if tensor.is_floating_point() else tensor.dtype)
 
-    return copy.deepcopy(module)._apply(changed)
+    return copied(module)._apply(changed)
+
+
+def copied(module: torch.nn.Module) -> torch.nn.Module:
+    """Copy a module, also one that keeps a tensor of its last call, as an old weight norm does."""
+    kept = [x for part in module.modules() for x in vars(part).values()]
+    results = [x for x in kept if isinstance(x, torch.Tensor) and not x.is_leaf]
+    return copy.deepcopy(module, {id(x): x.detach().clone() for x in results})
 
 
 def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -3,7 +3,6 @@
 A `parity.frameworks.handle.Handle`.
 """
 
-import copy
 import functools
 import inspect
 import sys
@@ -31,7 +30,7 @@ from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
 from parity.frameworks.torch.calls import float_leaves, outputs_of, tensors
 from parity.frameworks.torch.capture import capture_torch
 from parity.frameworks.torch.constants import STATISTICS, constants
-from parity.frameworks.torch.leaves import cast_torch, numpy_view, torch_leaves
+from parity.frameworks.torch.leaves import cast_torch, copied, numpy_view, torch_leaves
 from parity.frameworks.torch.runner import TorchRunner, TorchSpec
 
 NAME, MODULE = "torch", torch.nn.Module
@@ -203,7 +202,7 @@ def prepared(module: torch.nn.Module, use: TorchUse, batch: Batch) -> torch.nn.M
     """
     module = _uncompiled(module)
     if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
-        module = copy.deepcopy(module)
+        module = copied(module)
         inputs, keywords = _arguments(batch)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             spec(module, use).forward(module, *inputs, **keywords)
@@ -236,7 +235,7 @@ def _uncompiled(module: torch.nn.Module) -> torch.nn.Module:
     while isinstance(module, OptimizedModule):
         module = module._orig_mod
     if any(isinstance(part, OptimizedModule) for part in module.modules()):
-        module = copy.deepcopy(module)
+        module = copied(module)
         for parent in list(module.modules()):
             for name, child in list(parent.named_children()):
                 if isinstance(child, OptimizedModule):

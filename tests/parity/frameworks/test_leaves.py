@@ -157,6 +157,15 @@ def test_what_cannot_be_checked_is_refused(make, words):
         prepared_torch(make(), BY_DEFAULT, BATCH)
 
 
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
+def test_a_module_that_keeps_a_tensor_of_its_last_call_is_cast():
+    layer = torch.nn.utils.weight_norm(torch.nn.Linear(6, 3))
+    layer(torch.ones(2, 6))
+    copied = cast_torch(layer, "float64")
+    assert copied(torch.ones(2, 6, dtype=torch.float64)).dtype == torch.float64
+    assert not layer.weight.is_leaf and set(torch_leaves(copied)) == set(torch_leaves(layer))
+
+
 class Turning(torch.nn.Module):
     """Multiplies by complex weights, of which a part is a buffer."""
 
