@@ -9,22 +9,19 @@ import torch
 from flax import nnx
 
 from parity.check.check import check
+from parity.check.experiment import PairExperiment
 from parity.check.levels.names import DTYPES, LEVELS
-from parity.check.outputs import output_gap
 from parity.check.pair_session import PairSession
-from parity.check.trial import Side, scored_leaves
-from parity.frameworks.default_call import Signature
+from parity.check.trial import Side, called
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.flax.module import FlaxUse
 from parity.frameworks.handle import handle
 from parity.frameworks.spec import BY_DEFAULT
 from parity.frameworks.torch.leaves import torch_leaves
 from parity.frameworks.torch.module import TorchUse, learning_rate
-from parity.pair.inputs import as_inputs
 from parity.pair.pair import Pair
 from parity.report import Report
 from parity.system.devices import choose_devices
-from parity.system.import_target import in_a_line
 from parity.system.random_state import kept_random_state
 from parity.weights.infer import infer_rules
 from parity.weights.rules import Rules
@@ -133,11 +130,8 @@ def pair_of(
         Side(handle("flax"), flax_module, flax),
         Side(handle("torch"), torch_module, torch),
     )
-    calls = as_inputs(inputs, seed, [Signature.of(side.module, side.use.call) for side in sides])
-    first = next(iter(calls.probes.values()))
-    flax_side, torch_side = sides = sides[0].prepared(first), sides[1].prepared(first)
-    flax_module, torch_module = flax_side.module, torch_side.module
-    scored = scored_leaves(sides, first)
+    calls, sides, scored = called(sides, inputs, seed)
+    flax_module, torch_module = (side.module for side in sides)
     port, original = (x.handle.spec(x.module, x.use, y) for x, y in zip(sides, scored, strict=True))
 
     half = _half_precision(torch_module, flax_module)
@@ -148,9 +142,12 @@ def pair_of(
 
     is_file = rules != "auto" and not isinstance(rules, Rules)
     if rules == "auto":
-        rules = infer_rules(torch_module, flax_module, lambda found: _output_gap(made(found)))
+        rules = Rules((), rest="auto")
     elif not isinstance(rules, Rules):
         rules = Rules.load(Path(rules))
+    if rules.is_open:
+        experiment = PairExperiment(made(Rules(())))
+        rules = infer_rules(torch_module, flax_module, experiment, rules)
     rate = learning_rate(torch_module, torch.optimizer)
     pair = _without_frozen(
         dataclasses.replace(made(rules), learning_rate=rate), sides, scored, is_file
@@ -158,7 +155,9 @@ def pair_of(
     if weights == "torch":
         ours = torch_leaves(original.build("float32"))
         theirs = flax_leaves(PairSession(pair).build_flax())
-        pair = dataclasses.replace(pair, leaves=resolve(rules, ours, theirs).to_flax(ours))
+        found = resolve(rules, ours, theirs)
+        kept = {name: theirs[name] for name in found.flax_ignored}
+        pair = dataclasses.replace(pair, leaves=found.to_flax(ours) | kept)
     return pair
 
 
@@ -203,16 +202,3 @@ def _require_modules(torch_module: object, flax_module: object) -> None:
             f"check_pair: {kinds}. A pair is a torch.nn.Module and a flax.nnx.Module, in this "
             "order. Give these."
         )
-
-
-def _output_gap(pair: Pair) -> float:
-    """Return the gap of the float64 outputs with these rules, relative to the largest output."""
-    session = PairSession(pair, dtypes=("float64",))
-    try:
-        flax, torch = (run.outputs(session.gradient_probe) for run in session.runs("float64"))
-    except Exception as error:
-        raise ValueError(
-            f"rules auto: a model raised {type(error).__name__}: {in_a_line(error)}. Names leave a "
-            "choice that only running the models can make. Mend the inputs or write a rules file."
-        ) from error
-    return output_gap(flax, torch)

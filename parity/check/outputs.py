@@ -160,9 +160,12 @@ class Comparison:
 
     def _excluded(self, flax: Outputs, torch: Outputs) -> str | None:
         """Describe what is no part of the comparison."""
-        both = (torch | flax).items()
+        both, leaves = (torch | flax).items(), paired(flax, torch)
+        moved = [x for x in leaves if x.flax_path and x.torch_path and x.flax_path != x.torch_path]
+        order = ", ".join(f"flax {x.flax_path} as torch {x.torch_path}" for x in moved)
         words = [f"{path or 'the output'} ({x})" for path, x in both if x.dtype.kind == "U"]
         words = [f"not compared, for it is no array: {', '.join(words)}"] if words else []
+        words += [f"paired by their order: {order}"] if order else []
         real = self._batch.real
         if real is not None and not real.all():
             padding = np.count_nonzero(~real)

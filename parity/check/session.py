@@ -230,7 +230,8 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         if self.is_large:
             torch.release()
             hand_back_freed_memory()
-        ours = flax.gradients(self.gradient_probe)
+        loss, gradients = flax.gradients(self.gradient_probe)
+        ours = loss, self.weight_map.sum_of_ties(gradients)
         # What is frozen on one side has no gradient there.
         both = ours[1].keys() & theirs[1].keys()
         for _, side in (ours, theirs):
@@ -267,10 +268,12 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
     @functools.cached_property
     def null_in_training(self) -> tuple[str, ...]:
         """Null leaves, and those that training makes null: a batch norm subtracts a bias."""
-        if self.null.trained == self.flax_leaves.keys():  # no statistics that training moves
+        leaves = self.weight_map.mapped(self.flax_leaves)
+        if self.null.trained == leaves.keys():  # no statistics that training moves
             return self.null.leaves
         moments = []
-        for run, convert in zip(self.runs("float64"), (dict, self.weight_map.to_flax), strict=True):
+        converts = self.weight_map.mapped, self.weight_map.to_flax
+        for run, convert in zip(self.runs("float64"), converts, strict=True):
             trainer = run.trainer(self.steps)
             batch = self.pair.training_batch(0)
             trainer.step(*batch.inputs, **batch.keywords)
@@ -280,7 +283,7 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         found = null_leaves(moments, self._zero)
         if set(found) > set(self.null.leaves):
             # The statistics of such a norm follow that bias wherever rounding takes it.
-            found += tuple(name for name in self.flax_leaves if name not in self.null.trained)
+            found += tuple(name for name in leaves if name not in self.null.trained)
         return tuple(dict.fromkeys((*self.null.leaves, *found)))
 
 

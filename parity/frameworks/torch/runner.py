@@ -21,6 +21,8 @@ from parity.frameworks.torch.constants import put_constants, tensors_of
 from parity.frameworks.torch.leaves import load_torch, to_numpy, torch_leaves
 from parity.frameworks.torch.lift import Held, lifted
 from parity.frameworks.torch.purity import torch_purity
+from parity.frameworks.torch.uses import torch_uses
+from parity.frameworks.uses import Uses
 
 TorchSpec = ModelSpec[torch.nn.Module, torch.Tensor]
 Result = TypeVar("Result")
@@ -125,6 +127,11 @@ class TorchRunner:
         with self.scope():
             capture_torch(self.module, lambda: self._called(self._spec.forward, batch), on_trace)
 
+    def uses(self, batch: Batch) -> Uses:
+        """Return how a forward pass uses each leaf."""
+        with self.scope():
+            return torch_uses(self.module, lambda: self._called(self._spec.forward, batch))
+
     def backward(self, batch: Batch) -> list[Backward]:
         """Return the gradients of the loss at every module's calls, last call first."""
         with self.scope():
@@ -154,7 +161,7 @@ class TorchRunner:
 
     def arguments(self, batch: Batch) -> tuple[tuple, dict[str, object]]:
         """Return the inputs and keywords of a call, in the runner's dtype and on its device."""
-        both = batch.inputs, dict(batch.keywords)
+        both: tuple[tuple, dict[str, object]] = batch.inputs, dict(batch.keywords)
         return tensors(both, self._dtype, self._device)
 
     def _called(self, function: Callable[..., Result], batch: Batch) -> Result:

@@ -136,7 +136,7 @@ class TreePort(nnx.Module):
 
 def test_an_argument_can_be_a_tree_of_arrays_and_texts():
     batch = {"ids": IDS, "others": [np.arange(2.0), "a text", None]}
-    for inputs in ({"batch": batch}, (batch,)):
+    for inputs in ({"batch": batch}, (batch,), batch):
         assert check_pair(Tree(), TreePort(), inputs, levels=TRAINED, dtypes=("float64",)).ok
 
 
