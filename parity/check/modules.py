@@ -12,15 +12,13 @@ from parity.check.check import check
 from parity.check.experiment import PairExperiment
 from parity.check.levels.names import DTYPES, LEVELS
 from parity.check.pair_session import PairSession
-from parity.check.trial import Side, scored_leaves
-from parity.frameworks.default_call import Signature
+from parity.check.trial import Side, called
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.flax.module import FlaxUse
 from parity.frameworks.handle import handle
 from parity.frameworks.spec import BY_DEFAULT
 from parity.frameworks.torch.leaves import torch_leaves
 from parity.frameworks.torch.module import TorchUse, learning_rate
-from parity.pair.inputs import as_inputs
 from parity.pair.pair import Pair
 from parity.report import Report
 from parity.system.devices import choose_devices
@@ -132,15 +130,15 @@ def pair_of(
         Side(handle("flax"), flax_module, flax),
         Side(handle("torch"), torch_module, torch),
     )
-    calls = as_inputs(inputs, seed, [Signature.of(side.module, side.use.call) for side in sides])
-    first = next(iter(calls.probes.values()))
-    flax_side, torch_side = sides = sides[0].prepared(first), sides[1].prepared(first)
-    flax_module, torch_module = flax_side.module, torch_side.module
-    scored = scored_leaves(sides, first)
+    calls, sides, scored = called(sides, inputs, seed)
+    flax_module, torch_module = (side.module for side in sides)
     port, original = (x.handle.spec(x.module, x.use, y) for x, y in zip(sides, scored, strict=True))
 
+    half = _half_precision(torch_module, flax_module)
+
     def made(rules: Rules) -> Pair:
-        return Pair(port, original, rules, calls.probes, calls.training_batch, pure=False)
+        batches = calls.probes, calls.training_batch
+        return Pair(port, original, rules, *batches, pure=False, half=half)
 
     is_file = rules != "auto" and not isinstance(rules, Rules)
     if rules == "auto":
@@ -161,6 +159,14 @@ def pair_of(
         kept = {name: theirs[name] for name in found.flax_ignored}
         pair = dataclasses.replace(pair, leaves=found.to_flax(ours) | kept)
     return pair
+
+
+def _half_precision(torch_module: torch.nn.Module, flax_module: nnx.Module) -> str | None:
+    """Return the type of 16 bits that all float weights of one of the modules have, if one does."""
+    ours = {str(x.dtype).removeprefix("torch.") for x in torch_module.parameters()}
+    theirs = {str(x.dtype) for x in flax_leaves(flax_module).values() if x.dtype.kind not in "iub"}
+    found = (min(x) for x in (ours, theirs) if x and x <= {"bfloat16", "float16"})
+    return next(found, None)
 
 
 def _without_frozen(

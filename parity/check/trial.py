@@ -1,5 +1,6 @@
 """One call of both modules before a check: a module that cannot be called is refused in a line."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Self, TypeVar
@@ -13,6 +14,7 @@ from parity.frameworks.default_call import Signature
 from parity.frameworks.handle import Handle
 from parity.frameworks.protocols import Unusable
 from parity.frameworks.spec import ModuleUse
+from parity.pair.inputs import Inputs, as_inputs
 from parity.system.import_target import raised
 from parity.system.random_state import kept_random_state
 
@@ -61,6 +63,32 @@ class Side:
                 f"{_line(Signature.of(self.module), names)}, given as --{name}-call file.py:call "
                 f"or {name}=ModuleUse(call=call)."
             ) from error
+
+
+def called(
+    sides: tuple[Side, Side], inputs: object, seed: int
+) -> tuple[Inputs, tuple[Side, Side], list[list[str]]]:
+    """Return a user's inputs as calls of both sides, the sides prepared, and `scored_leaves`.
+
+    A mapping that is neither a call nor several is one argument.
+
+    Raises:
+        ValueError: see `Side.outputs`.
+    """
+    signatures = [Signature.of(side.module, side.use.call) for side in sides]
+
+    def tried(whole: bool) -> tuple[Inputs, tuple[Side, Side], list[list[str]]]:
+        calls = as_inputs(inputs, seed, signatures, whole)
+        first = next(iter(calls.probes.values()))
+        prepared = sides[0].prepared(first), sides[1].prepared(first)
+        return calls, prepared, scored_leaves(prepared, first)
+
+    try:
+        return tried(whole=False)
+    except ValueError as error:
+        with contextlib.suppress(ValueError):
+            return tried(whole=True)
+        raise error from error.__cause__
 
 
 def scored_leaves(sides: Sequence[Side], batch: Batch) -> list[list[str]]:

@@ -207,7 +207,9 @@ class _Tensors:
             return {"list": list, "tuple": tuple}[kind](map(argument, value))
 
         inputs, keywords = described
-        return Batch(argument(inputs), keywords=argument(keywords))
+        positions, names = argument(inputs), argument(keywords)
+        assert isinstance(positions, tuple) and isinstance(names, dict), "as `_described` writes"
+        return Batch(positions, keywords=names)
 
     def require_all(self, path: Path) -> None:
         """Refuse a file with problems, or with tensors that were not read."""

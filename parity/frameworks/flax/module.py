@@ -19,7 +19,7 @@ from parity.frameworks import default_call
 from parity.frameworks.batch import Argument, Batch, Outputs
 from parity.frameworks.flax.calls import Arguments, arguments, returning_leaves
 from parity.frameworks.flax.leaves import StaticCasts, cast_flax, flax_leaves, state_leaves
-from parity.frameworks.flax.runner import FlaxRunner, FlaxSpec, is_trained
+from parity.frameworks.flax.runner import FlaxRunner, FlaxSpec, conjugated, is_trained
 from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import Arrays, Leaves, dotted
 from parity.frameworks.protocols import Moments, NotCompared, Unusable
@@ -107,8 +107,9 @@ class FlaxTrainer:
                 submodule.dropout_rate = 0.0
         self._graphdef, self._parameters, self._rest = nnx.split(module, moves, ...)
         self._step, self._state = program(self._graphdef), optimizer.init(self._parameters)
-        floats = [x.dtype for x in jax.tree.leaves(nnx.state(module)) if _is_float(x)]
-        self._dtype = str(floats[0]) if floats else "float32"
+        types = (x.dtype for x in jax.tree.leaves(nnx.state(module)) if isinstance(x, jax.Array))
+        floats = (str(jnp.finfo(x).dtype) for x in types if jnp.issubdtype(x, jnp.inexact))
+        self._dtype = next(floats, "float32")
 
     def step(self, *inputs: Argument, **keywords: Argument) -> float:
         """Take one optimizer step and return the loss before it."""
@@ -172,7 +173,7 @@ def compile_step(
             return value, nnx.split(model, moves, ...)[2]
 
         (value, rest), gradients = jax.value_and_grad(scored, has_aux=True)(parameters)
-        updates, state = optimizer.update(gradients, state, parameters)
+        updates, state = optimizer.update(conjugated(gradients), state, parameters)
         return value, optax.apply_updates(parameters, updates), rest, state
 
     return program
@@ -200,7 +201,13 @@ def adamw() -> optax.GradientTransformation:
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
+        def square(g: jax.Array) -> jax.Array:
+            # Of real and imaginary parts apart, as torch has it.
+            return jax.lax.complex(g.real**2, g.imag**2) if jnp.iscomplexobj(g) else g * g
+
         def direction(m: jax.Array, v: jax.Array) -> jax.Array:
+            if jnp.iscomplexobj(m):
+                return jax.lax.complex(direction(m.real, v.real), direction(m.imag, v.imag))
             # -expm1(n log b) is 1 - b**n without the cancellation.
             steps = count.astype(m.dtype)
             m_hat = m / -jnp.expm1(steps * math.log(beta1))
@@ -209,7 +216,7 @@ def adamw() -> optax.GradientTransformation:
 
         count = state.count + 1
         mu = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, updates)
-        nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.nu, updates)
+        nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * square(g), state.nu, updates)
         return jax.tree.map(direction, mu, nu), optax.ScaleByAdamState(count, mu, nu)
 
     return optax.chain(
@@ -325,10 +332,6 @@ def learning_rate(module: nnx.Module, optimizer: optax.GradientTransformation | 
             "judged in learning rates. Give learning_rate."
         )
     return default_call.LEARNING_RATE
-
-
-def _is_float(leaf: object) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _is_named(state: object) -> bool:

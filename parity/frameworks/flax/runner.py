@@ -29,14 +29,18 @@ from parity.system.memory import is_large
 
 FlaxSpec = ModelSpec[nnx.Module, jax.Array]
 Result = TypeVar("Result")
+Tree = TypeVar("Tree")
 
 
 def is_trained(path: tuple[object, ...], variable: object) -> bool:
     """Whether a variable of a module is a parameter of floats or complex numbers."""
-    leaves = jax.tree.leaves(variable)
-    return isinstance(variable, nnx.Param) and all(
-        jnp.issubdtype(jnp.result_type(x), jnp.inexact) for x in leaves
-    )
+    types = [getattr(x, "dtype", type(x)) for x in jax.tree.leaves(variable)]
+    return isinstance(variable, nnx.Param) and all(jnp.issubdtype(x, jnp.inexact) for x in types)
+
+
+def conjugated(gradients: Tree) -> Tree:
+    """Return gradients as torch defines them for complex numbers: jax has their conjugates."""
+    return jax.tree.map(lambda x: x.conj() if jnp.iscomplexobj(x) else x, gradients)
 
 
 class _Program(Protocol):
@@ -123,7 +127,7 @@ class FlaxRunner:
                 f"{raised(error)}"
             ) from error
         with self._scope():
-            return float(loss), state_leaves(gradients)
+            return float(loss), conjugated(state_leaves(gradients))
 
     def forward_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward pass that are not in float64."""
@@ -131,7 +135,10 @@ class FlaxRunner:
 
     def gradient_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward and backward pass that are not in float64."""
-        return self._purity(self._loss_and_gradients, batch)
+        try:
+            return self._purity(self._loss_and_gradients, batch)
+        except NotCompared:  # there is no loss
+            return self.forward_purity(batch)
 
     def traces(self, batch: Batch, on_trace: OnTrace) -> None:
         """Pass inputs and output of every module in a forward pass to `on_trace`."""

@@ -41,8 +41,8 @@ _MEANS = "exp_avg", "grad_avg"
 _SQUARES = "exp_avg_sq", "exp_inf", "square_avg", "sum"
 
 # Functions that drop numbers; some have twins in place.
-_DROPOUTS = "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"
-_DROPOUTS += "feature_alpha_dropout", "native_dropout"
+_DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"}
+_DROPOUTS |= {"feature_alpha_dropout", "native_dropout"}
 
 Built = TypeVar("Built")
 Loss = Callable[..., torch.Tensor]
@@ -113,7 +113,7 @@ class TorchTrainer:
         self._optimizer = optimizer(list(module.parameters()))
         _require_plain_steps(self._optimizer)
         first = next(module.parameters())
-        self._dtype, self._device = str(first.dtype).removeprefix("torch."), first.device
+        self._dtype, self._device = str(first.dtype.to_real()).removeprefix("torch."), first.device
 
     def step(self, *inputs: Argument, **keywords: Argument) -> float:
         """Take one optimizer step and return the loss before it."""
@@ -208,6 +208,11 @@ def prepared(module: torch.nn.Module, use: TorchUse, batch: Batch) -> torch.nn.M
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             spec(module, use).forward(module, *inputs, **keywords)
     for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise Unusable(
+                f"{name or 'it'} is scripted. Once cast to float64, a script still has gradients "
+                "in float32. Give the module before it is scripted or traced"
+            )
         if type(part).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
             raise Unusable(
                 f"{name or 'it'} is quantized. Floats are compared. Give the model before it is "
@@ -271,7 +276,8 @@ def tried(spec: TorchSpec, batch: Batch) -> tuple[Outputs, set[str]]:
 
 
 def _arguments(batch: Batch) -> tuple[tuple, dict[str, object]]:
-    return tensors((batch.inputs, dict(batch.keywords)), "float32", torch.device("cpu"))
+    both: tuple[tuple, dict[str, object]] = batch.inputs, dict(batch.keywords)
+    return tensors(both, "float32", torch.device("cpu"))
 
 
 def _stream(name: str) -> object:

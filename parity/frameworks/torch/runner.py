@@ -161,7 +161,7 @@ class TorchRunner:
 
     def arguments(self, batch: Batch) -> tuple[tuple, dict[str, object]]:
         """Return the inputs and keywords of a call, in the runner's dtype and on its device."""
-        both = batch.inputs, dict(batch.keywords)
+        both: tuple[tuple, dict[str, object]] = batch.inputs, dict(batch.keywords)
         return tensors(both, self._dtype, self._device)
 
     def _called(self, function: Callable[..., Result], batch: Batch) -> Result:

@@ -391,7 +391,7 @@ def _forms() -> Iterator[Form]:
         "decay of the rate": (0.0,),
     }
     yield Form("Adagrad", {}, _adagrad(False), adagrad)
-    adagrad |= {"epsilon": (1e-10, 1e-7)}
+    adagrad = {"epsilon": (1e-10, 1e-7)} | adagrad
     yield Form("Adagrad", {}, _adagrad(False), adagrad, {"epsilon": 10.0})
     adadelta = {"rho": (0.9,), "epsilon": (1e-6,), "weight decay": (0.0,)}
     yield Form("Adadelta", {}, _adadelta, adadelta)
