@@ -38,7 +38,14 @@ def cast_torch(module: torch.nn.Module, dtype: str) -> torch.nn.Module:
             return tensor.to("cpu", imaginary)
         return tensor.to("cpu", real if tensor.is_floating_point() else tensor.dtype)
 
-    return copy.deepcopy(module)._apply(changed)
+    # What a hook computes anew before every call, as the old weight norm does, has no copy.
+    computed = {
+        id(x): x.detach().clone()
+        for part in module.modules()
+        for x in vars(part).values()
+        if isinstance(x, torch.Tensor) and not x.is_leaf
+    }
+    return copy.deepcopy(module, computed)._apply(changed)
 
 
 def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
