@@ -9,6 +9,14 @@ from parity.frameworks.protocols import NotCompared, Runner
 from parity.report import Divergence, Level
 from parity.report.record import BAD, Record, Verdict, abstain, error
 
+# The levels that need what an earlier one found; a failure of that blocks all after it.
+_NEEDED_BY = {
+    "weights": ("logits", "gradients", "optimizer", "trajectory", "cache", "tokens"),
+    "logits": ("gradients", "optimizer", "trajectory", "cache", "tokens"),
+    "gradients": ("optimizer", "trajectory"),
+    "cache": ("tokens",),
+}
+
 AnySession = TypeVar("AnySession", bound=Session[Runner, Runner])
 Progress = Callable[[str, float], None]
 Compare = Callable[[AnySession], Iterable[Record]]
@@ -21,7 +29,7 @@ def run_levels(
     progress: Progress,
     on_level: Callable[[Level], None] = lambda level: None,
 ) -> tuple[tuple[Level, ...], Divergence | None]:
-    """Run all levels; one that fails blocks those after it.
+    """Run all levels; one that fails blocks those after it, an error those that need the level.
 
     Args:
         levels: by name, the functions that compare and that locate a failure.
@@ -35,7 +43,7 @@ def run_levels(
     finished: list[Level] = []
     divergence: Divergence | None = None
     for name, (compare, locate) in levels.items():
-        if any(level.verdict in BAD for level in finished):
+        if any(_blocks(level, name) for level in finished):
             finished.append(Level(name, 0.0, (), blocked=True))
             continue
         session.progress = lambda fraction, name=name: progress(name, fraction)
@@ -45,6 +53,11 @@ def run_levels(
         finished.append(level)
         on_level(level)
     return tuple(finished), divergence
+
+
+def _blocks(level: Level, later: str) -> bool:
+    failed, erred = level.verdict is Verdict.FAIL, level.verdict in BAD or level.blocked
+    return failed or (erred and later in _NEEDED_BY.get(level.name, ()))
 
 
 def _level(

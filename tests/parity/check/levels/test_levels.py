@@ -14,10 +14,11 @@ from parity.check.check import check
 from parity.check.levels.cache import assemble, ragged_calls
 from parity.check.levels.names import HORIZON, LEVELS
 from parity.check.levels.optimizer import SAMPLE
+from parity.check.levels.run import run_levels
 from parity.check.levels.tokens import record
 from parity.check.pair_session import PairSession
 from parity.pair.text import Corpus
-from parity.report.record import Verdict
+from parity.report.record import Verdict, judge
 from parity.system.devices import choose_devices
 from parity.twins.flax import FlaxTwin
 from parity.twins.pair import preset_config, twins
@@ -201,3 +202,29 @@ def test_a_large_model_is_trained_where_it_lies(all_are_large):
     trainer.step(np.ones((2, 8), np.int32))
     assert all(leaf.is_deleted() for leaf in state)
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(nnx.state(model)))
+
+
+def test_an_error_blocks_the_levels_that_need_it_and_a_failure_all():
+    class Quiet:
+        progress = staticmethod(lambda fraction: None)
+        release = staticmethod(lambda: None)
+
+    def passing(session):
+        yield judge("x", "float64", "max_abs", 0.0, 1.0, 1)
+
+    def raising(session):
+        raise RuntimeError("no gradient of this")
+        yield
+
+    def failing(session):
+        yield judge("x", "float64", "max_abs", 2.0, 1.0, 1)
+
+    def verdicts(gradients):
+        levels = dict.fromkeys(LEVELS, (passing, lambda session, records: None))
+        levels["gradients"] = gradients, lambda session, records: None
+        finished, _ = run_levels(levels, Quiet(), lambda name, fraction: None)
+        return [str(level.verdict) for level in finished]
+
+    blocked = ["BLOCKED"] * 2
+    assert verdicts(raising) == ["PASS", "PASS", "ERROR", *blocked, "PASS", "PASS"]
+    assert verdicts(failing) == ["PASS", "PASS", "FAIL", *blocked, *blocked]
