@@ -50,8 +50,11 @@ class Port(nnx.Module):
     def __init__(self, epsilon=1e-5, scale=2.0, slope=0.2):
         rngs = nnx.Rngs(0)
         self.tokens, self.positions = nnx.Embed(7, 6, rngs=rngs), nnx.Embed(5, 6, rngs=rngs)
-        self.bent, self.norm = nnx.Linear(6, 6, rngs=rngs), nnx.LayerNorm(6, epsilon, rngs=rngs)
-        self.norm.epsilon, self.dropout = epsilon, nnx.Dropout(0.0, rngs=rngs)
+        self.bent, self.norm = (
+            nnx.Linear(6, 6, rngs=rngs),
+            nnx.LayerNorm(6, epsilon=epsilon, rngs=rngs),
+        )
+        self.dropout = nnx.Dropout(0.0, rngs=rngs)
         self.scale, self.slope = scale, slope
 
     def __call__(self, ids):
