@@ -4,11 +4,12 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two busy cores: waiting threads must sleep
 
-import atexit
 import contextlib
 import dataclasses
+import gc
+import hashlib
+import platform
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -37,11 +38,25 @@ _FLAGS = [
 ]
 os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
 
-# A program is compiled once, whichever worker, test or process of a test is the first to need it.
-_PROGRAMS = jax.config.jax_compilation_cache_dir
-if _PROGRAMS is None:
-    _PROGRAMS = tempfile.mkdtemp(prefix="programs-")
-    atexit.register(shutil.rmtree, _PROGRAMS, ignore_errors=True)
+_MOST_BYTES = 1 << 29  # of compiled programs that are kept; all go when there are more
+
+
+def _programs() -> Path:
+    """The folder of compiled programs, in pytest's cache; they are of one kind of processor."""
+    about = Path("/proc/cpuinfo")
+    lines = about.read_text().splitlines() if about.exists() else []
+    flags = next((line for line in lines if line.startswith("flags")), platform.platform())
+    kind = hashlib.sha256(flags.encode()).hexdigest()[:12]
+    folder = Path(__file__).parents[1] / ".pytest_cache" / "d" / "programs" / kind
+    if folder.is_dir() and sum(x.stat().st_size for x in os.scandir(folder)) > _MOST_BYTES:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+# A program is compiled once, whichever worker, process or run of the tests is the first to need it;
+# `pytest --cache-clear` forgets them all.
+_PROGRAMS = jax.config.jax_compilation_cache_dir or str(_programs())
 for name, value in {
     "jax_compilation_cache_dir": _PROGRAMS,
     "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -68,6 +83,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Return two workers, or none for a single file, which one worker would run whole."""
     paths = {config.invocation_params.dir / arg.partition("::")[0] for arg in config.args}
     return 0 if len(paths) == 1 and all(map(Path.is_file, paths)) else 2
+
+
+def pytest_collection_finish() -> None:
+    """Keep the collector of garbage from the modules, which it would walk thousands of times."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -67,6 +67,9 @@ def agree(
 ) -> tuple[Reference, Agreement]:
     """Feed both twins the tokens of the flax step, each through its own cache.
 
+    Returns:
+        What every decoder must write, and how far the twins are apart.
+
     Raises:
         ValueError: if their logits differ; NaN differs from everything.
     """

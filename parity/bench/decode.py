@@ -6,59 +6,40 @@ that whatever slows the machine down slows all of them, and ratios are taken ins
 """
 
 import dataclasses
-import functools
 import itertools
-import time
 from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
-import numpy as np
 
 import flax_gpt
 import torch_gpt
 from flax_gpt.fast_attention import slots_to_read as flax_slots_to_read
 from parity.bench.agreement import Reference, agree
-from parity.bench.decoders.flax import FlaxLoop, FlaxStep, flax_naive, flax_step, step_program
+from parity.bench.decoders.flax import FlaxStep, flax_step, step_program
 from parity.bench.decoders.peers import LIBRARIES, Peers
-from parity.bench.decoders.protocol import Decoder, DecodeTask
-from parity.bench.decoders.torch import TorchStep, torch_in_place, torch_step
-from parity.bench.decoders.twins import Uncached
+from parity.bench.decoders.protocol import DecodeTask
+from parity.bench.decoders.torch import TorchStep, torch_step
+from parity.bench.entry import SEED, Decoders, Entry, TwinModels, twin_models
 from parity.bench.hlo import remade_caches
-from parity.bench.machine import (
-    Bandwidth,
-    Compilations,
-    MemoryGrowth,
-    Unavailable,
-    environment,
-    load_average,
-)
+from parity.bench.machine import Bandwidth, Unavailable, environment, load_average
 from parity.bench.names import DECODERS, DTYPES
 from parity.bench.pairs import StepPairs, pair_steps
 from parity.bench.ratios import HANDLE, ratios
-from parity.bench.result import DecodeBench, DecodeCell, Decoding, Tie
+from parity.bench.result import DecodeBench, DecodeCell, Decoding
 from parity.bench.roofline import BytesMoved
 from parity.bench.scaling import ScalingFit, fit_exponent
 from parity.frameworks.flax.scope import jax_scope
 from parity.system.devices import Devices, pinned_precision
-from parity.twins.flax import FlaxTwin
-from parity.twins.torch import TorchTwin
-from parity.weights.randomize import randomized
 from torch_gpt.fast_attention import slots_to_read as torch_slots_to_read
 
 Progress = Callable[[str, float], None]
 
 TWIN_STEPS = "flax step", "torch step"
-SEED = 0  # of weights and prompts
 # Slots of a small and of a large cache, and how many of them hold tokens.
 CAPACITIES, VALID = (256, 8192), 128
-# A round has fewer steps where it would take longer than this, in seconds, and a decoder sits out
-# the rounds after its total, but not the first ones.
-_ROUND_S = 2.5
+# A decoder sits out the rounds after its total, in seconds, but not the first ones.
 ALL_ROUNDS_S = 15.0
 MIN_ROUNDS = 2
-# The prompt is read again up to this total, in seconds, and at most this often.
-PREFILLS_S, PREFILLS = 2.0, 3
-_LOUD = 16.0  # times the size of other embeddings
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,28 +94,8 @@ class DecodeOptions:
         return tuple(found)
 
 
-@dataclasses.dataclass(frozen=True)
-class TwinModels:
-    """The twins with the same weights."""
-
-    flax: FlaxTwin
-    torch: TorchTwin
-
-    @property
-    def config(self) -> flax_gpt.GPTConfig:
-        """Of either model."""
-        return self.flax.config
-
-    def task(self, rows: int, prompt_length: int, num_steps: int) -> DecodeTask:
-        """Draw a prompt to continue."""
-        rng = np.random.default_rng((SEED, 1))
-        shape = rows, prompt_length
-        prompt_BT = rng.integers(0, self.config.vocab_size, shape, dtype=np.int32)
-        return DecodeTask(self.config, prompt_BT, num_steps, self.torch.device)
-
-
 def bench_decode(options: DecodeOptions, devices: Devices, progress: Progress) -> DecodeBench:
-    """Time one token of every decoder in every cell of a grid.
+    """Return the time of one token of every decoder in every cell of a grid.
 
     Args:
         options: what to time.
@@ -156,7 +117,7 @@ def bench_decode(options: DecodeOptions, devices: Devices, progress: Progress) -
     with jax_scope("float32", devices.flax), pinned_precision():
         bandwidth = Bandwidth(devices.torch)
         for dtype in options.dtypes:
-            twins = _twins(dataclasses.replace(config, dtype=dtype), devices)
+            twins = twin_models(dataclasses.replace(config, dtype=dtype), devices)
             with Peers(twins.flax) as peers:
                 for rows, context in itertools.product(options.batch_sizes, options.contexts):
                     task = twins.task(rows, context - options.num_steps, options.num_steps)
@@ -179,142 +140,6 @@ def bench_decode(options: DecodeOptions, devices: Devices, progress: Progress) -
     )
 
 
-def _twins(config: flax_gpt.GPTConfig, devices: Devices) -> TwinModels:
-    """Make the twins with weights of which every one matters.
-
-    Positions are made loud, or else one token would follow itself for ever, whatever the cache
-    holds, and equal tokens would say little.
-    """
-    twin = FlaxTwin.build(config, devices.flax)
-    leaves = randomized(twin.leaves(), SEED)
-    table = leaves["position_embedding.embedding"]
-    leaves["position_embedding.embedding"] = (table * _LOUD).astype(table.dtype)
-    twin.load(leaves)
-    return TwinModels(twin, TorchTwin.build(config, devices.torch, leaves=leaves.items()))
-
-
-class _Entry:
-    """A decoder that has run once and written tokens (B, G), and what is known of it so far."""
-
-    def __init__(self, decoder: Decoder, first: Decoding, num_steps: int, tokens_BG: np.ndarray):
-        self.decoder, self.num_steps, self.tokens_BG = decoder, num_steps, tokens_BG
-        self._first, self._num_compiled, self.spent_s = first, 0, 0.0
-        self._rounds_s: list[float] = []
-        self._ties: dict[tuple[int, int], Tie] = {}
-
-    def compare(self, reference: Reference, tokens_BG: np.ndarray) -> None:
-        """Compare tokens, and keep where they differ by a tie."""
-        for tie in reference.compare(self.decoder.name, tokens_BG):
-            self._ties[tie.row, tie.number] = tie
-
-    def time_round(self, reference: Reference) -> None:
-        """Take one turn, whose tokens are compared again."""
-        start = time.perf_counter()
-        with Compilations() as compilations:
-            found = self.decoder.timed_steps(self.num_steps)
-        self.spent_s += time.perf_counter() - start
-        self._num_compiled += compilations.count
-        self._rounds_s.append(found.seconds / self.num_steps)
-        self.compare(reference, found.tokens_BG)
-
-    def result(self) -> Decoding:
-        """Return everything that is known."""
-        return dataclasses.replace(
-            self._first,
-            steps_per_round=self.num_steps,
-            rounds_s=tuple(self._rounds_s),
-            tokens_compared=self.tokens_BG.size,
-            ties=tuple(self._ties.values()),
-            programs_compiled_after_warm_up=self._num_compiled,
-        )
-
-
-class _Decoders:
-    """The decoders of one task, made when they are asked for."""
-
-    def __init__(self, twins: TwinModels, peers: Peers, task: DecodeTask):
-        self._twins, self._peers, self._task = twins, peers, task
-
-    @functools.cached_property
-    def flax_decoder(self) -> flax_gpt.Decoder:
-        """The Flax twin made ready for the task's batch size."""
-        return flax_gpt.Decoder(self._twins.flax.model, self._task.batch_size)
-
-    @functools.cached_property
-    def torch_decoder(self) -> torch_gpt.Decoder:
-        """The PyTorch twin made ready for the task's batch size."""
-        return torch_gpt.Decoder(self._twins.torch.model, self._task.batch_size)
-
-    @functools.cached_property
-    def flax_step(self) -> FlaxStep:
-        """The Flax twin's step."""
-        return flax_step(self.flax_decoder, self._task)
-
-    @functools.cached_property
-    def torch_step(self) -> TorchStep:
-        """The PyTorch twin's step."""
-        return torch_step(self.torch_decoder, self._task)
-
-    @functools.cached_property
-    def torch_in_place(self) -> TorchStep:
-        """The PyTorch twin's layers without a handle."""
-        return torch_in_place(self.torch_decoder.model, self.torch_step)
-
-    def make(self, name: str) -> Decoder:
-        """Make a decoder; `Unavailable` if it cannot run here."""
-        match name:
-            case "flax step":
-                return self.flax_step
-            case "flax loop":
-                return FlaxLoop(self.flax_decoder, self._task)
-            case "flax uncached":
-                return Uncached(self._twins.flax, self._task)
-            case "flax naive":
-                return flax_naive(self._twins.flax.model, self.flax_step)
-            case "torch step":
-                return self.torch_step
-            case "torch uncached":
-                return Uncached(self._twins.torch, self._task)
-            case "torch in place":
-                return self.torch_in_place
-        return self._peers.make(name, self._task)
-
-    def set_up(self, name: str) -> _Entry:
-        """Make a decoder and run it once, watching memory and compilation; raises as `make`."""
-        pid = self._peers.worker(name).pid if name.split()[0] in LIBRARIES else None
-        with MemoryGrowth(self._task.device, pid) as memory:
-            decoder = self.make(name)
-            decoder.prefill()
-            # Without a cache a token is a whole prefill, so a round is as short as it can be.
-            num_steps = 1 if decoder.form == "uncached" else self._task.num_steps
-            with Compilations() as writing:
-                warm = decoder.timed_steps(num_steps)
-        compile_s = writing.seconds if name.startswith("flax") else None
-        prefills_s: list[float] = []
-        while decoder.reads_prompt and len(prefills_s) < PREFILLS and sum(prefills_s) < PREFILLS_S:
-            start = time.perf_counter()
-            decoder.prefill()
-            prefills_s.append(time.perf_counter() - start)
-        if decoder.form != "uncached":
-            few = min(2, num_steps)
-            step_s = decoder.timed_steps(few).seconds / few
-            if name == "torch step" and self._task.device.type != "cpu":
-                compile_s = max(0.0, warm.seconds - num_steps * step_s)
-            num_steps = max(1, min(num_steps, int(_ROUND_S / step_s)))
-            if num_steps < self._task.num_steps:
-                decoder.timed_steps(num_steps)  # compile for this number before it is timed
-        first = Decoding(
-            name=name,
-            ran=decoder.ran,
-            form=decoder.form,
-            compile_s=compile_s,
-            prefills_s=tuple(prefills_s),
-            memory_bytes=memory.num_bytes,
-            extra_weight_bytes=decoder.extra_weight_bytes,
-        )
-        return _Entry(decoder, first, num_steps, warm.tokens_BG)
-
-
 def _time_cell(
     twins: TwinModels,
     peers: Peers,
@@ -326,7 +151,7 @@ def _time_cell(
     """Check agreement first, then time the rounds."""
     agreeing, timing = _cell_phases(task.config.dtype, task.batch_size, task.context)
     progress(agreeing, 0.0)
-    decoders = _Decoders(twins, peers, task)
+    decoders = Decoders(twins, peers, task)
     # The twins are set up in any case: nothing is timed where they were not compared.
     entries = {name: decoders.set_up(name) for name in TWIN_STEPS}
     tokens_BG = entries["flax step"].tokens_BG
@@ -371,7 +196,7 @@ def _time_cell(
 
 
 def _time_rounds(
-    timed: Sequence[_Entry],
+    timed: Sequence[Entry],
     reference: Reference,
     rounds: int,
     bandwidth: Bandwidth,
@@ -398,7 +223,7 @@ def _time_rounds(
 def _account(
     framework: str, task: DecodeTask, cache: flax_gpt.KVCache | torch_gpt.KVCache
 ) -> dict[str, int]:
-    """Count the bytes of a cache after the prompt, and check them by the formula.
+    """Return the bytes of a cache after the prompt, checked by the formula.
 
     Raises:
         ValueError: if the cache counts otherwise.

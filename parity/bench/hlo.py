@@ -13,7 +13,7 @@ _INSTRUCTION = re.compile(r"(ROOT )?%?\S+ = (\w+\[[\d,]*\])?.*?\s?([a-z][\w-]*)\
 
 
 def remade_caches(program: str, shape: Sequence[int]) -> list[str]:
-    """List the instructions of a compiled program that allocate a cache, copies above all.
+    """Return the instructions of a compiled program that allocate a cache, copies above all.
 
     A branch may zero free slots, where they are not finite: an array of the cache's shape must not
     be allocated where the program always runs, and not copied in branches.

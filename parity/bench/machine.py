@@ -41,7 +41,7 @@ class Unavailable(Exception):
 
 
 def environment(devices: Devices, libraries: Sequence[str] = ()) -> dict[str, str | int | None]:
-    """Collect everything about the machine that can change a time.
+    """Return everything about the machine that can change a time.
 
     Args:
         devices: where the frameworks run.
@@ -70,7 +70,7 @@ class Matmul:
 
 
 def best_matmul(framework: str, dtype: str, device: torch.device) -> Matmul:
-    """Find the size that a framework multiplies fastest, by the median of a few repetitions.
+    """Return the product that a framework computes fastest, by the median of a few repetitions.
 
     To be called with jax on its device and precision pinned; `device` is torch's.
     """

@@ -32,7 +32,7 @@ class StepPairs:
 def pair_steps(
     name: str, context: int, decoders: Mapping[str, Stepwise], rounds: int, num_steps: int
 ) -> StepPairs:
-    """Time single steps of two decoders in turns; each comes first in every other pair.
+    """Return times of single steps of two decoders in turns; each comes first in every other pair.
 
     Args:
         name: see `StepPairs`.

@@ -43,7 +43,7 @@ class BytesMoved:
 
 
 def flop_per_step(config: flax_gpt.GPTConfig, batch_size: int, width: int) -> int:
-    """Count the floating-point operations of the matrix products of one training step.
+    """Return the floating-point operations of the matrix products of one training step.
 
     6 N + 12 L K H T per token: each of N weights multiplies and adds in the forward pass and twice
     in the backward pass, and so do queries with keys and attention weights with values over T

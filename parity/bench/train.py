@@ -85,7 +85,7 @@ def bench_train(
     devices: Devices,
     progress: Callable[[str, float], None],
 ) -> TrainBench:
-    """Time one training step in each of its forms on every preset.
+    """Return the time of one training step in each of its forms on every preset.
 
     Args:
         corpus: the text to train on.

@@ -86,7 +86,7 @@ class _TorchStep(TrainingStep[torch_gpt.Batch, torch_gpt.TrainState]):
     compiles = False
 
     def losses(self) -> list[float]:
-        """Run the first two steps and return their losses.
+        """Return the losses of the first two steps.
 
         Raises:
             Unavailable: if there is no compiler.

@@ -37,6 +37,8 @@ OUTPUT_FLOAT32 = 1e-4
 # and four roundings per block in either twin add up like a random walk:
 # 2**-9 * sqrt(2 * 4 * 48) = 4e-2 for the 48 blocks of the deepest preset.
 OUTPUT_FLOAT16 = 4e-2
+# Rounding of a number of 16 bits.
+EPSILON_FLOAT16 = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 # Outputs that may differ after rounding to float32. Two float64 numbers that straddle a rounding
 # edge of float32 become different float32 numbers; a gap of 1e-12 does that to one output of size 1
 # in 60,000, and any run may have one by bad luck.

@@ -13,10 +13,12 @@ from parity.report import Level, Report
 from parity.report.plot_data import ModuleGaps
 from parity.report.record import Record, error
 from parity.system.devices import Devices, fingerprint, pinned_precision
+from parity.system.random_state import kept_random_state
 
 _MODULES: tuple[ModuleType, ...] = weights, logits, gradients, optimizer, trajectory, cache, tokens
 
 
+@kept_random_state()
 def check(
     pair: Pair,
     *,

@@ -9,22 +9,20 @@ import torch
 from flax import nnx
 
 from parity.check.check import check
+from parity.check.experiment import PairExperiment
 from parity.check.levels.names import DTYPES, LEVELS
-from parity.check.outputs import output_gap
 from parity.check.pair_session import PairSession
-from parity.check.trial import Side, scored_leaves
-from parity.frameworks.default_call import Signature
+from parity.check.trial import Side, called
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.flax.module import FlaxUse
 from parity.frameworks.handle import handle
 from parity.frameworks.spec import BY_DEFAULT
 from parity.frameworks.torch.leaves import torch_leaves
 from parity.frameworks.torch.module import TorchUse, learning_rate
-from parity.pair.inputs import as_inputs
 from parity.pair.pair import Pair
 from parity.report import Report
 from parity.system.devices import choose_devices
-from parity.system.import_target import in_a_line
+from parity.system.random_state import kept_random_state
 from parity.weights.infer import infer_rules
 from parity.weights.rules import Rules
 from parity.weights.weight_map import TransplantError, resolve
@@ -86,6 +84,7 @@ def check_pair(
     return check(pair, levels=levels, dtypes=dtypes, devices=devices, seed=seed, steps=steps)
 
 
+@kept_random_state()
 def pair_of(
     torch_module: torch.nn.Module,
     flax_module: nnx.Module,
@@ -131,36 +130,58 @@ def pair_of(
         Side(handle("flax"), flax_module, flax),
         Side(handle("torch"), torch_module, torch),
     )
-    calls = as_inputs(inputs, seed, [Signature.of(side.module, side.use.call) for side in sides])
-    first = next(iter(calls.probes.values()))
-    scored = scored_leaves(sides, first)
+    calls, sides, scored = called(sides, inputs, seed)
+    flax_module, torch_module = (side.module for side in sides)
     port, original = (x.handle.spec(x.module, x.use, y) for x, y in zip(sides, scored, strict=True))
 
-    def made(rules: Rules) -> Pair:
-        return Pair(port, original, rules, calls.probes, calls.training_batch, pure=False)
+    half = _half_precision(torch_module, flax_module)
 
+    def made(rules: Rules) -> Pair:
+        batches = calls.probes, calls.training_batch
+        return Pair(port, original, rules, *batches, pure=False, half=half)
+
+    is_file = rules != "auto" and not isinstance(rules, Rules)
     if rules == "auto":
-        rules = infer_rules(torch_module, flax_module, lambda found: _output_gap(made(found)))
+        rules = Rules((), rest="auto")
     elif not isinstance(rules, Rules):
         rules = Rules.load(Path(rules))
+    if rules.is_open:
+        experiment = PairExperiment(made(Rules(())))
+        rules = infer_rules(torch_module, flax_module, experiment, rules)
     rate = learning_rate(torch_module, torch.optimizer)
-    pair = _without_frozen(dataclasses.replace(made(rules), learning_rate=rate), sides, scored)
+    pair = _without_frozen(
+        dataclasses.replace(made(rules), learning_rate=rate), sides, scored, is_file
+    )
     if weights == "torch":
         ours = torch_leaves(original.build("float32"))
         theirs = flax_leaves(PairSession(pair).build_flax())
-        pair = dataclasses.replace(pair, leaves=resolve(rules, ours, theirs).to_flax(ours))
+        found = resolve(rules, ours, theirs)
+        kept = {name: theirs[name] for name in found.flax_ignored}
+        pair = dataclasses.replace(pair, leaves=found.to_flax(ours) | kept)
     return pair
 
 
-def _without_frozen(pair: Pair, sides: tuple[Side, Side], scored: list[list[str]]) -> Pair:
+def _half_precision(torch_module: torch.nn.Module, flax_module: nnx.Module) -> str | None:
+    """Return the type of 16 bits that all float weights of one of the modules have, if one does."""
+    ours = {str(x.dtype).removeprefix("torch.") for x in torch_module.parameters()}
+    theirs = {str(x.dtype) for x in flax_leaves(flax_module).values() if x.dtype.kind not in "iub"}
+    found = (min(x) for x in (ours, theirs) if x and x <= {"bfloat16", "float16"})
+    return next(found, None)
+
+
+def _without_frozen(
+    pair: Pair, sides: tuple[Side, Side], scored: list[list[str]], is_file: bool
+) -> Pair:
     """Return the pair with what one side does not train frozen on the other too."""
     flax, torch = (side.handle.trained(side.module) for side in sides)
     frozen: list[tuple[str, ...]] = [(), ()]
     try:
         leaves = torch_leaves(sides[1].module), flax_leaves(sides[0].module)
         links = resolve(pair.rules, *leaves).links
-    except TransplantError:  # which the level of the weights reports
-        return pair
+    except TransplantError:
+        if is_file:
+            raise
+        return pair  # the level of the weights reports it
     for link in links:
         moves = bool(flax & {*link.flax}), bool(torch & {*link.torch})
         if moves[0] != moves[1]:
@@ -181,16 +202,3 @@ def _require_modules(torch_module: object, flax_module: object) -> None:
             f"check_pair: {kinds}. A pair is a torch.nn.Module and a flax.nnx.Module, in this "
             "order. Give these."
         )
-
-
-def _output_gap(pair: Pair) -> float:
-    """Return the gap of the float64 outputs with these rules, relative to the largest output."""
-    session = PairSession(pair, dtypes=("float64",))
-    try:
-        flax, torch = (run.outputs(session.gradient_probe) for run in session.runs("float64"))
-    except Exception as error:
-        raise ValueError(
-            f"rules auto: a model raised {type(error).__name__}: {in_a_line(error)}. Names leave a "
-            "choice that only running the models can make. Mend the inputs or write a rules file."
-        ) from error
-    return output_gap(flax, torch)

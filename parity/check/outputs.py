@@ -137,15 +137,35 @@ class Comparison:
             for record in compared(leaf, name, a, b, truth):
                 yield record.at(leaf.path)
 
+    def in_half(self, dtype: str) -> Iterator[Record]:
+        """Yield the ratio of the errors of both models in their own type of 16 bits."""
+        note = f"the models are in {dtype}: judged by the ratio of their errors in it to float64"
+        unit = bounds.EPSILON_FLOAT16[dtype]
+        for leaf in paired(*self._outputs(dtype)):
+            truth, name = self._truths.get(leaf.path), self._name + leaf.words
+            if truth is None or leaf.flax is None or leaf.torch is None or not truth.size:
+                continue
+            a, b = _reals(leaf.flax), _reals(leaf.torch)
+            if _is_float(a, b):
+                kept = np.isfinite(truth)
+                a, b, truth = (x[kept].astype(np.float32) for x in (a, b, truth))
+                noise = unit * rms_error(truth, np.zeros_like(truth))
+                ratio = error_ratio(a, b, truth, noise)
+                made = judge(name, dtype, "error_ratio", ratio, bounds.RATIO, a.size, note=note)
+                yield made.at(leaf.path)
+
     def _outputs(self, dtype: str) -> tuple[Outputs, Outputs]:
         flax, torch = (x.outputs(self._batch) for x in self._session.runs(dtype))
         return self._batch.select(flax), self._batch.select(torch)
 
     def _excluded(self, flax: Outputs, torch: Outputs) -> str | None:
         """Describe what is no part of the comparison."""
-        both = (torch | flax).items()
+        both, leaves = (torch | flax).items(), paired(flax, torch)
+        moved = [x for x in leaves if x.flax_path and x.torch_path and x.flax_path != x.torch_path]
+        order = ", ".join(f"flax {x.flax_path} as torch {x.torch_path}" for x in moved)
         words = [f"{path or 'the output'} ({x})" for path, x in both if x.dtype.kind == "U"]
         words = [f"not compared, for it is no array: {', '.join(words)}"] if words else []
+        words += [f"paired by their order: {order}"] if order else []
         real = self._batch.real
         if real is not None and not real.all():
             padding = np.count_nonzero(~real)
@@ -270,7 +290,13 @@ class Comparison:
         return scale_of(truth) if self._session.pair.pure or not size else size
 
     def _rounded(self, dtype: str, leaf: Leaf, kept: np.ndarray, centre: np.ndarray) -> np.ndarray:
-        """Return how far perturbed runs in a dtype are from each of these numbers."""
+        """Return how far perturbed runs in a dtype are from each of these numbers.
+
+        In float64 that is from those of the same model, for the other may be wrong.
+        """
+        if dtype == "float64":
+            own = _of_leaf(self._perturbed(dtype, dtype, 0)[0], leaf)
+            centre = own[kept].reshape(centre.shape) if own.shape == kept.shape else centre
         return self._farthest(self._perturbed(dtype, dtype, _ROUNDINGS), leaf, kept, centre)
 
     def _noise(self, leaf: Leaf, kept: np.ndarray, jumps: np.ndarray, truth: np.ndarray) -> float:
@@ -285,7 +311,7 @@ class Comparison:
     ) -> np.ndarray:
         far = np.zeros(centre.shape)
         for outputs in runs:
-            found = _reals(outputs.get(leaf.torch_path, outputs.get(leaf.flax_path, _NONE)))
+            found = _of_leaf(outputs, leaf)
             if found.shape == kept.shape:
                 apart = abs(found[kept].reshape(centre.shape).astype(np.float64) - centre)
                 far = np.maximum(far, np.nan_to_num(apart))
@@ -295,7 +321,7 @@ class Comparison:
         run = self._session.perturbed_outputs
         return [
             run(self._batch, rounded, computed, number, roundings)
-            for number in range(_PERTURBED_RUNS)
+            for number in range(_PERTURBED_RUNS if roundings else 1)
         ]
 
     def _gap_moved(self, leaf: Leaf, number: int) -> float:
@@ -306,6 +332,10 @@ class Comparison:
     def _moved_outputs(self, number: int) -> list[Outputs]:
         runs = self._session.moved_runs[number]
         return [self._batch.select(run.outputs(self._batch)) for run in runs]
+
+
+def _of_leaf(outputs: Outputs, leaf: Leaf) -> np.ndarray:
+    return _reals(outputs.get(leaf.torch_path, outputs.get(leaf.flax_path, _NONE)))
 
 
 def _is_float(*arrays: np.ndarray) -> bool:

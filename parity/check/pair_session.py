@@ -41,7 +41,11 @@ class PairSession(Session[FlaxRunner, TorchRunner]):
         if self.pair.leaves is not None:
             leaves = cast(self.pair.leaves, "float32")
         else:
-            leaves = randomized(flax_leaves(self.build_flax()), self.seed)
+            own = flax_leaves(self.build_flax())
+            kept = {x: leaf for x, leaf in own.items() if self.pair.rules.is_flax_ignored(x)}
+            leaves = randomized(own, self.seed) | kept
+            ties = self.pair.rules.flax_ties
+            leaves |= {alias: leaves[x] for alias, x in ties if alias in own and x in own}
         # They are read whenever a model is loaded, and not in between.
         return on_disk(leaves) if is_large(leaves.values()) else leaves
 

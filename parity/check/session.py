@@ -13,7 +13,7 @@ from parity.check.null_gradients import NullDirections, null_leaves
 from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import Runner, Trainer
-from parity.frameworks.purity import Purity
+from parity.frameworks.purity import AGAIN, Purity
 from parity.pair.pair import Pair
 from parity.report.plot_data import PlotData
 from parity.report.record import IMPURE, Record, Verdict, abstain, judge
@@ -158,7 +158,7 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         """
         if record.verdict is not Verdict.FAIL or record.dtype != "float64" or self.pair.pure:
             return record
-        moved = sum(map(noise, range(len(self.moved_runs))))
+        moved = sum(map(noise, range(len(self.moved_runs)))) if self._held else 0.0
         if record.bound is not None and moved > 0.0:
             note = f"rounding moves it by {moved:.0e}: {', '.join(self._held)}"
             bound = max(record.bound, bounds.HELD_CONSTANTS * moved)
@@ -204,7 +204,8 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
     def _held(self) -> list[str]:
         """Constants that a model holds in a narrow type."""
         parts = (*self.purity("forward").values(), *self.purity("gradient").values())
-        return list(dict.fromkeys(x for found in parts for x in found.lifted if " constant" in x))
+        words = dict.fromkeys(x for found in parts for x in found.lifted if " constant" in x)
+        return [x for x in words if not x.endswith(AGAIN)]
 
     @property
     def gradient_probe(self) -> Batch:
@@ -220,7 +221,8 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         if self.is_large:
             torch.release()
             hand_back_freed_memory()
-        ours = flax.gradients(self.gradient_probe)
+        loss, gradients = flax.gradients(self.gradient_probe)
+        ours = loss, self.weight_map.sum_of_ties(gradients)
         # What is frozen on one side has no gradient there.
         both = ours[1].keys() & theirs[1].keys()
         for _, side in (ours, theirs):
@@ -257,10 +259,12 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
     @functools.cached_property
     def null_in_training(self) -> tuple[str, ...]:
         """Null leaves, and those that training makes null: a batch norm subtracts a bias."""
-        if self.null.trained == self.flax_leaves.keys():  # no statistics that training moves
+        leaves = self.weight_map.mapped(self.flax_leaves)
+        if self.null.trained == leaves.keys():  # no statistics that training moves
             return self.null.leaves
         moments = []
-        for run, convert in zip(self.runs("float64"), (dict, self.weight_map.to_flax), strict=True):
+        converts = self.weight_map.mapped, self.weight_map.to_flax
+        for run, convert in zip(self.runs("float64"), converts, strict=True):
             trainer = run.trainer(self.steps)
             batch = self.pair.training_batch(0)
             trainer.step(*batch.inputs, **batch.keywords)
@@ -270,7 +274,7 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         found = null_leaves(moments, self._zero)
         if set(found) > set(self.null.leaves):
             # The statistics of such a norm follow that bias wherever rounding takes it.
-            found += tuple(name for name in self.flax_leaves if name not in self.null.trained)
+            found += tuple(name for name in leaves if name not in self.null.trained)
         return tuple(dict.fromkeys((*self.null.leaves, *found)))
 
 

@@ -1,7 +1,9 @@
 """One call of both modules before a check: a module that cannot be called is refused in a line."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Self, TypeVar
 
 import numpy as np
 
@@ -10,8 +12,13 @@ from parity.frameworks.batch import Argument, Batch, Outputs
 from parity.frameworks.capture import leaves_of
 from parity.frameworks.default_call import Signature
 from parity.frameworks.handle import Handle
+from parity.frameworks.protocols import Unusable
 from parity.frameworks.spec import ModuleUse
+from parity.pair.inputs import Inputs, as_inputs
 from parity.system.import_target import raised
+from parity.system.random_state import kept_random_state
+
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +35,22 @@ class Side:
         Raises:
             ValueError: for a module that raises, with what was tried and the line to write.
         """
+        return self._run(
+            batch, lambda: self.handle.tried(self.handle.spec(self.module, self.use), batch)
+        )
+
+    def prepared(self, batch: Batch) -> Self:
+        """Return the side with a module that can be checked; raises as `outputs`."""
+        module = self._run(batch, lambda: self.handle.prepared(self.module, self.use, batch))
+        return dataclasses.replace(self, module=module)
+
+    def _run(self, batch: Batch, call: Callable[[], Result]) -> Result:
         try:
-            return self.handle.tried(self.handle.spec(self.module, self.use), batch)
+            with kept_random_state():
+                return call()
+        except Unusable as error:
+            about = f"{self.handle.NAME}: {type(self.module).__name__}"
+            raise ValueError(f"{about}: {error}.") from error
         except Exception as error:
             name, call = self.handle.NAME, self.use.call
             called = type(self.module).__name__ if call is None else f"the call of {name}"
@@ -42,6 +63,32 @@ class Side:
                 f"{_line(Signature.of(self.module), names)}, given as --{name}-call file.py:call "
                 f"or {name}=ModuleUse(call=call)."
             ) from error
+
+
+def called(
+    sides: tuple[Side, Side], inputs: object, seed: int
+) -> tuple[Inputs, tuple[Side, Side], list[list[str]]]:
+    """Return a user's inputs as calls of both sides, the sides prepared, and `scored_leaves`.
+
+    A mapping that is neither a call nor several is one argument.
+
+    Raises:
+        ValueError: see `Side.outputs`.
+    """
+    signatures = [Signature.of(side.module, side.use.call) for side in sides]
+
+    def tried(whole: bool) -> tuple[Inputs, tuple[Side, Side], list[list[str]]]:
+        calls = as_inputs(inputs, seed, signatures, whole)
+        first = next(iter(calls.probes.values()))
+        prepared = sides[0].prepared(first), sides[1].prepared(first)
+        return calls, prepared, scored_leaves(prepared, first)
+
+    try:
+        return tried(whole=False)
+    except ValueError as error:
+        with contextlib.suppress(ValueError):
+            return tried(whole=True)
+        raise error from error.__cause__
 
 
 def scored_leaves(sides: Sequence[Side], batch: Batch) -> list[list[str]]:

@@ -172,7 +172,7 @@ def _read(
 
 
 def _rotary(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Read rotary positions in the old spelling (rope_theta, rope_scaling) or the new one.
+    """Return rotary positions of the old spelling (rope_theta, rope_scaling) or the new one.
 
     Where both are given, the old one counts alone, as in `convert_rope_params_to_dict` of
     transformers: model cards have people add it to a file that already holds the new one.

@@ -36,7 +36,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path, dtype: str | None = None) -> Self:
-        """Read config.json and the headers of all weights.
+        """Return a folder whose config.json and headers of weights have been read.
 
         Args:
             path: the folder.

@@ -38,7 +38,7 @@ class TwinFolder:
 
     @classmethod
     def open(cls, path: Path, dtype: str | None = None) -> Self:
-        """Read its config.json and the headers of its weights.
+        """Return a folder whose config.json and headers of weights have been read.
 
         Args:
             path: the folder.
@@ -108,7 +108,7 @@ def write_twin(path: Path, framework: str, source: Weights) -> None:
 
 
 def open_checkpoint(path: Path, dtype: str | None = None) -> Weights:
-    """Open a folder of transformers, or one that `write_twin` made.
+    """Return an opened folder of transformers, or one that `write_twin` made.
 
     Args:
         path: the folder.

@@ -1,5 +1,6 @@
 """`parity check`: are two models the same function, the twins or two of your own?"""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -23,6 +24,7 @@ from parity.cli.record import build_module, called_by, only_one
 from parity.system.memory import return_freed_memory_at_once
 from parity.system.programs import keep_programs
 from parity.system.progress import interruptible, shown
+from parity.system.random_state import kept_random_state
 from parity.twins.names import PRESETS
 
 if TYPE_CHECKING:
@@ -217,6 +219,7 @@ def _refuse_part_of_pair(own: Mapping[str, str | None], rules: str) -> None:
         raise ValueError(f"--rules {rules}: no such file. Give a rules file, or auto.")
 
 
+@kept_random_state()
 def _own_pair(
     own: Mapping[str, str | None], calls: Mapping[str, str | None], rules: str, seed: int
 ) -> "Pair":
@@ -227,9 +230,12 @@ def _own_pair(
     from parity.check.modules import pair_of
     from parity.system.import_target import built, load_attribute
 
+    attributes = {}
+
     def module(option: str, kind: type[Kind]) -> Kind:
         target = str(own[option])
-        found = built(target, load_attribute(target), (kind,))
+        attributes[option] = load_attribute(target)
+        found = built(target, attributes[option], (kind,))
         if not isinstance(found, kind):
             raise ValueError(
                 f"{option} {target}: gave an object of type {type(found).__name__}. It must be a "
@@ -239,6 +245,8 @@ def _own_pair(
 
     modules = module("--torch", nn.Module), module("--flax", nnx.Module)
     uses = {name: called_by(f"--{name}-call", target) for name, target in calls.items()}
+    if not isinstance(attributes["--torch"], nn.Module):
+        uses["torch"] = dataclasses.replace(uses["torch"], build=attributes["--torch"])
     inputs = load_attribute(str(own["--inputs"]))
     return pair_of(*modules, inputs, rules=rules, seed=seed, torch=uses["torch"], flax=uses["flax"])
 

@@ -119,7 +119,7 @@ def examine(
     stop_early: bool = True,
     progress: Callable[[str, float], None] = lambda name, fraction: None,
 ) -> Diagnosis:
-    """Ask a language model the questions, one after the other.
+    """Return the answers of a language model to the questions, one after the other.
 
     Args:
         model: under examination.

@@ -75,7 +75,7 @@ def abstain(sentence: str) -> Finding:
 
 
 def judged(value: float, bound: float, good: str, bad: str | None = None) -> Finding:
-    """Judge a number that must not exceed its bound; NaN never passes.
+    """Return the finding on a number that must not exceed its bound; NaN never passes.
 
     Args:
         value: to judge.

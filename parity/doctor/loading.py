@@ -19,7 +19,7 @@ from parity.system.import_target import built, in_a_line, load_attribute
 def load_model(
     target: str, loss_target: str | None = None, **options: Unpack[Options]
 ) -> LanguageModel:
-    """Build the model that a target names.
+    """Return the model that a target names.
 
     Args:
         target: of a function that returns a torch module, an NNX module or a LanguageModel.
@@ -41,7 +41,7 @@ def load_model(
 
 
 def as_model(model: object, target: str, **options: Unpack[Options]) -> LanguageModel:
-    """Wrap a module by its kind, and see that it returns logits.
+    """Return a module wrapped by its kind, which was seen to return logits.
 
     A torch model in half precision is examined in float32: the questions are about the program, and
     one of them is about types.

@@ -157,7 +157,7 @@ class TransformersModel(TorchModel):
         )
 
     def _attention_is_its_own(self) -> bool:
-        """Whether attention weights can be had, and belong to the logits of the model as it is.
+        """Return whether attention weights can be had, and belong to the logits of this model.
 
         Some models keep none, and some choose a mask when they are made, the wrong one for another
         kernel.

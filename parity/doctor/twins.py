@@ -43,7 +43,7 @@ def twin_model(
     seed: int = 0,
     healthy: ModuleType | None = None,
 ) -> "FlaxTwinModel | TorchTwinModel":
-    """Build a twin, or a changed copy of it, with initial weights from a seed.
+    """Return a twin, or a changed copy of it, with initial weights from a seed.
 
     Args:
         framework: flax or torch.

@@ -97,3 +97,20 @@ def plain_array(leaf: object) -> np.ndarray:
     if array.dtype.kind == "V":  # bfloat16 and others of ml_dtypes
         array = array.astype(np.float32)
     return array if array.dtype.kind in "fiubc" else np.array(type(leaf).__name__)
+
+
+def unequal(a: Outputs, b: Outputs) -> str | None:
+    """Return the path of the first leaf in which two outputs differ; NaN is equal to itself."""
+    for path, array in a.items():
+        other = b.get(path, np.zeros(0, bool))
+        if array.shape != other.shape or not np.array_equal(
+            array, other, equal_nan=array.dtype.kind in "fc"
+        ):
+            return path
+    return None
+
+
+def all_nan(outputs: Outputs) -> bool:
+    """Whether every float of an output, which has some, is NaN."""
+    floats = [x for x in outputs.values() if x.dtype.kind in "fc" and x.size]
+    return bool(floats) and all(np.all(np.isnan(x)) for x in floats)

@@ -52,9 +52,10 @@ class Signature:
             found = _parameters(call)[1:]
         else:
             module = getattr(module, "_orig_mod", module)  # which torch.compile wraps
-            inner = getattr(module, "module", None)  # of linen, which nnx.bridge wraps
-            bridged = type(module).__name__ == "ToNNX" and callable(inner)
-            found = [x for method in _methods(inner if bridged else module) for x in method]
+            if type(module).__name__ == "ToNNX":  # nnx.bridge wraps a module of linen
+                name = "to_nnx__module" if hasattr(module, "to_nnx__module") else "module"
+                module = getattr(module, name)
+            found = [x for method in _methods(module) for x in method]
         defaults: dict[str, object] = {}
         for parameter in found:
             if parameter.kind in _BY_NAME:

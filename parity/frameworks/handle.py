@@ -43,6 +43,9 @@ class Handle(Protocol):
     def trained(self, module: object) -> set[str]:
         """Return the names of the leaves that training moves by their gradient."""
 
+    def prepared(self, module: object, use: ModuleUse, batch: Batch) -> object:
+        """Return a module that can be checked, a copy where parts are not built yet."""
+
     def tried(self, spec: ModelSpec, batch: Batch) -> tuple[Outputs, set[str]]:
         """Return an output of the shapes and types of a model's, or raise what it raises.
 

@@ -26,6 +26,10 @@ class NotCompared(Exception):
     """Something that a check does not compare, and why; a level that raises it abstains."""
 
 
+class Unusable(ValueError):
+    """A model that cannot be checked although it can be called: what it does, and the remedy."""
+
+
 class Trainer(Protocol):
     """One training of one model, step by step."""
 

@@ -6,6 +6,9 @@ tolerance is disputed. One operation that falls back to float32 spoils that with
 
 import dataclasses
 
+# The end of the words on a constant that was rounded when the model was built, and is no more.
+AGAIN = "computed again"
+
 
 @dataclasses.dataclass(frozen=True)
 class Purity:

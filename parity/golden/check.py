@@ -14,7 +14,9 @@ from parity.check.levels.completeness import every_leaf_once
 from parity.check.levels.names import LEVELS
 from parity.check.levels.run import Progress, run_levels
 from parity.check.metrics import different_bits, largest
+from parity.check.outputs import paired
 from parity.check.session import Session
+from parity.check.trial import Side
 from parity.frameworks.handle import handle_of
 from parity.frameworks.spec import BY_DEFAULT, ModuleUse
 from parity.golden.file import Golden, read
@@ -60,6 +62,10 @@ def check(
     here = handle_of(module)
     rules = weight_rules(rules, golden, here.NAME)
     session = GoldenSession(golden, here, module, here.spec(module, use), rules)
+    scored, frozen = _scored(golden, Side(here, module, use)), session.frozen()
+    if scored or frozen:
+        spec = here.spec(module, use, scored, frozen)
+        session = GoldenSession(golden, here, module, spec, rules)
     wanted = set(LEVELS if levels is None else levels)
     if unknown := wanted - set(LEVELS):
         raise ValueError(
@@ -72,6 +78,16 @@ def check(
     }
     finished, divergence = run_levels(chosen, session, progress)
     return Report(_environment(golden, here.NAME), session.about(), finished, divergence)
+
+
+def _scored(golden: Golden, side: Side) -> list[str] | None:
+    """Return the paths of the module's leaves that the recorded loss reads, in its order."""
+    name, probe = next(iter(golden.probes.items()))
+    outputs = golden.outputs[name]
+    if len(outputs) < 2:
+        return None
+    mine = {leaf.torch_path: leaf.flax_path for leaf in paired(side.outputs(probe)[0], outputs)}
+    return [mine[path] for path in sorted(outputs) if outputs[path].dtype.kind in "fc"]
 
 
 def _weights(session: GoldenSession) -> Iterator[Record]:

@@ -118,7 +118,11 @@ class Golden:
         for number, state in enumerate(self.states):
             for kind in ("after", "first", "second"):
                 named[f"step/{number}/{kind}"] = getattr(state, kind)
-        found = {f"{group}/{name}": x for group in named for name, x in named[group].items()}
+        found = {
+            f"{group}/{name}".removesuffix("/"): x  # an output that is one array has no path
+            for group in named
+            for name, x in named[group].items()
+        }
         counts = np.array([-1 if x.count is None else x.count for x in self.states])
         return found | {"loss": np.array(self.loss), "losses": self.losses, "counts": counts}
 
@@ -180,7 +184,7 @@ class _Tensors:
 
     def outputs(self, group: str, kinds: dict[str, str]) -> Outputs:
         """Return an output, whose leaves have these kinds of numbers."""
-        found = {path: self.get(f"{group}/{path}") for path in kinds}
+        found = {path: self.get(f"{group}/{path}".removesuffix("/")) for path in kinds}
         as_complex = {path: x for path, x in found.items() if kinds[path] == "c" and x.size}
         return found | {path: x.view(np.complex128)[..., 0] for path, x in as_complex.items()}
 
@@ -203,7 +207,9 @@ class _Tensors:
             return {"list": list, "tuple": tuple}[kind](map(argument, value))
 
         inputs, keywords = described
-        return Batch(argument(inputs), keywords=argument(keywords))
+        positions, names = argument(inputs), argument(keywords)
+        assert isinstance(positions, tuple) and isinstance(names, dict), "as `_described` writes"
+        return Batch(positions, keywords=names)
 
     def require_all(self, path: Path) -> None:
         """Refuse a file with problems, or with tensors that were not read."""

@@ -14,7 +14,7 @@ from parity.golden.recorded import RecordedRunner, name_of
 from parity.pair.pair import Pair
 from parity.weights.layouts import Link
 from parity.weights.rules import Rules
-from parity.weights.weight_map import WeightMap, resolve
+from parity.weights.weight_map import TransplantError, WeightMap, resolve
 
 
 class GoldenSession(Session):
@@ -47,7 +47,7 @@ class GoldenSession(Session):
         self.golden, self._here, self._spec = golden, here, spec
         self._is_alike = rules is None
         self._own = here.initial_leaves(spec, "float64")
-        self._code_leaves = here.code_leaves(module)
+        self._code_leaves, self._trained = here.code_leaves(module), here.trained(module)
         if self._is_alike and (problems := different_leaves(golden.weights, self._own)):
             raise ValueError(
                 f"golden of {golden.model}: {'; '.join(problems[:5])}. The module is not the one "
@@ -64,6 +64,21 @@ class GoldenSession(Session):
         both = self.golden.weights, self._own
         torch, flax = both if self._module_is_flax else both[::-1]
         return resolve(self.pair.rules, torch, flax)
+
+    def frozen(self) -> list[str]:
+        """Return the module's leaves that the recorded training left alone."""
+        try:
+            links = self.weight_map.links
+        except TransplantError:  # which the level of the weights reports
+            return []
+        found: list[str] = []
+        for link in links:
+            own, theirs = link.flax, link.torch
+            if not self._module_is_flax:
+                own, theirs = theirs, own
+            if not self.golden.gradients.keys() & {*theirs}:
+                found += self._trained & {*own}
+        return found
 
     @functools.cached_property
     def flax_leaves(self) -> Leaves:

@@ -26,7 +26,9 @@ class Inputs:
     training_batch: Callable[[int], Batch]
 
 
-def as_inputs(given: object, seed: int = 0, signatures: Sequence[Signature] = ()) -> Inputs:
+def as_inputs(
+    given: object, seed: int = 0, signatures: Sequence[Signature] = (), whole: bool = False
+) -> Inputs:
     """Return the probes and training batches that a user's inputs stand for.
 
     Args:
@@ -34,17 +36,20 @@ def as_inputs(given: object, seed: int = 0, signatures: Sequence[Signature] = ()
         seed: of the generators.
         signatures: of the modules. A mapping whose keys are parameters of theirs is one call with
             keywords; any other names calls.
+        whole: whether a mapping that names calls is one argument instead.
     """
     takes_generator = callable(given) and bool(inspect.signature(given).parameters)
     names = {name for signature in signatures for name in signature.defaults}
 
     def drawn(*path: int) -> dict[str, Batch]:
         if not callable(given):
-            return _named(given, names)
-        found = given(np.random.default_rng((seed, *path))) if takes_generator else given()
-        return _named(found, names)
+            found = given
+        else:
+            found = given(np.random.default_rng((seed, *path))) if takes_generator else given()
+        is_argument = whole and isinstance(found, Mapping) and not _are_keywords(found, names)
+        return _named((found,) if is_argument else found, names)
 
-    probes = {}
+    probes: dict[str, Batch] = {}
     for number in range(_DRAWS if takes_generator else 1):
         extra = f", draw {number + 1}" if number else ""
         probes |= {name + extra: batch for name, batch in drawn(0, number).items()}
@@ -56,8 +61,9 @@ def as_inputs(given: object, seed: int = 0, signatures: Sequence[Signature] = ()
 
 def _named(given: object, names: Set[str]) -> dict[str, Batch]:
     """Return one or more calls, by name."""
-    is_one = not isinstance(given, Mapping) or _are_keywords(given, names)
-    calls = {"inputs": given} if is_one else given
+    calls: Mapping[str, object] = {"inputs": given}
+    if isinstance(given, Mapping) and not _are_keywords(given, names):
+        calls = given
     if not calls:
         raise ValueError("inputs: none. A check needs at least one call. Give arrays.")
     return {str(name): _batch(str(name), call, names) for name, call in calls.items()}

@@ -42,6 +42,7 @@ class Pair:
         leaves: the Flax model's weights under test; None for random ones, which hide nothing.
         pure: whether a float64 run must be in float64 throughout. False for foreign modules: where
             one is not, float64 proves less, and the report says so.
+        half: the type of 16 bits that the modules are in, if they are: bfloat16 or float16.
         frozen: torch's parameters that neither side trains.
     """
 
@@ -58,4 +59,5 @@ class Pair:
     config: Mapping[str, object] = dataclasses.field(default_factory=dict)
     leaves: Leaves | None = None
     pure: bool = True
+    half: str | None = None
     frozen: tuple[str, ...] = ()

@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 from typing import Self
 
+from parity.system.import_target import raised
+
 # Of a check: the one that decides, and the one that is judged by it.
 DTYPES = "float64", "float32"
 
@@ -100,10 +102,8 @@ def abstain(name: str, reason: str) -> Record:
 
 
 def error(name: str, exception: Exception) -> Record:
-    """Return a record of an exception: its type and the first line of its message."""
-    first_line = str(exception).strip().partition("\n")[0]
-    note = f"{type(exception).__name__}: {first_line}"
-    return Record(name, "", "ran", None, None, 0, Verdict.ERROR, note=note)
+    """Return a record of an exception: its type, its place in the user's code, and its message."""
+    return Record(name, "", "ran", None, None, 0, Verdict.ERROR, note=raised(exception))
 
 
 def first_failed(records: Iterable[Record]) -> Record:

@@ -1,10 +1,12 @@
 """The objects that `package.module:name` and `folder/file.py:name` stand for."""
 
+import difflib
 import importlib
 import importlib.util
 import os
 import sys
 import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,7 +35,10 @@ def load_attribute(target: str) -> Any:
             f"{target}: importing {place} raised {type(error).__name__}: {in_a_line(error)}"
         ) from error
     if not hasattr(module, name):
-        raise ValueError(f"{target}: {place} has no {name}. A target is a name in a module.")
+        raise ValueError(
+            f"{target}: {place} has no {name}{closest(name, vars(module))}. A target is a name in "
+            "a module."
+        )
     return getattr(module, name)
 
 
@@ -47,7 +52,18 @@ def built(target: str, found: Any, kinds: tuple[type, ...]) -> Any:
     try:
         return found()
     except (Exception, SystemExit) as error:
-        raise ValueError(f"{target}: raised {type(error).__name__}: {in_a_line(error)}") from error
+        remedy = ". Write a function that builds it without" if _lacks_arguments(error) else ""
+        raise ValueError(f"{target}: raised {raised(error)}{remedy}.") from error
+
+
+def _lacks_arguments(error: BaseException) -> bool:
+    return isinstance(error, TypeError) and "required positional argument" in str(error)
+
+
+def closest(name: str, names: Iterable[str]) -> str:
+    """Return ", but there is NAME" for the most similar of the names; "" where none is."""
+    found = difflib.get_close_matches(name, names, 1)
+    return f", but there is {found[0]}" if found else ""
 
 
 def in_a_line(error: BaseException) -> str:

@@ -24,7 +24,7 @@ def first_non_finite(
     inputs: tuple[np.ndarray, ...],
     devices: Devices,
 ) -> str:
-    """Name the first tensor of a step that holds a number that is not finite.
+    """Return the name of the first tensor of a step that holds a number that is not finite.
 
     Looks at the weights, then at every module's output in the forward pass, then at the gradients
     from the last module to the first. Without dropout, so that a mask cannot hide it.

@@ -85,7 +85,7 @@ def precision_report(
     dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16"),
     progress: Callable[[str, float], None] = lambda dtype, fraction: None,
 ) -> PrecisionReport:
-    """Train both twins in each dtype from the same weights on the same batches.
+    """Return how both twins train in each dtype from the same weights on the same batches.
 
     Args:
         config: of a run; its dtypes are replaced.

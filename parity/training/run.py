@@ -87,7 +87,7 @@ class Run:
 
     @classmethod
     def start(cls, path: Path, config: RunConfig) -> Self:
-        """Make the folder, or go on with a run of the same config in it.
+        """Return the run of a new folder, or of one that holds a run of the same config.
 
         Raises:
             ValueError: when the folder holds another run or something else.
@@ -118,7 +118,7 @@ class Run:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Open a run that exists.
+        """Return a run that exists.
 
         Raises:
             ValueError: when the folder holds none, or its config cannot be read.

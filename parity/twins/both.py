@@ -23,7 +23,7 @@ def build_twins(
     leaves: Callable[[], Iterable[tuple[str, np.ndarray]]],
     frameworks: Sequence[str] = FRAMEWORKS,
 ) -> dict[str, FlaxTwin | TorchTwin]:
-    """Build the twins by framework, with the same weights.
+    """Return the twins by framework, with the same weights.
 
     Args:
         config: of both.

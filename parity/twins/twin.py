@@ -229,7 +229,7 @@ class Twin(Protocol):
         seed: int = 0,
         stop_ids: Sequence[int] = (),
     ) -> Continuation:
-        """Continue each prompt by the package's `generate`.
+        """Return a continuation of each prompt by the package's `generate`.
 
         Raises:
             ValueError: for prompts that are empty, unknown or too long.

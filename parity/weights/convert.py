@@ -49,9 +49,14 @@ def convert_file(
         raise ValueError(
             f"{source}: {error}. Weights are read from a safetensors file. Name one."
         ) from error
-    aliases = {alias for alias, _ in weight_map.ties}
     wanted = port if to == "flax" else original
-    free = aliases | set(weight_map.ignored) if to == "flax" else set()
+    # What the file lacks or has in vain; the target has its own of the rest.
+    if to == "flax":
+        free = {alias for alias, _ in weight_map.ties} | set(weight_map.ignored)
+        kept = {name: original[name] for name in weight_map.flax_ignored}
+    else:
+        free = {alias for alias, _ in weight_map.flax_ties} | set(weight_map.flax_ignored)
+        kept = {name: port[name] for name in weight_map.ignored}
     problems = [f"{name} is missing" for name in wanted if name not in leaves and name not in free]
     problems += [f"{name} is unknown" for name in leaves if name not in wanted]
     problems += [
@@ -65,9 +70,6 @@ def convert_file(
             f"{source}: {'; '.join(problems)}. The file has the {of} module's weights. Give that "
             "file or mend the module."
         )
-    if to == "flax":
-        made = weight_map.to_flax(leaves)
-    else:
-        made = weight_map.to_torch(leaves) | {name: port[name] for name in weight_map.ignored}
+    made = (weight_map.to_flax if to == "flax" else weight_map.to_torch)(leaves) | kept
     write_file(out, save({name: np.ascontiguousarray(x) for name, x in made.items()}))
     return len(made)

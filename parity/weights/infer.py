@@ -1,180 +1,403 @@
-"""Infer the rules of two modules from types, shapes, names and experiment.
+"""Infer the rules of two modules: from shapes, names, order and use, and by experiment.
 
-Modules that own leaves are sorted into classes of one kind and one set of shapes. Inside a class
-names decide, and the numbers in them. Where names leave a choice, every choice is tried: only the
-right one makes the outputs equal in float64. What is still open is an error that lists the
-candidates.
+Leaves are matched first, see `match.py`: what has the shape, the name, the place and the use of
+another is most likely the same. Where that leaves a choice, the likeliest is tried: if the outputs
+are equal in float64, it is right, or as good as what is right. If not, the other choices are tried
+one after the other. Where none makes the outputs equal, as with a fault elsewhere in the model, the
+likeliest map stands, and the rules have a note that says what was not proven.
 """
 
 import dataclasses
 import itertools
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
+from typing import Protocol
 
-import numpy as np
 import torch
 from flax import nnx
-from scipy.optimize import linear_sum_assignment
 
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.torch.leaves import torch_leaves
-from parity.weights.compress import compress
-from parity.weights.known_layers import Leaf, flax_leaf, flax_owner, torch_leaf, torch_owner
-from parity.weights.layouts import Layout, Link, Shape
-from parity.weights.names import likeness, words
-from parity.weights.rules import Rules
+from parity.frameworks.uses import Uses
+from parity.weights.compress import as_rule, compress
+from parity.weights.known_layers import flax_leaf, torch_leaf
+from parity.weights.layouts import Link
+from parity.weights.match import Matching, Pair, alias_of, exchanged, is_needed, match, orders_of
+from parity.weights.names import information, likeness, template, words
+from parity.weights.rules import Rule, Rules, as_line
+from parity.weights.units import Unit, fits, units
+from parity.weights.weight_map import TransplantError
 
-# Relative to the largest output; with the wrong map outputs differ by their own size.
-_SAME_OUTPUT = 1e-9
-# Most choices to try, with a forward pass of both models each.
-_MOST_TRIALS = 120
-# Least difference in likeness between two pairs and the same two exchanged: a word in two.
-_CLEAR = 0.3
-
-_FUSED = "query", "key", "value"
-
-
-@dataclasses.dataclass(frozen=True, order=True)
-class _Part:
-    """A leaf, or those of several siblings that the other model fuses; see `Leaf`."""
-
-    names: tuple[str, ...]
-    layout: Layout
-    shape: Shape
+# Relative to the largest output: gaps that rounding leaves, and those that a wrong map cannot have,
+# for with one the outputs differ by their own size.
+_SAME_OUTPUT, _NEAR_OUTPUT = 1e-9, 1e-4
+# A map that leaves so much less of the gap of all others is right, and something else is wrong.
+_MUCH_BETTER = 0.03
+# Least difference in cost between two ways to lie that decides without a run.
+_CLEAR = 0.5
+# Longest search, in seconds and in forward passes; most ways to exchange units of one group.
+_SECONDS, _MOST_TRIALS, _MOST_EXCHANGES = 20.0, 400, 24
 
 
-@dataclasses.dataclass(frozen=True)
-class _Owner:
-    """A module that owns leaves, or several siblings whose leaves the other model fuses."""
+class Experiment(Protocol):
+    """Runs of both models, to tell maps apart."""
 
-    path: str  # of the module, or the parent of the siblings; of the leaf itself if it is loose
-    kind: str  # see `Leaf`
-    leaves: tuple[tuple[str, _Part], ...]  # by role
+    def uses(self) -> tuple[Uses | None, Uses | None]:
+        """Return how torch and how flax use their leaves."""
 
-    @property
-    def is_loose(self) -> bool:
-        """Whether it is a leaf of no known layer."""
-        return self.kind in ("parameter", "buffer")
+    def gap(self, rules: Rules) -> float:
+        """Return the difference of the outputs, relative to the largest, for weights so mapped."""
 
-    @property
-    def signature(self) -> tuple[str, tuple[object, ...]]:
-        """What two owners must have in common; a loose parameter may be transposed."""
-        if self.is_loose:
-            return self.kind, tuple(sorted(self.leaves[0][1].shape))
-        return self.kind, tuple((role, part.shape) for role, part in self.leaves)
+    def strangers(self, rules: Rules) -> int:
+        """Return how many outputs of torch's modules no module of flax has, for such weights."""
 
 
-# A torch owner and the Flax owner of the same weights.
-_Match = tuple[_Owner, _Owner]
+class OpenRules(ValueError):
+    """Leaves for which no counterpart was found.
+
+    Attributes:
+        partial: the rules of all others.
+    """
+
+    def __init__(self, problems: Sequence[str], partial: Rules):
+        self.partial = partial
+        super().__init__(
+            f"rules auto: {'; '.join(problems)}. Every leaf needs a counterpart that holds the "
+            "same numbers. Mend a model, or add lines such as these to a rules file:\n"
+            f"{partial.to_toml()}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Choice:
-    """What names leave open, and the links of each possible answer."""
+    """What is not clear, and the possible answers, the likeliest first.
 
-    question: str
-    answers: tuple[tuple[Link, ...], ...]
+    Attributes:
+        places: of the pairs concerned.
+        answers: these pairs, each time.
+    """
+
+    places: tuple[int, ...]
+    answers: tuple[tuple[Pair, ...], ...]
 
     @property
-    def kind(self) -> str:
-        """The question without the numbers of layers, which all get the same answer."""
-        return re.sub(r"\d+", "*", self.question)
+    def is_open(self) -> bool:
+        """Whether nothing but a run decides, or one that a person makes."""
+        first, second = (answer[0] for answer in self.answers[:2])
+        is_layout = first.torch == second.torch and first.flax == second.flax
+        return not is_layout or second.fits[0].cost - first.fits[0].cost < _CLEAR
 
 
 def infer_rules(
     torch_module: torch.nn.Module,
     flax_module: nnx.Module,
-    output_gap: Callable[[Rules], float] | None = None,
+    experiment: Experiment | None = None,
+    given: Rules | None = None,
 ) -> Rules:
     """Infer the weight map of two modules.
 
     Args:
         torch_module: the PyTorch module.
         flax_module: the Flax NNX module.
-        output_gap: the difference of the outputs, relative to the largest, when weights move by
-            given rules; None where there is nothing to run the models on.
+        experiment: runs of both; None where there is nothing to run the models on.
+        given: rules of some leaves, which stand.
 
     Returns:
-        Rules that map every leaf.
+        Rules that map every leaf. What could not be proven is in their notes.
 
     Raises:
-        ValueError: for leaves without a counterpart, or with several that nothing tells apart.
+        OpenRules: for leaves without a counterpart; a ValueError.
+        TransplantError: for given rules that do not fit; a ValueError.
     """
-    torch_names, flax_names = torch_leaves(torch_module), flax_leaves(flax_module)
-    ties = _ties(torch_module)
-    found = {
-        name: torch_leaf(*torch_owner(torch_module, name))
-        for name in torch_names
-        if name not in dict(ties)
-    }
-    ignored = [name for name, leaf in found.items() if leaf is None]
-    ours = _owners({name: leaf for name, leaf in found.items() if leaf})
-    theirs = _owners({name: flax_leaf(*flax_owner(flax_module, name)) for name in flax_names})
-    ours, theirs = _with_siblings(ours, theirs)
-    links: list[Link] = []
-    choices: list[_Choice] = []
-    problems = []
-    for signature in dict.fromkeys(owner.signature for owner in (*ours, *theirs)):
-        mine = [owner for owner in ours if owner.signature == signature]
-        other = [owner for owner in theirs if owner.signature == signature]
-        if signature[0] == "buffer" and not other:  # a table that flax computes, or a mask
-            ignored += [name for owner in mine for _, leaf in owner.leaves for name in leaf.names]
-        elif len(mine) != len(other):
-            problems.append(_unequal(mine, other))
-        else:
-            for group in _assigned(mine, other):
-                if math.factorial(len(group)) > _MOST_TRIALS:
-                    problems.append(f"names do not tell apart {_question(group)}")
-                    continue
-                answers = tuple(_answers(group))
-                if len(answers) == 1:
-                    links += answers[0]
-                else:
-                    choices.append(_Choice(_question(group), answers))
-    if problems:
-        raise ValueError(
-            f"rules auto: {'; '.join(problems)}. Every leaf needs one counterpart of its shape. "
-            "Mend a model or write a rules file."
+    return _Inference(torch_module, flax_module, experiment, given or Rules(())).rules()
+
+
+class _Inference:
+    """The state of one inference."""
+
+    def __init__(
+        self,
+        torch_module: torch.nn.Module,
+        flax_module: nnx.Module,
+        experiment: Experiment | None,
+        given: Rules,
+    ):
+        self._torch, self._flax = torch_leaves(torch_module), flax_leaves(flax_module)
+        self._experiment, self._given = experiment, given
+        self._uses = experiment.uses() if experiment else (None, None)
+        self._ties = tuple(dict.fromkeys((*given.ties, *_ties(torch_module))))
+        self._flax_ties = list(given.flax_ties)
+        self._ignored: list[str] = []
+        self._flax_ignored: list[str] = []
+        self._notes: list[str] = []
+        aliases = {alias for alias, _ in self._ties}
+        self._links, self._open = self._of_given()
+        taken = {x for link in (*self._links, *self._open) for x in (*link.torch, *link.flax)}
+        ours = {
+            name: leaf
+            for name, leaf in self._torch.items()
+            if name not in aliases and name not in taken and not given.is_ignored(name)
+        }
+        theirs = {
+            name: leaf
+            for name, leaf in sorted(
+                self._flax.items(), key=lambda item: _definition(flax_module, item[0])
+            )
+            if name not in {x for x, _ in given.flax_ties}
+            and name not in taken
+            and not given.is_flax_ignored(name)
+        }
+        self._kinds = (
+            {name: torch_leaf(torch_module, name) for name in self._torch},
+            {name: flax_leaf(flax_module, name) for name in self._flax},
+        )
+        self._models = (
+            units(ours, self._kinds[0], self._uses[0]),
+            units(theirs, self._kinds[1], self._uses[1]),
         )
 
-    def rules_of(links: Sequence[Link]) -> Rules:
-        return compress(links, ties, tuple(ignored), torch_names, flax_names)
+    def rules(self) -> Rules:
+        """Return the rules."""
+        found = match(*self._models, self._torch, self._flax)
+        place = {name: number for number, name in enumerate(self._torch)}
+        order = sorted(range(len(found.pairs)), key=lambda i: place[found.pairs[i].torch.name])
+        pairs = [found.pairs[i] for i in order] + [self._pair_of(link) for link in self._open]
+        groups = [sorted(order.index(i) for i in group) for group in found.groups]
+        problems = self._left_over(found)
+        if problems:
+            links = [*self._links, *(pair.fits[0].link(pair.torch, pair.flax) for pair in pairs)]
+            partial = compress(links, self._base(), self._torch, self._flax)
+            raise OpenRules(problems, dataclasses.replace(partial, rest="auto"))
+        choices = list(self._choices(pairs, groups))
+        return self._decided(pairs, choices)
 
-    return _decided(rules_of, links, choices, output_gap)
-
-
-def _decided(
-    rules_of: Callable[[Sequence[Link]], Rules],
-    links: Sequence[Link],
-    choices: Sequence[_Choice],
-    output_gap: Callable[[Rules], float] | None,
-) -> Rules:
-    """Return the rules that make the outputs equal, among all that names leave open."""
-    if not choices:
-        return rules_of(links)
-    questions = "; ".join(choice.question for choice in choices)
-    sizes = {choice.kind: len(choice.answers) for choice in choices}
-    trials = math.prod(sizes.values())
-    if output_gap is None or trials > _MOST_TRIALS:
-        reason = "no inputs to try them on" if output_gap is None else f"{trials} ways to try"
-        raise ValueError(
-            f"rules auto: names do not tell apart {questions}, and there are {reason}. Write a "
-            "rules file for these."
+    def _base(self) -> Rules:
+        """Return the rules without their rules."""
+        given = self._given
+        return Rules(
+            (),
+            self._ties,
+            (*given.ignored, *self._ignored),
+            tuple(self._flax_ties),
+            (*given.flax_ignored, *self._flax_ignored),
+            notes=tuple(self._notes),
         )
-    right = []
-    for numbers in itertools.product(*map(range, sizes.values())):
-        answer = dict(zip(sizes, numbers, strict=True))
-        tried = [link for choice in choices for link in choice.answers[answer[choice.kind]]]
-        rules = rules_of([*links, *tried])
-        if output_gap(rules) <= _SAME_OUTPUT:
-            right.append(rules)
-    if len(right) != 1:
-        raise ValueError(
-            f"rules auto: names do not tell apart {questions}; of {trials} ways to pair them "
-            f"{len(right) or 'none'} made the outputs equal. Write a rules file for these."
-        )
-    return right[0]
+
+    def _rules_of(self, pairs: Sequence[Pair], short: bool = True) -> Rules:
+        links = [*self._links, *(pair.fits[0].link(pair.torch, pair.flax) for pair in pairs)]
+        if short:
+            return compress(links, self._base(), self._torch, self._flax)
+        return dataclasses.replace(self._base(), rules=tuple(map(as_rule, links)))
+
+    def _of_given(self) -> tuple[list[Link], list[Link]]:
+        """Return the links of the given rules: those with a layout, and those without."""
+        links = [
+            link
+            for rule in self._given.rules
+            for link in rule.links(self._torch, "torch", self._flax)
+        ]
+        problems = [
+            f"rule {rule} matches nothing"
+            for rule in self._given.rules
+            if not rule.optional and not list(rule.links(self._torch, "torch", self._flax))
+        ]
+        problems += [
+            f"{framework} leaf {name} of the rules does not exist"
+            for link in links
+            for framework, names, leaves in (
+                ("torch", link.torch, self._torch),
+                ("flax", link.flax, self._flax),
+            )
+            for name in names
+            if name not in leaves
+        ]
+        if not problems:
+            problems = [x for link in links if link.layout
+                        for x in link.misfits(self._torch, self._flax)]  # fmt: skip
+        if problems:
+            raise TransplantError(problems)
+        return [x for x in links if x.layout], [x for x in links if not x.layout]
+
+    def _pair_of(self, link: Link) -> Pair:
+        """Return the pair that a given link without a layout is."""
+        sides = []
+        for number, (names, leaves) in enumerate(
+            ((link.torch, self._torch), (link.flax, self._flax))
+        ):
+            one = units({names[0]: leaves[names[0]]}, self._kinds[number], self._uses[number])[0]
+            stacks = tuple(size for _, size in link.stacks) if len(names) > 1 else ()
+            width = len(names) // math.prod(stacks)
+            shapes = tuple(leaves[name].shape for name in names[:width])
+            sides.append(dataclasses.replace(one, names=names, shapes=shapes, stacks=stacks))
+        if not (found := fits(*sides)):
+            shapes = " and ".join(str(list(unit.shapes[0])) for unit in sides)
+            raise TransplantError(
+                [f"torch leaf {link.torch[0]} does not lie in flax {link.flax[0]}: {shapes}"]
+            )
+        return Pair(sides[0], sides[1], 0.0, tuple(found))
+
+    def _left_over(self, found: Matching) -> list[str]:
+        """Ignore what is no weight, tie what is one; return what has no counterpart."""
+        uses = self._uses
+        problems = []
+        for unit in found.torch:
+            is_unused = bool(uses[0]) and not any(name in uses[0] for name in unit.names)
+            if not is_needed(unit) or is_unused:
+                self._ignored += unit.names
+                if is_needed(unit):
+                    self._notes.append(f"torch {unit.name}: no output needs it, and flax lacks it")
+            else:
+                problems.append(_missing("torch", unit, found.flax))
+        owners: dict[str, str] = {}
+        for unit in sorted(found.flax, key=lambda unit: -len(unit.shapes[0])):
+            is_unused = uses[1] is not None and not any(name in uses[1] for name in unit.names)
+            alias = None if is_unused else self._alias(unit, found.pairs, owners)
+            if is_unused or (not is_needed(unit) and alias is None):
+                self._flax_ignored += unit.names
+                if is_needed(unit):
+                    self._notes.append(f"flax {unit.name}: no output needs it, and torch lacks it")
+            elif alias is not None and len(unit.names) == 1:
+                owners[unit.owner] = alias.flax.owner
+                self._flax_ties.append((unit.name, alias.flax.name))
+                self._notes.append(
+                    f"flax {unit.name} and {alias.flax.name} are one tensor in torch, "
+                    f"{alias.torch.name}"
+                )
+            else:
+                problems.append(_missing("flax", unit, found.torch))
+        return problems
+
+    def _alias(self, unit: Unit, pairs: Sequence[Pair], owners: dict[str, str]) -> Pair | None:
+        told = information(self._flax)
+        alike = {x: likeness(words(unit.name), words(x), told, told) for x in self._flax}
+        return alias_of(unit, pairs, alike, owners)
+
+    def _choices(self, pairs: list[Pair], groups: Sequence[Sequence[int]]) -> Iterator[_Choice]:
+        """Yield what is not clear: which is which, in what order, and which way round.
+
+        Layers that differ by a number get the same answer, and so do the leaves of one module.
+        """
+        merged: dict[tuple[object, ...], list[list[int]]] = {}
+        for group in groups:
+            owners = [
+                tuple(template(_module(unit)) for unit in side)
+                for side in zip(*((pairs[i].torch, pairs[i].flax) for i in group), strict=True)
+            ]
+            merged.setdefault((*map(tuple, owners),), []).append(list(group))
+        for alike in merged.values():
+            orders = itertools.permutations(range(len(alike[0])))
+            answers = []
+            for order in itertools.islice(orders, _MOST_EXCHANGES):
+                made = [exchanged([pairs[i] for i in group], order) for group in alike]
+                if all(x is not None for x in made):
+                    answers.append(tuple(pair for group in made for pair in group or ()))
+            if len(answers) > 1:
+                yield _Choice(tuple(i for group in alike for i in group), tuple(answers))
+        by_kind: dict[tuple[object, ...], list[int]] = {}
+        for place, pair in enumerate(pairs):
+            shapes = pair.torch.shapes, pair.flax.shapes
+            key = template(pair.torch.name), template(pair.flax.name), shapes, len(pair.fits)
+            by_kind.setdefault(key, []).append(place)
+        for places in by_kind.values():
+            alike_pairs = [pairs[i] for i in places]
+            options = [
+                [dataclasses.replace(x, fits=(fit,)) for x in orders_of(pair) for fit in x.fits]
+                for pair in alike_pairs
+            ]
+            if len(options[0]) > 1 and len({len(x) for x in options}) == 1:
+                yield _Choice(tuple(places), tuple(zip(*options, strict=True)))
+
+    def _decided(self, pairs: list[Pair], choices: list[_Choice]) -> Rules:
+        """Return the rules that make the outputs equal, or else the likeliest."""
+        likely = self._rules_of(pairs)
+        if not choices and not self._notes:
+            return likely
+        if self._experiment is None:
+            return self._unproven(likely, pairs, choices, "there are no inputs to try them on")
+        gap = self._experiment.gap(self._rules_of(pairs, short=False))
+        if gap <= _NEAR_OUTPUT or not choices:
+            return likely
+        better, its_gap = self._searched(pairs, choices, gap)
+        if its_gap <= _NEAR_OUTPUT:
+            return self._rules_of(better)
+        if its_gap <= _MUCH_BETTER * gap:
+            rules, why = self._rules_of(better), f"the smallest gap of outputs, {its_gap:.0e}, has"
+            return self._unproven(rules, better, choices, f"{why} these")
+        return self._unproven(likely, pairs, choices, "none makes the outputs equal")
+
+    def _searched(
+        self, pairs: list[Pair], choices: list[_Choice], gap: float
+    ) -> tuple[list[Pair], float]:
+        """Try answers, one choice after the other, until outputs are equal or time is up."""
+        assert self._experiment is not None
+        start, trials = time.monotonic(), 0
+        best, best_gap = pairs, gap
+        total = math.prod(len(choice.answers) for choice in choices)
+
+        def answered(pairs: list[Pair], choice: _Choice, answer: tuple[Pair, ...]) -> list[Pair]:
+            changed = list(pairs)
+            for place, pair in zip(choice.places, answer, strict=True):
+                changed[place] = pair
+            return changed
+
+        if total <= _MOST_TRIALS // 4:
+            for answers in itertools.product(*(choice.answers for choice in choices)):
+                tried = pairs
+                for choice, answer in zip(choices, answers, strict=True):
+                    tried = answered(tried, choice, answer)
+                its_gap = self._experiment.gap(self._rules_of(tried, short=False))
+                if its_gap < best_gap:
+                    best, best_gap = tried, its_gap
+                if best_gap <= _SAME_OUTPUT or time.monotonic() - start > _SECONDS:
+                    break
+            return best, best_gap
+        order = sorted(choices, key=lambda choice: min(pairs[i].torch.order for i in choice.places))
+        measure = self._experiment.strangers
+        least = measure(self._rules_of(best)), best_gap
+        for choice in (*order, *order):
+            for answer in choice.answers[1:]:
+                tried = answered(best, choice, answer)
+                rules, trials = self._rules_of(tried, short=False), trials + 1
+                found = measure(rules), self._experiment.gap(rules)
+                if found < least:
+                    best, best_gap, least = tried, found[1], found
+                late = time.monotonic() - start > _SECONDS or trials > _MOST_TRIALS
+                if best_gap <= _SAME_OUTPUT or late:
+                    return best, best_gap
+        return best, best_gap
+
+    def _unproven(self, rules: Rules, pairs: list[Pair], choices: list[_Choice], why: str) -> Rules:
+        """Return rules with a note on what was chosen without proof."""
+        by_leaf = {
+            name: rule
+            for rule in rules.rules
+            for link in rule.links(self._torch, "torch", self._flax)
+            for name in link.torch
+        }
+        unclear = [i for choice in choices if choice.is_open for i in choice.places]
+        lines = list(dict.fromkeys(as_line(by_leaf[pairs[i].torch.name]) for i in unclear))
+        if not lines:
+            return rules
+        more = f" and {len(lines) - 6} more" if len(lines) > 6 else ""
+        note = f"by names and order, not proven: {'  '.join(lines[:6])}{more}; {why}"
+        return dataclasses.replace(rules, notes=(*rules.notes, note))
+
+
+def _definition(module: nnx.Module, name: str) -> list[int]:
+    """Return a key that sorts leaves as they are defined, for flax sorts them by name."""
+    node, key = module, []
+    for step in name.split("."):
+        held = list(getattr(node, "__dict__", ()))
+        is_item = isinstance(node, nnx.List) and step.isdigit()
+        key.append(int(step) if is_item else held.index(step) if step in held else len(held))
+        node = node[int(step)] if is_item else getattr(node, step, None)
+    return key
+
+
+def _module(unit: Unit) -> str:
+    """Return the path of the module that a unit lies in."""
+    return unit.owner if unit.leaf.is_known else unit.name.rpartition(".")[0]
 
 
 def _ties(module: torch.nn.Module) -> tuple[tuple[str, str], ...]:
@@ -182,6 +405,8 @@ def _ties(module: torch.nn.Module) -> tuple[tuple[str, str], ...]:
     first: dict[tuple[int, torch.Size], str] = {}
     ties = []
     for name, tensor in module.state_dict().items():
+        if not isinstance(tensor, torch.Tensor):
+            continue
         key = tensor.data_ptr(), tensor.shape
         if tensor.numel() and key in first:
             ties.append((name, first[key]))
@@ -189,98 +414,16 @@ def _ties(module: torch.nn.Module) -> tuple[tuple[str, str], ...]:
     return tuple(ties)
 
 
-def _owners(leaves: dict[str, Leaf]) -> list[_Owner]:
-    """Group leaves by module; a leaf of no known layer stands alone."""
-    groups: dict[tuple[str, str], list[tuple[str, _Part]]] = {}
-    for name, leaf in leaves.items():
-        is_loose = leaf.kind in ("parameter", "buffer")
-        path = name if is_loose else ".".join(filter(None, (name.rpartition(".")[0], leaf.part)))
-        part = leaf.role, _Part((name,), leaf.layout, leaf.shape)
-        groups.setdefault((path, leaf.kind), []).append(part)
-    return [_Owner(path, kind, tuple(sorted(x))) for (path, kind), x in groups.items()]
-
-
-def _with_siblings(ours: list[_Owner], theirs: list[_Owner]) -> tuple[list[_Owner], list[_Owner]]:
-    """Fuse query, key and value wherever the other model has them fused."""
-    models = [ours, theirs]
-    for apart, fused in ((1, 0), (0, 1)):
-        wanted = {x.signature for x in models[fused]} - {x.signature for x in models[apart]}
-        for siblings, whole in list(_siblings(models[apart])):
-            if whole.signature in wanted:
-                models[apart] = [x for x in models[apart] if x not in siblings] + [whole]
-    return models[0], models[1]
-
-
-def _siblings(owners: list[_Owner]) -> Iterator[tuple[list[_Owner], _Owner]]:
-    """Yield query, key and value of each parent, and the owner that they would be if fused."""
-    parents: dict[str, dict[str, _Owner]] = {}
-    for owner in owners:
-        parent, _, name = owner.path.rpartition(".")
-        for role in words(name) & set(_FUSED):
-            parents.setdefault(parent, {})[role] = owner
-    for parent, parts in parents.items():
-        group = [parts[role] for role in _FUSED if role in parts]
-        roles = [[role for role, _ in part.leaves] for part in group]
-        if len(group) < 3 or len({part.kind for part in group}) > 1 or roles[1:] != roles[:-1]:
-            continue
-        leaves = []
-        for place, role in enumerate(roles[0]):
-            parts = [part.leaves[place][1] for part in group]
-            width = sum(part.shape[-1] for part in parts)
-            names = tuple(name for part in parts for name in part.names)
-            leaves.append((role, _Part(names, parts[0].layout, (*parts[0].shape[:-1], width))))
-        yield group, _Owner(parent, group[0].kind, tuple(leaves))
-
-
-def _assigned(ours: list[_Owner], theirs: list[_Owner]) -> Iterator[list[_Match]]:
-    """Match owners by name; those that could as well be exchanged come in one group."""
-    paths = [x.path for x in ours], [x.path for x in theirs]
-    scores = np.array([[likeness(a, b, *paths) for b in paths[1]] for a in paths[0]])
-    rows, columns = linear_sum_assignment(-scores)
-    groups = [{place} for place in range(len(rows))]
-    for i, j in itertools.combinations(range(len(rows)), 2):
-        kept = scores[i, columns[i]] + scores[j, columns[j]]
-        exchanged = scores[i, columns[j]] + scores[j, columns[i]]
-        if kept - exchanged < _CLEAR:
-            joined = next(g for g in groups if i in g) | next(g for g in groups if j in g)
-            groups = [g for g in groups if not g & joined] + [joined]
-    for group in groups:
-        yield [(ours[rows[place]], theirs[columns[place]]) for place in sorted(group)]
-
-
-def _answers(group: list[_Match]) -> Iterator[tuple[Link, ...]]:
-    """Yield the links of every way to match a group, and to transpose what is square and loose."""
-    ours, theirs = zip(*group, strict=True)
-    shapes = [owner.leaves[0][1].shape for owner in ours if owner.kind == "parameter"]
-    has_squares = any(len(shape) == 2 and shape[0] == shape[1] for shape in shapes)
-    for order in itertools.permutations(theirs):
-        for transpose in (False, True) if has_squares else (False,):
-            pairs = zip(ours, order, strict=True)
-            yield tuple(link for pair in pairs for link in _links(*pair, transpose))
-
-
-def _links(ours: _Owner, theirs: _Owner, transpose: bool) -> Iterator[Link]:
-    for (_, mine), (_, other) in zip(ours.leaves, theirs.leaves, strict=True):
-        layout = mine.layout if other.layout is Layout.SAME else other.layout
-        if ours.is_loose and (transpose or mine.shape != other.shape):
-            layout = Layout.TRANSPOSED
-        yield Link(mine.names, other.names, layout)
-
-
-def _question(group: list[_Match]) -> str:
-    ours, theirs = zip(*group, strict=True)
-    if len(group) == 1:
-        return f"the two ways round of torch {ours[0].path} in flax {theirs[0].path}"
-    torch_paths, flax_paths = (", ".join(x.path or "the model" for x in y) for y in (ours, theirs))
-    return f"torch {torch_paths} against flax {flax_paths}"
-
-
-def _unequal(ours: list[_Owner], theirs: list[_Owner]) -> str:
-    """Describe a class of which the two models have different numbers."""
-    owner, counts = (ours or theirs)[0], []
-    shapes = ", ".join(f"{role} {list(part.shape)}" for role, part in owner.leaves)
-    for framework, owners in (("torch", ours), ("flax", theirs)):
-        names = ", ".join(owner.path or "the model" for owner in owners[:4])
-        more = f" and {len(owners) - 4} more" if len(owners) > 4 else ""
-        counts.append(f"{framework} has {len(owners)}" + (f" ({names}{more})" if names else ""))
-    return f"of {owner.kind} with {shapes} {' and '.join(counts)}"
+def _missing(framework: str, unit: Unit, others: Sequence[Unit]) -> str:
+    """Describe a unit without a counterpart, and ask for one by a line of a rules file."""
+    other = "flax" if framework == "torch" else "torch"
+    near = [x for x in others if x.size == unit.size and is_needed(x)]
+    shapes = [f"{x.name} {list(x.shapes[0])}" for x in near[:3]]
+    named = f" ({', '.join(shapes)} has no way to be it)" if near else ""
+    names = [unit.name, near[0].name] if near else []
+    line = as_line(Rule(*(names if framework == "torch" else names[::-1]), "")) if near else ""
+    more = f" and {len(unit.names) - 1} more" if len(unit.names) > 1 else ""
+    return (
+        f"{other} has nothing for {framework} {unit.name}{more} {list(unit.shapes[0])}{named}"
+        + (f", or is it {line} ?" if line else "")
+    )

@@ -1,38 +1,40 @@
 """The frameworks' own layers: how their leaves lie, and what each leaf does alone."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
+from torch.nn.utils import parametrize
 
 from parity.frameworks.flax.leaves import find_leaf
 from parity.frameworks.torch.leaves import from_numpy, to_numpy
-from parity.weights.layouts import Layout, Shape, joined_shape
 
 
-@dataclasses.dataclass(frozen=True)
-class Leaf:
+class Leaf(NamedTuple):
     """A leaf and the layer that owns it.
 
     Attributes:
         kind: of the layer: linear, embedding, norm, batch norm, convolution or transposed
             convolution; parameter or buffer for a leaf of no known layer.
-        role: of the leaf in it: weight, bias, mean or var.
-        layout: of the leaf, if the other framework's has its usual layout.
-        shape: of the joined form, alike in both frameworks.
+        role: of the leaf in it: weight, bias, mean, var, or gain, the length that a weight norm
+            gives to what is seen from an output; "" for a leaf of no known layer.
+        axes: what its axes are, as in `Use`; "" where that is unknown.
         part: of the layer, where it holds several of a kind, as a recurrent one does.
     """
 
     kind: str
     role: str
-    layout: Layout
-    shape: Shape
+    axes: tuple[str, ...]
     part: str = ""
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it belongs to a known layer."""
+        return bool(self.role)
 
 
 Act = Callable[[np.ndarray], np.ndarray]
@@ -42,64 +44,89 @@ _KINDS = {
     torch.nn.Linear | nnx.Linear | nnx.LinearGeneral: "linear",
     torch.nn.Embedding | nnx.Embed: "embedding",
     torch.nn.LayerNorm | torch.nn.RMSNorm | torch.nn.GroupNorm: "norm",
+    torch.nn.modules.instancenorm._InstanceNorm | nnx.InstanceNorm: "norm",
     nnx.LayerNorm | nnx.RMSNorm | nnx.GroupNorm: "norm",
     torch.nn.modules.batchnorm._BatchNorm | nnx.BatchNorm: "batch norm",
     _WINDOWS | nnx.Conv: "convolution",
     torch.nn.modules.conv._ConvTransposeNd | nnx.ConvTranspose: "transposed convolution",
 }
 _TORCH_ROLES = {"running_mean": "mean", "running_var": "var"}
+_ROLES = "weight", "bias", "mean", "var", "gain"
 _FLAX_ROLES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
-_WINDOW_LAYOUTS = {"convolution": Layout.CONV, "transposed convolution": Layout.CONV_TRANSPOSE}
+# torch.nn.utils.weight_norm, and the same as a parametrization.
+_NORMED = {"weight_g": "gain", "weight_v": "weight"}
+_PARAMETRIZED = {"original0": "gain", "original1": "weight"}
 
 
-def torch_leaf(module: torch.nn.Module, name: str) -> Leaf | None:
-    """Describe a leaf of a module; None for a count or a mask, which is no weight."""
-    tensor = module.state_dict()[name]
-    shape = tuple(tensor.shape)
-    if not tensor.is_floating_point():
-        return None
-    part = ""
+def torch_leaf(model: torch.nn.Module, path: str) -> Leaf:
+    """Describe a leaf of a model."""
+    module, name = torch_owner(model, path)
+    tensor = getattr(module, name, None)
+    if not isinstance(tensor, torch.Tensor):
+        tensor = model.state_dict()[path]
+    is_parameter = isinstance(tensor, torch.nn.Parameter)
+    loose = Leaf("parameter" if is_parameter else "buffer", "", ("",) * tensor.ndim)
+    part, kind, role = "", _kind(module), _TORCH_ROLES.get(name, name)
+    if _is_conv1d(module):
+        kind = "linear"
     if isinstance(module, torch.nn.MultiheadAttention) and name.startswith("in_proj"):
         kind, role = "linear", name.removeprefix("in_proj_")
-    elif isinstance(module, torch.nn.RNNBase) and name.startswith(("weight", "bias")):
+    elif isinstance(module, torch.nn.RNNBase | torch.nn.RNNCellBase):
         kind, (role, _, part) = "linear", name.partition("_")
+    elif kind and name in _NORMED:
+        role = _NORMED[name]
+    elif isinstance(module, parametrize.ParametrizationList) and name in _PARAMETRIZED:
+        above = path.split(".")[:-3]
+        kind, role = _kind(model.get_submodule(".".join(above))), _PARAMETRIZED[name]
+    if not kind or role not in _ROLES:
+        return loose
+    if role != "weight":
+        return Leaf(kind, role, ("",) * tensor.ndim, part)
+    outer = ("i", "o") if "transposed" in kind or _is_conv1d(module) else ("o", "i")
+    return Leaf(kind, role, _axes(kind, outer, tensor.ndim), part)
+
+
+def flax_leaf(model: nnx.Module, path: str) -> Leaf:
+    """Describe a leaf of a model."""
+    found = find_leaf(model, path)
+    module, name, num_axes = found.owner, found.name, np.ndim(found.array)
+    last = name.rpartition(".")[2] if isinstance(module, nnx.bridge.ToNNX) else name
+    kind, role = _kind(module) or _linen_kind(module, name), _FLAX_ROLES.get(last, last)
+    if isinstance(module, nnx.WeightNorm):  # its scales are trained although they are plain arrays
+        kind, role = _kind(module.layer_instance) or "linear", "gain"
+    if not kind or role not in _ROLES:
+        is_parameter = isinstance(found.variable, nnx.Param)
+        return Leaf("parameter" if is_parameter else "buffer", "", ("",) * num_axes)
+    if role != "weight":
+        return Leaf(kind, role, ("",) * num_axes)
+    if isinstance(module, nnx.LinearGeneral):
+        shared = ("",) * len(module.batch_axis)
+        outer = ("i",) * len(module.in_features), ("o",) * len(module.out_features)
+        axes = (*shared, *outer[0], *outer[1])
     else:
-        kind = "linear" if _is_conv1d(module) else _kind(module)
-        role = _TORCH_ROLES.get(name, name)
-    if not kind or role not in ("weight", "bias", "mean", "var"):
-        loose = "parameter" if name in dict(module.named_parameters(recurse=False)) else "buffer"
-        return Leaf(loose, "weight", Layout.SAME, shape)
-    layout = Layout.SAME
-    if role == "weight" and kind == "linear" and not _is_conv1d(module):
-        layout = Layout.TRANSPOSED
-    elif role == "weight":
-        layout = _WINDOW_LAYOUTS.get(kind, Layout.SAME)
-    return Leaf(kind, role, layout, joined_shape(shape, layout, "torch"), part)
+        turned = isinstance(module, nnx.ConvTranspose) and module.transpose_kernel
+        windows = num_axes - 2 if "convolution" in kind else 0
+        if isinstance(module, nnx.Conv | nnx.ConvTranspose):
+            windows = len(module.kernel_size)
+        pair = _axes(kind, ("o", "i") if turned else ("i", "o"), 2 + windows)
+        axes = pair if len(pair) < 3 else (*pair[2:], *pair[:2])
+    # One more axis of a module that `nnx.vmap` made.
+    return Leaf(kind, role, (*("",) * (num_axes - len(axes)), *axes)[-num_axes:])
 
 
-def flax_leaf(module: nnx.Module, name: str) -> Leaf:
-    """Describe a leaf of a module."""
-    found = find_leaf(module, name)
-    shape = found.array.shape
-    role = name.rpartition(".")[2] if isinstance(module, nnx.bridge.ToNNX) else name
-    kind, role = _kind(module) or _linen_kind(module, name), _FLAX_ROLES.get(role, role)
-    if not kind or role not in ("weight", "bias", "mean", "var"):
-        # The scales of a weight norm are trained although they are plain arrays.
-        is_parameter = isinstance(found.variable, nnx.Param) or isinstance(module, nnx.WeightNorm)
-        loose = "parameter" if is_parameter else "buffer"
-        return Leaf(loose, "weight", Layout.SAME, shape)
-    layout = Layout.SAME
-    if isinstance(module, nnx.LinearGeneral) and len(shape) == 3 and role == "weight":
-        layout = Layout.HEADS_OUT if len(module.out_features) == 2 else Layout.HEADS_IN
-    elif isinstance(module, nnx.LinearGeneral) and len(shape) == 2 and role == "bias":
-        layout = Layout.FLAT
-    elif isinstance(module, nnx.ConvTranspose) and role == "weight":
-        turned = module.transpose_kernel
-        layout = Layout.CONV_TRANSPOSE_KERNEL if turned else Layout.CONV_TRANSPOSE
-    joined = joined_shape(shape, layout, "flax")
-    if layout is Layout.CONV_TRANSPOSE_KERNEL:
-        joined = (*joined[:-2], joined[-1], joined[-2])
-    return Leaf(kind, role, layout, joined)
+def _axes(kind: str, outer: tuple[str, str], num_axes: int) -> tuple[str, ...]:
+    """Return the axes of a weight of a kind in torch's order."""
+    if kind in ("norm", "batch norm"):
+        return ("",) * num_axes
+    pair = ("i", "o") if kind == "embedding" else outer
+    return (*pair, *(f"w{number}" for number in range(num_axes - 2)))
+
+
+def are_one_kind(torch_module: torch.nn.Module, flax_module: nnx.Module) -> bool:
+    """Whether two modules are layers of one kind, which take the same inputs."""
+    linear = torch.nn.MultiheadAttention | torch.nn.RNNBase
+    is_linear = isinstance(torch_module, linear) or _is_conv1d(torch_module)
+    return ("linear" if is_linear else _kind(torch_module)) == _kind(flax_module)
 
 
 def torch_action(module: torch.nn.Module, leaf: str) -> Act | None:
@@ -109,8 +136,14 @@ def torch_action(module: torch.nn.Module, leaf: str) -> Act | None:
     leaf cannot be run alone.
     """
     parameter: torch.Tensor = getattr(module, leaf)
+    if leaf in _NORMED or not leaf.startswith(("weight", "bias", "in_proj")):
+        return None  # the weight is made of several
     if isinstance(module, torch.nn.Linear) and type(module).forward is not torch.nn.Linear.forward:
         return _on_arrays(lambda x: x @ parameter.T, parameter)  # a subclass may add anything
+    if isinstance(module, torch.nn.Embedding) and (
+        type(module).forward is not torch.nn.Embedding.forward
+    ):
+        return None  # a subclass may take other ids
     if isinstance(module, torch.nn.Linear | torch.nn.Embedding) or _is_conv1d(module):
         return _on_arrays(module, parameter)
     if isinstance(module, torch.nn.MultiheadAttention) or (
@@ -124,6 +157,9 @@ def torch_action(module: torch.nn.Module, leaf: str) -> Act | None:
 
 def flax_action(module: nnx.Module, leaf: str) -> Act | None:
     """Return the same for a flax leaf, to be run in the caller's `jax_scope`."""
+    is_stack = leaf != "bias" and "" in flax_leaf(module, leaf).axes[:1]
+    if (leaf not in _FLAX_ROLES and leaf != "bias") or is_stack:
+        return None  # a stack of several, or what only a subclass has
     if isinstance(module, nnx.Linear) and type(module).__call__ is not nnx.Linear.__call__:
         return lambda x: np.asarray(x @ module.kernel[...])
     if isinstance(module, nnx.Linear | nnx.Embed):

@@ -21,6 +21,8 @@ def randomized(leaves: Leaves, seed: int) -> Leaves:
         is_vector = leaf.ndim < 2
         deviation = 0.2 if is_vector else (leaf.size / max(leaf.shape)) ** -0.5
         new = (leaf if is_vector else 0.0) + rng.normal(0.0, deviation, leaf.shape)
+        if leaf.dtype.kind == "c":
+            new = new + 1j * rng.normal(0.0, deviation, leaf.shape)
         is_variance = name.endswith((".var", "running_var"))
         drawn[name] = (np.abs(new) if is_variance else new).astype(leaf.dtype)
     return drawn

@@ -28,8 +28,10 @@ def transplant(
         kept = {name: present[name] for name in weight_map.ignored}
         load_torch(target, weight_map.to_torch(flax_leaves(source)) | kept)
     elif isinstance(source, torch.nn.Module) and isinstance(target, nnx.Module):
-        weight_map = resolve(rules, torch_leaves(source), flax_leaves(target))
-        load_flax(target, weight_map.to_flax(torch_leaves(source)))
+        present = flax_leaves(target)
+        weight_map = resolve(rules, torch_leaves(source), present)
+        kept = {name: present[name] for name in weight_map.flax_ignored}
+        load_flax(target, weight_map.to_flax(torch_leaves(source)) | kept)
     else:
         kinds = " into ".join(type(module).__name__ for module in (source, target))
         raise ValueError(

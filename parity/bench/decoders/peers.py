@@ -70,7 +70,7 @@ class Peers:
         return self._workers[library]
 
     def make(self, name: str, task: DecodeTask) -> RemoteDecoder:
-        """Make a peer.
+        """Return a new peer.
 
         Raises:
             Unavailable: if it cannot decode the task.
@@ -164,7 +164,7 @@ class Transformers:
         self._generate(1)
 
     def timed_steps(self, num_steps: int) -> TimedTokens:
-        """Truncate the cache to all but the last prompt token and call `generate`.
+        """Return what `generate` writes from a cache of all but the last prompt token.
 
         Timing starts when the first new token arrives.
         """

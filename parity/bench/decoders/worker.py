@@ -61,7 +61,7 @@ class Worker:
         self.ask(_clear)
 
     def ask(self, function: Callable, *arguments: object):
-        """Call a function there, with the decoders and the arguments, and return its result.
+        """Return the result of a function called there, with the decoders and the arguments.
 
         Raises:
             Unavailable: if the function raises it.

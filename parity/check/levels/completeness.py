@@ -11,8 +11,9 @@ def every_leaf_once(session: Session[Runner, Runner], dtype: str = "float32") ->
     try:
         weight_map = session.weight_map
         problems, count = 0, sum(len(link.flax) for link in weight_map.links)
-        ignored = ", ".join(weight_map.ignored)
-        note = f"ignored by the rules: {ignored}" if ignored else None
+        ignored = ", ".join((*weight_map.ignored, *(f"flax {x}" for x in weight_map.flax_ignored)))
+        notes = [f"ignored by the rules: {ignored}"] if ignored else []
+        note = "; ".join((*notes, *session.pair.rules.notes)) or None
     except TransplantError as error:
         problems = count = len(error.problems)
         note = "; ".join(error.problems)

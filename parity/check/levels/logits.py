@@ -28,6 +28,8 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
     for number, call in enumerate(calls):
         yield from call.in_float32()
         session.progress(0.5 + (number + 1) / len(calls) / 2)
+    for call in calls if session.pair.half else ():
+        yield from call.in_half(session.pair.half)
 
 
 def locate(session: "PairSession", records: list[Record]) -> Divergence | None:

@@ -94,6 +94,9 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
     if session.pair.flax.trainer is None or session.pair.torch.trainer is None:
         yield abstain("optimizer", "the pair declares no trainer")
         return
+    if reason := session.weight_map.trained_apart:
+        yield abstain("optimizer", reason)
+        return
     if session.not_finite:
         names = ", ".join(session.not_finite)
         yield abstain("optimizer", f"the gradient is not finite in either model, at {names}")
@@ -102,7 +105,7 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
 
     @functools.cache
     def noise(number: int) -> dict[str, float]:
-        convert = session.weight_map.flax_leaves if number else dict.items
+        convert = session.weight_map.flax_leaves if number else session.weight_map.own
         ours, theirs = (
             _steps_of(session.trainer(run, HORIZON), session.pair, convert, _limit(session))
             for run in session.moved_runs[number]
@@ -160,7 +163,7 @@ def _compared(
 def _steps(session: Session[Runner, Runner], dtype: str) -> tuple[list[_Step], list[_Step]]:
     """Take the steps of both sides, one after the other."""
     (flax, torch), limit = session.runs(dtype), _limit(session)
-    ours = _steps_of(session.trainer(flax, HORIZON), session.pair, dict.items, limit)
+    ours = _steps_of(session.trainer(flax, HORIZON), session.pair, session.weight_map.own, limit)
     leaves = session.weight_map.flax_leaves
     theirs = _steps_of(session.trainer(torch, HORIZON), session.pair, leaves, limit)
     sides = list(zip(ours, theirs, strict=True))
@@ -242,7 +245,7 @@ def _cause(session: "PairSession") -> str | None:
     """Describe how the two optimizers differ, each inferred from its own steps alone."""
     pair, (flax, torch) = session.pair, session.runs("float64")
     names = flax.name, torch.name
-    converted = (flax, dict), (torch, session.weight_map.to_flax)
+    converted = (flax, session.weight_map.mapped), (torch, session.weight_map.to_flax)
     flax_steps, torch_steps = (_steps_seen(run, pair, convert) for run, convert in converted)
     if all(step.first and step.second for step in (*flax_steps, *torch_steps)):
         readings = (

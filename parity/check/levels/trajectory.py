@@ -28,6 +28,9 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
     if session.pair.flax.trainer is None or session.pair.torch.trainer is None:
         yield abstain("trajectory", "the pair declares no trainer")
         return
+    if reason := session.weight_map.trained_apart:
+        yield abstain("trajectory", reason)
+        return
     if session.not_finite:
         names = ", ".join(session.not_finite)
         yield abstain("trajectory", f"the gradient is not finite in either model, at {names}")
@@ -38,7 +41,7 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
     @functools.cache
     def moved(number: int) -> dict[str, float]:
         sides = [train(run) for run in session.moved_runs[number]]
-        convert = session.weight_map.to_flax if number else dict
+        convert = session.weight_map.to_flax if number else session.weight_map.mapped
         (ours, start), (theirs, final) = sides
         gaps = _final_parameters(session, convert(start), convert(final), dict)
         return {"loss": max_abs(ours, theirs)} | {made.name: made.gap for made in gaps}
@@ -67,9 +70,8 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
         if exact is None:
             exact = flax if session.pair.torch.name in session.impurities else torch
             theirs = session.weight_map.to_flax(torch_final)
-            for made in _final_parameters(
-                session, flax_final, theirs, lambda found=rounding: found()[1]
-            ):
+            ours = session.weight_map.mapped(flax_final)
+            for made in _final_parameters(session, ours, theirs, lambda found=rounding: found()[1]):
                 yield session.decided(made, lambda number, name=made.name: moved(number)[name])
 
 

@@ -14,7 +14,7 @@ from parity.frameworks.torch.leaves import load_torch, torch_leaves
 from parity.report import Divergence
 from parity.report.record import Record, Verdict, first_failed, judge
 from parity.weights import known_layers as layers
-from parity.weights.layouts import Link, join
+from parity.weights.layouts import Layout, Link, join
 
 
 def records(session: PairSession) -> Iterator[Record]:
@@ -35,8 +35,9 @@ def _round_trips(session: PairSession) -> Iterator[Record]:
     start = session.flax_leaves
     load_torch(torch_model, session.torch_leaves)
     there = torch_leaves(torch_model)
+    kept = {name: start[name] for name in session.weight_map.flax_ignored}
     with jax_scope("float32", session.devices.flax):
-        load_flax(flax_model, session.weight_map.to_flax(there))
+        load_flax(flax_model, session.weight_map.to_flax(there) | kept)
     back = flax_leaves(flax_model)
     bits = sum(different_bits(start[name], back[name]) for name in start)
     size = sum(leaf.size for leaf in start.values())
@@ -58,7 +59,12 @@ def _orientations(session: PairSession) -> Iterator[Record]:
         torch_acts = [act for owner in ours if (act := layers.torch_action(*owner)) is not None]
         flax_acts = [act for owner in theirs if (act := layers.flax_action(*owner)) is not None]
         names = ", ".join(link.torch)
-        if len(torch_acts) < len(ours) or len(flax_acts) < len(theirs):
+        if (
+            len(torch_acts) < len(ours)
+            or len(flax_acts) < len(theirs)
+            or link.layout not in set(Layout)
+            or not layers.are_one_kind(ours[0][0], theirs[0][0])
+        ):
             if _fits_transposed(session.flax_leaves[link.flax[0]].shape):
                 unknown.append(names)
             continue

@@ -142,7 +142,7 @@ def attention_rows(model: ShowsAttention) -> Finding:
 
 
 def attention_scale(model: ShowsAttention) -> Finding:
-    """Measure the scores of queries and keys with elements of size one: of size one themselves.
+    """Return whether queries and keys with elements of size one have scores of size one.
 
     The logarithms of a query's weights spread as its scores do. With matrices drawn for unit
     outputs that is 1 for a scale of 1 / sqrt(head dim).

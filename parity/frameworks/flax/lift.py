@@ -195,7 +195,9 @@ def _lift_explicit(original: Function) -> Function:
         found = original(dtype, fun_name)
         if fun_name in _BITWISE:
             return found
-        if found in WIDE and fun_name != "dtype":
+        if fun_name == "dtype":  # of a value, or a promotion of some
+            return WIDE.get(found, found)
+        if found in WIDE:
             _log.value.add(f"{found} {'cast' if fun_name in _CASTS else fun_name}")
         return _like_32_bits(found)
 

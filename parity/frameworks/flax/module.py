@@ -13,15 +13,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen, nnx
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from parity.frameworks import default_call
 from parity.frameworks.batch import Argument, Batch, Outputs
 from parity.frameworks.flax.calls import Arguments, arguments, returning_leaves
 from parity.frameworks.flax.leaves import StaticCasts, cast_flax, flax_leaves, state_leaves
-from parity.frameworks.flax.runner import FlaxRunner, FlaxSpec, is_trained
+from parity.frameworks.flax.runner import FlaxRunner, FlaxSpec, conjugated, is_trained
 from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import Arrays, Leaves, dotted
-from parity.frameworks.protocols import Moments, NotCompared
+from parity.frameworks.protocols import Moments, NotCompared, Unusable
 from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
 
 NAME, MODULE = "flax", nnx.Module
@@ -106,8 +107,9 @@ class FlaxTrainer:
                 submodule.dropout_rate = 0.0
         self._graphdef, self._parameters, self._rest = nnx.split(module, moves, ...)
         self._step, self._state = program(self._graphdef), optimizer.init(self._parameters)
-        floats = [x.dtype for x in jax.tree.leaves(nnx.state(module)) if _is_float(x)]
-        self._dtype = str(floats[0]) if floats else "float32"
+        types = (x.dtype for x in jax.tree.leaves(nnx.state(module)) if isinstance(x, jax.Array))
+        floats = (str(jnp.finfo(x).dtype) for x in types if jnp.issubdtype(x, jnp.inexact))
+        self._dtype = next(floats, "float32")
 
     def step(self, *inputs: Argument, **keywords: Argument) -> float:
         """Take one optimizer step and return the loss before it."""
@@ -171,7 +173,7 @@ def compile_step(
             return value, nnx.split(model, moves, ...)[2]
 
         (value, rest), gradients = jax.value_and_grad(scored, has_aux=True)(parameters)
-        updates, state = optimizer.update(gradients, state, parameters)
+        updates, state = optimizer.update(conjugated(gradients), state, parameters)
         return value, optax.apply_updates(parameters, updates), rest, state
 
     return program
@@ -199,7 +201,13 @@ def adamw() -> optax.GradientTransformation:
     def update(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, optax.OptState]:
+        def square(g: jax.Array) -> jax.Array:
+            # Of real and imaginary parts apart, as torch has it.
+            return jax.lax.complex(g.real**2, g.imag**2) if jnp.iscomplexobj(g) else g * g
+
         def direction(m: jax.Array, v: jax.Array) -> jax.Array:
+            if jnp.iscomplexobj(m):
+                return jax.lax.complex(direction(m.real, v.real), direction(m.imag, v.imag))
             # -expm1(n log b) is 1 - b**n without the cancellation.
             steps = count.astype(m.dtype)
             m_hat = m / -jnp.expm1(steps * math.log(beta1))
@@ -208,7 +216,7 @@ def adamw() -> optax.GradientTransformation:
 
         count = state.count + 1
         mu = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, updates)
-        nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.nu, updates)
+        nu = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * square(g), state.nu, updates)
         return jax.tree.map(direction, mu, nu), optax.ScaleByAdamState(count, mu, nu)
 
     return optax.chain(
@@ -223,23 +231,56 @@ def seeded(seed: int, build: Callable[[], Built]) -> Built:
     return build()
 
 
+def prepared(module: nnx.Module, use: FlaxUse, batch: Batch) -> nnx.Module:
+    """Return a module that can be checked: its linen parts, which are lazy, have variables."""
+    if not any(map(_is_empty_bridge, dict(nnx.iter_modules(module)).values())):
+        return module
+    module = nnx.clone(module)
+    call = arguments(batch.inputs, batch.keywords, "float32")
+    for _, part in nnx.iter_modules(module):
+        if _is_empty_bridge(part):
+            part._pytree__state._initializing = True
+    spec(module, use).forward(module, *call.inputs, **call.keywords)
+    for _, part in nnx.iter_modules(module):
+        part._pytree__state._initializing = False
+    return module
+
+
+def _is_empty_bridge(module: nnx.Module) -> bool:
+    names = (name for name in vars(module) if not name.startswith(("_pytree__", "to_nnx__")))
+    return isinstance(module, nnx.bridge.ToNNX) and not any(names)
+
+
 def tried(spec: FlaxSpec, batch: Batch) -> tuple[Outputs, set[str]]:
-    """Return an output of the shapes and types of a model's, and the paths of its own arrays."""
+    """Return an output of the shapes and types of a model's, and the paths of its own arrays.
+
+    Raises:
+        Unusable: for a model whose outputs are random.
+    """
     with jax_scope("float32", jax.devices("cpu")[0]):
         model = spec.build("float32")
         model.eval()
         call = arguments(batch.inputs, batch.keywords, "float32")
-        graphdef, state = nnx.split(model)
+        graphdef, streams, state = nnx.split(model, nnx.RngState, ...)
 
-        def forward(state: nnx.State, call: Arguments) -> object:
+        def forward(streams: nnx.State, state: nnx.State, call: Arguments) -> object:
             return spec.forward(
-                nnx.merge(graphdef, state, copy=True), *call.inputs, **call.keywords
+                nnx.merge(graphdef, streams, state, copy=True), *call.inputs, **call.keywords
             )
 
         try:
-            returned = jax.eval_shape(returning_leaves(forward), state, call)
+            jaxpr, returned = jax.make_jaxpr(returning_leaves(forward), return_shape=True)(
+                streams, state, call
+            )
         except jax.errors.JAXTypeError:  # it looks at numbers
-            returned = returning_leaves(forward)(state, call)
+            returned = returning_leaves(forward)(streams, state, call)
+        else:
+            _, used = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+            if any(used[: len(jax.tree.leaves(streams))]):
+                raise Unusable(
+                    "its outputs depend on its random streams. What is compared must be a "
+                    "function. Turn dropout and the like off in evaluation"
+                )
         return returned.outputs(), set(returned.derived)
 
 
@@ -270,7 +311,7 @@ def initial_leaves(spec: FlaxSpec, dtype: str) -> Leaves:
 
 def trained(module: nnx.Module) -> set[str]:
     """Return the names of the leaves that training moves by their gradient."""
-    return {dotted(path) for path, _ in nnx.to_flat_state(nnx.state(module, is_trained))}
+    return set(state_leaves(nnx.state(module, is_trained)))
 
 
 def code_leaves(module: nnx.Module) -> tuple[str, ...]:
@@ -291,10 +332,6 @@ def learning_rate(module: nnx.Module, optimizer: optax.GradientTransformation | 
             "judged in learning rates. Give learning_rate."
         )
     return default_call.LEARNING_RATE
-
-
-def _is_float(leaf: object) -> bool:
-    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _is_named(state: object) -> bool:

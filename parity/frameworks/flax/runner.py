@@ -17,22 +17,30 @@ from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
 from parity.frameworks.flax.lift import Log, line_of_error
 from parity.frameworks.flax.purity import flax_purity
 from parity.frameworks.flax.scope import jax_scope
+from parity.frameworks.flax.uses import flax_uses
 from parity.frameworks.leaves import Arrays, CastLater, Leaves
 from parity.frameworks.protocols import Decoder, NotCompared, Trainer
 from parity.frameworks.purity import Purity
 from parity.frameworks.scoped import Scoped
 from parity.frameworks.spec import ModelSpec
+from parity.frameworks.uses import Uses
 from parity.system.import_target import raised
 from parity.system.memory import is_large
 
 FlaxSpec = ModelSpec[nnx.Module, jax.Array]
 Result = TypeVar("Result")
+Tree = TypeVar("Tree")
 
 
 def is_trained(path: tuple[object, ...], variable: object) -> bool:
     """Whether a variable of a module is a parameter of floats or complex numbers."""
-    leaves = jax.tree.leaves(variable)
-    return isinstance(variable, nnx.Param) and all(jnp.issubdtype(x, jnp.inexact) for x in leaves)
+    types = [getattr(x, "dtype", type(x)) for x in jax.tree.leaves(variable)]
+    return isinstance(variable, nnx.Param) and all(jnp.issubdtype(x, jnp.inexact) for x in types)
+
+
+def conjugated(gradients: Tree) -> Tree:
+    """Return gradients as torch defines them for complex numbers: jax has their conjugates."""
+    return jax.tree.map(lambda x: x.conj() if jnp.iscomplexobj(x) else x, gradients)
 
 
 class _Program(Protocol):
@@ -119,7 +127,7 @@ class FlaxRunner:
                 f"{raised(error)}"
             ) from error
         with self._scope():
-            return float(loss), state_leaves(gradients)
+            return float(loss), conjugated(state_leaves(gradients))
 
     def forward_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward pass that are not in float64."""
@@ -127,7 +135,10 @@ class FlaxRunner:
 
     def gradient_purity(self, batch: Batch) -> Purity:
         """Count the operations of the forward and backward pass that are not in float64."""
-        return self._purity(self._loss_and_gradients, batch)
+        try:
+            return self._purity(self._loss_and_gradients, batch)
+        except NotCompared:  # there is no loss
+            return self.forward_purity(batch)
 
     def traces(self, batch: Batch, on_trace: OnTrace) -> None:
         """Pass inputs and output of every module in a forward pass to `on_trace`."""
@@ -135,6 +146,12 @@ class FlaxRunner:
         with self._scope(), jax.default_matmul_precision("highest"):
             call, forward, module = self._arguments(batch), self._spec.forward, self.module
             capture_flax(module, lambda: forward(module, *call.inputs, **call.keywords), on_trace)
+
+    def uses(self, batch: Batch) -> Uses:
+        """Return how a forward pass uses each leaf."""
+        with self._scope():
+            call, forward = self._arguments(batch), returning_leaves(self._spec.forward)
+            return flax_uses(self.module, lambda x: forward(x, *call.inputs, **call.keywords))
 
     def backward(self, batch: Batch) -> list[Backward]:
         """Return the gradients of the loss at every module's calls, last call first."""

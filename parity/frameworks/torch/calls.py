@@ -5,14 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from parity.frameworks.batch import Argument, Outputs, output_leaves, plain_array
-from parity.frameworks.capture import map_leaves
+from parity.frameworks.batch import Outputs, output_leaves, plain_array
+from parity.frameworks.capture import ValueT, map_leaves
 from parity.frameworks.leaves import cast_array
 from parity.frameworks.protocols import NotCompared
 from parity.frameworks.torch.leaves import from_numpy, to_numpy
 
 
-def tensors(arguments: Argument, dtype: str, device: torch.device) -> Argument:
+def tensors(arguments: ValueT, dtype: str, device: torch.device) -> ValueT:
     """Return arguments with their arrays as tensors on a device, floats in the given dtype.
 
     Integers of 32 bits become int64, the only type torch takes as an index everywhere.

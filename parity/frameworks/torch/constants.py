@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 import numpy as np
 import torch
 
+from parity.frameworks.purity import AGAIN
 from parity.frameworks.torch.lift import is_narrow, is_rounded, lifted
 
 # Buffers that are weights: what a batch norm has learned of its inputs.
@@ -36,7 +37,7 @@ def constants(module: torch.nn.Module, build: Build | None = None) -> Tensors:
         build: builds the whole module again. Without it, classes are called with those attributes
             that have the names of their arguments.
     """
-    found, tried = tensors_of(module), {}
+    found, tried = _copied(module), {}
     rounded = [name for name, x in found.items() if is_rounded(x)]
     for name in rounded:
         for prefix, again in _builders(module, name, build):
@@ -50,17 +51,30 @@ def constants(module: torch.nn.Module, build: Build | None = None) -> Tensors:
     return found
 
 
-def put_constants(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Let a module hold its constants as `constants` gives them."""
+def put_constants(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Let a module hold its constants as `constants` gives them.
+
+    Returns:
+        Words on those that are in float64 now, such as "float32 constant rope.angles, rounded by
+        3e-08, computed again", each with a 1.
+    """
+    found = {}
     for name, tensor in tensors.items():
         path, _, attribute = name.rpartition(".")
         owner = module.get_submodule(path)
+        held = getattr(owner, attribute)
         if attribute in owner._buffers or not is_narrow(tensor):  # else it holds it as it was
-            setattr(owner, attribute, tensor.clone().to(getattr(owner, attribute).device))
+            setattr(owner, attribute, tensor.clone().to(held.device))
+        finite = torch.isfinite(tensor)
+        if not is_narrow(tensor) and finite.any():
+            change = (tensor - held.to(tensor))[finite].abs().max() / tensor[finite].abs().max()
+            if change > 0:
+                found[f"float32 constant {name}, rounded by {change:.0e}, {AGAIN}"] = 1
+    return found
 
 
 def tensors_of(module: torch.nn.Module) -> Tensors:
-    """Return the floats among the buffers and attributes of a module, on the host."""
+    """Return the floats among the buffers and attributes of a module, the weights left out."""
     found = {}
     for path, owner in module.named_modules():
         if isinstance(owner, torch.jit.ScriptModule):
@@ -68,8 +82,12 @@ def tensors_of(module: torch.nn.Module) -> Tensors:
         for name, x in {**vars(owner), **owner._buffers}.items():
             is_float = isinstance(x, torch.Tensor) and (x.is_floating_point() or x.is_complex())
             if is_float and name not in STATISTICS and not isinstance(x, torch.nn.Parameter):
-                found[f"{path}.{name}".lstrip(".")] = x.detach().cpu()
+                found[f"{path}.{name}".lstrip(".")] = x
     return found
+
+
+def _copied(module: torch.nn.Module) -> Tensors:
+    return {name: x.detach().cpu() for name, x in tensors_of(module).items()}
 
 
 def _is_before(exact: torch.Tensor, plain: torch.Tensor, held: torch.Tensor) -> bool:
@@ -149,7 +167,7 @@ def _twice(build: Build) -> tuple[Tensors, Tensors]:
     for scope in (contextlib.nullcontext, lifted):
         try:
             with _kept_random_state(), torch.no_grad(), scope():
-                made.append(tensors_of(build()))
+                made.append(_copied(build()))
         except Exception:  # of the user's code, which may need what it no longer has
             return {}, {}
     return made[0], made[1]

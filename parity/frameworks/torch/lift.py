@@ -69,6 +69,10 @@ class Held:
         self._names.update({tensor: name for name, tensor in (names or {}).items()})
         self._move = move
 
+    def knows(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor has a copy."""
+        return tensor in self._wide
+
     def wide(self, tensor: torch.Tensor, log: "Log") -> torch.Tensor:
         """Return a tensor in float64: itself, or always the same copy of a narrow one."""
         if tensor.dtype not in _WIDE:
@@ -79,8 +83,8 @@ class Held:
                 if not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
                     array = _array(tensor)
                     step = half_units(array)
-                    wide = unrounded(array) + (step if self._move else 0.0)
-                    copy = torch.from_numpy(np.asarray(wide)).to(copy)
+                    change = unrounded(array) - array + (step if self._move else 0.0)
+                    copy += torch.from_numpy(np.asarray(np.nan_to_num(change))).to(copy)
                     rounded = bool(step.any())
             self._wide[tensor] = copy, rounded
         copy, rounded = self._wide[tensor]
@@ -128,6 +132,8 @@ def lifted(held: Held | None = None) -> Iterator[Log]:
     with contextlib.ExitStack() as modes:
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and importing it is slow
             modes.enter_context(torch.compiler.set_stance("force_eager"))
+        # Optimized programs of scripts keep constants that were folded in float64.
+        modes.enter_context(torch.jit.optimized_execution(False))
         modes.enter_context(_Below(lift))
         modes.enter_context(_Above(lift))
         yield lift.log
@@ -160,7 +166,10 @@ class _Below(TorchDispatchMode):
         self._lift = lift
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return self._lift.run(func, args, kwargs or {})
+        with (
+            torch._C.DisableTorchFunction()
+        ):  # of a tensor's type, the other mode says the wide one
+            return self._lift.run(func, args, kwargs or {})
 
 
 class _Lift:
@@ -189,6 +198,9 @@ class _Lift:
         self.log.num_operations += 1
         if func is torch.ops.aten.view.dtype:
             return self._bits(func, *args)
+        schema = getattr(func, "_schema", None)
+        if schema is not None and schema.is_mutable and self._is_new((args, kwargs)):
+            return func(*args, **kwargs)  # torch itself fills what is not yet given to anyone
 
         def change(value: object) -> object:
             if isinstance(value, torch.dtype) and value in _WIDE:
@@ -203,11 +215,16 @@ class _Lift:
             found = func(*args, **kwargs)
         except Exception as error:
             return self._refused(func, args, kwargs, error)
-        if not hasattr(func, "_schema"):  # of higher order
+        if schema is None:  # of higher order
             self.log.impure[_described(torch.float64, f"{_name(func)}, not seen inside")] += 1
         elif _is_narrow(found):
             found = self._by_default(func, args, kwargs)
         return self._widened(func, found) if _is_narrow(found) else found
+
+    def _is_new(self, arguments: object) -> bool:
+        """Whether tensors are narrow, and none of them has a wide copy."""
+        tensors = _tensors(arguments)
+        return not any(map(_is_wide, tensors)) and not any(map(self._held.knows, tensors))
 
     def _tensor(self, value: object) -> object:
         return self._held.wide(value, self.log) if isinstance(value, torch.Tensor) else value

@@ -3,20 +3,33 @@
 A `parity.frameworks.handle.Handle`.
 """
 
+import copy
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeVar
 
+import numpy as np
 import torch
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from parity.frameworks import default_call
-from parity.frameworks.batch import Argument, Batch, Outputs, output_leaves
+from parity.frameworks.batch import (
+    Argument,
+    Batch,
+    Outputs,
+    all_nan,
+    output_leaves,
+    unequal,
+)
+from parity.frameworks.capture import Trace
 from parity.frameworks.leaves import Arrays, Leaves
-from parity.frameworks.protocols import Moments, NotCompared
+from parity.frameworks.protocols import Moments, NotCompared, Unusable
 from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
 from parity.frameworks.torch.calls import float_leaves, outputs_of, tensors
+from parity.frameworks.torch.capture import capture_torch
 from parity.frameworks.torch.constants import STATISTICS, constants
 from parity.frameworks.torch.leaves import cast_torch, numpy_view, torch_leaves
 from parity.frameworks.torch.runner import TorchRunner, TorchSpec
@@ -28,8 +41,8 @@ _MEANS = "exp_avg", "grad_avg"
 _SQUARES = "exp_avg_sq", "exp_inf", "square_avg", "sum"
 
 # Functions that drop numbers; some have twins in place.
-_DROPOUTS = "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"
-_DROPOUTS += "feature_alpha_dropout", "native_dropout"
+_DROPOUTS = {"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_dropout"}
+_DROPOUTS |= {"feature_alpha_dropout", "native_dropout"}
 
 Built = TypeVar("Built")
 Loss = Callable[..., torch.Tensor]
@@ -100,7 +113,7 @@ class TorchTrainer:
         self._optimizer = optimizer(list(module.parameters()))
         _require_plain_steps(self._optimizer)
         first = next(module.parameters())
-        self._dtype, self._device = str(first.dtype).removeprefix("torch."), first.device
+        self._dtype, self._device = str(first.dtype.to_real()).removeprefix("torch."), first.device
 
     def step(self, *inputs: Argument, **keywords: Argument) -> float:
         """Take one optimizer step and return the loss before it."""
@@ -182,14 +195,89 @@ def seeded(seed: int, build: Callable[[], Built]) -> Built:
         return build()
 
 
+def prepared(module: torch.nn.Module, use: TorchUse, batch: Batch) -> torch.nn.Module:
+    """Return a module that can be checked: uncompiled, and with its lazy layers built.
+
+    Raises:
+        Unusable: for one that cannot, for it holds no numbers or quantized ones.
+    """
+    module = _uncompiled(module)
+    if any(map(is_lazy, (*module.parameters(), *module.buffers()))):
+        module = copy.deepcopy(module)
+        inputs, keywords = _arguments(batch)
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            spec(module, use).forward(module, *inputs, **keywords)
+    for name, part in module.named_modules():
+        if isinstance(part, torch.jit.ScriptModule):
+            raise Unusable(
+                f"{name or 'it'} is scripted. Once cast to float64, a script still has gradients "
+                "in float32. Give the module before it is scripted or traced"
+            )
+        if type(part).__module__.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")):
+            raise Unusable(
+                f"{name or 'it'} is quantized. Floats are compared. Give the model before it is "
+                "quantized"
+            )
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if tensor.is_meta:
+            raise Unusable(
+                f"{name} is on the device meta, which holds no numbers. A check moves weights. "
+                "Build the model on a device that has them"
+            )
+    return module
+
+
+def _uncompiled(module: torch.nn.Module) -> torch.nn.Module:
+    """Return a module without the wrappers of torch.compile, which prefix the names of leaves."""
+    if "torch._dynamo" not in sys.modules:
+        return module
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    while isinstance(module, OptimizedModule):
+        module = module._orig_mod
+    if any(isinstance(part, OptimizedModule) for part in module.modules()):
+        module = copy.deepcopy(module)
+        for parent in list(module.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, OptimizedModule):
+                    setattr(parent, name, child._orig_mod)
+    return module
+
+
 def tried(spec: TorchSpec, batch: Batch) -> tuple[Outputs, set[str]]:
-    """Return the output of a model as it is built, and the paths of the tensors in it."""
+    """Return the output of a model as it is built, and the paths of the tensors in it.
+
+    Raises:
+        Unusable: for a model whose outputs are random, or NaN throughout.
+    """
     model = spec.build("float32").eval()
-    inputs, keywords = tensors((batch.inputs, dict(batch.keywords)), "float32", torch.device("cpu"))
+
+    def run() -> dict[str, object]:
+        inputs, keywords = _arguments(batch)
+        return dict(output_leaves(spec.forward(model, *inputs, **keywords)))
+
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        leaves = dict(output_leaves(spec.forward(model, *inputs, **keywords)))
-        tensors_in = {path for path, leaf in leaves.items() if isinstance(leaf, torch.Tensor)}
-        return outputs_of(leaves), tensors_in
+        leaves, again = run(), outputs_of(run())
+        found = outputs_of(leaves)
+        if unequal(found, again) is not None:
+            raise Unusable(
+                "two calls with equal inputs gave different outputs, so it is random or remembers "
+                "a call. What is compared must be a function. Turn that off in evaluation"
+            )
+        if all_nan(found):
+            traces: list[Trace] = []
+            capture_torch(model, run, traces.append)
+            where = next((x.path for x in traces if np.any(np.isnan(x.output))), "")
+            raise Unusable(
+                f"all outputs are NaN, first that of {where or 'the model itself'}. Nothing can be "
+                "compared with NaN. Mend the model or the inputs"
+            )
+    return found, {path for path, leaf in leaves.items() if isinstance(leaf, torch.Tensor)}
+
+
+def _arguments(batch: Batch) -> tuple[tuple, dict[str, object]]:
+    both: tuple[tuple, dict[str, object]] = batch.inputs, dict(batch.keywords)
+    return tensors(both, "float32", torch.device("cpu"))
 
 
 def _stream(name: str) -> object:

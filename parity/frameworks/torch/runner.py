@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable, Collection, Iterator
 from typing import Self, TypeVar, cast
 
@@ -20,6 +21,8 @@ from parity.frameworks.torch.constants import put_constants, tensors_of
 from parity.frameworks.torch.leaves import load_torch, to_numpy, torch_leaves
 from parity.frameworks.torch.lift import Held, lifted
 from parity.frameworks.torch.purity import torch_purity
+from parity.frameworks.torch.uses import torch_uses
+from parity.frameworks.uses import Uses
 
 TorchSpec = ModelSpec[torch.nn.Module, torch.Tensor]
 Result = TypeVar("Result")
@@ -57,6 +60,7 @@ class TorchRunner:
         self._moves = False
         self._loaded: torch.nn.Module | None = None
         self._held: Held | None = None
+        self._again: dict[str, int] = {}  # constants that are in float64 now
 
     def at(self, leaves: Arrays) -> Self:
         """Return the same model with other weights."""
@@ -123,6 +127,11 @@ class TorchRunner:
         with self.scope():
             capture_torch(self.module, lambda: self._called(self._spec.forward, batch), on_trace)
 
+    def uses(self, batch: Batch) -> Uses:
+        """Return how a forward pass uses each leaf."""
+        with self.scope():
+            return torch_uses(self.module, lambda: self._called(self._spec.forward, batch))
+
     def backward(self, batch: Batch) -> list[Backward]:
         """Return the gradients of the loss at every module's calls, last call first."""
         with self.scope():
@@ -152,7 +161,7 @@ class TorchRunner:
 
     def arguments(self, batch: Batch) -> tuple[tuple, dict[str, object]]:
         """Return the inputs and keywords of a call, in the runner's dtype and on its device."""
-        both = batch.inputs, dict(batch.keywords)
+        both: tuple[tuple, dict[str, object]] = batch.inputs, dict(batch.keywords)
         return tensors(both, self._dtype, self._device)
 
     def _called(self, function: Callable[..., Result], batch: Batch) -> Result:
@@ -165,7 +174,8 @@ class TorchRunner:
         if self._lifts:
             kept = module.state_dict().keys() - set(self._code_leaves)
             constants = self._spec.constants()
-            put_constants(module, {name: x for name, x in constants.items() if name not in kept})
+            constants = {name: x for name, x in constants.items() if name not in kept}
+            self._again = put_constants(module, constants)
         return module.to(self._device).eval()
 
     @property
@@ -182,7 +192,8 @@ class TorchRunner:
             return torch_purity(function, *args)
         with lifted(self._constants) as log:
             function(*args)
-        return log.purity
+        found = log.purity
+        return dataclasses.replace(found, lifted=found.lifted | self._again)
 
     def _loss_and_gradients(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss and its gradient by every parameter that is not frozen."""

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import flax_gpt
 import parity.bench.decode
+import parity.bench.entry
 import parity.bench.machine
 import torch_gpt
 from parity import cli
@@ -73,7 +74,7 @@ def small_caches() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(parity.bench.decode, "CAPACITIES", (256, 512))
         monkeypatch.setattr(parity.bench.decode, "VALID", 9)
-        monkeypatch.setattr(parity.bench.decode, "PREFILLS", 1)
+        monkeypatch.setattr(parity.bench.entry, "PREFILLS", 1)
         monkeypatch.setattr(parity.bench.machine, "BANDWIDTH_BYTES", 1 << 16)
         monkeypatch.setattr(parity.bench.machine, "hand_back_freed_memory", lambda: None)
         yield
@@ -267,13 +268,13 @@ class Slipping:
         return found
 
 
-in_place = parity.bench.decode.torch_in_place
+in_place = parity.bench.entry.torch_in_place
 
 
 @pytest.mark.parametrize("rounds", [0, 2], ids=["before", "while timing"])
 def test_a_decoder_that_writes_another_token_is_not_timed(monkeypatch, rounds):
     slipping = functools.partial(Slipping, rounds=rounds)
-    monkeypatch.setattr(parity.bench.decode, "torch_in_place", slipping)
+    monkeypatch.setattr(parity.bench.entry, "torch_in_place", slipping)
     message = r"bench: token 0 of row 0 in float32, batch 1, context 13: .* torch in place \d+, "
     with pytest.raises(ValueError, match=message):
         bench(names=(*TWINS, "torch in place"))

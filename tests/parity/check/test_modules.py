@@ -121,10 +121,10 @@ def test_what_cannot_be_checked_is_refused_in_a_line(change, complaint):
     assert "\n" not in str(caught.value)
 
 
-def test_inputs_that_do_not_fit_a_module_are_an_error_of_its_level():
+def test_inputs_that_do_not_fit_a_module_are_refused_with_the_line_to_write():
     port, flax, _ = modules("mlp")
-    report = check_pair(port, flax, np.ones((2, 6)), **FORWARD)
-    assert report.exit_code == 2 and report.levels[1].verdict is Verdict.ERROR
+    with pytest.raises(ValueError, match=r"\(x float64\[2, 6\]\) raised .* def call\(module"):
+        check_pair(port, flax, np.ones((2, 6)), **FORWARD)
 
 
 class Scanned(nnx.Module):

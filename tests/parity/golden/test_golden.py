@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
@@ -331,8 +333,8 @@ DAMAGES = {
     "cannot be read": lambda path: path.write_bytes(path.read_bytes()[:-100]),
     "cannot be read (": lambda path: path.write_bytes(b"PK\x03\x04" + b"x" * 100),
     "written by something else": lambda path: save_file({"x": np.zeros(2)}, path),
-    "schema 2, and this program reads 1": lambda path: edited(
-        path, lambda _, about: about.update(schema=2)
+    "schema 1, and this program reads 2": lambda path: edited(
+        path, lambda _, about: about.update(schema=1)
     ),
     "damaged metadata ('batches')": lambda path: edited(
         path, lambda _, about: about.pop("batches")
@@ -379,7 +381,7 @@ def test_rules_that_are_missing_or_not_wanted_are_errors(net):
         (dict(weights="mine"), "there are random and own"),
         (
             dict(use=ModuleUse(lambda model, x: model(x) / 0)),
-            "probe/0/output, loss, losses not finite",
+            "probe/0/output not finite",
         ),
     ],
 )
@@ -416,3 +418,44 @@ def test_options_that_clash_end_in_a_line(arguments, message, tmp_path, monkeypa
     errors = capsys.readouterr().err
     assert end.value.code == 2 and message in errors and len(errors.splitlines()) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+class Several(torch.nn.Module):
+    """A leaf that is frozen, arguments by name, and an output of several kinds."""
+
+    def __init__(self, scale: float = 1.0):
+        super().__init__()
+        self.a, self.b, self.scale = torch.nn.Linear(3, 4), torch.nn.Linear(4, 2), scale
+        self.a.requires_grad_(False)
+
+    def forward(self, x, mask=None, mode="plain"):
+        hidden = torch.tanh(self.a(x)) * (1 if mode == "plain" else 2)
+        found = self.b(hidden if mask is None else hidden * mask[:, None])
+        spectrum = torch.fft.fft(found) * self.scale
+        return {"y": found, "more": (spectrum, found.argmax(-1)), "hidden": hidden}
+
+
+class SeveralPort(nnx.Module):
+    def __init__(self, scale: float = 1.0):
+        rngs = nnx.Rngs(0)
+        self.a, self.b = nnx.Linear(3, 4, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)
+        self.scale = scale
+
+    def __call__(self, x, mask=None, mode="plain"):
+        hidden = jnp.tanh(self.a(x)) * (1 if mode == "plain" else 2)
+        found = self.b(hidden if mask is None else hidden * mask[:, None])
+        return found, (jnp.fft.fft(found) * self.scale, found.argmax(-1)), hidden
+
+
+def test_keywords_several_outputs_and_frozen_leaves_are_recorded(tmp_path):
+    x = np.random.default_rng(0).normal(size=(5, 3))
+    inputs = {"x": x, "mask": np.array([True, False, True, True, True]), "mode": "other"}
+    path = tmp_path / "several.safetensors"
+    golden.record(Several(), inputs).write(path)
+    rules = Rules((Rule("*.weight", "*.kernel", Layout.TRANSPOSED), Rule("*.bias", "*.bias")))
+    report = golden.check(path, SeveralPort(), rules=rules)
+    assert report.verdict == "PASS", report
+    names = {record.name for record in report.levels[1].records}
+    assert {"inputs, output y", "inputs, output more.0", "inputs, output more.1"} <= names
+    wrong = golden.check(path, SeveralPort(1.001), rules=rules)
+    assert wrong.levels[1].unpassed[0].where == "more.0" and wrong.exit_code == 1

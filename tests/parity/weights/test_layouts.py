@@ -1,5 +1,7 @@
 """Layouts say what the layers do: an own product in one framework is that of the other."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 from flax import nnx
 
 from parity.weights.layouts import Layout, Link
-from parity.weights.rules import Rule, Rules
+from parity.weights.rules import Rule, Rules, as_line
 from parity.weights.transplant import transplant
 from parity.weights.weight_map import TransplantError, resolve
 
@@ -33,6 +35,79 @@ def test_there_and_back_keeps_every_number_in_its_place(layout, rng):
     assert np.array_equal(back, leaf) and moved.flags.c_contiguous and back.flags.c_contiguous
     assert not link.misfits({"torch": moved}, {"flax": leaf})
     assert link.misfits({"torch": moved[:-1]}, {"flax": leaf})
+
+
+# A layout, the shapes of its torch and flax leaves, and what stacks them.
+AXES = [
+    ("(n h) d -> d n h", [(24, 20)], [(20, 4, 6)], {}),
+    ("o i h w -> (h w i) o", [(5, 3, 2, 2)], [(12, 5)], {}),
+    ("o (c h=2 w) -> h=2 w c o", [(5, 12)], [(2, 2, 3, 5)], {}),
+    ("o (c h=2 w=2) -> (h=2 w=2 c) o", [(5, 12)], [(12, 5)], {}),
+    ("o i 1 -> i o", [(5, 3, 1)], [(3, 5)], {}),
+    ("t d -> 1 t d", [(5, 3)], [(1, 5, 3)], {}),
+    ("i o ~... -> ... i o", [(3, 5, 2, 4)], [(2, 4, 3, 5)], {}),
+    ("o i -> [layer] i o", [(5, 3)] * 4, [(4, 3, 5)], {"[layer]": 4}),
+    ("o i -> i [layer] o", [(5, 3)] * 4, [(3, 4, 5)], {"[layer]": 4}),
+    ("o i -> [layer] [expert] i o", [(5, 3)] * 6, [(2, 3, 3, 5)], {"[layer]": 2, "[expert]": 3}),
+    ("[expert] i o -> i o", [(4, 3, 5)], [(3, 5)] * 4, {"[expert]": 4}),
+    ("(n h) d -> {} d n h", [(24, 20)] * 2, [(2, 20, 4, 6)], {}),
+    ("{} o i -> i o", [(3, 5, 4)], [(4, 5)] * 3, {}),
+    ("o+ i -> i o", [(5, 3), (4, 3)], [(3, 9)], {}),
+    ("(n=4 o+) i -> i (n=4 o)", [(8, 3), (4, 3)], [(3, 12)], {}),
+    ("(n+ h) d -> d n h", [(24, 5)], [(5, 4, 3), (5, 2, 3), (5, 2, 3)], {}),
+    ("o i -> [layer] {} i o", [(5, 3)] * 8, [(4, 2, 3, 5)], {"[layer]": 4}),
+    ("o+ i -> [layer] i o", [(15, 3)] * 4, [(4, 3, 5), (4, 3, 4), (4, 3, 6)], {"[layer]": 4}),
+]
+
+
+def as_axes(layout, torch_shapes, flax_shapes, stacks, rng):
+    """Return a link and leaves of both sides, those of flax empty."""
+    torch = {f"t{i}": rng.normal(size=shape) for i, shape in enumerate(torch_shapes)}
+    flax = {f"f{i}": np.zeros(shape) for i, shape in enumerate(flax_shapes)}
+    return Link(tuple(torch), tuple(flax), layout, stacks=tuple(stacks.items())), torch, flax
+
+
+@pytest.mark.parametrize("layout, torch_shapes, flax_shapes, stacks", AXES, ids=lambda x: str(x))
+def test_axes_move_every_number_and_back(layout, torch_shapes, flax_shapes, stacks, rng):
+    link, leaves, blank = as_axes(layout, torch_shapes, flax_shapes, stacks, rng)
+    assert not link.misfits(leaves, blank)
+    moved = link.to_flax(leaves, {name: leaf.shape for name, leaf in blank.items()})
+    assert {x: y.shape for x, y in moved.items()} == {x: y.shape for x, y in blank.items()}
+    numbers = (np.concatenate([x.ravel() for x in y.values()]) for y in (leaves, moved))
+    assert np.array_equal(*(np.sort(x) for x in numbers))
+    back = link.to_torch(moved, {name: leaf.shape for name, leaf in leaves.items()})
+    assert all(np.array_equal(back[name], leaf) for name, leaf in leaves.items())
+    wrong = {name: np.zeros((7, *leaf.shape)) for name, leaf in blank.items()}
+    assert len(link.misfits(leaves, wrong)) == 1
+
+
+def test_axes_say_where_every_number_goes(rng):
+    def moved(layout, torch, flax_shape):
+        link = Link(("t",), ("f",), layout)
+        return link.to_flax({"t": torch}, {"f": flax_shape})["f"]
+
+    x = rng.normal(size=(24, 20))
+    assert np.array_equal(moved("(n h) d -> d n h", x, (20, 4, 6)),
+                          x.reshape(4, 6, 20).transpose(2, 0, 1))  # fmt: skip
+    x = rng.normal(size=(5, 3, 2, 2))
+    by_window = np.einsum("oihw->hwio", x).reshape(12, 5)
+    assert np.array_equal(moved("o i h w -> (h w i) o", x, (12, 5)), by_window)
+    assert np.array_equal(moved("a b ~c d -> d c b a", x, (2, 2, 3, 5)), x[:, :, ::-1].T)
+    link, leaves, _ = as_axes("o i -> i [layer] o", [(2, 3)] * 4, [(3, 4, 2)], {"[layer]": 4}, rng)
+    whole = link.to_flax(leaves, {"f0": (3, 4, 2)})["f0"]
+    assert np.array_equal(whole[:, 2], leaves["t2"].T)
+
+
+@pytest.mark.parametrize("layout, flax_shape, complaint", [
+    ("(n h) d -> d n h", (20, 4, 5), r"t0 is \[24, 20\], flax f0 makes \[20, 20\]"),
+    ("(n h) d -> d n h", (20, 4), r"as \(n h\) d -> d n h: \[24, 20\] and \[20, 4\]"),
+    ("(n h) d -> (h n) d", (24, 20), "the size of n is open, say n=4"),
+    ("(n=5 h) d -> d (n=5 h)", (20, 24), "24 is not n=5 times h"),
+])  # fmt: skip
+def test_sizes_that_clash_are_a_line_with_both_shapes(layout, flax_shape, complaint, rng):
+    link, leaves, blank = as_axes(layout, [(24, 20)], [flax_shape], {}, rng)
+    (problem,) = link.misfits(leaves, blank)
+    assert re.search(complaint, problem) and "\n" not in problem
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -84,17 +159,63 @@ def test_rules_are_what_their_file_says(tmp_path):
         (Rule("a.*.w", "b.*.{x,y}", Layout.TRANSPOSED, 4, True), Rule("c", "d")),
         (("head", "c"),),
         ("*.mask",),
+        (("decoder.table", "table"),),
+        ("generator.*",),
     )
     path = tmp_path / "rules.toml"
     path.write_text(rules.to_toml())
     assert Rules.load(path) == rules
 
 
+def test_a_line_of_the_map_is_a_rule():
+    text = 'rest = "auto"\nmap."a.[n].weight" = "b.kernel: o i -> [n] i o"\nmap."c" = "d"\n'
+    rules = Rules.parse(text)
+    stack, plain = Rule("a.[n].weight", "b.kernel", "o i -> [n] i o"), Rule("c", "d", "")
+    assert rules == Rules((stack, plain), rest="auto")
+    assert [as_line(rule) for rule in rules.rules] == text.splitlines()[1:]
+
+
+def test_stacks_are_resolved_with_stars_and_braces_and_stay_bitwise(rng):
+    rules = Rules((
+        Rule("*.layers.[n].{gate,up}.weight", "*.layers.gate_up", "o i -> [n] {} i o"),
+        Rule("expert", "experts.[e].kernel", "[e] i o -> i o"),
+        Rule("table", "table"),
+    ), flax_ties=(("copy", "table"),), flax_ignored=("head.*",))  # fmt: skip
+    torch = {
+        f"{stack}.layers.{n}.{name}.weight": rng.normal(size=(4, 3))
+        for stack in ("encoder", "decoder")
+        for n in (9, 10)
+        for name in ("gate", "up")
+    }
+    torch |= {"expert": rng.normal(size=(3, 2, 5)), "table": np.arange(3)}
+    flax = {f"{stack}.layers.gate_up": np.zeros((2, 2, 3, 4)) for stack in ("encoder", "decoder")}
+    flax |= {f"experts.{n}.kernel": np.zeros((2, 5)) for n in range(3)}
+    flax |= {name: np.zeros(3, np.int32) for name in ("table", "copy")} | {"head.x": np.ones(1)}
+    weight_map = resolve(rules, torch, flax)
+    moved = weight_map.to_flax(torch)
+    assert moved.keys() == flax.keys() - {"head.x"} and moved["copy"].dtype == np.int32
+    # Layer 10 comes after layer 9.
+    up = moved["decoder.layers.gate_up"][1, 1]
+    assert np.array_equal(up, torch["decoder.layers.10.up.weight"].T)
+    assert np.array_equal(moved["experts.2.kernel"], torch["expert"][2])
+    back = weight_map.to_torch(moved)
+    assert all(np.array_equal(back[x], y) and back[x].dtype == y.dtype for x, y in torch.items())
+    with pytest.raises(ValueError, match="table is int32 and is to hold"):
+        weight_map.to_flax(torch | {"table": np.full(3, 1 << 40)})
+    summed = weight_map.sum_of_ties({"table": np.ones(3), "copy": np.ones(3), "head.x": np.ones(1)})
+    assert summed.keys() == {"table", "copy"} and np.array_equal(summed["copy"], np.full(3, 2.0))
+
+
 @pytest.mark.parametrize("text, complaint", [
     ("[[rule]]\ntorch = 3", "a rule without torch"),
     ('[[rule]]\ntorch = "a.*"\nflax = "b"', "have 1 and 0 stars"),
-    ('[[rule]]\ntorch = "a"\nflax = "b"\nlayout = "odd"', "'odd' is not a valid Layout"),
+    ('[[rule]]\ntorch = "a"\nflax = "b"\nlayout = "odd"', "layout 'odd': no layout"),
     ('[[rule]]\ntorch = "a"\nflax = "b"\nshape = 3', "unexpected keyword argument 'shape'"),
+    ('[[rule]]\ntorch = "a.[n]"\nflax = "b"\nlayout = "o i -> i o"', "has no stacked axis"),
+    ('map."a" = "b: o i -> i"', "every axis has one name, which stands once on either side"),
+    ('map.a.b = "c"', "quote the name"),
+    ('rest = "guess"', "it is auto, or left out"),
+    ('ignored = "a"', "it is a list of names"),
     ("rule = ", "A rules file is TOML"),
     ('[[tie]]\nalias = "a"', "'original'"),
 ])  # fmt: skip

@@ -79,7 +79,7 @@ FAULTS = [
         "output without sigmoid",
         "jax.nn.sigmoid(self",
         "(self",
-        "VAE|decoder",
+        "VAE|decoder|decoder.3",
         "no activation|left out|3",
     ),
 ]

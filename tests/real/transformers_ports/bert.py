@@ -69,7 +69,13 @@ def make(rng):
 
 
 FAULTS = [
-    ("GELU of jax", ", approximate=False", "", "layers.0", "gelu"),
+    (
+        "GELU of jax",
+        ", approximate=False",
+        "",
+        "encoder.layer.0|encoder.layer.0.intermediate",
+        "gelu",
+    ),
     ("epsilon 1e-6", "epsilon=1e-12", "epsilon=1e-6", "embed_norm|embeddings.LayerNorm", "1e-06"),
     (
         "pooler without tanh",

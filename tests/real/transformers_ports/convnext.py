@@ -75,7 +75,7 @@ def make(rng):
 
 
 FAULTS = [
-    ("GELU of jax", ", approximate=False", "", "stages.0.blocks.0", "gelu"),
+    ("GELU of jax", ", approximate=False", "", "convnext.encoder.stages.0.layers.0", "gelu"),
     ("last epsilon 1e-5", "epsilon=1e-12", "epsilon=1e-5", "norm|convnext.layernorm", "1e-05"),
     (
         "sum over the picture",

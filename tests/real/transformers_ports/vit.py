@@ -68,7 +68,7 @@ def make(rng):
 
 
 FAULTS = [
-    ("GELU of jax", ", approximate=False", "", "blocks.0", "gelu"),
+    ("GELU of jax", ", approximate=False", "", "vit.layers.0|vit.layers.0.mlp", "gelu"),
     (
         "positions before the token",
         "        x = x + self.pos_embedding[...]\n",

@@ -10,16 +10,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
-from scipy.optimize import least_squares
+from scipy.optimize import OptimizeResult, least_squares
 
 from parity.check.bounds import GRADIENT_ROUNDING, WEIGHT_ROUNDING
 from parity.check.causes.fit import Number
 from parity.check.causes.optimizer.step import Step
 
-_SECONDS = 10.0  # to look for the form of one side
+_SECONDS = 20.0  # of the processor, to look for the form of one side
 _MOST = 256  # elements to fit
 # A form explains a side that leaves this many times its rounding; a wrong one leaves a thousand.
 _EXPLAINED = 30.0
+_ROUNDED = 1e-9  # error of a setting at least, of itself
+_FAR = 1e30  # in units of rounding: where a form has no number
 
 Settings = Mapping[str, float]
 # (settings, gradients (T, N), weights before each step (T, N)) to the direction that is subtracted
@@ -35,12 +37,14 @@ class Form:
         traits: how it differs from others of its family, each with what makes it like torch's.
         direction: what is subtracted, times the learning rate.
         starts: values of each setting to begin a fit with.
+        limits: of settings; beyond them a form is but a special case of another.
     """
 
     family: str
     traits: Mapping[str, str]
     direction: Direction
     starts: Mapping[str, tuple[float, ...]]
+    limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,9 @@ def explain_forms(
         if fits is None:
             return None
         found.append(fits)
-    if found[0].form is not found[1].form:
+    # Inside the root, epsilon cannot be told from a first sum, and it is the likelier reading.
+    inside = [_INSIDE in fit.form.traits for fit in found]
+    if found[0].form is not found[1].form and inside[0] == inside[1]:
         # The simplest form of one side may be a special case of the other's.
         for form in (found[0].form, found[1].form):
             both = [_fit(form, side) for side in sides]
@@ -121,9 +127,9 @@ def _observed(steps: Sequence[Step]) -> _Observed:
 
 def _fits(side: _Observed) -> Iterator[Fit]:
     """Yield the forms that explain a side, the simplest first."""
-    start = time.perf_counter()
+    start = time.process_time()
     for form in FORMS:
-        if time.perf_counter() - start > _SECONDS or not side.updates.size:
+        if time.process_time() - start > _SECONDS or not side.updates.size:
             return
         if fit := _fit(form, side):
             yield fit
@@ -132,38 +138,59 @@ def _fits(side: _Observed) -> Iterator[Fit]:
 def _fit(form: Form, side: _Observed) -> Fit | None:
     """Fit the settings of a form; None if it does not explain the side."""
     names = list(form.starts)
+    target = side.updates / side.noise
 
     def predicted(x: np.ndarray) -> tuple[np.ndarray, float]:
         settings = {name: _value(name, y) for name, y in zip(names, x, strict=True)}
         with np.errstate(all="ignore"):
             direction = form.direction(settings, side.gradients, side.weights) / side.noise
-            target = side.updates / side.noise
             rate = -float(np.sum(direction * target) / np.sum(direction * direction))
         return direction, rate
 
     def residuals(x: np.ndarray) -> np.ndarray:
         direction, rate = predicted(x)
-        left = side.updates / side.noise + rate * direction
-        # A logarithm leads the search, for the first guess may be off by many orders.
-        return np.nan_to_num(np.arcsinh(left), nan=1e3, posinf=1e3, neginf=-1e3).ravel()
+        left = target + rate * direction
+        return np.nan_to_num(left, nan=_FAR, posinf=_FAR, neginf=-_FAR).ravel()
 
-    for values in itertools.product(*form.starts.values()):
-        start = np.array([_unknown(name, y) for name, y in zip(names, values, strict=True)])
-        found = least_squares(residuals, start, jac="3-point", max_nfev=80) if names else None
-        x = found.x if found is not None else start
-        direction, rate = predicted(x)
-        left = float(np.sqrt(np.mean((side.updates / side.noise + rate * direction) ** 2)))
-        if not left <= _EXPLAINED:
-            continue
-        scale = max(left, 1.0)
-        settings = {"the learning rate": Number(rate, abs(rate) * 1e-9)}
-        errors = _errors(found.jac, scale) if found is not None else []
-        for name, y, error in zip(names, x, errors, strict=True):
-            value = _value(name, y)
-            slope = abs(_value(name, y + 1e-6) - value) / 1e-6
-            settings[name] = Number(value, slope * error + 1e-9 * abs(value))
-        return Fit(form, settings)
-    return None
+    # First what shapes the steps most, from every start, then all together from the best.
+    core = np.array([name in _CORE for name in names])
+    grid = [
+        np.array([_unknown(name, y) for name, y in zip(names, values, strict=True)])
+        for values in itertools.product(*form.starts.values())
+    ]
+    best = min((_search(residuals, x, core) for x in grid), key=lambda found: found.cost)
+    found = _search(residuals, best.x, np.ones_like(core))
+    left = float(np.sqrt(np.mean(found.fun**2)))
+    fitted = {name: _value(name, y) for name, y in zip(names, found.x, strict=True)}
+    if not left <= _EXPLAINED or any(fitted[x] > limit for x, limit in form.limits.items()):
+        return None
+    rate = predicted(found.x)[1]
+    settings = {"the learning rate": Number(rate, abs(rate) * _ROUNDED)}
+    errors = _errors(found.jac, max(left, 1.0))
+    for name, y, error in zip(names, found.x, errors, strict=True):
+        slope = abs(_value(name, y + 1e-6) - fitted[name]) / 1e-6
+        error = slope * error if np.isfinite(error) else np.inf
+        settings[name] = Number(fitted[name], error + abs(fitted[name]) * _ROUNDED)
+    return Fit(form, settings)
+
+
+def _search(
+    residuals: Callable[[np.ndarray], np.ndarray], start: np.ndarray, free: np.ndarray
+) -> OptimizeResult:
+    """Return the least squares from a start, to the last digit, over the unknowns that are free."""
+
+    def placed(x: np.ndarray) -> np.ndarray:
+        whole = start.copy()
+        whole[free] = x
+        return whole
+
+    if not np.any(free):
+        left = residuals(start)
+        return OptimizeResult(x=start, fun=left, cost=float(left @ left) / 2.0)
+    ends = dict.fromkeys(("ftol", "xtol", "gtol"), 4e-16)
+    found = least_squares(lambda x: residuals(placed(x)), start[free], max_nfev=40, **ends)
+    found.x = placed(found.x)
+    return found
 
 
 def _errors(jacobian: np.ndarray, scale: float) -> np.ndarray:
@@ -177,20 +204,22 @@ def _errors(jacobian: np.ndarray, scale: float) -> np.ndarray:
 
 
 def _unknown(name: str, value: float) -> float:
-    """Return a setting as it is searched for: small ones by their logarithm."""
+    """Return a setting as it is searched for, without limits."""
     if name == "epsilon":
         return float(np.log(value))
-    return float(np.log1p(-value)) if name in _SHARES else value
+    return float(np.log(value / (1.0 - value))) if name in _SHARES else value
 
 
 def _value(name: str, x: float) -> float:
     if name == "epsilon":
         return float(np.exp(min(x, 50.0)))
-    return float(-np.expm1(min(x, 50.0))) if name in _SHARES else float(x)
+    if name in _SHARES:
+        return float(0.5 + 0.5 * np.tanh(x / 2.0))
+    return abs(float(x)) if name.startswith("the first") else float(x)
 
 
-# Searched for by the logarithm of what they lack to 1.
 _SHARES = "alpha", "rho", "beta1", "beta2"
+_CORE = {*_SHARES, "epsilon", "momentum"}
 
 
 def _running(values: np.ndarray, keep: float, take: float, start: float = 0.0) -> np.ndarray:
@@ -231,9 +260,9 @@ def _rmsprop(inside: bool, centered: bool) -> Direction:
 def _adagrad(inside: bool) -> Direction:
     def direction(s: Settings, g: np.ndarray, p: np.ndarray) -> np.ndarray:
         d = g + s["weight decay"] * p
-        squares = _running(d * d, 1.0, 1.0, s["the first sum of squares"])
-        rates = 1.0 / (1.0 + np.arange(len(d)) * s["decay of the rate"])
-        return rates[:, None] * d / _divisor(squares, s["epsilon"], inside)
+        squares = _running(d * d, 1.0, 1.0, s.get("the first sum of squares", 0.0))
+        rates = 1.0 / (1.0 + np.arange(len(d)) * s.get("decay of the rate", 0.0))
+        return rates[:, None] * d / _divisor(squares, s.get("epsilon", 0.0), inside)
 
     return direction
 
@@ -343,33 +372,36 @@ def _forms() -> Iterator[Form]:
         yield Form("SGD", traits, _sgd(nesterov, late), sgd)
     rmsprop = {
         "alpha": (0.9, 0.99),
-        "epsilon": (1e-8, 1e-2),
-        "the first second moment": (0.0, 0.5),
+        "epsilon": (1e-8, 1e-3, 1e-1),
+        "the first second moment": (0.0, 1.0),
         "momentum": (0.0,),
         "weight decay": (0.0,),
     }
     for inside, centered in ((False, False), (True, False), (False, True), (True, True)):
         traits = {_INSIDE: _TORCH_INSIDE["RMSprop"]} if inside else {}
         traits |= _traits(centered=centered)
-        yield Form("RMSprop", traits, _rmsprop(inside, centered), rmsprop)
+        yield Form("RMSprop", traits, _rmsprop(inside, centered), rmsprop, {"epsilon": 10.0})
+    # Inside the root, epsilon acts as a first sum.
+    inside = {"epsilon": (1e-10, 1e-7), "weight decay": (0.0,)}
+    traits, limits = {_INSIDE: _TORCH_INSIDE["Adagrad"]}, {"epsilon": 1e-4}
+    yield Form("Adagrad", traits, _adagrad(True), inside, limits)
     adagrad = {
-        "epsilon": (1e-10, 1e-7),
         "the first sum of squares": (0.0, 0.1),
         "weight decay": (0.0,),
         "decay of the rate": (0.0,),
     }
     yield Form("Adagrad", {}, _adagrad(False), adagrad)
-    yield Form("Adagrad", {_INSIDE: _TORCH_INSIDE["Adagrad"]}, _adagrad(True), adagrad)
+    adagrad = {"epsilon": (1e-10, 1e-7)} | adagrad
+    yield Form("Adagrad", {}, _adagrad(False), adagrad, {"epsilon": 10.0})
     adadelta = {"rho": (0.9,), "epsilon": (1e-6,), "weight decay": (0.0,)}
     yield Form("Adadelta", {}, _adadelta, adadelta)
     yield Form("Adam", {}, _adam(), _ADAM)
     yield Form("Adamax", {}, _adamax, _ADAM)
-    words = "its momentum follows a schedule"
-    remedy = (
-        "momentum_decay of torch.optim.NAdam; optax.nadam has no schedule: write it or use Adam"
-    )
-    yield Form("NAdam", {words: remedy}, _nadam(True), _ADAM | {"momentum_decay": (4e-3,)})
     yield Form("NAdam", {}, _nadam(False), _ADAM)
+    words = "its momentum follows a schedule"
+    remedy = "momentum_decay of torch.optim.NAdam; optax.nadam has none: write it or use Adam"
+    scheduled = _ADAM | {"momentum_decay": (4e-3,)}
+    yield Form("NAdam", {words: remedy}, _nadam(True), scheduled, {"momentum_decay": 50.0})
     yield Form("RAdam", {}, _adam(rectified=True), _ADAM)
     for most, words in (
         ("raw", "the largest second moment is taken before its bias is corrected"),
