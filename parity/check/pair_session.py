@@ -83,9 +83,9 @@ class PairSession(Session[FlaxRunner, TorchRunner]):
             return self.pair.flax.build("float32")
 
     def _make_runs(self, dtype: str) -> tuple[FlaxRunner, TorchRunner]:
-        lift = not self.pair.pure
+        lifting = {"lift": not self.pair.pure, "code_leaves": self.weight_map.flax_ignored}
         return (
-            FlaxRunner(self.pair.flax, self.flax_leaves, dtype, self.devices.flax, lift),
+            FlaxRunner(self.pair.flax, self.flax_leaves, dtype, self.devices.flax, **lifting),
             self._torch_runner(self.torch_leaves, dtype),
         )
 

@@ -133,8 +133,8 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         """By model, what is not float64 in its float64 run, for a pair that may have such."""
         if self.pair.pure:
             return {}
-        forward, gradient = self.purity("forward"), self.purity("gradient")
-        found = {name: forward[name].impure or gradient[name].impure for name in forward}
+        forward, gradient = self._purities
+        found = {x: forward[x].impure or gradient.get(x, forward[x]).impure for x in forward}
         return {name: _listed(impure) for name, impure in found.items() if impure}
 
     @functools.cached_property
@@ -160,10 +160,11 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
             return record
         moved = sum(map(noise, range(len(self.moved_runs)))) if self._held else 0.0
         if record.bound is not None and moved > 0.0:
-            note = f"rounding moves it by {moved:.0e}: {', '.join(self._held)}"
             bound = max(record.bound, bounds.HELD_CONSTANTS * moved)
             verdict = Verdict.PASS if record.gap <= bound else Verdict.FAIL
-            note = f"{record.note}; {note}" if record.note else note
+            what = "no more than" if verdict is Verdict.PASS else "more than"
+            note = f"{what} rounding may have made of {', '.join(self._held)}"
+            note = f"{record.note}; {note}" if record.note and bound < record.gap else note
             record = dataclasses.replace(
                 record, bound=bound, noise=moved, verdict=verdict, note=note
             )
@@ -200,10 +201,18 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
     def _narrow(self) -> str:
         return "; ".join(f"in {name}: {words}" for name, words in self.impurities.items())
 
+    @functools.cached_property
+    def _purities(self) -> tuple[dict[str, Purity], dict[str, Purity]]:
+        """The purities of both parts; none of the gradient's where there is no gradient."""
+        try:
+            return self.purity("forward"), self.purity("gradient")
+        except Exception:  # the level of the gradients says which
+            return self.purity("forward"), {}
+
     @property
     def _held(self) -> list[str]:
         """Constants that a model holds in a narrow type."""
-        parts = (*self.purity("forward").values(), *self.purity("gradient").values())
+        parts = [found for part in self._purities for found in part.values()]
         words = dict.fromkeys(x for found in parts for x in found.lifted if " constant" in x)
         return [x for x in words if not x.endswith(AGAIN)]
 

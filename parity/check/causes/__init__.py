@@ -6,6 +6,8 @@ decode.py       a decode, likewise
 operations.py   alternatives to an operation
 weights.py      alternatives to the weights
 replay.py       a torch module run again, alone
+statistics.py   how batch norms keep their running statistics
+training.py     why a training diverges where the optimizers do the same
 optimizer/      an optimizer's constants, inferred from its steps
 fit.py          least squares with error bounds, for these
 """

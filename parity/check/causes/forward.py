@@ -49,12 +49,12 @@ class Suspect:
     Attributes:
         replay: of the call.
         target: the output that it should have.
-        confirms: whether the model as a whole comes closer with that change.
+        confirms: whether the model as a whole comes closer with the change of a number.
     """
 
     replay: Replay
     target: np.ndarray
-    confirms: Callable[[Changed], bool] = lambda changed: True
+    confirms: Callable[[int], bool] = lambda number: True
 
 
 def explain_output(session: PairSession, batch: Batch, found: Divergence) -> Divergence:
@@ -82,10 +82,10 @@ def describe_match(
         start, replay, target = time.perf_counter(), suspect.replay, suspect.target
         if (now := replay.output()) is not None and float64_gap(target, now) is None:
             continue  # there is nothing to explain
-        for changed in _attempts(replay, _others(replay, modules)):
+        for number, changed in enumerate(_attempts(replay, _others(replay, modules))):
             output = replay.output(changed)
             if output is not None and float64_gap(target, output) is None:
-                if suspect.confirms(changed):
+                if suspect.confirms(number):
                     left = size_of(target - aligned(output, target))
                     return f"torch matches to {left:.0e} with {changed.words}"
             if time.perf_counter() - start > _SECONDS:
@@ -143,9 +143,9 @@ def _suspects(session: PairSession, batch: Batch, path: str) -> Iterator[Suspect
         return
 
 
-def _closes(session: PairSession, whole: Replay, target: np.ndarray, changed: Changed) -> bool:
+def _closes(session: PairSession, whole: Replay, target: np.ndarray, number: int) -> bool:
     """Whether the model's output comes closer by orders with a change of its own code."""
-    before, after = whole.output(), whole.output(_again(session, whole, changed))
+    before, after = whole.output(), whole.output(_again(session, whole, number))
     if before is None or after is None:
         return False
     gaps = [max_abs(*together(target, x)) for x in (before, after)]
@@ -157,7 +157,7 @@ def _moves_on(
     batch: Batch,
     key: Key,
     agreeing: Mapping[str, torch.nn.Module],
-    changed: Changed,
+    number: int,
 ) -> bool:
     """Whether what reads a module agrees, or the model comes closer, with all its calls changed."""
     path, _ = key
@@ -170,7 +170,7 @@ def _moves_on(
 
     def instead(_: object, args: tuple, kwargs: dict[str, object], __: object) -> object:
         replay = Replay(alone, args, kwargs, inside)
-        return replay.run(_again(session, replay, changed))
+        return replay.run(_again(session, replay, number))
 
     readers = changed_inputs(session, batch, key)
     with divergent.register_forward_hook(instead, with_kwargs=True):
@@ -182,11 +182,10 @@ def _moves_on(
     return gaps[1] is None or (gaps[0] is not None and gaps[1] <= _CLOSER * gaps[0])
 
 
-def _again(session: PairSession, replay: Replay, changed: Changed) -> Changed | None:
-    """Return the same change of another call, whose arguments are others."""
+def _again(session: PairSession, replay: Replay, number: int) -> Changed | None:
+    """Return the change of a number for another call, whose arguments are others."""
     modules = dict(session.runs("float64")[1].module.named_modules())
-    found = _attempts(replay, _others(replay, modules))
-    return next((x for x in found if x.words == changed.words), None)
+    return next(itertools.islice(_attempts(replay, _others(replay, modules)), number, None), None)
 
 
 def _is_bare(module: torch.nn.Module) -> bool:

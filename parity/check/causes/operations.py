@@ -89,6 +89,45 @@ def _activations(done: Done) -> Found:
         yield words, lambda x, *a, f=function, **k: f(x)
 
 
+def _softplus(done: Done) -> Found:
+    """Yield other slopes, and the function without torch's threshold, beyond which it is linear."""
+    now = done.kwargs.get("beta", done.args[1] if len(done.args) > 1 else 1)
+    for beta in dict.fromkeys((now, 1, 10)):
+        words = "no threshold, as jax has none" if beta == now else f"beta={beta:g}"
+        yield f"{words} in softplus", lambda x, *a, b=beta, **k: torch.logaddexp(x * b, 0 * x) / b
+
+
+def _leaky(done: Done) -> Found:
+    for slope in (0.01, 0.2, 0.1, 0.3):
+        yield f"slope={slope:g}", lambda x, *a, s=slope, **k: functional.leaky_relu(x, s)
+    yield from _activations(done)
+
+
+def _pools(done: Done) -> Found:
+    """Yield an average that counts other places, and a window that may pass the end."""
+    if done.name.startswith("avg"):
+        yield "count_include_pad the other way", _toggled(done, 5, "count_include_pad", True)
+        yield "ceil_mode the other way", _toggled(done, 4, "ceil_mode", False)
+    else:
+        yield "ceil_mode the other way", _toggled(done, 5, "ceil_mode", False)
+
+
+def _toggled(done: Done, place: int, name: str, default: bool) -> Operation:
+    """Turn a flag of an operation over, which is given in its place or by name."""
+    if len(done.args) > place:
+        return on_argument(place, done.operation, lambda flag: not flag)
+    return _with(done.operation, **{name: not done.kwargs.get(name, default)})
+
+
+def _resized(done: Done) -> Found:
+    if done.kwargs.get("mode") in ("linear", "bilinear", "bicubic", "trilinear"):
+        now = bool(done.kwargs.get("align_corners"))
+        yield f"align_corners={not now}", _with(done.operation, align_corners=not now)
+        yield "antialias the other way", _toggled(done, 7, "antialias", False)
+    elif done.kwargs.get("mode") == "nearest":
+        yield "the centres of pixels", _with(done.operation, mode="nearest-exact")
+
+
 def _variances(done: Done) -> Found:
     correction = 0 if done.kwargs.get("unbiased", done.kwargs.get("correction", 1)) else 1
     kept = {k: v for k, v in done.kwargs.items() if k not in ("unbiased", "correction")}
@@ -395,7 +434,11 @@ _SCALED: dict[str, Callable[[Done, Collection[int]], Found]] = {
 _PLAIN: dict[str, Callable[[Done], Found]] = {
     name: rule
     for names, rule in (
-        ("gelu relu silu tanh sigmoid hardswish leaky_relu elu mish", _activations),
+        ("gelu relu silu tanh sigmoid hardswish elu mish", _activations),
+        ("softplus", _softplus),
+        ("leaky_relu", _leaky),
+        ("avg_pool1d avg_pool2d avg_pool3d max_pool1d max_pool2d max_pool3d", _pools),
+        ("interpolate", _resized),
         ("var std var_mean", _variances),
         ("linear", _linear),
         ("conv1d conv2d conv3d", _convolutions),

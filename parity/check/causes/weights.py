@@ -71,7 +71,7 @@ def _paired_otherwise(own: Weights) -> Iterator[tuple[str, Weights]]:
     """Reorder queries and keys for a rotation that pairs neighbours, not halves, or back."""
     owners = {name: name.rpartition(".")[0] for name in own}
     for a, b in itertools.combinations(sorted({*owners.values()} - {""}), 2):
-        group = {name: x for name, x in own.items() if owners[name] in (a, b) and x.ndim <= 2}
+        group = {name: x for name, x in own.items() if owners[name] in (a, b) and x.ndim in (1, 2)}
         rows = {x.shape[0] for x in group.values()}
         for width in range(4, min(rows, default=0) + 1, 2):
             if any(size % width for size in rows):
@@ -86,7 +86,7 @@ def _paired_otherwise(own: Weights) -> Iterator[tuple[str, Weights]]:
 def _reordered(own: Weights) -> Iterator[tuple[str, Weights]]:
     """Reorder parts that are fused along an axis, such as q, k, v or the gates of a cell."""
     for axis, count in itertools.product((0, -1), (3, 4)):
-        widths = {name: x.shape[axis] for name, x in own.items()}
+        widths = {name: x.shape[axis] for name, x in own.items() if x.ndim}
         fused = {x: own[x] for x, n in widths.items() if n % count == 0 and n >= 2 * count}
         groups = [[x for x in fused if widths[x] == n] for n in {widths[x] for x in fused}]
         # All that have such parts together, and each alone.

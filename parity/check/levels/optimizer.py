@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from parity.check import bounds
+from parity.check.causes import explain
 from parity.check.causes.optimizer import Reading, Step, difference, explain_forms, read, shares
 from parity.check.levels.names import HORIZON, OPTIMIZER_STEPS
 from parity.check.metrics import largest, max_abs, ratio, relative_l2
@@ -220,8 +221,24 @@ def locate(session: "PairSession", records: list[Record]) -> Divergence | None:
     bad = next((record for record in of_step if record.where == _LOSS), failed[0])
     where = bad.where or "the optimizer"
     detail = f"Seen in {bad.name}, {bad.dtype}; all steps before agree."
-    cause = _cause(session) if bad.dtype == "float64" else None
-    return Divergence(where, "optimizer", bad.step, bad.gap, cause, detail)
+    found = Divergence(where, "optimizer", bad.step, bad.gap, None, detail)
+    if bad.dtype != "float64":
+        return found
+    return explain(found, lambda found: _explained(session, found))
+
+
+def _explained(session: "PairSession", found: Divergence) -> Divergence:
+    """Return the divergence with its cause: of the optimizers, the statistics, mode or batch."""
+    from parity.check.causes.statistics import explain_statistics  # as in logits
+    from parity.check.causes.training import explain_mode, explain_step
+
+    cause = _cause(session)
+    if cause is None and found.step == 1:
+        is_statistic = found.where in session.flax_leaves.keys() - session.null.trained
+        cause = explain_statistics(session, found.where) if is_statistic else explain_mode(session)
+    if cause is None:
+        return explain_step(session, found.step) or found
+    return dataclasses.replace(found, cause=cause)
 
 
 def _cause(session: "PairSession") -> str | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from parity.check import bounds
+from parity.check.causes import explain
 from parity.check.metrics import largest, max_abs
 from parity.check.noise import training_noise
 from parity.check.session import Session
@@ -123,6 +124,8 @@ def _final_parameters(
 
 def locate(session: "PairSession", records: list[Record]) -> Divergence | None:
     """Return the first step past the bound, and whether rounding alone could have led there."""
+    from parity.check.causes.training import explain_step  # as in logits
+
     bad = first_failed(records)
     where, words, cause = bad.where or "the loss curve", "", None
     if not bad.where:
@@ -135,7 +138,10 @@ def locate(session: "PairSession", records: list[Record]) -> Divergence | None:
             runs[1].name,
         )
     detail = f"In {bad.dtype}, of {session.steps} steps. {words}".rstrip()
-    return Divergence(where, "optimizer", bad.step, bad.gap, cause, detail)
+    found = Divergence(where, "optimizer", bad.step, bad.gap, cause, detail)
+    if cause or bad.where or bad.dtype != "float64":
+        return found
+    return explain(found, lambda found: explain_step(session, found.step) or found)
 
 
 def _idle(session: "PairSession", dtype: str, last: int) -> str | None:

@@ -16,6 +16,8 @@ from parity.report.record import Record, Verdict, first_failed, judge
 from parity.weights import known_layers as layers
 from parity.weights.layouts import Layout, Link, join
 
+_DIFFERENT = "different numbers"
+
 
 def records(session: PairSession) -> Iterator[Record]:
     """Check that the map is complete, round trips are bitwise, and matrices act as their twins."""
@@ -24,9 +26,26 @@ def records(session: PairSession) -> Iterator[Record]:
     if first.verdict is not Verdict.PASS:
         return
     session.progress(0.2)
+    yield from _integers(session)
     yield from _round_trips(session)
     session.progress(0.5)
     yield from _orientations(session)
+
+
+def _integers(session: PairSession) -> Iterator[Record]:
+    """Compare the integers that both models were built with: tables, which no weights replace."""
+    if session.pair.leaves is not None:
+        return
+    ours = torch_leaves(session.pair.torch.build("float32"))
+    for link in session.weight_map.links:
+        flax = {name: session.flax_leaves[name] for name in link.flax}
+        if all(leaf.dtype.kind in "iub" for leaf in flax.values()):
+            made = link.to_torch(flax, session.weight_map.torch_shapes)
+            different = sum(int(np.sum(ours[name] != leaf)) for name, leaf in made.items())
+            size, name = sum(leaf.size for leaf in made.values()), ", ".join(link.torch)
+            title = f"integers of {name} are those of {', '.join(link.flax)}"
+            made_record = judge(title, "float32", _DIFFERENT, different, 0, size)
+            yield made_record.at(link.torch[0])
 
 
 def _round_trips(session: PairSession) -> Iterator[Record]:
@@ -113,6 +132,9 @@ def locate(session: PairSession, records: list[Record]) -> Divergence | None:
     if not bad.where:
         problem, _, more = (bad.note or "").partition("; ")
         return Divergence("the weight map", "weights", 0, bad.gap, problem or None, more)
+    if bad.metric == _DIFFERENT:
+        cause = f"{bad.gap:.0f} of {bad.count} integers of the two tables differ"
+        return Divergence(bad.where, "weights", 0, bad.gap, cause)
     return Divergence(bad.where, "weights", 0, bad.gap, _orientation(session, bad.where))
 
 

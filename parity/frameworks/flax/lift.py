@@ -36,12 +36,12 @@ from parity.frameworks.rounding import half_units, unrounded
 
 _F64, _C128 = np.dtype(np.float64), np.dtype(np.complex128)
 # Narrower types of floats, with the one that stands for each.
-WIDE = {
+_WIDE = {
     np.dtype(x): _C128 if jnp.issubdtype(x, jnp.complexfloating) else _F64
     for x in vars(jnp).values()
     if isinstance(x, type(jnp.float32)) and jnp.issubdtype(x, jnp.inexact)
 }
-del WIDE[_F64], WIDE[_C128]
+del _WIDE[_F64], _WIDE[_C128]
 # What jax without 64-bit types has in the place of integers of 64 bits.
 _SHORT = {np.dtype(f"{kind}64"): np.dtype(f"{kind}32") for kind in ("int", "uint")}
 # Numbers are drawn from as many bits as their type has.
@@ -77,11 +77,16 @@ class Log(Counter[str]):
         """Count an operation."""
         self[f"{what} at {user_line()}"] += 1
 
-    def wide(self, array: np.ndarray) -> np.ndarray:
-        """Return a narrow array in its wide type, and count it once at each line, if rounded."""
+    def wide(self, array: np.ndarray, name: str | None = None) -> np.ndarray:
+        """Return a narrow array in its wide type, and count it, if it was rounded.
+
+        Args:
+            array: of floats or complex numbers.
+            name: of the array; it is counted once at each line when None.
+        """
         step = half_units(array)
         if step.any():
-            words = f"{array.dtype} constant at {user_line()}"
+            words = f"{array.dtype} constant {name or f'at {user_line()}'}"
             if (words, hash(array.tobytes())) not in self._met:
                 self._met.add((words, hash(array.tobytes())))
                 self[words] += 1
@@ -126,10 +131,18 @@ def is_lifted() -> bool:
     return _log.value is not None
 
 
+def is_narrow(dtype: np.dtype) -> bool:
+    """Whether a type is one of floats or complex numbers, and narrower than float64."""
+    return dtype in _WIDE
+
+
 def _install() -> None:
     """Replace functions of jax by such as act in lifted threads alone."""
     for owner, name, lift in (
-        (dtypes, "dtype", _lift_dtype),
+        (dtypes, "dtype", _lift_found),
+        (dtypes, "to_inexact_dtype", _lift_found),
+        (dtypes, "to_floating_dtype", _lift_found),
+        (dtypes, "to_complex_dtype", _lift_found),
         (dtypes, "_canonicalize_dtype", _lift_canonical),
         (dtypes, "_maybe_canonicalize_explicit_dtype", _lift_explicit),
         (dtypes, "check_and_canonicalize_user_dtype", _lift_requested),
@@ -169,14 +182,14 @@ def _in_lifted_threads(original: Function, replacement: Function) -> Function:
 # Types that programs name
 
 
-def _lift_dtype(original: Function) -> Function:
-    """Widen the type that a value has."""
+def _lift_found(original: Function) -> Function:
+    """Widen the type that a value has, or that its type becomes."""
 
-    def dtype(x: object) -> object:
-        found = original(x)
-        return WIDE.get(found, found)
+    def found(x: object) -> object:
+        dtype = original(x)
+        return _WIDE.get(dtype, dtype)
 
-    return dtype
+    return found
 
 
 def _lift_canonical(original: Function) -> Function:
@@ -196,8 +209,8 @@ def _lift_explicit(original: Function) -> Function:
         if fun_name in _BITWISE:
             return found
         if fun_name == "dtype":  # of a value, or a promotion of some
-            return WIDE.get(found, found)
-        if found in WIDE:
+            return _WIDE.get(found, found)
+        if found in _WIDE:
             _log.value.add(f"{found} {'cast' if fun_name in _CASTS else fun_name}")
         return _like_32_bits(found)
 
@@ -221,7 +234,7 @@ def _lift_default(original: Function) -> Function:
 
 
 def _like_32_bits(dtype: object) -> object:
-    return WIDE.get(dtype) or _SHORT.get(dtype, dtype)
+    return _WIDE.get(dtype) or _SHORT.get(dtype, dtype)
 
 
 # Values and operations
@@ -236,7 +249,7 @@ def _lift_type(original: Function) -> Function:
         if type(x) is int and isinstance(short := _widened(x), literals.TypedInt):
             return short.aval
         found = original(x)
-        return found.update(dtype=WIDE[found.dtype]) if found.dtype in WIDE else found
+        return found.update(dtype=_WIDE[found.dtype]) if found.dtype in _WIDE else found
 
     return aval
 
@@ -254,7 +267,7 @@ def _lift_held(original: Function) -> Function:
     """Widen a NumPy array on its way into jax."""
 
     def held(value: object, *others: object, **named: object) -> object:
-        is_held = isinstance(value, np.ndarray | np.generic) and value.dtype in WIDE
+        is_held = isinstance(value, np.ndarray | np.generic) and value.dtype in _WIDE
         return original(_widened(value) if is_held else value, *others, **named)
 
     return held
@@ -291,7 +304,7 @@ def _lift_bind(original: Function) -> Function:
         for key, value in params.items():
             if isinstance(value, np.dtype | type) and (dtype := _narrow(value)):
                 _log.value.add(f"{dtype} {'cast' if name in _CASTS else name}")
-                params[key] = WIDE[dtype]
+                params[key] = _WIDE[dtype]
         if name == "reduce_precision" and params["mantissa_bits"] < 52:
             _log.value.add(name)
             params |= {"exponent_bits": 11, "mantissa_bits": 52}
@@ -308,7 +321,7 @@ def _narrow(named: np.dtype | type) -> np.dtype | None:
     found = getattr(named, "dtype", named) if isinstance(named, type) else named
     if isinstance(found, type):
         found = np.dtype(found) if issubclass(found, np.generic) else None
-    return found if found in WIDE else None
+    return found if found in _WIDE else None
 
 
 def _as_expected(bind: Function, args: tuple[object, ...], params: dict) -> list[object]:
@@ -317,7 +330,7 @@ def _as_expected(bind: Function, args: tuple[object, ...], params: dict) -> list
     if results is None:  # a bit cast to a type of as many bits
         narrow = params["new_dtype"].itemsize < 8
     else:
-        narrow = any(x.dtype in WIDE for x in results)
+        narrow = any(x.dtype in _WIDE for x in results)
     return [
         bind(lax.convert_element_type_p, x, new_dtype=dtype, weak_type=False, sharding=None)
         if narrow and (dtype := _DRAWN.get(core.typeof(x).dtype))
@@ -329,7 +342,7 @@ def _as_expected(bind: Function, args: tuple[object, ...], params: dict) -> list
 def _widened(x: object, bind: Function | None = None) -> object:
     """Return a value in float64 if it holds narrower floats, a short integer if it is long."""
     if isinstance(x, core.Tracer):
-        dtype = WIDE.get(x.aval.dtype) if type(x.aval) is core.ShapedArray else None
+        dtype = _WIDE.get(x.aval.dtype) if type(x.aval) is core.ShapedArray else None
         if dtype is None:
             return x
         weak = x.aval.weak_type
@@ -338,18 +351,18 @@ def _widened(x: object, bind: Function | None = None) -> object:
     if type(x) is int:
         short = np.iinfo(np.int32)
         return literals.TypedInt(x, np.dtype(np.int32)) if short.min <= x <= short.max else x
-    if isinstance(x, literals.TypedFloat | literals.TypedComplex) and x.dtype in WIDE:
-        return type(x)(x, WIDE[x.dtype])
+    if isinstance(x, literals.TypedFloat | literals.TypedComplex) and x.dtype in _WIDE:
+        return type(x)(x, _WIDE[x.dtype])
     if isinstance(x, ArrayImpl | literals.TypedNdArray):
-        dtype = WIDE.get(x.dtype)  # integers that jax made are as long as they have to be
+        dtype = _WIDE.get(x.dtype)  # integers that jax made are as long as they have to be
     elif isinstance(x, np.ndarray | np.generic):
-        dtype = WIDE.get(x.dtype) or _SHORT.get(x.dtype)
+        dtype = _WIDE.get(x.dtype) or _SHORT.get(x.dtype)
     else:
         return x
     if dtype is None:
         return x
     held = np.asarray(x)
-    wide = _log.value.wide(held) if x.dtype in WIDE else held.astype(dtype)
+    wide = _log.value.wide(held) if x.dtype in _WIDE else held.astype(dtype)
     aval = core.ShapedArray(x.shape, dtype, weak_type=dtypes.is_weakly_typed(x))
     return literals.TypedNdArray(wide, aval)
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Protocol, Self, TypeVar, cast
 
 import jax
@@ -14,7 +14,7 @@ from parity.frameworks.capture import Backward, OnTrace, Trace
 from parity.frameworks.flax.calls import Arguments, arguments, returning_leaves
 from parity.frameworks.flax.capture import backward_flax, capture_flax
 from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
-from parity.frameworks.flax.lift import Log, line_of_error
+from parity.frameworks.flax.lift import Log, is_narrow, line_of_error
 from parity.frameworks.flax.purity import flax_purity
 from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.flax.uses import flax_uses
@@ -56,15 +56,29 @@ class FlaxRunner:
 
     Its leaves may have any float type; `dtype` is the one to compute in. With `lift`, float64 runs
     are lifted; where the model raises on that account, they are not, and its purity says so.
+
+    Args:
+        spec: of the model.
+        leaves: its weights.
+        dtype: to compute in.
+        device: to compute on.
+        lift: run in float64 what the model asks for in a narrower type, where dtype is float64.
+        code_leaves: leaves that the model's code computed when it was built, in their own type.
     """
 
     def __init__(
-        self, spec: FlaxSpec, leaves: Arrays, dtype: str, device: jax.Device, lift: bool = False
+        self,
+        spec: FlaxSpec,
+        leaves: Arrays,
+        dtype: str,
+        device: jax.Device,
+        lift: bool = False,
+        code_leaves: Collection[str] = (),
     ):
         self.name = spec.name
         # As they were given: a copy in another type would be one more model in memory.
         self._spec, self._leaves = spec, leaves
-        self._dtype, self._device = dtype, device
+        self._dtype, self._device, self._code_leaves = dtype, device, code_leaves
         self._log = Log() if lift and dtype == "float64" else None
         self._raised_lifted: list[str] = []  # shared with copies at other weights
         self._loaded: tuple[nnx.Module, nnx.State] | None = None
@@ -84,7 +98,8 @@ class FlaxRunner:
 
     def moved(self) -> Self:
         """Return the same model with the constants that it holds in a narrow type moved."""
-        other = self.at(self._leaves)
+        given = self._spec, self._leaves, self._dtype, self._device
+        other = type(self)(*given, code_leaves=self._code_leaves)
         other._log = None if self._log is None else Log(moves=True)
         return other
 
@@ -183,7 +198,16 @@ class FlaxRunner:
         except jax.errors.JAXTypeError as error:
             return Purity(1, {f"operations that jax cannot list, {raised(error)}": 1})
         found.impure.update(dict.fromkeys(self._raised_lifted, 1))
+        if self._log is not None:
+            log = Log()
+            self._held(log)
+            found.lifted.update(log)
         return found
+
+    def _held(self, log: Log) -> Leaves:
+        """Return the floats that the model computed when it was built, widened."""
+        held = {name: self._leaves[name] for name in self._code_leaves}
+        return {name: log.wide(x, name) for name, x in held.items() if is_narrow(x.dtype)}
 
     def _attempt(self, run: Callable[[], Result]) -> Result:
         """Run in the scope; no more lifted from here on, if it raises only lifted."""
@@ -210,7 +234,8 @@ class FlaxRunner:
     def _load(self) -> nnx.Module:
         with self._scope():
             module = self._spec.build(self._dtype)
-            load_flax(module, CastLater(self._leaves, self._dtype))
+            held = self._held(self._log) if self._log is not None else {}
+            load_flax(module, CastLater({**self._leaves, **held}, self._dtype))
             module.eval()
             return module
 

@@ -83,8 +83,8 @@ class Held:
                 if not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
                     array = _array(tensor)
                     step = half_units(array)
-                    change = unrounded(array) - array + (step if self._move else 0.0)
-                    copy += torch.from_numpy(np.asarray(np.nan_to_num(change))).to(copy)
+                    wide = unrounded(array) + (step if self._move else 0.0)
+                    copy = torch.from_numpy(np.asarray(wide)).to(copy)
                     rounded = bool(step.any())
             self._wide[tensor] = copy, rounded
         copy, rounded = self._wide[tensor]

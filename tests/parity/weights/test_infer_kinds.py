@@ -8,6 +8,7 @@ import torch
 from flax import nnx
 from torch.nn import functional
 
+from parity import check_pair
 from parity.check.experiment import PairExperiment
 from parity.check.modules import pair_of
 from parity.frameworks.flax.leaves import flax_leaves
@@ -296,6 +297,15 @@ def test_ties_of_either_side_and_what_no_output_needs(rng):
     assert set(rules.flax_ignored) == {"generator.kernel", "generator.bias"}
     assert set(rules.ignored) == {"unused.weight", "unused.bias"}
     assert Rule("steps", "steps") in rules.rules
+
+
+def test_tables_of_integers_are_compared_as_numbers(rng):
+    inputs = rng.integers(0, 7, (2, 5)), rng.integers(0, 7, (2, 5))
+    settings = dict(levels=("weights", "logits"), dtypes=("float64",))
+    assert check_pair(Shared(), Apart(nnx.Rngs(0)), inputs, **settings).ok
+    report = check_pair(Shared(), Apart(nnx.Rngs(0), steps=(3, 2, 1)), inputs, **settings)
+    assert report.divergence.where == "steps"
+    assert report.divergence.cause == "2 of 3 integers of the two tables differ"
 
 
 def test_lines_of_a_file_stand_and_the_rest_is_inferred(rng, tmp_path):

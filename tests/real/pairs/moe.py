@@ -90,7 +90,7 @@ FAULTS = [
         "        top = top / jnp.sum(top, axis=-1, keepdims=True)\n",
         "",
         "mlp|moe",
-        None,
+        "x / y",
     ),
     ("gelu in the experts", "jax.nn.silu(gate)", "jax.nn.gelu(gate)", "mlp|moe", "gelu"),
     ("epsilon of Flax", "epsilon=1e-5, ", "", "norm", "1e-06"),

@@ -250,8 +250,8 @@ PAIRS = {
                 "weights not normalised",
                 "weights / weights.sum(-1, keepdims=True)",
                 "weights",
-                "model.layers.0.mlp",
-                None,
+                "model.layers.0.mlp|model.layers.0.mlp.gate",
+                "x / y|div",
             ),
             (
                 "experts' halves swapped",

@@ -375,6 +375,30 @@ def test_what_leaves_jax_stays_narrow_and_is_named():
     assert f"pure_callback at Calls.__call__ (test_lift.py:{line})" in impure
 
 
+class Table(nnx.Module):
+    """A model with a table that its code computes."""
+
+    def __init__(self):
+        self.linear = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+        self.table = jnp.sin(jnp.arange(4, dtype=F32))[None, None]
+
+    def __call__(self, x):
+        return self.linear(x) + self.table
+
+
+def test_a_table_that_code_computed_is_a_constant_that_can_be_moved():
+    module = Table()
+    given = spec(module), flax_leaves(module), "float64", CPU
+    run = FlaxRunner(*given, lift=True, code_leaves=("table",))
+    assert run.forward_purity(BATCH).lifted == {"float32 constant table": 1}
+    (found,), (moved,) = (x.outputs(BATCH).values() for x in (run, run.moved()))
+    assert 1e-9 < np.max(np.abs(found - moved)) < 1e-7
+    weights = FlaxRunner(*given, lift=True)  # of which the other model has the same
+    assert weights.forward_purity(BATCH).lifted == {}
+    (found,), (same,) = (x.outputs(BATCH).values() for x in (weights, weights.moved()))
+    assert np.array_equal(found, same)
+
+
 def test_a_model_that_raises_raises_its_own_error():
     class Broken(nnx.Module):
         def __init__(self):
