@@ -91,7 +91,8 @@ CHANCE = 100.0
 # Perturbed runs by which a value past its bound is judged, and how many units of the last place
 # their weights are moved by. A float32 run rounds at every operation, not only once by weight; and
 # where one unit of a million stands so near its kink that it flips in one run of twenty, runs that
-# are moved by one unit would seldom show it. Of their largest gap RATIO is allowed.
+# are moved by one unit would seldom show it. Of their largest gap RATIO is allowed, and CHANCE in
+# training, which begins one unit away.
 PERTURBED_RUNS, ROUNDINGS = 4, 16
 # Rounding of a loss, which is float32 in every narrow type; no ratio can be taken of less.
 LOSS_ROUNDING = 2.0**-23

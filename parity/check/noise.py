@@ -19,10 +19,12 @@ from parity.frameworks.protocols import Runner
 from parity.report.record import Record, Verdict
 
 
-def perturbed_runs(session: Session[Runner, Runner], dtype: str) -> Iterator[Runner]:
-    """Yield the torch model from weights a few roundings away; none for a recording."""
+def perturbed_runs(
+    session: Session[Runner, Runner], dtype: str, roundings: int
+) -> Iterator[Runner]:
+    """Yield the torch model from weights some roundings away; none for a recording."""
     for seed in range(bounds.PERTURBED_RUNS):
-        run = session.perturbed_run(dtype, seed, bounds.ROUNDINGS)
+        run = session.perturbed_run(dtype, seed, roundings)
         if run is not None:
             yield run
             run.release()
@@ -44,7 +46,7 @@ def gradient_noise(session: Session[Runner, Runner], dtype: str) -> dict[str, fl
     """Return by leaf how far rounding moves torch's gradient, relative L2, and its "loss"."""
     _, (loss, gradients) = session.gradients(dtype)
     noise = dict.fromkeys(["loss", *gradients], 0.0)
-    for run in perturbed_runs(session, dtype):
+    for run in perturbed_runs(session, dtype, bounds.ROUNDINGS):
         moved_loss, moved = run.gradients(session.gradient_probe)
         leaves = session.weight_map.flax_leaves(moved)
         gaps = {x: relative_l2(g, gradients[x]) for x, g in leaves if x in gradients}
@@ -73,7 +75,7 @@ def training_noise(
     move = session.weight_map.to_flax
     losses, start = np.zeros_like(torch[0]), move(torch[1])
     final = {name: np.zeros(leaf.shape) for name, leaf in start.items()}
-    for run in perturbed_runs(session, dtype):
+    for run in perturbed_runs(session, dtype, 1):  # training makes them more
         moved, leaves = train(run)
         losses = np.maximum(losses, np.abs(moved - torch[0]))
         for name, leaf in move(leaves).items():

@@ -59,8 +59,8 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
         )
         gaps, name, steps = np.abs(flax - torch), f"loss over {session.steps} steps", session.steps
         past = ~(gaps <= bound)
-        if np.any(past) and not np.any(past := ~(gaps <= bounds.RATIO * rounding()[0]) & past):
-            bound = max(bound, bounds.RATIO * float(rounding()[0][-1]))
+        if np.any(past) and not np.any(past := ~(gaps <= bounds.CHANCE * rounding()[0]) & past):
+            bound = max(bound, bounds.CHANCE * float(rounding()[0][-1]))
         first = int(np.argmax(past)) + 1 if np.any(past) else 0
         note = f"first past the bound at step {first} of {steps}" if first else None
         noise, gap = None if exact is None else max_abs(torch, exact), max_abs(flax, torch)

@@ -58,7 +58,7 @@ class Port(nnx.Module):
         self.scale, self.slope = scale, slope
 
     def __call__(self, ids):
-        x = self.scale * self.tokens(ids) + self.positions(jnp.arange(ids.shape[1]))
+        x = self.scale * self.tokens(ids) + self.positions(jnp.arange(ids.shape[1]))[None]
         return self.norm(nnx.leaky_relu(self.dropout(jnp.tanh(self.bent(x))), self.slope))
 
 
