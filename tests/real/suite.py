@@ -40,7 +40,7 @@ FILES = sorted(
     path for room in ("pairs", "transformers_ports") for path in (HERE / room).glob("*.py")
 )
 # Those of gaps; others count.
-METRICS = "max_abs", "max abs", "relative l2", "relative_l2", "rel_l2"
+METRICS = "max_abs", "relative_l2", "relative"
 # What must be reached: all detected, none misled, these shares, and gaps of float64 up to this.
 PLACED, EXPLAINED, FLOAT64 = 0.95, 0.75, 1e-11
 
