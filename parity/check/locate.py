@@ -57,7 +57,7 @@ def changed_inputs(
     run, (path, number) = session.runs("float64")[1], key
     count = itertools.count()
 
-    def disturb(_: object, __: object, output: Any) -> Any:
+    def disturb(_: object, __: object, output: object) -> object:
         if next(count) != number:
             return None
         first = itertools.count()
@@ -83,7 +83,7 @@ def changed_inputs(
 
 def _digested(trace: Trace) -> Trace:
     """Return a trace with a digest in place of every input, and without its output."""
-    digests = (hashlib.blake2b(np.ascontiguousarray(x)).digest() for x in trace.inputs)
+    digests = (hashlib.blake2b(x.tobytes()).digest() for x in trace.inputs)
     inputs = tuple(np.frombuffer(x, np.uint8) for x in digests)
     return Trace(trace.path, inputs, np.empty(0))
 

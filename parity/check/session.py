@@ -260,7 +260,7 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         if bad:
             zeros = [{x: np.nan_to_num(side[x], posinf=0, neginf=0) for x in bad} for side in sides]
             sides = [side | zero for side, zero in zip(sides, zeros, strict=True)]
-        null = NullDirections.find(*sides, self._zero)
+        null = NullDirections.find(sides[0], sides[1], self._zero)
         leaves = tuple(name for name in null.leaves if name not in bad)
         means = tuple(x for x in null.means if x[0] not in bad)
         return dataclasses.replace(null, leaves=leaves, means=means), tuple(bad)

@@ -294,11 +294,11 @@ def _cause(session: "PairSession") -> str | None:
     converted = (flax, session.weight_map.mapped), (torch, session.weight_map.to_flax)
     flax_steps, torch_steps = (_steps_seen(run, pair, convert) for run, convert in converted)
     if all(step.first and step.second for step in (*flax_steps, *torch_steps)):
-        readings = (
+        flax_reading, torch_reading = (
             _reading(steps, run, pair, convert)
             for steps, (run, convert) in zip((flax_steps, torch_steps), converted, strict=True)
         )
-        if cause := difference(*readings, names):
+        if cause := difference(flax_reading, torch_reading, names):
             return cause
     return explain_forms(flax_steps, torch_steps, names)
 
