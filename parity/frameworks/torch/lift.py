@@ -13,6 +13,7 @@ check of types that comes before the first.
 import contextlib
 import os
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
@@ -139,6 +140,12 @@ def lifted(held: Held | None = None) -> Iterator[Log]:
         modes.enter_context(_Below(lift))
         modes.enter_context(_Above(lift))
         yield lift.log
+
+
+def line_of_error(error: BaseException) -> str:
+    """Return function and line of the user's code that raised."""
+    stack = reversed(list(traceback.walk_tb(error.__traceback__)))
+    return next((_line(frame, line) for frame, line in stack if _is_users(frame)), "top")
 
 
 def is_rounded(tensor: torch.Tensor) -> bool:
@@ -389,11 +396,17 @@ def _place(frame: FrameType | None) -> str:
     """Return the function and line that called torch; "" where the harness did."""
     while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame = frame.f_back
-    if frame is None or frame.f_code.co_filename.startswith(_HARNESS):
-        return ""
+    return _line(frame, frame.f_lineno) if frame is not None and _is_users(frame) else ""
+
+
+def _is_users(frame: FrameType) -> bool:
+    return not frame.f_code.co_filename.startswith(_INSIDE + _HARNESS)
+
+
+def _line(frame: FrameType, number: int) -> str:
     code = frame.f_code
     name = code.co_qualname.rpartition("<locals>.")[2]
-    return f"{name} ({os.path.basename(code.co_filename)}:{frame.f_lineno})"
+    return f"{name} ({os.path.basename(code.co_filename)}:{number})"
 
 
 def _rms_norm(func: Operation, x, shape, weight=None, eps: float | None = None) -> object:
