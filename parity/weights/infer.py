@@ -3,7 +3,8 @@
 Leaves are matched first, see `match.py`: what has the shape, the name, the place and the use of
 another is most likely the same. Where that leaves a choice, the likeliest is tried: if the outputs
 are equal in float64, it is right, or as good as what is right. If not, the other choices are tried
-one after the other. Where none makes the outputs equal, as with a fault elsewhere in the model, the
+one after the other, and then exchanges of what has the same shape, even where names seemed clear,
+see `exchange.py`. Where none makes the outputs equal, as with a fault elsewhere in the model, the
 likeliest map stands, and the rules have a note that says what was not proven.
 """
 
@@ -21,6 +22,7 @@ from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.torch.leaves import torch_leaves
 from parity.frameworks.uses import Uses
 from parity.weights.compress import as_rule, compress
+from parity.weights.exchange import moved, moves
 from parity.weights.known_layers import flax_leaf, torch_leaf
 from parity.weights.layouts import Link
 from parity.weights.match import Matching, Pair, alias_of, exchanged, is_needed, match, orders_of
@@ -38,6 +40,8 @@ _MUCH_BETTER = 0.03
 _CLEAR = 0.5
 # Longest search, in seconds and in forward passes; most ways to exchange units of one group.
 _SECONDS, _MOST_TRIALS, _MOST_EXCHANGES = 20.0, 400, 24
+# The same, in seconds, against what names say clearly.
+_SECONDS_AGAINST_NAMES = 8.0
 
 
 class Experiment(Protocol):
@@ -311,20 +315,67 @@ class _Inference:
     def _decided(self, pairs: list[Pair], choices: list[_Choice]) -> Rules:
         """Return the rules that make the outputs equal, or else the likeliest."""
         likely = self._rules_of(pairs)
-        if not choices and not self._notes:
-            return likely
         if self._experiment is None:
-            return self._unproven(likely, pairs, choices, "there are no inputs to try them on")
-        gap = self._experiment.gap(self._rules_of(pairs, short=False))
-        if gap <= _NEAR_OUTPUT or not choices:
+            why = "there are no inputs to try them on"
+            return self._unproven(likely, pairs, choices, why) if choices else likely
+        try:
+            gap = self._experiment.gap(self._rules_of(pairs, short=False))
+        except ValueError:
+            if choices:
+                raise
+            return likely  # the levels say what the model raises
+        if gap <= _SAME_OUTPUT:
             return likely
-        better, its_gap = self._searched(pairs, choices, gap)
+        better, its_gap = self._searched(pairs, choices, gap) if choices else (pairs, gap)
+        if its_gap > _SAME_OUTPUT:
+            start = better if its_gap <= _MUCH_BETTER * gap else pairs
+            other, other_gap = self._against_names(start, min(gap, its_gap))
+            if other_gap <= max(_SAME_OUTPUT, _MUCH_BETTER * its_gap):
+                return self._found_against_names(pairs, other, other_gap)
         if its_gap <= _NEAR_OUTPUT:
-            return self._rules_of(better)
+            return self._rules_of(better) if its_gap <= _MUCH_BETTER * gap else likely
         if its_gap <= _MUCH_BETTER * gap:
             rules, why = self._rules_of(better), f"the smallest gap of outputs, {its_gap:.0e}, has"
             return self._unproven(rules, better, choices, f"{why} these")
+        if not choices:
+            return likely
         return self._unproven(likely, pairs, choices, "none makes the outputs equal")
+
+    def _against_names(self, pairs: list[Pair], gap: float) -> tuple[list[Pair], float]:
+        """Try exchanges of what has the same shape until outputs are equal or time is up."""
+        assert self._experiment is not None
+        fixed = frozenset(range(len(pairs) - len(self._open), len(pairs)))
+        tries, start = moves(pairs, fixed), time.monotonic()
+        if not tries:
+            return pairs, gap
+        measure = self._experiment.strangers
+        best, best_gap = pairs, gap
+        least, is_better = (measure(self._rules_of(best, short=False)), gap), True
+        while is_better:
+            is_better = False
+            for move in tries:
+                if (tried := moved(best, move)) is None:
+                    continue
+                rules = self._rules_of(tried, short=False)
+                its_gap = self._experiment.gap(rules)
+                if its_gap <= _SAME_OUTPUT:
+                    return tried, its_gap
+                found = measure(rules), its_gap
+                if found < least:
+                    best, best_gap, least, is_better = tried, its_gap, found, True
+                if time.monotonic() - start > _SECONDS_AGAINST_NAMES:
+                    return best, best_gap
+        return best, best_gap
+
+    def _found_against_names(self, pairs: list[Pair], found: list[Pair], gap: float) -> Rules:
+        """Return rules that were found by exchanges, with a note on what names say."""
+        rules = self._rules_of(found)
+        places = [i for i, pair in enumerate(found) if pair.flax != pairs[i].flax]
+        if not places:
+            return rules
+        equal = "equal" if gap <= _SAME_OUTPUT else f"closest, {gap:.0e},"
+        note = f"outputs are {equal} with {self._lines(rules, found, places)}, not as names suggest"
+        return dataclasses.replace(rules, notes=(*rules.notes, note))
 
     def _searched(
         self, pairs: list[Pair], choices: list[_Choice], gap: float
@@ -369,19 +420,23 @@ class _Inference:
 
     def _unproven(self, rules: Rules, pairs: list[Pair], choices: list[_Choice], why: str) -> Rules:
         """Return rules with a note on what was chosen without proof."""
+        unclear = [i for choice in choices if choice.is_open for i in choice.places]
+        if not unclear:
+            return rules
+        note = f"by names and order, not proven: {self._lines(rules, pairs, unclear)}; {why}"
+        return dataclasses.replace(rules, notes=(*rules.notes, note))
+
+    def _lines(self, rules: Rules, pairs: list[Pair], places: Sequence[int]) -> str:
+        """Return the rules of some pairs, as lines of a file."""
         by_leaf = {
             name: rule
             for rule in rules.rules
             for link in rule.links(self._torch, "torch", self._flax)
             for name in link.torch
         }
-        unclear = [i for choice in choices if choice.is_open for i in choice.places]
-        lines = list(dict.fromkeys(as_line(by_leaf[pairs[i].torch.name]) for i in unclear))
-        if not lines:
-            return rules
+        lines = list(dict.fromkeys(as_line(by_leaf[pairs[i].torch.name]) for i in places))
         more = f" and {len(lines) - 6} more" if len(lines) > 6 else ""
-        note = f"by names and order, not proven: {'  '.join(lines[:6])}{more}; {why}"
-        return dataclasses.replace(rules, notes=(*rules.notes, note))
+        return f"{'  '.join(lines[:6])}{more}"
 
 
 def _definition(module: nnx.Module, name: str) -> list[int]:

@@ -271,7 +271,7 @@ class Link:
             groups = (seen[i : i + braces] for i in range(0, len(seen), braces))
             seen = [np.concatenate(group, axis=place) for group in groups]
         whole = np.stack(seen) if outer else seen[0]
-        whole = whole.reshape(*(sizes.whole[x] for x in outer), *seen[0].shape)
+        whole = whole.reshape((*(sizes.whole[x] for x in outer), *seen[0].shape))
         return whole.transpose([[*outer, *order].index(x) for x in axes.order])
 
     def _apart(

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.optimize import linear_sum_assignment
 
 from parity.frameworks.leaves import Arrays
-from parity.weights.names import agreement, information, likeness, ranks, words
+from parity.weights.names import agreement, information, likeness, numbers, ranks, words
 from parity.weights.units import (
     Fit,
     Unit,
@@ -22,8 +22,9 @@ from parity.weights.units import (
 
 # What speaks for a pair of units, at most: words in common, equal names, numbers, operation, order.
 _WORDS, _EQUAL, _NUMBERS, _OPERATION, _ORDER = 2.0, 1.0, 1.0, 0.5, 0.75
-# The same for two that are added after units which are a pair.
-_BEFORE = 1.5
+# The same for two that are added after units which are a pair, and for two factors, such as the
+# gains of norms, between the same products.
+_BEFORE, _BETWEEN = 1.5, 1.5
 # Least difference between two pairs and the same two exchanged that decides without a run.
 _CLEAR = 0.35
 # Least likeness of a constant that torch or flax has, for the other may compute it.
@@ -109,7 +110,12 @@ def _family(units: Sequence[Unit], unmatched: set[str], whole: Unit, side: int) 
     free = [len(unmatched & set(several.names)) / len(several.names) for several in found]
     best = max(
         range(len(found)),
-        key=lambda i: (free[i], is_usual(found[i]), len(words(found[i].owner) & told)),
+        key=lambda i: (
+            is_usual(found[i]),
+            agreement(numbers(found[i].owner), numbers(whole.owner)),
+            free[i],
+            len(words(found[i].owner) & told),
+        ),
         default=None,
     )
     return None if best is None else found[best]
@@ -123,7 +129,7 @@ class _Scores:
 
     def assigned(self, ours: list[Unit], theirs: list[Unit]) -> Matching:
         """Return the pairs that go together best, also with those that are used before them."""
-        self._twins = {}
+        self._twins, self._between = {}, {}
         first = self._assigned(ours, theirs)
         before = [_predecessors(units) for units in (ours, theirs)]
         twins = {pair.torch.name: pair.flax.name for pair in first.pairs}
@@ -132,6 +138,12 @@ class _Scores:
             for unit in ours
             if before[0].get(unit.name) in twins
         }
+        around = [_products_around(units) for units in (ours, theirs)]
+        self._between = {
+            (name, other): np.mean([_is_same_place(twins, x, y)
+                                    for x, y in zip(mine, its, strict=True)])
+            for (name, mine), (other, its) in itertools.product(*(x.items() for x in around))
+        }  # fmt: skip
         return self._assigned(ours, theirs)
 
     def _assigned(self, ours: list[Unit], theirs: list[Unit]) -> Matching:
@@ -168,7 +180,11 @@ class _Scores:
                 table[i, j] = tuple(made)
                 self._by_name[i, j] = named
                 is_next = other.name in self._twins.get(mine.name, ())
-                scores[i, j] = named + _ORDER * order + _BEFORE * is_next
+                between = self._between.get((mine.name, other.name), 0.0)
+                if between and _last_step(mine) == _last_step(other):
+                    between = 1.0
+                found = _BEFORE * is_next + _BETWEEN * between
+                scores[i, j] = named + _ORDER * order + found
         # Pairs that fit come first: the large number is for one that does not.
         rows, columns = linear_sum_assignment(-scores)
         self._at = {}
@@ -242,6 +258,30 @@ def _predecessors(units: Sequence[Unit]) -> dict[str, str]:
         if len(others) == 1:
             found |= {x.name: others[0].name for x in group if x.operation == "term"}
     return found
+
+
+def _products_around(units: Sequence[Unit]) -> dict[str, tuple[str, str, int]]:
+    """Return, for each factor, the products used before and after it, and its place in between."""
+    found: dict[str, tuple[str, str, int]] = {}
+    before, factors = "", []
+    order = sorted((unit for unit in units if unit.use), key=lambda unit: unit.order)
+    for unit in (*order, None):
+        if unit is not None and unit.operation == "factor":
+            factors.append(unit.name)
+        elif unit is None or unit.operation == "product":
+            after = unit.name if unit else ""
+            found |= {name: (before, after, place) for place, name in enumerate(factors)}
+            before, factors = after, []
+    return found
+
+
+def _is_same_place(twins: Mapping[str, str], ours: str | int, theirs: str | int) -> bool:
+    """Whether products are a pair, or places the same."""
+    return (twins.get(ours, ours) if isinstance(ours, str) else ours) == theirs
+
+
+def _last_step(unit: Unit) -> str:
+    return unit.owner.rpartition(".")[2]
 
 
 def _classes(ours: list[Unit], theirs: list[Unit]) -> Iterator[tuple[list[Unit], list[Unit]]]:
