@@ -93,7 +93,7 @@ def describe_match(
         start, replay, target = time.perf_counter(), suspect.replay, suspect.target
         if suspect.is_met(replay.output()):
             continue  # there is nothing to explain
-        for number, changed in enumerate(_attempts(replay, _others(replay, modules))):
+        for number, changed in enumerate(_attempts(replay, _others(replay.module, modules))):
             output = replay.output(changed)
             if output is not None and suspect.is_met(output):
                 if suspect.confirms(number):
@@ -104,9 +104,11 @@ def describe_match(
     return None
 
 
-def _others(replay: Replay, modules: Mapping[str, torch.nn.Module]) -> dict[str, torch.nn.Module]:
+def _others(
+    module: torch.nn.Module, modules: Mapping[str, torch.nn.Module]
+) -> dict[str, torch.nn.Module]:
     """Return the model's other modules: their weights may be the right ones."""
-    return {name: x for name, x in modules.items() if x is not replay.module}
+    return {name: x for name, x in modules.items() if x is not module}
 
 
 def _suspects(session: PairSession, batch: Batch, path: str, noise: Noise) -> Iterator[Suspect]:
@@ -158,7 +160,7 @@ def _closes(
     session: PairSession, whole: Replay, target: np.ndarray, noise: float, number: int
 ) -> bool:
     """Whether the model's output comes closer by orders with a change of its own code."""
-    before, after = whole.output(), whole.output(_again(session, whole, number))
+    before, after = whole.output(), whole.output(_again(session, whole, whole.module, number))
     if before is None or after is None:
         return False
     gaps = [max_abs(*together(target, x)) for x in (before, after)]
@@ -184,7 +186,7 @@ def _moves_on(
 
     def instead(_: object, args: tuple, kwargs: dict[str, object], __: object) -> object:
         replay = Replay(alone, args, kwargs, inside)
-        return replay.run(_again(session, replay, number))
+        return replay.run(_again(session, replay, divergent, number))
 
     readers = changed_inputs(session, batch, key)
     with divergent.register_forward_hook(instead, with_kwargs=True):
@@ -196,10 +198,13 @@ def _moves_on(
     return gaps[1] is None or (gaps[0] is not None and gaps[1] <= _CLOSER * gaps[0])
 
 
-def _again(session: PairSession, replay: Replay, number: int) -> Changed | None:
-    """Return the change of a number for another call, whose arguments are others."""
+def _again(
+    session: PairSession, replay: Replay, module: torch.nn.Module, number: int
+) -> Changed | None:
+    """Return the change of a number for another call of a module, or of a copy of it."""
     modules = dict(session.runs("float64")[1].module.named_modules())
-    return next(itertools.islice(_attempts(replay, _others(replay, modules)), number, None), None)
+    found = _attempts(replay, _others(module, modules))
+    return next(itertools.islice(found, number, None), None)
 
 
 def _is_bare(module: torch.nn.Module) -> bool:
