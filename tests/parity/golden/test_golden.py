@@ -311,7 +311,9 @@ def test_another_loss_is_caught_by_leaf(net):
 def test_what_leaves_float64_is_no_reference_and_is_not_judged(net):
     class Narrow(Net):
         def forward(self, tokens):
-            return super().forward(tokens).float().double()
+            output = super().forward(tokens).float()
+            assert output.dtype == torch.float32  # so it cannot be run in float64
+            return output.double()
 
     with pytest.raises(ValueError, match=r"not float64 throughout: .*float64 alone"):
         golden.record(Narrow(), TOKENS)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import re
 import weakref
 
 import jax
@@ -102,7 +103,9 @@ def test_a_model_that_raises_is_an_error_with_its_words_and_blocks_the_rest(smal
     pair = dataclasses.replace(pair, torch=dataclasses.replace(pair.torch, forward=broken))
     report = check(pair, levels=["logits", "cache"], dtypes=("float64",))
     assert [level.verdict for level in report.levels] == [Verdict.ERROR, Verdict.BLOCKED]
-    assert report.levels[0].records[-1].note == "RuntimeError: no such thing"
+    assert re.fullmatch(
+        r"RuntimeError at test_levels\.py:\d+: no such thing", report.levels[0].records[-1].note
+    )
     assert report.exit_code == 2
 
 
