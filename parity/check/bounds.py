@@ -23,6 +23,11 @@ RATIO = 4.0
 # terms. Transposed by mistake it differs by about its own size.
 ORIENTATION = 1e-12
 
+# Two float32 tables of one formula, of the largest number: a few operations that each round. Where
+# torch's can be had in float64, its own rounding times HELD_CONSTANTS is allowed if that is more,
+# as for cosines of large angles.
+TABLE = 4 * 2.0**-23
+
 # ---- outputs -----------------------------------------------------------------------------------
 
 # Of the largest output. Correct ports were measured at 4e-15 to 8e-14, the smallest planted bug at

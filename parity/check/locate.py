@@ -24,18 +24,58 @@ if TYPE_CHECKING:  # it imports both frameworks, and a golden is checked where o
 Call = TypeVar("Call", Trace, Backward)
 Gap = Callable[[np.ndarray, np.ndarray], float | None]  # None if it is rounding
 Key = tuple[str, int]  # path of a module, and how many of its calls came before
+# How far rounding of constants moves the inputs and the output of calls.
+Noise = Mapping[Key, tuple[float, float]]
+_NONE: Noise = {}
 # A call to the calls whose inputs depend on what differs in its output.
 Readers = Callable[[Key], Collection[Key]]
 
 
 def locate_forward(session: "PairSession", batch: Batch) -> Divergence | None:
     """Return the first module whose output diverges in float64."""
-    with _both(session, batch) as (flax, torch):
-        readers = functools.partial(_readers, session, batch)
-        return first_divergence(flax, torch, float64_gap, session.model_name, "forward", readers)
+    noise, root = noise_of_constants(session, batch), session.model_name
+    with _both(session, batch) as sides:
+        readers = functools.partial(_readers, session, batch, noise)
+        return first_divergence(*sides, float64_gap, root, "forward", readers, noise)
 
 
-def _readers(session: "PairSession", batch: Batch, key: Key) -> set[Key]:
+def noise_of_constants(session: "PairSession", batch: Batch) -> Noise:
+    """Return how far rounding of constants that a model holds in a narrow type may move calls.
+
+    It is empty where neither model holds any.
+    """
+    found: dict[Key, tuple[float, float]] = {}
+    for number, runs in enumerate(session.moved_runs if session.held_constants else ()):
+        sides: list[list[Trace]] = [[], []]
+        for run, side in zip(runs, sides, strict=True):
+            run.traces(batch, side.append)
+        known = sides if number else [translated(side, session.modules) for side in sides]
+        for (key, trace), (_, moved) in zip(*map(_numbered, known), strict=True):
+            inputs = zip(trace.inputs, moved.inputs, strict=True)
+            fed, given = found.get(key, (0.0, 0.0))
+            fed += bounds.HELD_CONSTANTS * max((_moved(*x) for x in inputs), default=0.0)
+            given += bounds.HELD_CONSTANTS * _moved(trace.output, moved.output)
+            found[key] = fed, given
+    return found
+
+
+def _moved(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the largest difference between finite numbers."""
+    finite = np.isfinite(a) & np.isfinite(b)
+    return max_abs(a[finite], b[finite])
+
+
+def beyond(gap: Gap, noise: float) -> Gap:
+    """Return a gap that is None up to some noise."""
+
+    def found(a: np.ndarray, b: np.ndarray) -> float | None:
+        value = gap(a, b)
+        return None if value is None or value <= noise else value
+
+    return found if noise else gap
+
+
+def _readers(session: "PairSession", batch: Batch, held: Noise, key: Key) -> set[Key]:
     """Return torch's calls whose inputs change with what differs in the output of one call."""
     path, number = key
     with _both(session, batch) as sides:
@@ -46,7 +86,8 @@ def _readers(session: "PairSession", batch: Batch, key: Key) -> set[Key]:
     ours, theirs = found[0].output, found[1].output
     noise = np.random.default_rng(0).normal(size=theirs.shape) * size_of(theirs)
     if (like := aligned(ours, theirs)).shape == theirs.shape:
-        noise *= ~(np.abs(like - theirs) <= bounds.MODULE_OUTPUT * scale_of(theirs))
+        bound = max(bounds.MODULE_OUTPUT * scale_of(theirs), held.get(key, (0.0, 0.0))[1])
+        noise *= ~(np.abs(like - theirs) <= bound)
     return changed_inputs(session, batch, key, noise)
 
 
@@ -57,7 +98,7 @@ def changed_inputs(
     run, (path, number) = session.runs("float64")[1], key
     count = itertools.count()
 
-    def disturb(_: object, __: object, output: Any) -> Any:
+    def disturb(_: object, __: object, output: object) -> object:
         if next(count) != number:
             return None
         first = itertools.count()
@@ -83,7 +124,7 @@ def changed_inputs(
 
 def _digested(trace: Trace) -> Trace:
     """Return a trace with a digest in place of every input, and without its output."""
-    digests = (hashlib.blake2b(np.ascontiguousarray(x)).digest() for x in trace.inputs)
+    digests = (hashlib.blake2b(x.tobytes()).digest() for x in trace.inputs)
     inputs = tuple(np.frombuffer(x, np.uint8) for x in digests)
     return Trace(trace.path, inputs, np.empty(0))
 
@@ -224,33 +265,34 @@ class Compared:
         return self.key[0]
 
     @classmethod
-    def of(cls, key: Key, a: Trace, b: Trace, gap: Gap) -> "Compared":
+    def of(cls, key: Key, a: Trace, b: Trace, gap: Gap, noise: Noise) -> "Compared":
         """Compare a call in two models."""
-        agree = _inputs_agree(a.inputs, b.inputs, gap)
-        fed = False if False in agree else agree[0] if agree else True
-        found = gap(a.output, b.output)
+        fed, given = noise.get(key, (0.0, 0.0))
+        agree = _inputs_agree(a.inputs, b.inputs, beyond(gap, fed))
+        is_fed = False if False in agree else agree[0] if agree else True
+        found = beyond(gap, given)(a.output, b.output)
         unlike = found is not None and not comparable(a.output, b.output)
         shapes = f" The shapes are {a.output.shape} and {b.output.shape}." if unlike else ""
-        return cls(key, found, fed, None not in agree, shapes)
+        return cls(key, found, is_fed, None not in agree, shapes)
 
 
 def compared(
-    a: Iterable[Trace], b: Iterable[Trace], gap: Gap
+    a: Iterable[Trace], b: Iterable[Trace], gap: Gap, noise: Noise = _NONE
 ) -> tuple[list[Compared], Collection[str]]:
     """Return the calls that both models make, and the paths of all that the first one makes."""
     calls: list[Compared] = []
     called: Counter[str] = Counter()
     for trace, twin in matched(a, b):
         if twin is not None:
-            calls.append(Compared.of((trace.path, called[trace.path]), trace, twin, gap))
+            calls.append(Compared.of((trace.path, called[trace.path]), trace, twin, gap, noise))
         called[trace.path] += 1
     return calls, called
 
 
-def compared_calls(session: "PairSession", batch: Batch) -> dict[Key, Compared]:
+def compared_calls(session: "PairSession", batch: Batch, noise: Noise) -> dict[Key, Compared]:
     """Return the calls of a float64 forward pass that both models make."""
     with _both(session, batch) as sides:
-        return {call.key: call for call in compared(*sides, float64_gap)[0]}
+        return {call.key: call for call in compared(*sides, float64_gap, noise)[0]}
 
 
 def first_divergence(
@@ -260,6 +302,7 @@ def first_divergence(
     root: str,
     phase: str,
     readers: Readers = lambda key: (),
+    noise: Noise = _NONE,
 ) -> Divergence | None:
     """Return the first module to complete whose output differs although its inputs agree.
 
@@ -273,13 +316,14 @@ def first_divergence(
         root: name of the model itself.
         phase: of the divergence.
         readers: the calls whose inputs depend on what differs in the output of a call.
+        noise: what is no difference, by call.
 
     Returns:
         The caller of a module whose inputs differ while all that completed before it agrees, from
         the inside out as far as inputs differ: it was fed by wrong code outside of modules, in its
         caller's body. None when nothing differs.
     """
-    calls, called = compared(a, b, gap)
+    calls, called = compared(a, b, gap, noise)
     for place, call in enumerate(calls):
         # Arguments that cannot be compared accuse nobody: the callers, which come later, decide.
         if (

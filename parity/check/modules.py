@@ -131,7 +131,7 @@ def pair_of(
         Side(handle("torch"), torch_module, torch),
     )
     calls, sides, scored = called(sides, inputs, seed)
-    flax_module, torch_module = (side.module for side in sides)
+    flax_module, torch_module = sides[0].module, sides[1].module
     port, original = (x.handle.spec(x.module, x.use, y) for x, y in zip(sides, scored, strict=True))
 
     half = _half_precision(torch_module, flax_module)
@@ -170,7 +170,10 @@ def _half_precision(torch_module: torch.nn.Module, flax_module: nnx.Module) -> s
 
 
 def _without_frozen(
-    pair: Pair, sides: tuple[Side, Side], scored: list[list[str]], is_file: bool
+    pair: Pair,
+    sides: tuple[Side[nnx.Module], Side[torch.nn.Module]],
+    scored: list[list[str]],
+    is_file: bool,
 ) -> Pair:
     """Return the pair with what one side does not train frozen on the other too."""
     flax, torch = (side.handle.trained(side.module) for side in sides)

@@ -49,7 +49,8 @@ def paired(flax: Outputs, torch: Outputs) -> list[Leaf]:
     if len(ours) == len(theirs) == 1 and _same_place(*ours, *theirs):
         path = max(*ours, *theirs)
         path = "" if path.isdigit() else path
-        return [Leaf(path, *ours.values(), *theirs.values(), *ours, *theirs)]
+        ((our_path, our_array),), ((their_path, their_array),) = ours.items(), theirs.items()
+        return [Leaf(path, our_array, their_array, our_path, their_path)]
     found, waiting = [], [path for path in ours if path not in theirs]
     alone = dict.fromkeys(waiting)
     for path, array in theirs.items():

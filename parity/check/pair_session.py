@@ -4,20 +4,21 @@ import functools
 
 from flax import nnx
 
+from parity.check.held_tables import Table, find_tables
 from parity.check.session import Session
 from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.flax.runner import FlaxRunner
 from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import Leaves, cast, neighbours
-from parity.frameworks.torch.leaves import torch_leaves
+from parity.frameworks.torch.leaves import to_numpy, torch_leaves
 from parity.frameworks.torch.runner import TorchRunner
 from parity.pair.pair import Pair
 from parity.system.devices import Devices, choose_devices
 from parity.system.memory import is_large, on_disk
 from parity.weights.modules import module_map
 from parity.weights.randomize import randomized
-from parity.weights.weight_map import WeightMap, resolve
+from parity.weights.weight_map import TransplantError, WeightMap, resolve
 
 
 class PairSession(Session[FlaxRunner, TorchRunner]):
@@ -44,6 +45,7 @@ class PairSession(Session[FlaxRunner, TorchRunner]):
             own = flax_leaves(self.build_flax())
             kept = {x: leaf for x, leaf in own.items() if self.pair.rules.is_flax_ignored(x)}
             leaves = randomized(own, self.seed) | kept
+            leaves |= {name: leaf for table in self.tables for name, leaf in table.flax.items()}
             ties = self.pair.rules.flax_ties
             leaves |= {alias: leaves[x] for alias, x in ties if alias in own and x in own}
         # They are read whenever a model is loaded, and not in between.
@@ -57,7 +59,22 @@ class PairSession(Session[FlaxRunner, TorchRunner]):
             TransplantError: when they do not fit it.
         """
         unmapped = torch_leaves(self.pair.torch.build("float32"))
-        return resolve(self.pair.rules, unmapped, self.flax_leaves)
+        given = self.pair.leaves
+        theirs = flax_leaves(self.build_flax()) if given is None else self.flax_leaves
+        return resolve(self.pair.rules, unmapped, theirs)
+
+    @functools.cached_property
+    def tables(self) -> tuple[Table, ...]:
+        """Float constants that both models were built with, which no random numbers replace."""
+        if self.pair.leaves is not None or self.pair.pure:
+            return ()
+        try:
+            weight_map = self.weight_map
+        except TransplantError:  # the level of the weights reports it
+            return ()
+        torch, flax = self.pair.torch.build("float32"), self.build_flax()
+        exact = {name: to_numpy(x) for name, x in self.pair.torch.constants().items()}
+        return tuple(find_tables(weight_map, torch, flax, exact))
 
     @functools.cached_property
     def modules(self) -> dict[str, str]:
@@ -70,7 +87,8 @@ class PairSession(Session[FlaxRunner, TorchRunner]):
         """The same weights for torch."""
         unmapped = torch_leaves(self.pair.torch.build("float32")) if self.weight_map.ignored else {}
         kept = {name: unmapped[name] for name in self.weight_map.ignored}
-        return self.weight_map.to_torch(self.flax_leaves) | kept
+        own = {name: leaf for table in self.tables for name, leaf in table.torch.items()}
+        return self.weight_map.to_torch(self.flax_leaves) | kept | own
 
     @property
     def model_name(self) -> str:
@@ -83,9 +101,14 @@ class PairSession(Session[FlaxRunner, TorchRunner]):
             return self.pair.flax.build("float32")
 
     def _make_runs(self, dtype: str) -> tuple[FlaxRunner, TorchRunner]:
-        lifting = {"lift": not self.pair.pure, "code_leaves": self.weight_map.flax_ignored}
+        tables = tuple(name for table in self.tables for name in table.flax)
+        code = (*self.weight_map.flax_ignored, *tables)
+        lifting = {"lift": not self.pair.pure, "code_leaves": code}
+        leaves = self.flax_leaves
+        if dtype == "float64" and tables:
+            leaves = leaves | {x: leaf for table in self.tables for x, leaf in table.exact.items()}
         return (
-            FlaxRunner(self.pair.flax, self.flax_leaves, dtype, self.devices.flax, **lifting),
+            FlaxRunner(self.pair.flax, leaves, dtype, self.devices.flax, **lifting),
             self._torch_runner(self.torch_leaves, dtype),
         )
 
@@ -104,5 +127,7 @@ class PairSession(Session[FlaxRunner, TorchRunner]):
         return batch.select(run.outputs(batch.perturbed(rounded, seed, roundings)))
 
     def _torch_runner(self, leaves: Leaves, dtype: str) -> TorchRunner:
-        lifting = {"lift": not self.pair.pure, "code_leaves": self.weight_map.ignored}
+        tables = (name for table in self.tables for name in table.torch)
+        code = (*self.weight_map.ignored, *tables)
+        lifting = {"lift": not self.pair.pure, "code_leaves": code}
         return TorchRunner(self.pair.torch, leaves, dtype, self.devices.torch, **lifting)

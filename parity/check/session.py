@@ -158,12 +158,12 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         """
         if record.verdict is not Verdict.FAIL or record.dtype != "float64" or self.pair.pure:
             return record
-        moved = sum(map(noise, range(len(self.moved_runs)))) if self._held else 0.0
+        moved = sum(map(noise, range(len(self.moved_runs)))) if self.held_constants else 0.0
         if record.bound is not None and moved > 0.0:
             bound = max(record.bound, bounds.HELD_CONSTANTS * moved)
             verdict = Verdict.PASS if record.gap <= bound else Verdict.FAIL
             what = "no more than" if verdict is Verdict.PASS else "more than"
-            note = f"{what} rounding may have made of {', '.join(self._held)}"
+            note = f"{what} rounding may have made of {', '.join(self.held_constants)}"
             note = f"{record.note}; {note}" if record.note and bound < record.gap else note
             record = dataclasses.replace(
                 record, bound=bound, noise=moved, verdict=verdict, note=note
@@ -209,9 +209,11 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         except Exception:  # the level of the gradients says which
             return self.purity("forward"), {}
 
-    @property
-    def _held(self) -> list[str]:
-        """Constants that a model holds in a narrow type."""
+    @functools.cached_property
+    def held_constants(self) -> list[str]:
+        """Constants that a model holds in a narrow type, of a pair that may have such."""
+        if self.pair.pure:
+            return []
         parts = [found for part in self._purities for found in part.values()]
         words = dict.fromkeys(x for found in parts for x in found.lifted if " constant" in x)
         return [x for x in words if not x.endswith(AGAIN)]
@@ -260,7 +262,7 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         if bad:
             zeros = [{x: np.nan_to_num(side[x], posinf=0, neginf=0) for x in bad} for side in sides]
             sides = [side | zero for side, zero in zip(sides, zeros, strict=True)]
-        null = NullDirections.find(*sides, self._zero)
+        null = NullDirections.find(sides[0], sides[1], self._zero)
         leaves = tuple(name for name in null.leaves if name not in bad)
         means = tuple(x for x in null.means if x[0] not in bad)
         return dataclasses.replace(null, leaves=leaves, means=means), tuple(bad)

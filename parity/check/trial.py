@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Self, TypeVar
+from typing import Generic, Self, TypeVar
 
 import numpy as np
 
@@ -19,14 +19,17 @@ from parity.system.import_target import raised
 from parity.system.random_state import kept_random_state
 
 Result = TypeVar("Result")
+ModuleT = TypeVar("ModuleT")
+FlaxT = TypeVar("FlaxT")
+TorchT = TypeVar("TorchT")
 
 
 @dataclasses.dataclass(frozen=True)
-class Side:
+class Side(Generic[ModuleT]):
     """One of two modules, as it is called."""
 
     handle: Handle
-    module: object
+    module: ModuleT
     use: ModuleUse
 
     def outputs(self, batch: Batch) -> tuple[Outputs, set[str]]:
@@ -52,9 +55,9 @@ class Side:
             about = f"{self.handle.NAME}: {type(self.module).__name__}"
             raise ValueError(f"{about}: {error}.") from error
         except Exception as error:
-            name, call = self.handle.NAME, self.use.call
-            called = type(self.module).__name__ if call is None else f"the call of {name}"
-            names = _names(Signature.of(self.module, call), batch)
+            name, by_user = self.handle.NAME, self.use.call
+            called = type(self.module).__name__ if by_user is None else f"the call of {name}"
+            names = _names(Signature.of(self.module, by_user), batch)
             given = zip(names, (*batch.inputs, *batch.keywords.values()), strict=True)
             shown = ", ".join(f"{x} {_shown(value)}" for x, value in given)
             raise ValueError(
@@ -66,8 +69,8 @@ class Side:
 
 
 def called(
-    sides: tuple[Side, Side], inputs: object, seed: int
-) -> tuple[Inputs, tuple[Side, Side], list[list[str]]]:
+    sides: tuple[Side[FlaxT], Side[TorchT]], inputs: object, seed: int
+) -> tuple[Inputs, tuple[Side[FlaxT], Side[TorchT]], list[list[str]]]:
     """Return a user's inputs as calls of both sides, the sides prepared, and `scored_leaves`.
 
     A mapping that is neither a call nor several is one argument.
@@ -77,7 +80,9 @@ def called(
     """
     signatures = [Signature.of(side.module, side.use.call) for side in sides]
 
-    def tried(whole: bool) -> tuple[Inputs, tuple[Side, Side], list[list[str]]]:
+    def tried(
+        whole: bool,
+    ) -> tuple[Inputs, tuple[Side[FlaxT], Side[TorchT]], list[list[str]]]:
         calls = as_inputs(inputs, seed, signatures, whole)
         first = next(iter(calls.probes.values()))
         prepared = sides[0].prepared(first), sides[1].prepared(first)

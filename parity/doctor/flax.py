@@ -28,7 +28,7 @@ from parity.frameworks.scoped import Scoped
 
 
 class FlaxModel(LanguageModel):
-    """Any NNX module that returns logits for tokens; see `TorchModel`."""
+    """An NNX module that returns logits for tokens; see `TorchModel`."""
 
     framework = "flax"
     compiled = True  # calls go through jax.jit, which pays for all but the smallest models

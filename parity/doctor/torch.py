@@ -28,7 +28,7 @@ from parity.frameworks.torch.module import TorchTrainer
 
 
 class TorchModel(LanguageModel):
-    """Any PyTorch module that returns logits for tokens.
+    """A PyTorch module that returns logits for tokens.
 
     A subclass says what is different about its module: how it is called (`forward`,
     `takes_counts`), what it is scored by and trained with (`loss`, `objective`), and what more it

@@ -34,7 +34,7 @@ def is_causal_lm(module: nn.Module) -> bool:
 
 
 class TransformersModel(TorchModel):
-    """Any causal language model of `transformers`.
+    """A causal language model of `transformers`.
 
     Args:
         module: left as it is.

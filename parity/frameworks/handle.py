@@ -43,7 +43,7 @@ class Handle(Protocol):
     def trained(self, module: object) -> set[str]:
         """Return the names of the leaves that training moves by their gradient."""
 
-    def prepared(self, module: object, use: ModuleUse, batch: Batch) -> object:
+    def prepared(self, module: Built, use: ModuleUse, batch: Batch) -> Built:
         """Return a module that can be checked, a copy where parts are not built yet."""
 
     def tried(self, spec: ModelSpec, batch: Batch) -> tuple[Outputs, set[str]]:

@@ -17,7 +17,7 @@ _MASK = 1e30
 def unrounded(array: np.ndarray) -> np.ndarray:
     """Return narrow floats in float64: of a float32 the shortest decimal that rounds to it.
 
-    So 0.1 is 0.1 again. Any number that rounds to the same float32 is as good; this is the one
+    So 0.1 is 0.1 again. All numbers that round to the same float32 are as good; this is the one
     that was written, if one was. Complex numbers become complex128.
     """
     if np.iscomplexobj(array):

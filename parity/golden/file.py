@@ -268,11 +268,11 @@ def _arrays(batch: Batch) -> Leaves:
     return {str(place): cast_array(x, "float64") for place, x in enumerate(arrays)}
 
 
-def _described(batch: Batch) -> list[Any]:
+def _described(batch: Batch) -> list[object]:
     """Describe the arguments of a call, with the numbers of `_arrays` in place of arrays."""
     numbers = itertools.count()
 
-    def described(value: Argument) -> list[Any]:
+    def described(value: Argument) -> list[object]:
         if isinstance(value, np.ndarray):
             return ["array", next(numbers)]
         if isinstance(value, Mapping):  # in the order of `leaves_of`

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence, Set
+from typing import TypeGuard
 
 import numpy as np
 
@@ -69,15 +70,16 @@ def _named(given: object, names: Set[str]) -> dict[str, Batch]:
     return {str(name): _batch(str(name), call, names) for name, call in calls.items()}
 
 
-def _are_keywords(given: object, names: Set[str]) -> bool:
+def _are_keywords(given: object, names: Set[str]) -> TypeGuard[Mapping[str, object]]:
     return isinstance(given, Mapping) and bool(given) and set(given) <= names
 
 
 def _batch(name: str, call: object, names: Set[str]) -> Batch:
     """Return the arguments of one call: by position, by name, or both as (positions, names)."""
-    positions, keywords = call if isinstance(call, tuple | list) else (call,), {}
-    if len(positions) and _are_keywords(positions[-1], names):
-        *positions, keywords = positions
+    positions: Sequence[object] = call if isinstance(call, tuple | list) else (call,)
+    keywords: Mapping[str, object] = {}
+    if len(positions) and _are_keywords(last := positions[-1], names):
+        positions, keywords = positions[:-1], last
         if len(positions) == 1 and isinstance(positions[0], tuple | list):
             positions = positions[0]
     where = f"inputs {name}, argument"
@@ -94,13 +96,11 @@ def _argument(where: str, value: object) -> Argument:
         return {key: _argument(f"{where}, {key}", x) for key, x in value.items()}
     if isinstance(value, tuple | list) and not _is_table(value):
         items = [_argument(f"{where}, {place}", x) for place, x in enumerate(value)]
-        if isinstance(value, list):
-            return items
-        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+        return items if isinstance(value, list) else getattr(value, "_make", tuple)(items)
     try:
         if callable(detach := getattr(value, "detach", None)):  # a torch tensor
-            value = detach().cpu().resolve_conj()
-            value = value.float() if str(value.dtype) == "torch.bfloat16" else value
+            tensor = detach().cpu().resolve_conj()
+            value = tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor
         array = np.asarray(value)
         array = array.astype(np.float32) if array.dtype.kind == "V" else array  # bfloat16 of jax
     except Exception as error:  # whatever a tensor on another device raises

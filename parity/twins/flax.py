@@ -20,7 +20,6 @@ from parity.frameworks.flax.donation import donated
 from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
 from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import Leaves, dotted
-from parity.frameworks.protocols import Moments
 from parity.system.memory import is_large
 from parity.twins.state import (
     fitting,
@@ -195,7 +194,7 @@ class FlaxTrainer:
         with self.scope():
             return flax_leaves(self.model)
 
-    def moments(self) -> Moments:
+    def moments(self) -> tuple[Leaves, Leaves, int]:
         """See `Trainer`."""
         with self.scope():
             adam = self._state.optimizer[0]

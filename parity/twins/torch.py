@@ -14,7 +14,6 @@ import torch
 
 import torch_gpt
 from parity.frameworks.leaves import Leaves
-from parity.frameworks.protocols import Moments
 from parity.frameworks.torch.leaves import (
     from_numpy,
     load_torch,
@@ -162,7 +161,7 @@ class TorchTrainer:
         """See `Trainer`."""
         return torch_leaves(self.model)
 
-    def moments(self) -> Moments:
+    def moments(self) -> tuple[Leaves, Leaves, int]:
         """See `Trainer`."""
         first, second, updates = {}, {}, 0
         for name, parameter in self.model.named_parameters():

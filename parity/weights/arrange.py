@@ -146,11 +146,11 @@ def _alike(torch: tuple[int, ...], flax: tuple[int, ...], sides: Sides) -> bool:
 def _ways_of(blocks: list[tuple[tuple[int, ...], tuple[int, ...]]], sides: Sides) -> Iterator[Way]:
     """Yield the ways to spell paired axes: every order within a product."""
     orders = []
-    for torch, flax in blocks:
-        longer = flax if len(flax) > len(torch) else torch
-        axes = sides.flax_axes if longer is flax else sides.torch_axes
+    for ours, theirs in blocks:
+        longer = theirs if len(theirs) > len(ours) else ours
+        axes = sides.flax_axes if longer is theirs else sides.torch_axes
         usual = longer
-        if longer is torch and any(axes[x][:1] == "w" for x in longer):
+        if longer is ours and any(axes[x][:1] == "w" for x in longer):
             usual = tuple(sorted(longer, key=lambda x: axes[x][:1] != "w"))  # channels last
         tried = [usual, *(x for x in itertools.permutations(longer) if x != usual)]
         orders.append(tried[:_MOST_ORDERS])
@@ -172,8 +172,8 @@ def _ways_of(blocks: list[tuple[tuple[int, ...], tuple[int, ...]]], sides: Sides
                 for x in ours:
                     torch[x] = (f"{number}.{x}",)
         letters = dict(zip((x for group in flax for x in group), _NAMES, strict=False))
-        torch, flax = ([tuple(letters[x] for x in y) for y in side] for side in (torch, flax))
-        way = Way(cost, tuple(torch), tuple(flax))
+        spelled = (tuple(tuple(letters[x] for x in y) for y in side) for side in (torch, flax))
+        way = Way(cost, *spelled)
         yield way._replace(cost=cost + _unusual(way, sides))
 
 

@@ -441,12 +441,16 @@ class _Inference:
 
 def _definition(module: nnx.Module, name: str) -> list[int]:
     """Return a key that sorts leaves as they are defined, for flax sorts them by name."""
-    node, key = module, []
+    node: object = module
+    key = []
     for step in name.split("."):
-        held = list(getattr(node, "__dict__", ()))
-        is_item = isinstance(node, nnx.List) and step.isdigit()
-        key.append(int(step) if is_item else held.index(step) if step in held else len(held))
-        node = node[int(step)] if is_item else getattr(node, step, None)
+        if isinstance(node, nnx.List) and step.isdigit():
+            key.append(int(step))
+            node = node[int(step)]
+        else:
+            held = list(getattr(node, "__dict__", ()))
+            key.append(held.index(step) if step in held else len(held))
+            node = getattr(node, step, None)
     return key
 
 
@@ -475,8 +479,10 @@ def _missing(framework: str, unit: Unit, others: Sequence[Unit]) -> str:
     near = [x for x in others if x.size == unit.size and is_needed(x)]
     shapes = [f"{x.name} {list(x.shapes[0])}" for x in near[:3]]
     named = f" ({', '.join(shapes)} has no way to be it)" if near else ""
-    names = [unit.name, near[0].name] if near else []
-    line = as_line(Rule(*(names if framework == "torch" else names[::-1]), "")) if near else ""
+    line = ""
+    if near:
+        ours, theirs = (unit, near[0]) if framework == "torch" else (near[0], unit)
+        line = as_line(Rule(ours.name, theirs.name, ""))
     more = f" and {len(unit.names) - 1} more" if len(unit.names) > 1 else ""
     return (
         f"{other} has nothing for {framework} {unit.name}{more} {list(unit.shapes[0])}{named}"

@@ -70,7 +70,7 @@ def match(
     best = scores.assigned(ours, theirs)
     models = [ours, theirs]
     while best.left:
-        found = best
+        found, chosen = best, models
         for side, unmatched in enumerate((best.torch, best.flax)):
             for paths in runs([unit for unit in unmatched if is_needed(unit)]):
                 tried = list(models)

@@ -286,7 +286,7 @@ def _fused_ways(sides: Sides, framework: str, shapes: tuple[Shape, ...]) -> Iter
         if size * part % total:
             continue
         share = (*whole[:place], size * part // total, *whole[place + 1 :])
-        cut = sides._replace(**{"flax" if framework == "torch" else "torch": share})
+        cut = sides._replace(flax=share) if framework == "torch" else sides._replace(torch=share)
         for way in ways(cut):
             one, several = (way.flax, way.torch) if framework == "torch" else (way.torch, way.flax)
             if not one[place]:

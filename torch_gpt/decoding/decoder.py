@@ -163,7 +163,7 @@ class _Replay:
     """One step, compiled, which writes into buffers of its own; on CUDA one graph is replayed.
 
     A graph reads and writes the same memory every time, so the buffers stay where they are, and
-    the caches that it returns are views of them. It goes on from the last of these. Any other is
+    the caches that it returns are views of them. It goes on from the last of these. Another is
     copied in first, which is only allowed when no other cache sees the buffers any more.
 
     Args:

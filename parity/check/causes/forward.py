@@ -22,10 +22,13 @@ from parity.check.causes.replay import Change, Changed, Operation, Replay, named
 from parity.check.causes.weights import readings
 from parity.check.locate import (
     Key,
+    Noise,
     aligned,
+    beyond,
     changed_inputs,
     compared_calls,
     float64_gap,
+    noise_of_constants,
     together,
     translated,
 )
@@ -50,11 +53,17 @@ class Suspect:
         replay: of the call.
         target: the output that it should have.
         confirms: whether the model as a whole comes closer with the change of a number.
+        noise: what is no difference from the target.
     """
 
     replay: Replay
     target: np.ndarray
     confirms: Callable[[int], bool] = lambda number: True
+    noise: float = 0.0
+
+    def is_met(self, output: np.ndarray | None) -> bool:
+        """Whether an output is the target."""
+        return output is not None and beyond(float64_gap, self.noise)(self.target, output) is None
 
 
 def explain_output(session: PairSession, batch: Batch, found: Divergence) -> Divergence:
@@ -67,7 +76,9 @@ def explain_output(session: PairSession, batch: Batch, found: Divergence) -> Div
     path = "" if found.where == session.model_name else found.where
     port = session.runs("float64")[1]
     others = [x for x in session.pair.probes.values() if x is not batch]
-    calls = (_suspects(session, inputs, path) for inputs in (batch, *others))
+    # Taken here, for what is loaded in the port's scope would be in float64 throughout.
+    tried = [(inputs, noise_of_constants(session, inputs)) for inputs in (batch, *others)]
+    calls = (_suspects(session, inputs, path, noise) for inputs, noise in tried)
     with port.scope():
         modules = dict(port.module.named_modules())
         cause = describe_match(itertools.chain.from_iterable(calls), modules)
@@ -80,11 +91,11 @@ def describe_match(
     """Describe the first change that makes a call's output as expected; None after 20 s each."""
     for suspect in suspects:
         start, replay, target = time.perf_counter(), suspect.replay, suspect.target
-        if (now := replay.output()) is not None and float64_gap(target, now) is None:
+        if suspect.is_met(replay.output()):
             continue  # there is nothing to explain
         for number, changed in enumerate(_attempts(replay, _others(replay, modules))):
             output = replay.output(changed)
-            if output is not None and float64_gap(target, output) is None:
+            if output is not None and suspect.is_met(output):
                 if suspect.confirms(number):
                     left = size_of(target - aligned(output, target))
                     return f"torch matches to {left:.0e} with {changed.words}"
@@ -98,7 +109,7 @@ def _others(replay: Replay, modules: Mapping[str, torch.nn.Module]) -> dict[str,
     return {name: x for name, x in modules.items() if x is not replay.module}
 
 
-def _suspects(session: PairSession, batch: Batch, path: str) -> Iterator[Suspect]:
+def _suspects(session: PairSession, batch: Batch, path: str, noise: Noise) -> Iterator[Suspect]:
     """Yield the first call of a torch module whose output diverges, and flax's output there.
 
     Then yield the whole model up to there, because a module may be given more than arrays, such as
@@ -124,32 +135,34 @@ def _suspects(session: PairSession, batch: Batch, path: str) -> Iterator[Suspect
     bare = {name: x for name, x in own.items() if name not in inside and _is_bare(x)}
     calls = {module: _calls(port, batch, module) for module in (divergent, model)}
     for number, (call, target) in enumerate(zip(calls[divergent], targets, strict=False)):
-        replay = Replay(divergent, *call, inside)
-        output = replay.output()
-        if output is not None and float64_gap(target.output, output) is None:
+        given, whole_given = (noise.get(x, (0.0, 0.0))[1] for x in ((path, number), ("", 0)))
+        suspect = Suspect(Replay(divergent, *call, inside), target.output, noise=given)
+        if suspect.is_met(suspect.replay.output()):
             continue
         for agreeing in (inside, inside | bare) if bare else (inside,):
-            confirms = functools.partial(_moves_on, session, batch, (path, number), agreeing)
-            yield Suspect(Replay(divergent, *call, agreeing), target.output, confirms)
+            confirms = functools.partial(_moves_on, session, batch, (path, number), agreeing, noise)
+            replay = Replay(divergent, *call, agreeing)
+            yield dataclasses.replace(suspect, replay=replay, confirms=confirms)
         if path and len(targets) == len(calls[model]) == 1:
             around = {x for x in modules if f"{path}.".startswith(f"{x}.")} | {""}
             outside = {name: x for name, x in modules.items() if name not in around}
             outside[path] = divergent
             whole = Replay(model, *calls[model][0], outside)
-            confirms = functools.partial(_closes, session, whole, wholes[0])
-            yield Suspect(
-                Replay(model, *calls[model][0], outside, divergent), target.output, confirms
-            )
+            confirms = functools.partial(_closes, session, whole, wholes[0], whole_given)
+            replay = Replay(model, *calls[model][0], outside, divergent)
+            yield dataclasses.replace(suspect, replay=replay, confirms=confirms)
         return
 
 
-def _closes(session: PairSession, whole: Replay, target: np.ndarray, number: int) -> bool:
+def _closes(
+    session: PairSession, whole: Replay, target: np.ndarray, noise: float, number: int
+) -> bool:
     """Whether the model's output comes closer by orders with a change of its own code."""
     before, after = whole.output(), whole.output(_again(session, whole, number))
     if before is None or after is None:
         return False
     gaps = [max_abs(*together(target, x)) for x in (before, after)]
-    return gaps[1] <= max(_CLOSER * gaps[0], bounds.MODULE_OUTPUT * scale_of(target))
+    return gaps[1] <= max(_CLOSER * gaps[0], bounds.MODULE_OUTPUT * scale_of(target), noise)
 
 
 def _moves_on(
@@ -157,6 +170,7 @@ def _moves_on(
     batch: Batch,
     key: Key,
     agreeing: Mapping[str, torch.nn.Module],
+    noise: Noise,
     number: int,
 ) -> bool:
     """Whether what reads a module agrees, or the model comes closer, with all its calls changed."""
@@ -164,7 +178,7 @@ def _moves_on(
     if not path:
         return True  # its output is the model's
     model = session.runs("float64")[1].module
-    divergent, before = model.get_submodule(path), compared_calls(session, batch)
+    divergent, before = model.get_submodule(path), compared_calls(session, batch, noise)
     alone = copy.deepcopy(divergent)  # without the hooks of a capture
     inside = {name: alone.get_submodule(name) for name in agreeing}
 
@@ -174,7 +188,7 @@ def _moves_on(
 
     readers = changed_inputs(session, batch, key)
     with divergent.register_forward_hook(instead, with_kwargs=True):
-        after = compared_calls(session, batch)
+        after = compared_calls(session, batch, noise)
     outside = (x for x in readers & before.keys() if not f"{x[0]}.".startswith(f"{path}."))
     if any(before[x].fed is False and after[x].fed for x in outside):
         return True

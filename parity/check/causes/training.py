@@ -23,9 +23,9 @@ def explain_step(session: PairSession, step: int) -> Divergence | None:
         batch = session.pair.training_batch(number)
         trainer.step(*batch.inputs, **batch.keywords)
     batch = session.pair.training_batch(step - 1)
-    pair = dataclasses.replace(session.pair, probes={"batch": batch})
+    weights = trainer.parameters()
+    pair = dataclasses.replace(session.pair, probes={"batch": batch}, leaves=weights)
     there = PairSession(pair, session.devices, dtypes=("float64",), seed=session.seed)
-    there.flax_leaves = trainer.parameters()
     if found := locate_forward(there, batch):
         found = explain_output(there, batch, found)
     else:

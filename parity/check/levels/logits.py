@@ -28,8 +28,9 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
     for number, call in enumerate(calls):
         yield from call.in_float32()
         session.progress(0.5 + (number + 1) / len(calls) / 2)
-    for call in calls if session.pair.half else ():
-        yield from call.in_half(session.pair.half)
+    if (half := session.pair.half) is not None:
+        for call in calls:
+            yield from call.in_half(half)
 
 
 def locate(session: "PairSession", records: list[Record]) -> Divergence | None:

@@ -148,7 +148,7 @@ def _idle(session: "PairSession", dtype: str, last: int) -> str | None:
     """Describe that one model alone skips the step before its loss diverges; None otherwise."""
     idle = []
     for run in session.runs(dtype) if last else ():
-        trainer = run.trainer(session.steps)
+        trainer, before = run.trainer(session.steps), Leaves()
         for step in range(last):
             before = trainer.parameters() if step == last - 1 else {}
             batch = session.pair.training_batch(step)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ class Arguments:
     """Arguments of a call, of which programs are compiled for the arrays and all else is fixed."""
 
     inputs: tuple
-    keywords: dict[str, object]
+    keywords: Mapping[str, object]
 
     def tree_flatten(self) -> tuple[list[object], object]:
         """Return the arrays, and what a program is compiled with."""
@@ -91,7 +91,9 @@ def _array(x: jax.Array | jax.ShapeDtypeStruct) -> np.ndarray:
     return plain_array(np.asarray(x))
 
 
-def arguments(inputs: Argument, keywords: Argument, dtype: str) -> Arguments:
+def arguments(
+    inputs: tuple[Argument, ...], keywords: Mapping[str, Argument], dtype: str
+) -> Arguments:
     """Return the arguments of a call with their arrays on the device, floats in the given dtype."""
 
     def array(value: object) -> object:

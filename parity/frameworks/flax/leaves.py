@@ -2,13 +2,14 @@
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
+from numpy.typing import DTypeLike
 
 from parity.frameworks.leaves import Arrays, Leaves, cast_array, dotted, require_same
 
@@ -19,6 +20,7 @@ _DEEP = 3
 StaticCasts = dict[tuple[int, str], object]
 
 
+Array = np.ndarray | np.generic | jax.Array
 _PYTHON_TYPES = {bool: np.bool_, int: np.int32, float: np.float32, complex: np.complex64}
 
 
@@ -27,7 +29,7 @@ class _Slot(NamedTuple):
 
     path: tuple[object, ...]
     number: int
-    array: np.ndarray | jax.Array
+    array: Array
 
 
 class Found(NamedTuple):
@@ -43,7 +45,7 @@ class Found(NamedTuple):
     owner: nnx.Module
     name: str
     variable: nnx.Variable | None
-    array: np.ndarray | jax.Array
+    array: Array
 
 
 def flax_leaves(module: nnx.Module) -> Leaves:
@@ -73,9 +75,9 @@ def load_flax(module: nnx.Module, leaves: Arrays) -> None:
     def placed(name: str, array: object) -> jax.Array:
         # As it was placed: an array that is tied to its device would tie what is computed from it,
         # and a program is compiled again for each mixture of tied and free arguments.
-        is_tied = isinstance(array, jax.Array) and array.committed
+        place = array.sharding if isinstance(array, jax.Array) and array.committed else None
         leaf = leaves[name].astype(present[name].dtype, copy=False)
-        return jax.device_put(leaf, array.sharding if is_tied else None)
+        return jax.device_put(leaf, place)
 
     with jax.enable_x64(wide or jnp.result_type(float) == jnp.float64):
         _assign(module, slots, {name: placed(name, slot.array) for name, slot in slots.items()})
@@ -157,7 +159,7 @@ def _slots(state: nnx.State) -> dict[str, _Slot]:
     return slots
 
 
-def _numbers(x: object) -> np.ndarray | jax.Array | None:
+def _numbers(x: object) -> Array | None:
     """Return a leaf as an array; None for the key of a random stream, a text and the like."""
     if isinstance(x, bool | int | float | complex):
         return np.asarray(x, _PYTHON_TYPES[type(x)])
@@ -168,7 +170,8 @@ def _numbers(x: object) -> np.ndarray | jax.Array | None:
 
 def _assign(module: nnx.Module, slots: Mapping[str, _Slot], arrays: Mapping[str, object]) -> None:
     """Put arrays into the slots of a module."""
-    present = dict(nnx.to_flat_state(nnx.state(module)))
+    flat = nnx.to_flat_state(nnx.state(module))
+    present: dict[tuple[object, ...], object] = {path: node for path, node in flat}
     by_path: dict[tuple[object, ...], dict[int, object]] = {}
     for name, array in arrays.items():
         by_path.setdefault(slots[name].path, {})[slots[name].number] = array
@@ -189,17 +192,18 @@ def _with(node: object, path: Sequence[object], value: object) -> object:
     key, *rest = path
     is_sequence = isinstance(node, nnx.List | tuple | list)
     is_mapping = isinstance(node, Mapping) and not isinstance(node, nnx.Module)
-    child = node[key] if is_sequence or is_mapping else getattr(node, str(key))
+    items = cast(MutableMapping[object, object], node)  # or a sequence, indexed alike
+    child = items[key] if is_sequence or is_mapping else getattr(node, str(key))
     new = _with(child, rest, value)
     if new is child:
         return node
     if isinstance(node, tuple):
-        items = [new if place == key else item for place, item in enumerate(node)]
-        return type(node)(*items) if hasattr(node, "_fields") else type(node)(items)
-    if dataclasses.is_dataclass(node) and not isinstance(node, nnx.Module):
+        replaced = [new if place == key else item for place, item in enumerate(node)]
+        return getattr(node, "_make", type(node))(replaced)
+    if dataclasses.is_dataclass(node) and not isinstance(node, nnx.Module | type):
         return dataclasses.replace(node, **{str(key): new})
     if is_sequence or is_mapping:
-        node[key] = new
+        items[key] = new
     else:
         setattr(node, str(key), new)
     return node
@@ -211,7 +215,7 @@ def _cast_static(name: str, held: object, dtype: str, casts: StaticCasts, depth:
         return jnp.dtype(dtype) if _is_other_float(held, dtype) else held
     if (id(held), dtype) in casts:
         return casts[id(held), dtype]
-    changed = {}
+    changed: dict = {}
     for key, value in _settings(held) if depth < _DEEP else ():
         new = _cast_static(key, value, dtype, casts, depth + 1)
         if new is not value:
@@ -244,7 +248,7 @@ def _settings(held: object) -> Iterator[tuple[str, object]]:
 
 def _is_other_float(held: object, dtype: str) -> bool:
     try:
-        found = None if held is None else jnp.dtype(held)
+        found = None if held is None else jnp.dtype(cast(DTypeLike, held))
     except TypeError:
         return False
     return found is not None and jnp.issubdtype(found, jnp.floating) and found != dtype

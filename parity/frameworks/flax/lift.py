@@ -35,17 +35,19 @@ import parity
 from parity.frameworks.rounding import half_units, unrounded
 
 _F64, _C128 = np.dtype(np.float64), np.dtype(np.complex128)
-# Narrower types of floats, with the one that stands for each.
-_WIDE = {
+# Narrower types of floats, with the one that stands for each. Types of jax's own are in no table.
+_WIDE: dict[object, np.dtype] = {
     np.dtype(x): _C128 if jnp.issubdtype(x, jnp.complexfloating) else _F64
     for x in vars(jnp).values()
     if isinstance(x, type(jnp.float32)) and jnp.issubdtype(x, jnp.inexact)
 }
 del _WIDE[_F64], _WIDE[_C128]
 # What jax without 64-bit types has in the place of integers of 64 bits.
-_SHORT = {np.dtype(f"{kind}64"): np.dtype(f"{kind}32") for kind in ("int", "uint")}
+_SHORT: dict[object, np.dtype] = {
+    np.dtype(f"{kind}64"): np.dtype(f"{kind}32") for kind in ("int", "uint")
+}
 # Numbers are drawn from as many bits as their type has.
-_DRAWN = {_F64: np.dtype(np.float32), _C128: np.dtype(np.complex64)}
+_DRAWN: dict[object, np.dtype] = {_F64: np.dtype(np.float32), _C128: np.dtype(np.complex64)}
 _BITWISE = ("bitcast_convert_type", "view")  # they read bits, whose number is the program's
 _CALLBACKS = ("pure_callback", "io_callback")  # their functions expect the types that they name
 _CASTS = ("astype", "convert_element_type", "asarray", "array", "")
@@ -65,13 +67,15 @@ class Log(Counter[str]):
             what rounding may have changed them. Round numbers stay.
     """
 
-    # A context is known by its log.
-    __hash__ = object.__hash__
-    __eq__ = object.__eq__
-
     def __init__(self, moves: bool = False) -> None:
         super().__init__()
         self._moves, self._met = moves, set[tuple[str, int]]()
+
+    def __eq__(self, other: object) -> bool:
+        return self is other  # a context is known by its log
+
+    def __hash__(self) -> int:
+        return id(self)
 
     def add(self, what: str) -> None:
         """Count an operation."""
@@ -160,11 +164,12 @@ def _install() -> None:
         original = getattr(owner, name)
         _installed.callback(setattr, owner, name, original)
         setattr(owner, name, _in_lifted_threads(original, lift(original)))
-    for table, keys, lift in (
+    tables: tuple[tuple[dict, tuple, Callable[..., Function]], ...] = (
         (dtypes._DEFAULT_TYPEMAP, (int,), _lift_default),
         (dtypes.default_types, ("i", "u"), _lift_default),
         (core.pytype_aval_mappings, _HELD, _lift_type),
-    ):
+    )
+    for table, keys, lift in tables:
         for key in keys:
             original = table[key]
             _installed.callback(table.__setitem__, key, original)
@@ -220,7 +225,7 @@ def _lift_explicit(original: Function) -> Function:
 def _lift_requested(original: Function) -> Function:
     """Keep the types of random draws as they are without 64-bit types."""
 
-    def requested(dtype: object, fun_name: str | None = None) -> object:
+    def requested(dtype: np.dtype | type | str, fun_name: str | None = None) -> object:
         if sys._getframe(2).f_globals["__name__"].startswith("jax._src.random"):
             found = np.dtype(dtype) if not dtypes.issubdtype(dtype, dtypes.extended) else dtype
             return (_DRAWN | _SHORT).get(found, found)
@@ -244,7 +249,7 @@ class _Widened(list[object]):
     """Arguments of which some were widened."""
 
 
-def _lift_type(original: Function) -> Function:
+def _lift_type(original: Callable[[object], core.ShapedArray]) -> Function:
     def aval(x: object) -> core.AbstractValue:
         if type(x) is int and isinstance(short := _widened(x), literals.TypedInt):
             return short.aval
@@ -273,7 +278,7 @@ def _lift_held(original: Function) -> Function:
     return held
 
 
-def _lift_call(original: Function) -> Function:
+def _lift_call(original: Callable[..., tuple]) -> Function:
     """Widen what a jitted function is given."""
 
     def call(program: object, given: list[object], *others: object) -> tuple[object, ...]:
@@ -297,7 +302,7 @@ def _lift_fastpath(original: Function) -> Function:
 
 
 def _lift_bind(original: Function) -> Function:
-    def bind(primitive: core.Primitive, *args: object, **params: object) -> object:
+    def bind(primitive: core.Primitive, *args: object, **params) -> object:
         name = primitive.name
         if name == "bitcast_convert_type" or name in _CALLBACKS:
             return original(primitive, *_as_expected(original, args, params), **params)
@@ -342,17 +347,18 @@ def _as_expected(bind: Function, args: tuple[object, ...], params: dict) -> list
 def _widened(x: object, bind: Function | None = None) -> object:
     """Return a value in float64 if it holds narrower floats, a short integer if it is long."""
     if isinstance(x, core.Tracer):
-        dtype = _WIDE.get(x.aval.dtype) if type(x.aval) is core.ShapedArray else None
-        if dtype is None:
+        aval = x.aval
+        if type(aval) is not core.ShapedArray or aval.dtype not in _WIDE:
             return x
-        weak = x.aval.weak_type
+        dtype, weak = _WIDE[aval.dtype], aval.weak_type
         cast = bind or core.Primitive.bind
         return cast(lax.convert_element_type_p, x, new_dtype=dtype, weak_type=weak, sharding=None)
     if type(x) is int:
         short = np.iinfo(np.int32)
         return literals.TypedInt(x, np.dtype(np.int32)) if short.min <= x <= short.max else x
     if isinstance(x, literals.TypedFloat | literals.TypedComplex) and x.dtype in _WIDE:
-        return type(x)(x, _WIDE[x.dtype])
+        make: Callable[..., object] = type(x)
+        return make(x, _WIDE[x.dtype])
     if isinstance(x, ArrayImpl | literals.TypedNdArray):
         dtype = _WIDE.get(x.dtype)  # integers that jax made are as long as they have to be
     elif isinstance(x, np.ndarray | np.generic):

@@ -1,4 +1,4 @@
-"""Any Flax NNX module as a `ModelSpec`: how it is called, scored and trained.
+"""A Flax NNX module as a `ModelSpec`: how it is called, scored and trained.
 
 A `parity.frameworks.handle.Handle`.
 """

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 from collections.abc import Callable, Collection
 from typing import Any, Protocol, Self, TypeVar, cast
 
@@ -197,7 +198,8 @@ class FlaxRunner:
             found = self._attempt(lambda: flax_purity(program, *self._call(batch)))
         except jax.errors.JAXTypeError as error:
             return Purity(1, {f"operations that jax cannot list, {raised(error)}": 1})
-        found.impure.update(dict.fromkeys(self._raised_lifted, 1))
+        raised_lifted = dict.fromkeys(self._raised_lifted, 1)
+        found = dataclasses.replace(found, impure=raised_lifted | found.impure)
         if self._log is not None:
             log = Log()
             self._held(log)

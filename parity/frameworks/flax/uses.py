@@ -1,7 +1,7 @@
 """How a forward pass of a Flax module uses each weight, from its jaxpr."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.extend
@@ -14,6 +14,7 @@ from parity.frameworks.uses import Use, Uses
 
 Jaxpr = jax.extend.core.Jaxpr
 Literal = jax.extend.core.Literal
+Variable = jax.extend.core.Var
 Equation = jax.extend.core.JaxprEqn
 
 _SAME_AXES = {"convert_element_type", "copy", "copy_p", "rev", "slice", "dynamic_slice", "neg",
@@ -43,7 +44,7 @@ def flax_uses(module: nnx.Module, call: Callable[[nnx.Module], object]) -> Uses:
     needed, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     kept = [place for place, is_used in enumerate(used) if is_used]
     views = {
-        var: _View(names[place], tuple(range(len(var.aval.shape))))
+        var: _View(names[place], tuple(range(len(_shape(var)))))
         for place, var in zip(kept, needed.invars, strict=True)
         if place in names
     }
@@ -55,11 +56,11 @@ def flax_uses(module: nnx.Module, call: Callable[[nnx.Module], object]) -> Uses:
 class _Reader:
     """Notes the first equation that computes with each leaf."""
 
-    def __init__(self, views: Mapping[Any, _View]):
+    def __init__(self, views: Mapping[Variable, _View]):
         self.found: Uses = {}
         self._num_axes = {view.leaf: len(view.axes) for view in views.values()}
 
-    def read(self, jaxpr: Jaxpr, views: Mapping[Any, _View]) -> dict[Any, _View]:
+    def read(self, jaxpr: Jaxpr, views: Mapping[Variable, _View]) -> dict[Variable, _View]:
         """Read the equations of a jaxpr, some of whose variables are leaves; return all such."""
         views = dict(views)
         for equation in jaxpr.eqns:
@@ -107,7 +108,7 @@ class _Reader:
 
 def _inner(
     equation: Equation, given: Sequence[_View | None]
-) -> list[tuple[Jaxpr, list[tuple[Any, _View]]]]:
+) -> list[tuple[Jaxpr, list[tuple[Variable, _View]]]]:
     """Return the jaxprs that an equation calls, each with its variables that are leaves."""
     params, name = equation.params, equation.primitive.name
     if name == "cond":
@@ -142,8 +143,12 @@ def _passed(equation: Equation, view: _View) -> tuple[int, ...] | None:
         places = dict(zip(params["broadcast_dimensions"], view.axes, strict=True))
         return tuple(places.get(x, -1) for x in range(len(params["shape"])))
     if name == "reshape":
-        return _reshaped(equation.invars[0].aval.shape, equation.outvars[0].aval.shape, view.axes)
+        return _reshaped(_shape(equation.invars[0]), _shape(equation.outvars[0]), view.axes)
     return None
+
+
+def _shape(variable: Variable | Literal) -> tuple[int, ...]:
+    return cast(jax.core.ShapedArray, variable.aval).shape  # all that equations read are arrays
 
 
 def _reshaped(old: Sequence[int], new: Sequence[int], axes: tuple[int, ...]) -> tuple[int, ...]:

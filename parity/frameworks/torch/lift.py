@@ -13,9 +13,11 @@ check of types that comes before the first.
 import contextlib
 import os
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
+from typing import TypeGuard, TypeVar, cast
 
 import numpy as np
 import torch
@@ -49,6 +51,7 @@ _HARNESS = tuple(os.path.join(_PARITY, name, "") for name in ("frameworks", "che
 _INSIDE = os.path.dirname(torch.__file__) + os.sep, os.path.abspath(__file__)
 
 Operation = Callable[..., object]
+ValueT = TypeVar("ValueT")
 
 
 class Held:
@@ -139,6 +142,12 @@ def lifted(held: Held | None = None) -> Iterator[Log]:
         yield lift.log
 
 
+def line_of_error(error: BaseException) -> str:
+    """Return function and line of the user's code that raised."""
+    stack = reversed(list(traceback.walk_tb(error.__traceback__)))
+    return next((_line(frame, line) for frame, line in stack if _is_users(frame)), "top")
+
+
 def is_rounded(tensor: torch.Tensor) -> bool:
     """Whether a tensor holds narrow floats that rounding may have changed."""
     return is_narrow(tensor) and bool(half_units(_array(tensor)).any())
@@ -178,7 +187,7 @@ class _Lift:
     def __init__(self, held: Held):
         self._held, self.log = held, Log()
 
-    def called(self, func: Operation, args: tuple, kwargs: dict[str, object]) -> object:
+    def called(self, func: Operation, args: tuple, kwargs: dict) -> object:
         """Call a function as the user does, with wide constants."""
         name = getattr(func, "__name__", "").strip("_")
         args, kwargs = self._map(args, self._tensor), self._map(kwargs, self._tensor)
@@ -229,13 +238,16 @@ class _Lift:
     def _tensor(self, value: object) -> object:
         return self._held.wide(value, self.log) if isinstance(value, torch.Tensor) else value
 
-    def _map(self, value, change: Operation):
+    def _map(self, value: ValueT, change: Operation) -> ValueT:
         """Change all that arguments hold, in tuples, lists and dicts."""
-        if type(value) in (tuple, list, torch.Size):
-            return type(value)([self._map(x, change) for x in value])
-        if type(value) is dict:
-            return {key: self._map(x, change) for key, x in value.items()}
-        return change(value)
+        mapped: object
+        if isinstance(value, tuple | list) and type(value) in (tuple, list, torch.Size):
+            mapped = type(value)([self._map(x, change) for x in value])
+        elif isinstance(value, dict) and type(value) is dict:
+            mapped = {key: self._map(x, change) for key, x in value.items()}
+        else:
+            mapped = change(value)
+        return cast(ValueT, mapped)
 
     def _constant(self, func: Operation, args: tuple, kwargs: dict[str, object]) -> object:
         """Make a tensor of numbers: of Python's in float64, of narrow arrays as they are."""
@@ -259,7 +271,7 @@ class _Lift:
             kwargs = {"grad_tensors" if k == "gradient" else k: x for k, x in kwargs.items()}
             func = torch.autograd.backward
         # Else the function would call this mode once more, and not itself.
-        torch.autograd.has_torch_function = lambda arguments: False
+        torch.autograd.has_torch_function = lambda args: False
         try:
             with _Above(self):
                 return func(*args, **kwargs)
@@ -350,20 +362,21 @@ def _is_narrow(value: object) -> bool:
     return any(map(is_narrow, _tensors(value)))
 
 
-def _is_wide(value: object) -> bool:
+def _is_wide(value: object) -> TypeGuard[torch.Tensor]:
     wide = torch.float64, torch.complex128
     return isinstance(value, torch.Tensor) and value.dtype in wide
 
 
-def _is_integral(value: object) -> bool:
+def _is_integral(value: object) -> TypeGuard[torch.Tensor]:
     if not isinstance(value, torch.Tensor) or value.dtype is torch.bool:
         return False
     return not (value.is_floating_point() or value.is_complex() or value.is_quantized)
 
 
 def _to_wide(value: object) -> object:
-    is_narrow = isinstance(value, torch.Tensor) and value.dtype in _WIDE
-    return value.to(_WIDE[value.dtype]) if is_narrow else value
+    if isinstance(value, torch.Tensor) and value.dtype in _WIDE:
+        return value.to(_WIDE[value.dtype])
+    return value
 
 
 def _name(func: Operation) -> str:
@@ -383,11 +396,17 @@ def _place(frame: FrameType | None) -> str:
     """Return the function and line that called torch; "" where the harness did."""
     while frame is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame = frame.f_back
-    if frame is None or frame.f_code.co_filename.startswith(_HARNESS):
-        return ""
+    return _line(frame, frame.f_lineno) if frame is not None and _is_users(frame) else ""
+
+
+def _is_users(frame: FrameType) -> bool:
+    return not frame.f_code.co_filename.startswith(_INSIDE + _HARNESS)
+
+
+def _line(frame: FrameType, number: int) -> str:
     code = frame.f_code
     name = code.co_qualname.rpartition("<locals>.")[2]
-    return f"{name} ({os.path.basename(code.co_filename)}:{frame.f_lineno})"
+    return f"{name} ({os.path.basename(code.co_filename)}:{number})"
 
 
 def _rms_norm(func: Operation, x, shape, weight=None, eps: float | None = None) -> object:

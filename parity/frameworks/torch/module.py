@@ -1,4 +1,4 @@
-"""Any PyTorch module as a `ModelSpec`: how it is called, scored and trained.
+"""A PyTorch module as a `ModelSpec`: how it is called, scored and trained.
 
 A `parity.frameworks.handle.Handle`.
 """
@@ -6,8 +6,8 @@ A `parity.frameworks.handle.Handle`.
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from parity.frameworks.protocols import Moments, NotCompared, Unusable
 from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
 from parity.frameworks.torch.calls import float_leaves, outputs_of, tensors
 from parity.frameworks.torch.capture import capture_torch
-from parity.frameworks.torch.constants import STATISTICS, constants
+from parity.frameworks.torch.constants import STATISTICS, Build, constants
 from parity.frameworks.torch.leaves import cast_torch, copied, numpy_view, torch_leaves
 from parity.frameworks.torch.runner import TorchRunner, TorchSpec
 
@@ -92,7 +92,7 @@ def spec(
         forward=forward,
         loss=score,
         trainer=lambda model, num_steps: TorchTrainer(model, score, make),
-        constants=functools.cache(lambda: constants(module, use.build)),
+        constants=functools.cache(lambda: constants(module, cast(Build | None, use.build))),
     )
 
 
@@ -119,7 +119,7 @@ class TorchTrainer:
         with _NothingDropped():
             return self._step(tensors((inputs, keywords), self._dtype, self._device))
 
-    def _step(self, arguments: tuple[tuple, dict[str, object]]) -> float:
+    def _step(self, arguments: tuple[tuple, Mapping[str, object]]) -> float:
         self._optimizer.zero_grad()
         loss = self._loss(self._module, *arguments[0], **arguments[1])
         if loss.requires_grad:

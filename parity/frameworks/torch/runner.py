@@ -19,7 +19,7 @@ from parity.frameworks.torch.calls import outputs_of, tensors
 from parity.frameworks.torch.capture import backward_torch, capture_torch
 from parity.frameworks.torch.constants import put_constants, tensors_of
 from parity.frameworks.torch.leaves import load_torch, to_numpy, torch_leaves
-from parity.frameworks.torch.lift import Held, lifted
+from parity.frameworks.torch.lift import Held, lifted, line_of_error
 from parity.frameworks.torch.purity import torch_purity
 from parity.frameworks.torch.uses import torch_uses
 from parity.frameworks.uses import Uses
@@ -31,7 +31,8 @@ Result = TypeVar("Result")
 class TorchRunner:
     """A `LiveRunner` of a PyTorch model, loaded when it is needed, and again after `release`.
 
-    Its leaves may have any float type; `dtype` is the one to compute in.
+    Its leaves may have any float type; `dtype` is the one to compute in. With `lift`, float64 runs
+    are lifted; where the model raises on that account, they are not, and its purity says so.
 
     Args:
         spec: of the model.
@@ -57,6 +58,7 @@ class TorchRunner:
         self._spec, self._leaves = spec, leaves
         self._dtype, self._device = dtype, device
         self._lifts, self._code_leaves = lift and dtype == "float64", code_leaves
+        self._raised_lifted: list[str] = []  # shared with copies at other weights
         self._moves = False
         self._loaded: torch.nn.Module | None = None
         self._held: Held | None = None
@@ -80,7 +82,7 @@ class TorchRunner:
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
         """Compute as this runner does: lifted or not."""
-        with lifted(self._constants) if self._lifts else contextlib.nullcontext():
+        with lifted(self._constants) if self._is_lifted else contextlib.nullcontext():
             yield
 
     @property
@@ -100,13 +102,21 @@ class TorchRunner:
 
     def outputs(self, batch: Batch) -> Outputs:
         """Return the model's output, leaf by leaf."""
-        with torch.no_grad(), self.scope():
-            return outputs_of(self._called(self._spec.forward, batch))
+
+        def run() -> Outputs:
+            with torch.no_grad(), self.scope():
+                return outputs_of(self._called(self._spec.forward, batch))
+
+        return self._attempt(run)
 
     def gradients(self, batch: Batch) -> tuple[float, Leaves]:
         """Return the loss and its gradient by leaf."""
-        with self.scope():
-            loss, gradients = self._loss_and_gradients(batch)
+
+        def run() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+            with self.scope():
+                return self._loss_and_gradients(batch)
+
+        loss, gradients = self._attempt(run)
         return float(loss), {name: to_numpy(x) for name, x in gradients.items()}
 
     def forward_purity(self, batch: Batch) -> Purity:
@@ -142,7 +152,7 @@ class TorchRunner:
         assert self._spec.trainer is not None, f"{self.name} is not trained"
         module = self._load()
         trainer = self._spec.trainer(module, num_steps)
-        if not self._lifts:
+        if not self._is_lifted:
             return trainer
         held = self._held_by(module)
         return cast(Trainer, Scoped(trainer, lambda: lifted(held)))
@@ -151,7 +161,7 @@ class TorchRunner:
         """Return the model's decoder."""
         assert self._spec.decoder is not None, f"{self.name} has no cache"
         decoder = self._spec.decoder(self.module)
-        return cast(Decoder, Scoped(decoder, self.scope)) if self._lifts else decoder
+        return cast(Decoder, Scoped(decoder, self.scope)) if self._is_lifted else decoder
 
     def decoder_traces(self, call: Callable[[Decoder], object]) -> list[Trace]:
         """Return inputs and output of every module while `call` uses the model's decoder."""
@@ -171,12 +181,36 @@ class TorchRunner:
     def _load(self) -> torch.nn.Module:
         module = self._spec.build(self._dtype)
         load_torch(module, CastLater(self._leaves, self._dtype))
-        if self._lifts:
+        self._again = {}
+        if self._is_lifted:
             kept = module.state_dict().keys() - set(self._code_leaves)
             constants = self._spec.constants()
             constants = {name: x for name, x in constants.items() if name not in kept}
             self._again = put_constants(module, constants)
         return module.to(self._device).eval()
+
+    @property
+    def _is_lifted(self) -> bool:
+        return self._lifts and not self._raised_lifted
+
+    def _attempt(self, run: Callable[[], Result]) -> Result:
+        """Run; no more lifted from here on, if it raises only lifted."""
+        try:
+            return run()
+        except NotCompared:
+            raise
+        except Exception as error:
+            if not self._is_lifted:
+                raise
+            self._raised_lifted.append(f"{type(error).__name__} at {line_of_error(error)}")
+            first = error
+        self.release()
+        try:
+            return run()
+        except Exception:
+            self._raised_lifted.clear()
+            self.release()
+            raise first from None
 
     @property
     def _constants(self) -> Held:
@@ -188,12 +222,17 @@ class TorchRunner:
         return Held(tensors_of(module), self._moves)
 
     def _purity(self, function: Callable[..., object], *args: object) -> Purity:
-        if not self._lifts:
-            return torch_purity(function, *args)
-        with lifted(self._constants) as log:
-            function(*args)
-        found = log.purity
-        return dataclasses.replace(found, lifted=found.lifted | self._again)
+        def measured() -> Purity:
+            if not self._is_lifted:
+                return torch_purity(function, *args)
+            with lifted(self._constants) as log:
+                function(*args)
+            found = log.purity
+            return dataclasses.replace(found, lifted=found.lifted | self._again)
+
+        found = self._attempt(measured)
+        raised = dict.fromkeys(self._raised_lifted, 1)
+        return dataclasses.replace(found, impure=raised | found.impure)
 
     def _loss_and_gradients(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the loss and its gradient by every parameter that is not frozen."""

@@ -34,14 +34,16 @@ class _Watch(TorchFunctionMode):
             if tensor.numel():
                 self._leaves.setdefault(_memory(tensor), (name, _axes(tensor)))
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        output = function(*args, **kwargs)
+        output = func(*args, **kwargs)
         results = [x for x in _tensors((output,)) if x.numel()]
-        name = getattr(function, "__name__", "")
+        name = getattr(func, "__name__", "")
         given = list(enumerate(_flat((*args, *kwargs.values()))))
         for place, tensor in given if results else ():
-            found = self._leaves.get(_memory(tensor)) if isinstance(tensor, torch.Tensor) else None
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            found = self._leaves.get(_memory(tensor))
             if found is None or any(_memory(x) == _memory(tensor) for x in results):
                 continue
             if name in _COPIES and results[0].shape == tensor.shape:

@@ -79,13 +79,54 @@ def test_a_right_pair_passes_by_what_rounding_did_to_its_constant_and_says_so():
 
 @pytest.mark.parametrize(
     "net, port, cause",
-    [(Net(ROOT * 1.001), Port(), None), (Net(2.0), Port(1e-6, square=4.0), "eps=1e-06")],
-    ids=["constant", "epsilon"],
+    [
+        (Net(ROOT * 1.001), Port(), None),
+        (Net(2.0), Port(1e-6, square=4.0), "eps=1e-06"),
+        (Net(ROOT), Port(1e-6), "eps=1e-06"),
+    ],
+    ids=["constant", "epsilon", "epsilon beside a constant"],
 )
 def test_a_wrong_constant_and_a_wrong_epsilon_under_a_cast_fail(net, port, cause):
     report = _checked(net, port)
     assert report.verdict is Verdict.FAIL
     assert cause is None or cause in (report.divergence.cause or "")
+
+
+def test_a_held_constant_draws_no_blame_from_the_module_that_is_wrong():
+    class Scale(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("factor", torch.tensor(ROOT), persistent=False)
+
+        def forward(self, x):
+            return x * self.factor
+
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.scale = torch.nn.Embedding(11, 7), Scale()
+            self.norm, self.head = torch.nn.LayerNorm(7, eps=1e-5), torch.nn.Linear(7, 5)
+
+        def forward(self, ids):
+            return self.head(self.norm(self.scale(self.embed(ids))))
+
+    class PortScale(nnx.Module):
+        def __call__(self, x):
+            return x * jnp.sqrt(7.0)
+
+    class PortScaled(nnx.Module):
+        def __init__(self, epsilon):
+            rngs = nnx.Rngs(0)
+            self.embed, self.scale = nnx.Embed(11, 7, rngs=rngs), PortScale()
+            self.norm = nnx.LayerNorm(7, epsilon=epsilon, rngs=rngs)
+            self.head = nnx.Linear(7, 5, rngs=rngs)
+
+        def __call__(self, ids):
+            return self.head(self.norm(self.scale(self.embed(ids))))
+
+    assert _checked(Scaled(), PortScaled(1e-5)).ok
+    found = _checked(Scaled(), PortScaled(1e-3)).divergence
+    assert found.where == "norm" and "eps=0.001" in found.cause
 
 
 def test_where_an_operation_refuses_float64_float32_decides_and_its_line_is_named():
@@ -98,6 +139,18 @@ def test_where_an_operation_refuses_float64_float32_decides_and_its_line_is_name
     assert "beyond the rounding of float32" in report.summary
     wrong = _checked(net, Port(share=0.33, square=4.0), ("float64", "float32"))
     assert wrong.verdict is Verdict.FAIL
+
+
+@pytest.mark.parametrize("epsilon, ok", [(1e-5, True), (0.1, False)])
+def test_a_model_that_raises_only_lifted_runs_as_it_is_and_its_line_is_named(epsilon, ok):
+    class Strict(Net):
+        def forward(self, ids):
+            assert self.embed(ids).float().dtype == torch.float32
+            return super().forward(ids)
+
+    report = _checked(Strict(2.0), Port(epsilon, square=4.0), ("float64", "float32"))
+    assert report.ok is ok, report
+    assert "AssertionError at Strict.forward (test_lifting.py:" in _notes(report)
 
 
 def test_models_of_16_bits_are_judged_by_ratio_and_it_is_said():
