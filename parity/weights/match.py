@@ -130,21 +130,22 @@ class _Scores:
     def assigned(self, ours: list[Unit], theirs: list[Unit]) -> Matching:
         """Return the pairs that go together best, also with those that are used before them."""
         self._twins, self._between = {}, {}
-        first = self._assigned(ours, theirs)
+        found = self._assigned(ours, theirs)
         before = [_predecessors(units) for units in (ours, theirs)]
-        twins = {pair.torch.name: pair.flax.name for pair in first.pairs}
-        self._twins = {
-            unit.name: {x for x, y in before[1].items() if y == twins[before[0][unit.name]]}
-            for unit in ours
-            if before[0].get(unit.name) in twins
-        }
         around = [_products_around(units) for units in (ours, theirs)]
-        self._between = {
-            (name, other): np.mean([_is_same_place(twins, x, y)
-                                    for x, y in zip(mine, its, strict=True)])
-            for (name, mine), (other, its) in itertools.product(*(x.items() for x in around))
-        }  # fmt: skip
-        return self._assigned(ours, theirs)
+        for _ in range(2):  # products find the factors between them, and these their terms
+            twins = {pair.torch.name: pair.flax.name for pair in found.pairs}
+            self._twins = {
+                unit.name: {x for x, y in before[1].items() if y == twins[before[0][unit.name]]}
+                for unit in ours
+                if before[0].get(unit.name) in twins
+            }
+            self._between = {
+                (name, other): _same_place(twins, mine, its)
+                for (name, mine), (other, its) in itertools.product(*(x.items() for x in around))
+            }
+            found = self._assigned(ours, theirs)
+        return found
 
     def _assigned(self, ours: list[Unit], theirs: list[Unit]) -> Matching:
         models = ours, theirs
@@ -266,7 +267,7 @@ def _products_around(units: Sequence[Unit]) -> dict[str, tuple[str, str, int]]:
     before, factors = "", []
     order = sorted((unit for unit in units if unit.use), key=lambda unit: unit.order)
     for unit in (*order, None):
-        if unit is not None and unit.operation == "factor":
+        if unit is not None and unit.operation == "factor" and is_needed(unit):
             factors.append(unit.name)
         elif unit is None or unit.operation == "product":
             after = unit.name if unit else ""
@@ -275,9 +276,12 @@ def _products_around(units: Sequence[Unit]) -> dict[str, tuple[str, str, int]]:
     return found
 
 
-def _is_same_place(twins: Mapping[str, str], ours: str | int, theirs: str | int) -> bool:
-    """Whether products are a pair, or places the same."""
-    return (twins.get(ours, ours) if isinstance(ours, str) else ours) == theirs
+def _same_place(
+    twins: Mapping[str, str], ours: tuple[str, str, int], theirs: tuple[str, str, int]
+) -> float:
+    """Return how much two factors are between the same products, from 0 to 1."""
+    ends = [twins.get(x, x) == y for x, y in zip(ours[:2], theirs[:2], strict=True)]
+    return (sum(ends) + (all(ends) and ours[2] == theirs[2])) / 3
 
 
 def _last_step(unit: Unit) -> str:
