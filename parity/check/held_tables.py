@@ -71,7 +71,7 @@ def find_tables(
         a, b = (np.concatenate([x[name].ravel() for name in other]) for x in (like, other))
         if _waits(a) or _waits(b) or _are_drawn(a, b):
             continue
-        bound = bounds.TABLE
+        bound, true = bounds.TABLE, {}
         wide = {name: exact[name] for name in mine if name in exact}
         is_known = len(wide) == len(mine) and all(x.dtype.itemsize > 4 for x in wide.values())
         if is_known:
@@ -80,9 +80,7 @@ def find_tables(
             bound = max(bound, bounds.HELD_CONSTANTS * rounding)
         gap = _gap(a, b)
         agrees = gap <= bound
-        yield Table(
-            like if agrees else other, mine, true if is_known and agrees else {}, gap, bound
-        )
+        yield Table(like if agrees else other, mine, true if agrees else {}, gap, bound)
 
 
 def _waits(array: np.ndarray) -> bool:

@@ -8,7 +8,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from parity.check import bounds
 from parity.check.metrics import error_ratio, max_abs, scale_of, size_of
 from parity.frameworks.batch import Batch
 from parity.frameworks.capture import Backward, Trace, lockstep, map_leaves
+from parity.frameworks.protocols import LiveRunner
 from parity.report import Divergence
 
 if TYPE_CHECKING:  # it imports both frameworks, and a golden is checked where one is missing
@@ -48,7 +49,7 @@ def noise_of_constants(session: "PairSession", batch: Batch) -> Noise:
     for number, runs in enumerate(session.moved_runs if session.held_constants else ()):
         sides: list[list[Trace]] = [[], []]
         for run, side in zip(runs, sides, strict=True):
-            run.traces(batch, side.append)
+            cast("LiveRunner", run).traces(batch, side.append)
         known = sides if number else [translated(side, session.modules) for side in sides]
         for (key, trace), (_, moved) in zip(*map(_numbered, known), strict=True):
             inputs = zip(trace.inputs, moved.inputs, strict=True)

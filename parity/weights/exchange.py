@@ -24,7 +24,8 @@ def moves(pairs: Sequence[Pair], fixed: Set[int] = frozenset()) -> list[Move]:
         fixed: places of pairs that stay.
     """
     found: dict[tuple[tuple[int, int], ...], Move] = {}
-    near, far = [], []
+    near: list[Move] = []
+    far: list[Move] = []
     for slots in _all_slots(pairs, fixed):
         by_parent: dict[str, list[_Slot]] = {}
         for (parent, _), slot in slots.items():
@@ -32,14 +33,18 @@ def moves(pairs: Sequence[Pair], fixed: Set[int] = frozenset()) -> list[Move]:
         for group in by_parent.values():
             near += [_turned(x) for x in itertools.combinations(group, 2)]
             if len(group) <= _FEW:
-                near += [_turned(x) for x in itertools.permutations(group, 3) if x[0] is min(
-                    x, key=group.index)]  # fmt: skip
+                for first, second, third in itertools.combinations(group, 3):
+                    near += [_turned((first, second, third)), _turned((first, third, second))]
         groups = itertools.combinations(by_parent.values(), 2)
         far += [_turned(x) for pair in groups for x in itertools.product(*pair)]
-    for move in sorted(near, key=len) + sorted(far, key=len):
+    for move in (*_shortest_first(near), *_shortest_first(far)):
         if move and _is_alike(pairs, move):
             found.setdefault(tuple(sorted(move.items())), move)
     return list(found.values())
+
+
+def _shortest_first(found: list[Move]) -> list[Move]:
+    return sorted(found, key=lambda move: len(move))
 
 
 def moved(pairs: Sequence[Pair], move: Move) -> list[Pair] | None:

@@ -177,7 +177,10 @@ def test_sizes_can_be_given(folder):
         (["net.py:builds"], "net.py:builds: net.py has no builds, but there is build."),
         (["broken.py:build"], "importing broken.py raised ModuleNotFoundError: No module named"),
         (["ends.py:build"], "ends.py:build: importing ends.py raised SystemExit: 0"),
-        (["net.py:raising"], "net.py:raising: raised RuntimeError at net.py:42: no such checkpoint"),
+        (
+            ["net.py:raising"],
+            "net.py:raising: raised RuntimeError at net.py:42: no such checkpoint",
+        ),
         (["net.py:ending"], "net.py:ending: raised SystemExit at net.py:46: 0"),
         (["net.py:with_arguments"], "missing 1 required positional argument: 'config'"),
         (["net.py:number"], "net.py:number: gave an object of type int. The doctor examines"),
