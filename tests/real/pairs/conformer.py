@@ -94,7 +94,13 @@ def make(rng):
 
 
 FAULTS = [
-    ("whole steps", "self.before(x) / 2", "self.before(x)", "ConformerBlock|before|ffn1", None),
+    (
+        "whole steps",
+        "self.before(x) / 2",
+        "self.before(x)",
+        "ConformerBlock|before|ffn1",
+        "scale of 1",
+    ),
     (
         "relu for silu",
         "nnx.swish(self.norm_out(",
