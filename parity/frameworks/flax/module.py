@@ -20,7 +20,7 @@ from parity.frameworks.batch import Argument, Batch, Outputs
 from parity.frameworks.flax.calls import Arguments, arguments, returning_leaves
 from parity.frameworks.flax.leaves import StaticCasts, cast_flax, flax_leaves, state_leaves
 from parity.frameworks.flax.runner import FlaxRunner, FlaxSpec, conjugated, is_trained
-from parity.frameworks.flax.scope import jax_scope
+from parity.frameworks.flax.scope import jax_scope, lowered
 from parity.frameworks.leaves import Arrays, Leaves, dotted
 from parity.frameworks.protocols import Moments, NotCompared, Unusable
 from parity.frameworks.spec import BY_DEFAULT, ModelSpec, ModuleUse
@@ -116,8 +116,9 @@ class FlaxTrainer:
         call = arguments(inputs, keywords, self._dtype)
         try:
             with _nothing_dropped():  # while it is traced
-                loss, self._parameters, self._rest, self._state = self._step(
-                    self._parameters, self._rest, self._state, call
+                given = self._parameters, self._rest, self._state, call
+                loss, self._parameters, self._rest, self._state = lowered(
+                    functools.partial(self._step, *given)
                 )
         except TypeError as error:
             if "keyword-only argument" not in str(error):

@@ -17,7 +17,7 @@ from parity.frameworks.flax.capture import backward_flax, capture_flax
 from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
 from parity.frameworks.flax.lift import Log, is_narrow, line_of_error
 from parity.frameworks.flax.purity import flax_purity
-from parity.frameworks.flax.scope import jax_scope
+from parity.frameworks.flax.scope import jax_scope, lowered
 from parity.frameworks.flax.uses import flax_uses
 from parity.frameworks.leaves import Arrays, CastLater, Leaves
 from parity.frameworks.protocols import Decoder, NotCompared, Trainer
@@ -215,7 +215,7 @@ class FlaxRunner:
         """Run in the scope; no more lifted from here on, if it raises only lifted."""
         try:
             with self._scope():
-                return run()
+                return lowered(run)
         except Exception as error:
             if self._log is None or self._raised_lifted:
                 raise
@@ -224,7 +224,7 @@ class FlaxRunner:
         self._loaded = None
         try:
             with self._scope():
-                return run()
+                return lowered(run)
         except Exception:
             self._raised_lifted.clear()
             raise first from None

@@ -2,12 +2,15 @@
 
 import contextlib
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import jax
 
 from parity.frameworks.flax.lift import Log, lifted
 from parity.system.memory import share_of_memory_maps
+
+Result = TypeVar("Result")
 
 
 @contextlib.contextmanager
@@ -16,6 +19,26 @@ def jax_scope(dtype: str, device: jax.Device, log: Log | None = None) -> Iterato
     lift = contextlib.nullcontext() if log is None else lifted(log)
     with jax.enable_x64(dtype == "float64"), jax.default_device(device), lift:
         yield
+
+
+def lowered(run: Callable[[], Result]) -> Result:
+    """Run a program; once more with empty caches if jax cannot lower it.
+
+    jax keeps a NumPy constant that a model holds in the type of the scope that met it first, and
+    then cannot compile a program of the other one.
+
+    Returns:
+        What the program returns.
+    """
+    try:
+        return run()
+    except ValueError as error:
+        if "Cannot lower jaxpr" not in str(error):
+            raise
+    # After the handler, whose traceback keeps what is to be forgotten.
+    jax.clear_caches()
+    gc.collect()
+    return run()
 
 
 def drop_programs_if_many() -> None:
