@@ -6,7 +6,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two busy cores: waiting t
 
 import contextlib
 import dataclasses
-import gc
 import hashlib
 import platform
 import shutil
@@ -83,13 +82,6 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Return two workers, or none for a single file, which one worker would run whole."""
     paths = {config.invocation_params.dir / arg.partition("::")[0] for arg in config.args}
     return 0 if len(paths) == 1 and all(map(Path.is_file, paths)) else 2
-
-
-def pytest_collection_finish() -> None:
-    """Keep the collector of garbage from the modules, which it would walk thousands of times."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 20, 20)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -99,6 +99,9 @@ CHANCE = 100.0
 # are moved by one unit would seldom show it. Of their largest gap RATIO is allowed, and CHANCE in
 # training, which begins one unit away.
 PERTURBED_RUNS, ROUNDINGS = 4, 16
+# The same of outputs, which must show that a number jumps: enough that one at the edge of a step
+# crosses it in one of them, but for one time in a hundred.
+PERTURBED_OUTPUTS, OUTPUT_ROUNDINGS = 8, 4
 # Rounding of a loss, which is float32 in every narrow type; no ratio can be taken of less.
 LOSS_ROUNDING = 2.0**-23
 
@@ -125,11 +128,18 @@ EXPLAINED_GRADIENT = 1e-12
 FIT_RESIDUAL = 16.0
 # Two fitted numbers differ when they are this many times their errors apart.
 FIT_APART = 100.0
+# The form of an optimizer explains a side that leaves this many times its rounding; a wrong one
+# leaves a thousand.
+FORM_RESIDUAL = 30.0
+# Of the model's gap, what a right change of one module may leave: other faults are no part of it.
+GAP_LEFT = 1e-2
 # Rounding that fits assume: of a gradient that is computed twice, of its norm (1.6e-14 was measured
 # for GPT-2); of a second moment that first moments explain, of its norm (within four steps a square
 # of theirs is up to 16 times as large, and 6e-15 was measured); of a weight within a step.
 EPSILON = 2.0**-52
 GRADIENT_ROUNDING, MOMENT_ROUNDING, WEIGHT_ROUNDING = 1e-13, 32 * EPSILON, 4 * EPSILON
+# Of a move of running statistics, what a fit may leave: moves are differences, which cancel.
+STATISTICS_RESIDUAL = 1e4 * GRADIENT_ROUNDING
 
 
 def float64_bound(num_params: int) -> float:

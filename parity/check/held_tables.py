@@ -11,12 +11,11 @@ from parity.check import bounds
 from parity.check.metrics import size_of
 from parity.frameworks.flax.leaves import find_leaf, flax_leaves
 from parity.frameworks.leaves import Arrays, Leaves
+from parity.frameworks.rounding import MASK
 from parity.frameworks.torch.constants import STATISTICS
 from parity.frameworks.torch.leaves import torch_leaves
 from parity.weights.weight_map import WeightMap
 
-# Numbers of that size mask.
-_MASK = 1e30
 # Of two tables of random numbers nearly all numbers are distinct, and their cosine is small.
 _DISTINCT, _COSINE = 0.98, 0.5
 
@@ -97,7 +96,7 @@ def _are_drawn(a: np.ndarray, b: np.ndarray) -> bool:
 
 def _gap(a: np.ndarray, b: np.ndarray) -> float:
     """Return the largest difference, of the largest number; masks and NaN must be the same."""
-    counts = (abs(a) < _MASK) & (abs(b) < _MASK)
+    counts = (abs(a) < MASK) & (abs(b) < MASK)
     if not np.array_equal(a[~counts].astype(b.dtype), b[~counts], equal_nan=True):
         return np.inf
     size = size_of(b[counts])

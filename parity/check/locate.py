@@ -358,7 +358,7 @@ def _is_inside(path: str, other: str) -> bool:
 
 
 def _acquitted(calls: Sequence[Compared], place: int, readers: Readers) -> bool:
-    """Whether a difference does not matter, as what is made of it agrees."""
+    """Whether a difference does not matter, because what reads it agrees."""
     caller = _calling(calls, place)
     while caller is not None:
         if calls[caller].gap is None:

@@ -22,7 +22,13 @@ from parity.report.record import Record, Verdict
 def perturbed_runs(
     session: Session[Runner, Runner], dtype: str, roundings: int
 ) -> Iterator[Runner]:
-    """Yield the torch model from weights some roundings away; none for a recording."""
+    """Yield the torch model from weights some roundings away.
+
+    Yields:
+        Runners; none for a recording, nor for a pair that is pure, whose bounds are its own.
+    """
+    if session.pair.pure:
+        return
     for seed in range(bounds.PERTURBED_RUNS):
         run = session.perturbed_run(dtype, seed, roundings)
         if run is not None:

@@ -14,9 +14,6 @@ from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.protocols import Runner
 from parity.report.record import Record, Verdict, abstain, judge, worst
 
-# Perturbed runs that must show that an output jumps, and how many roundings away their weights are:
-# enough that one at the edge of a step crosses it in one of them, but for one time in a hundred.
-_PERTURBED_RUNS, _ROUNDINGS = 8, 4
 _NONE = np.zeros(0)
 
 
@@ -257,7 +254,9 @@ class Comparison:
                     words = f"{num} jump, each where a rounding of the weights makes it jump too"
                     note = "; ".join(filter(None, (note, words)))
                 gaps = [max_abs(x, truth) / unit for x in (a, b)]
-                if size_of(rounded) / unit > bound / _ROUNDINGS:  # as above, of what cancels
+                if (
+                    size_of(rounded) / unit > bound / bounds.OUTPUT_ROUNDINGS
+                ):  # as above, of what cancels
                     noise, bound = size_of(rounded) / unit, bounds.CHANCE * size_of(rounded) / unit
             fair = error_ratio(a, b, truth, self._noise(leaf, kept, jumps, truth))
         records = []
@@ -298,7 +297,9 @@ class Comparison:
         if dtype == "float64":
             own = _of_leaf(self._perturbed(dtype, dtype, 0)[0], leaf)
             centre = own[kept].reshape(centre.shape) if own.shape == kept.shape else centre
-        return self._farthest(self._perturbed(dtype, dtype, _ROUNDINGS), leaf, kept, centre)
+        return self._farthest(
+            self._perturbed(dtype, dtype, bounds.OUTPUT_ROUNDINGS), leaf, kept, centre
+        )
 
     def _noise(self, leaf: Leaf, kept: np.ndarray, jumps: np.ndarray, truth: np.ndarray) -> float:
         """Return the RMS error that rounding weights and inputs to float32 alone makes."""
@@ -322,7 +323,7 @@ class Comparison:
         run = self._session.perturbed_outputs
         return [
             run(self._batch, rounded, computed, number, roundings)
-            for number in range(_PERTURBED_RUNS if roundings else 1)
+            for number in range(bounds.PERTURBED_OUTPUTS if roundings else 1)
         ]
 
     def _gap_moved(self, leaf: Leaf, number: int) -> float:

@@ -84,7 +84,7 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         return self._runs(dtype)
 
     def perturbed_run(self, dtype: str, seed: int = 0, roundings: int = 1) -> Torch_co | None:
-        """Return the torch side from weights so many roundings away; None for a recording."""
+        """Return the torch side from weights some roundings away; None for a recording."""
         return None
 
     def release(self) -> None:
@@ -162,8 +162,8 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         if record.bound is not None and moved > 0.0:
             bound = max(record.bound, bounds.HELD_CONSTANTS * moved)
             verdict = Verdict.PASS if record.gap <= bound else Verdict.FAIL
-            what = "no more than" if verdict is Verdict.PASS else "more than"
-            note = f"{what} rounding may have made of {', '.join(self.held_constants)}"
+            what = "within" if verdict is Verdict.PASS else "beyond"
+            note = f"{what} what rounding of {', '.join(self.held_constants)} changes"
             note = f"{record.note}; {note}" if record.note and bound < record.gap else note
             record = dataclasses.replace(
                 record, bound=bound, noise=moved, verdict=verdict, note=note

@@ -11,7 +11,7 @@ _DIGITS = 5
 # Of larger tables no number is taken for a decimal that was written.
 _TABLE = 4096
 # Numbers of that size mask.
-_MASK = 1e30
+MASK = 1e30
 
 
 def unrounded(array: np.ndarray) -> np.ndarray:
@@ -26,7 +26,7 @@ def unrounded(array: np.ndarray) -> np.ndarray:
     if array.dtype != np.float32 or array.size > _TABLE:
         return wide
     short = np.array([float(str(x)) for x in array.ravel()], np.float64).reshape(array.shape)
-    return np.where(np.abs(wide) < _MASK, short, wide)
+    return np.where(np.abs(wide) < MASK, short, wide)
 
 
 def half_units(array: np.ndarray, seed: int = 0) -> np.ndarray:
@@ -43,7 +43,7 @@ def half_units(array: np.ndarray, seed: int = 0) -> np.ndarray:
         _, exponent = np.frexp(wide)
         short = np.ldexp(wide, digits // 2 - exponent)
         scale = 10.0 ** (_DIGITS - 1 - np.floor(np.log10(np.abs(wide))))
-        exact = (wide == np.rint(wide)) | (short == np.rint(short)) | ~(np.abs(wide) < _MASK)
+        exact = (wide == np.rint(wide)) | (short == np.rint(short)) | ~(np.abs(wide) < MASK)
         if array.dtype == np.float32:
             exact |= (np.rint(wide * scale) / scale).astype(np.float32) == array
         signs = np.random.default_rng(seed).choice([-1.0, 1.0], wide.shape)

@@ -81,7 +81,7 @@ def ways(sides: Sides) -> list[Way]:
 
 
 def stacked(sides: Sides, name: str, size: int, framework: str) -> list[tuple[Sides, int]]:
-    """Return the sides without an axis of so many, and its place, for each that there is.
+    """Return the sides without an axis of a size, and its place, for each that there is.
 
     The leaves of `framework` have names for the axis; those of the other have the axis itself.
     """

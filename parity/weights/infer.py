@@ -217,8 +217,9 @@ class _Inference:
             if name not in leaves
         ]
         if not problems:
-            problems = [x for link in links if link.layout
-                        for x in link.misfits(self._torch, self._flax)]  # fmt: skip
+            problems = [
+                x for link in links if link.layout for x in link.misfits(self._torch, self._flax)
+            ]
         if problems:
             raise TransplantError(problems)
         return [x for x in links if x.layout], [x for x in links if not x.layout]
@@ -273,8 +274,8 @@ class _Inference:
         return problems
 
     def _alias(self, unit: Unit, pairs: Sequence[Pair], owners: dict[str, str]) -> Pair | None:
-        told = information(self._flax)
-        alike = {x: likeness(words(unit.name), words(x), told, told) for x in self._flax}
+        known = information(self._flax)
+        alike = {x: likeness(words(unit.name), words(x), known, known) for x in self._flax}
         return alias_of(unit, pairs, alike, owners)
 
     def _choices(self, pairs: list[Pair], groups: Sequence[Sequence[int]]) -> Iterator[_Choice]:

@@ -121,7 +121,7 @@ class Axes:
         return names + [x for group in self.flax for x in group if x[0] not in "[{"]
 
     def expanded(self, num_axes: int, framework: str) -> "Axes | None":
-        """Return the layout for leaves of so many axes; None if it is none for them."""
+        """Return the layout for leaves with these numbers of axes; None if it is none for them."""
         groups, rest = self.of(framework), (_REST,)
         missing = num_axes - len(groups) + (rest in groups)
         if missing < 0 or (missing and rest not in groups):
@@ -382,8 +382,9 @@ class _SizesOf:
             unknown = [x for x in group if self._size(framework, number, x) is None]
             if len(unknown) != 1:
                 continue
-            known = math.prod(self._size(framework, number, x) or 0 for x in group
-                              if x != unknown[0])  # fmt: skip
+            known = math.prod(
+                self._size(framework, number, x) or 0 for x in group if x != unknown[0]
+            )
             if not known or size % known:
                 raise _Clash(f": {size} is not {' times '.join(map(self._shown, group))}")
             if self._is_split(framework, unknown[0]):
@@ -421,9 +422,11 @@ class _SizesOf:
     def _is_split(self, framework: str, axis: str) -> bool:
         """Whether leaves in braces have shares of an axis."""
         return (
-            bool(axis) and axis == self._axes.joined and self._braces[framework] > 1
+            bool(axis)
+            and axis == self._axes.joined
+            and self._braces[framework] > 1
             and _BRACES not in self.whole
-        )  # fmt: skip
+        )
 
     def _size(self, framework: str, number: int, axis: str) -> int | None:
         if self._is_split(framework, axis):

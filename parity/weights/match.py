@@ -106,7 +106,7 @@ def _family(units: Sequence[Unit], unmatched: set[str], whole: Unit, side: int) 
         if unmatched & set(several.names)
         and fits(*((several, whole) if side == 0 else (whole, several)))
     ]
-    told = words(whole.owner)
+    named = words(whole.owner)
     free = [len(unmatched & set(several.names)) / len(several.names) for several in found]
     best = max(
         range(len(found)),
@@ -114,7 +114,7 @@ def _family(units: Sequence[Unit], unmatched: set[str], whole: Unit, side: int) 
             is_usual(found[i]),
             agreement(numbers(found[i].owner), numbers(whole.owner)),
             free[i],
-            len(words(found[i].owner) & told),
+            len(words(found[i].owner) & named),
         ),
         default=None,
     )
@@ -220,12 +220,12 @@ class _Scores:
             score += _OPERATION if mine.kind == other.kind else -_OPERATION
         elif "other" not in (ours.operation, theirs.operation):
             score += _OPERATION if ours.operation == theirs.operation else -2 * _OPERATION
-        told = (words(ours.owner), words(theirs.owner))
-        alike = likeness(*told, *self._information)
+        alike = likeness(words(ours.owner), words(theirs.owner), *self._information)
         is_equal = ours.owner == theirs.owner and ours.leaf.role == theirs.leaf.role
         score += _WORDS * alike + _EQUAL * is_equal
-        score += _NUMBERS * agreement(*(x[y.owner] for x, y in
-                                        zip(self._ranks, (ours, theirs), strict=True)))  # fmt: skip
+        score += _NUMBERS * agreement(
+            *(x[y.owner] for x, y in zip(self._ranks, (ours, theirs), strict=True))
+        )
         return score + self._constants(ours, theirs, alike)
 
     def _constants(self, ours: Unit, theirs: Unit, alike: float) -> float:
@@ -336,7 +336,14 @@ def alias_of(
     """
     if len(unit.shapes[0]) < 2:
         pairs = [x for x in pairs if x.flax.owner == owners.get(unit.owner)]
-    like = [x for x in pairs if x.flax.shapes == unit.shapes and x.flax.axes == unit.axes
-            and not x.flax.stacks and len(x.flax.names) == 1 and x.flax.kind == unit.kind
-            and x.flax.leaf.role == unit.leaf.role]  # fmt: skip
+    like = [
+        x
+        for x in pairs
+        if x.flax.shapes == unit.shapes
+        and x.flax.axes == unit.axes
+        and not x.flax.stacks
+        and len(x.flax.names) == 1
+        and x.flax.kind == unit.kind
+        and x.flax.leaf.role == unit.leaf.role
+    ]
     return max(like, key=lambda x: scores.get(x.flax.name, 0.0), default=None)

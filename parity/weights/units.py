@@ -17,9 +17,13 @@ from parity.weights.names import template, words
 _NUMBER = re.compile(r"\d+")
 # The usual order of what is fused.
 _ORDERS = (
-    ("query", "key", "value"), ("key", "value"), ("gate", "up"), ("up", "gate"),
-    ("i", "f", "g", "o"), ("r", "z", "n"),
-)  # fmt: skip
+    ("query", "key", "value"),
+    ("key", "value"),
+    ("gate", "up"),
+    ("up", "gate"),
+    ("i", "f", "g", "o"),
+    ("r", "z", "n"),
+)
 # The axis along which a named layout lies end to end, by its letter; "" for the last one.
 _JOINED = {Layout.TRANSPOSED: "b", Layout.HEADS_OUT: "b", Layout.HEADS_IN: "c", Layout.FLAT: "a"}
 
@@ -182,8 +186,7 @@ def _in_usual_order(members: list[Unit], place: int) -> list[Unit]:
     for order in _ORDERS:
         places = [next((i for i, x in enumerate(order) if x in said_by), None) for said_by in said]
         if None not in places and len(set(places)) == len(members) == len(order):
-            return [unit for _, unit in sorted(zip(places, members, strict=True),
-                                               key=lambda x: str(x[0]))]  # fmt: skip
+            return [members[places.index(i)] for i in range(len(order))]
     return members
 
 

@@ -41,8 +41,6 @@ from parity.report import Divergence
 
 # Spent at most on the search in one call; a small module's alternatives take two.
 _SECONDS = 20.0
-# Of the model's gap, what a right change of one module may leave: other faults are no part of it.
-_CLOSER = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +162,7 @@ def _closes(
     if before is None or after is None:
         return False
     gaps = [max_abs(*together(target, x)) for x in (before, after)]
-    return gaps[1] <= max(_CLOSER * gaps[0], bounds.MODULE_OUTPUT * scale_of(target), noise)
+    return gaps[1] <= max(bounds.GAP_LEFT * gaps[0], bounds.MODULE_OUTPUT * scale_of(target), noise)
 
 
 def _moves_on(
@@ -195,7 +193,7 @@ def _moves_on(
     if any(before[x].fed is False and after[x].fed for x in outside):
         return True
     gaps = [calls[("", 0)].gap for calls in (before, after)]
-    return gaps[1] is None or (gaps[0] is not None and gaps[1] <= _CLOSER * gaps[0])
+    return gaps[1] is None or (gaps[0] is not None and gaps[1] <= bounds.GAP_LEFT * gaps[0])
 
 
 def _again(

@@ -7,11 +7,8 @@ the variance c times as large in one as in the other, its moves are linear in ea
 
 import numpy as np
 
-from parity.check.bounds import GRADIENT_ROUNDING
+from parity.check.bounds import STATISTICS_RESIDUAL
 from parity.check.pair_session import PairSession
-
-# Of a move, what a fit may leave: moves are differences of statistics, which cancel.
-_EXPLAINED = 1e4 * GRADIENT_ROUNDING
 
 
 def explain_statistics(session: PairSession, leaf: str) -> str | None:
@@ -38,9 +35,9 @@ def explain_statistics(session: PairSession, leaf: str) -> str | None:
     factor = slope * ratio
     module = session.runs("float64")[1].module.get_submodule(session.modules.get(path, ""))
     taken, causes = getattr(module, "momentum", None), []
-    if abs(factor - 1.0) > _EXPLAINED:
+    if abs(factor - 1.0) > STATISTICS_RESIDUAL:
         taken = offset / (factor - 1.0)
-    if abs(ratio - 1.0) > _EXPLAINED:
+    if abs(ratio - 1.0) > STATISTICS_RESIDUAL:
         words = f"flax takes {ratio:.6g} times torch's share of a batch into its statistics"
         if isinstance(taken, float):
             words = (
@@ -48,7 +45,7 @@ def explain_statistics(session: PairSession, leaf: str) -> str | None:
                 f"{ratio * taken:.6g}: flax's momentum is what stays, so give {1 - taken:.6g}"
             )
         causes.append(words)
-    if abs(factor - 1.0) > _EXPLAINED:
+    if abs(factor - 1.0) > STATISTICS_RESIDUAL:
         count = max(factor, 1.0 / factor) / abs(max(factor, 1.0 / factor) - 1.0)
         more, less = ("torch", "flax") if factor > 1.0 else ("flax", "torch")
         causes.append(
@@ -66,4 +63,4 @@ def _fit(target: np.ndarray, *terms: np.ndarray) -> np.ndarray | None:
         return None
     found = np.linalg.lstsq(matrix, target, rcond=None)[0]
     left = np.linalg.norm(matrix @ found - target)
-    return found if left <= _EXPLAINED * np.linalg.norm(target) else None
+    return found if left <= STATISTICS_RESIDUAL * np.linalg.norm(target) else None

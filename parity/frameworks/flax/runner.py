@@ -8,6 +8,7 @@ from typing import Any, Protocol, Self, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from parity.frameworks.batch import Batch, Outputs
@@ -90,18 +91,30 @@ class FlaxRunner:
         self._loss_and_gradients = cast(_Program, jax.jit(loss_and_gradients))
 
     def at(self, leaves: Arrays) -> Self:
-        """Return the same model with other weights; what is compiled stays so."""
+        """Return the same model with other weights; what is compiled stays so.
+
+        Programs hold what is no parameter, such as statistics, fixed. They are compiled anew where
+        that is other.
+        """
         if self._fixed is None:
             self._load_once()
+        assert self._fixed is not None
+        names = state_leaves(self._fixed[1])
+        if not all(np.array_equal(leaves[x], self._leaves[x], equal_nan=True) for x in names):
+            return self._anew(leaves, self._log)
         other = copy.copy(self)
         other._leaves, other._loaded = leaves, None
         return other
 
     def moved(self) -> Self:
         """Return the same model with the constants that it holds in a narrow type moved."""
-        given = self._spec, self._leaves, self._dtype, self._device
-        other = type(self)(*given, code_leaves=self._code_leaves)
-        other._log = None if self._log is None else Log(moves=True)
+        return self._anew(self._leaves, None if self._log is None else Log(moves=True))
+
+    def _anew(self, leaves: Arrays, log: Log | None) -> Self:
+        """Return a runner with programs of its own, lifted if there is a log."""
+        code = self._code_leaves
+        other = type(self)(self._spec, leaves, self._dtype, self._device, code_leaves=code)
+        other._log = log
         return other
 
     @property

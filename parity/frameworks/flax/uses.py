@@ -17,8 +17,18 @@ Literal = jax.extend.core.Literal
 Variable = jax.extend.core.Var
 Equation = jax.extend.core.JaxprEqn
 
-_SAME_AXES = {"convert_element_type", "copy", "copy_p", "rev", "slice", "dynamic_slice", "neg",
-              "reduce_precision", "stop_gradient", "sharding_constraint"}  # fmt: skip
+_SAME_AXES = {
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "rev",
+    "slice",
+    "dynamic_slice",
+    "neg",
+    "reduce_precision",
+    "stop_gradient",
+    "sharding_constraint",
+}
 _OPERATIONS = {"mul": "factor", "div": "factor", "add": "term", "sub": "term", "add_any": "term"}
 
 
@@ -64,8 +74,7 @@ class _Reader:
         """Read the equations of a jaxpr, some of whose variables are leaves; return all such."""
         views = dict(views)
         for equation in jaxpr.eqns:
-            given = [None if isinstance(x, Literal) else views.get(x)
-                     for x in equation.invars]  # fmt: skip
+            given = [None if isinstance(x, Literal) else views.get(x) for x in equation.invars]
             if not any(given):
                 continue
             if inner := _inner(equation, given):
@@ -91,8 +100,9 @@ class _Reader:
         if name == "dot_general":
             summed, shared = (x[place] for x in equation.params["dimension_numbers"])
             operation = "product"
-            labels = tuple("i" if x in summed else "" if x in shared else "o"
-                           for x in range(len(view.axes)))  # fmt: skip
+            labels = tuple(
+                "i" if x in summed else "" if x in shared else "o" for x in range(len(view.axes))
+            )
         elif name == "conv_general_dilated" and place == 1:
             out, into, *window = equation.params["dimension_numbers"].rhs_spec
             by_axis = {out: "o", into: "i"} | {x: f"w{i}" for i, x in enumerate(window)}

@@ -70,7 +70,7 @@ def test_a_right_pair_passes_by_what_rounding_did_to_its_constant_and_says_so():
     assert report.ok, report
     first = report.levels[0].records[0]
     assert 1e-12 < first.gap < first.bound < 1e-5 and first.noise > 1e-9
-    assert "rounding may have made of float32 constant scale at Net.forward" in first.note
+    assert "rounding of float32 constant scale at Net.forward" in first.note
     notes = _notes(report)
     assert notes.count("Net (torch) computes narrower, lifted: float32 ") == 1
     assert "float32 cast at Net.forward (test_lifting.py:" in notes

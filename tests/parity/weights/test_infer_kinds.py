@@ -1,7 +1,5 @@
 """The map is found for weights of every kind, without a file, and a wrong one is not taken."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,8 +37,7 @@ def found(net, port, inputs, rules="auto"):
     pair = pair_of(net, port, inputs, rules=rules)
     resolve(pair.rules, torch_leaves(net), flax_leaves(port))
     assert Rules.parse(pair.rules.to_toml()) == pair.rules
-    unmapped = dataclasses.replace(pair, rules=Rules(()))  # as an experiment gets it
-    return pair.rules, PairExperiment(unmapped).gap(pair.rules)
+    return pair.rules, PairExperiment(pair).gap(pair.rules)
 
 
 class Attention(torch.nn.Module):

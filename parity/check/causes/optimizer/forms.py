@@ -12,14 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 from scipy.optimize import OptimizeResult, least_squares
 
-from parity.check.bounds import GRADIENT_ROUNDING, WEIGHT_ROUNDING
+from parity.check.bounds import FORM_RESIDUAL, GRADIENT_ROUNDING, WEIGHT_ROUNDING
 from parity.check.causes.fit import Number
 from parity.check.causes.optimizer.step import Step
 
 _SECONDS = 20.0  # of the processor, to look for the form of one side
 _MOST = 256  # elements to fit
-# A form explains a side that leaves this many times its rounding; a wrong one leaves a thousand.
-_EXPLAINED = 30.0
 _ROUNDED = 1e-9  # error of a setting at least, of itself
 _FAR = 1e30  # in units of rounding: where a form has no number
 
@@ -162,7 +160,7 @@ def _fit(form: Form, side: _Observed) -> Fit | None:
     found = _search(residuals, best.x, np.ones_like(core))
     left = float(np.sqrt(np.mean(found.fun**2)))
     fitted = {name: _value(name, y) for name, y in zip(names, found.x, strict=True)}
-    if not left <= _EXPLAINED or any(fitted[x] > limit for x, limit in form.limits.items()):
+    if not left <= FORM_RESIDUAL or any(fitted[x] > limit for x, limit in form.limits.items()):
         return None
     rate = predicted(found.x)[1]
     settings = {"the learning rate": Number(rate, abs(rate) * _ROUNDED)}
