@@ -18,6 +18,7 @@ from parity.check.causes.operations import (
     common_sizes,
     substitutes,
 )
+from parity.check.causes.program import explain_by_program
 from parity.check.causes.replay import Change, Changed, Operation, Replay, named
 from parity.check.causes.weights import readings
 from parity.check.locate import (
@@ -82,6 +83,8 @@ def explain_output(session: PairSession, batch: Batch, found: Divergence) -> Div
     with port.scope():
         modules = dict(port.module.named_modules())
         cause = describe_match(itertools.chain.from_iterable(calls), modules)
+    if cause is None:
+        return explain_by_program(session, batch, found)
     return dataclasses.replace(found, cause=cause)
 
 
@@ -315,6 +318,11 @@ def _submodule_attempts(
                     return own.forward((x + shift).clamp(min=0), *args, **kwargs)
 
                 yield tried(f"ids {shift:+d} for {path}", shifted)
+
+            def from_zero(x, *args, own=own, **kwargs):
+                return own.forward(x - x.min(), *args, **kwargs)
+
+            yield tried(f"ids from 0 for {path}", from_zero)
         for other, module in replay.agreeing.items():
             if other != path and type(module) is type(own):
                 yield tried(f"{other} in place of {path}", module.forward)

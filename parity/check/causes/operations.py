@@ -60,11 +60,11 @@ def _usual(done: Done, sizes: Collection[int]) -> Found:
         yield _FIXED[done.name]
     elif "norm" in done.name:
         yield from _norms(done)
-    elif any(word in done.name for word in _SIGNS):
-        yield from _arithmetic(done, sizes)
     elif "matmul" in done.name or done.name in ("mm", "bmm", "einsum"):
         for words, scale in _scales(sizes, 1.0):
             yield words, _then(done.operation, lambda x, s=scale: x * s)
+    elif any(word in done.name for word in _SIGNS):
+        yield from _arithmetic(done, sizes)
     elif done.args and isinstance(x := done.args[0], torch.Tensor) and x is not done.result:
         if isinstance(done.result, torch.Tensor) and done.result.shape == x.shape:
             yield f"no {done.name}", left_out
@@ -371,6 +371,19 @@ def _orders(done: Done) -> Found:
             yield f"parts in the order {numbers}", reordered
 
 
+def _joins(done: Done) -> Found:
+    """Join parts in another order."""
+    parts, count = done.args[0], len(done.args[0])
+    if count > 2:
+        yield "parts in reverse order", on_argument(0, done.operation, lambda x: x[::-1])
+    for order in itertools.permutations(range(count)) if 2 <= count <= 4 else ():
+        if order != tuple(range(count)) and len({parts[x].shape for x in order}) <= 2:
+            numbers = ", ".join(str(place + 1) for place in order)
+            words = f"parts in the order {numbers}" if count > 2 else "parts in reverse order"
+            reordered = on_argument(0, done.operation, lambda x, o=order: [x[p] for p in o])
+            yield words, reordered
+
+
 def _reshapes(done: Done) -> Found:
     """Interleave an axis that becomes two; order a channel axis that becomes flat as flax does."""
     x, made = done.args[0], done.result
@@ -422,10 +435,9 @@ def _items(done: Done, index: tuple) -> Found:
         at = {"the first": 0, "the last": -1}
     elif type(chosen) is int and all(part == slice(None) for part in index[:-1]):
         at = {"the first": 0, "the last": -1, "the next": chosen + 1, "the one before": chosen - 1}
-        at = {
-            words: place for words, place in at.items() if -x.shape[axis] <= place < x.shape[axis]
-        }
-        at = {words: place for words, place in at.items() if place % x.shape[axis] != chosen}
+        size = x.shape[axis]
+        at = {words: place for words, place in at.items() if -size <= place < size}
+        at = {words: place for words, place in at.items() if place % size != chosen % size}
         if x.is_floating_point():
             yield f"the mean over axis {axis}", lambda x, *a, **k: x.mean(axis)
     else:
@@ -516,6 +528,7 @@ _PLAIN: dict[str, Callable[[Done], Found]] = {
         ("embedding", _embedding),
         ("masked_fill where", _masked),
         ("chunk split unbind tensor_split", _orders),
+        ("cat stack concat", _joins),
         ("view reshape unflatten flatten", _reshapes),
         ("cross_entropy", _cross_entropy),
         ("getitem", _slices),
@@ -526,7 +539,6 @@ _PLAIN: dict[str, Callable[[Done], Found]] = {
 _FIXED: dict[str, tuple[str, Operation]] = {
     "argmax": ("argmin in place of argmax", torch.argmin),
     "argmin": ("argmax in place of argmin", torch.argmax),
-    "cat": ("parts in reverse order", lambda parts, *a, **k: torch.cat(parts[::-1], *a, **k)),
     "flip": ("no flip", left_out),
     "mean": ("a sum in place of the mean", torch.sum),
     "neg": ("no change of sign", left_out),

@@ -1,6 +1,7 @@
 """Alternatives to a module's weights: transposed, left out, swapped, reordered."""
 
 import itertools
+import re
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -25,7 +26,9 @@ def readings(
             yield f"{name} left out", {name: torch.zeros_like(weight)}
     yield from _exchanged(own)
     yield from _paired_otherwise(own)
-    yield from _reordered(own)
+    modules = ((path, x) for path, x in module.named_modules() if _is_table(x))
+    tables = {f"{path}.weight".lstrip(".") for path, _ in modules}
+    yield from _reordered({name: x for name, x in own.items() if name not in tables})
     for name, weight in own.items():
         if weight.ndim == 1 and name.endswith("weight"):
             yield f"{name} as 1 + w", {name: 1 + weight}
@@ -38,6 +41,11 @@ def readings(
             if weight.shape[0] == weight.shape[1]:
                 swapped = weight.swapaxes(0, 1).contiguous()
                 yield f"inputs and outputs of {name} swapped", {name: swapped}
+
+
+def _is_table(module: torch.nn.Module) -> bool:
+    """Whether the rows of a module's weight are looked up, and not fused."""
+    return isinstance(module, torch.nn.Embedding | torch.nn.EmbeddingBag)
 
 
 def _floats(module: torch.nn.Module) -> Weights:
@@ -89,6 +97,9 @@ def _reordered(own: Weights) -> Iterator[tuple[str, Weights]]:
         widths = {name: x.shape[axis] for name, x in own.items() if x.ndim}
         fused = {x: own[x] for x, n in widths.items() if n % count == 0 and n >= 2 * count}
         groups = [[x for x in fused if widths[x] == n] for n in {widths[x] for x in fused}]
+        # A recurrent layer's weights of its input alone, say, with their biases.
+        kinds = {x: (widths[x], re.sub(r"weight|bias|\d+", "", x)) for x in fused}
+        groups += [[x for x in fused if kinds[x] == kind] for kind in dict.fromkeys(kinds.values())]
         # All that have such parts together, and each alone.
         for names in dict.fromkeys(map(tuple, [*groups, *([name] for name in fused)])):
             words = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
