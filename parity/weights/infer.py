@@ -22,7 +22,7 @@ from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.torch.leaves import torch_leaves
 from parity.frameworks.uses import Uses
 from parity.weights.compress import as_rule, compress
-from parity.weights.exchange import moved, moves
+from parity.weights.exchange import is_against_names, moved, moves
 from parity.weights.known_layers import flax_leaf, torch_leaf
 from parity.weights.layouts import Link
 from parity.weights.match import Matching, Pair, alias_of, exchanged, is_needed, match, orders_of
@@ -295,8 +295,12 @@ class _Inference:
             answers = []
             for order in itertools.islice(orders, _MOST_EXCHANGES):
                 made = [exchanged([pairs[i] for i in group], order) for group in alike]
-                if all(x is not None for x in made):
-                    answers.append(tuple(pair for group in made for pair in group or ()))
+                found = [pair for group in made for pair in group or ()]
+                moved_places = zip((i for group in alike for i in group), found, strict=False)
+                if all(x is not None for x in made) and not any(
+                    is_against_names(pairs[i], pair.flax) for i, pair in moved_places
+                ):
+                    answers.append(tuple(found))
             if len(answers) > 1:
                 yield _Choice(tuple(i for group in alike for i in group), tuple(answers))
         by_kind: dict[tuple[object, ...], list[int]] = {}
@@ -375,8 +379,18 @@ class _Inference:
         if not places:
             return rules
         equal = "equal" if gap <= _SAME_OUTPUT else f"closest, {gap:.0e},"
-        note = f"outputs are {equal} with {self._lines(rules, found, places)}, not as names suggest"
-        return dataclasses.replace(rules, notes=(*rules.notes, note))
+        lines, exchange = self._lines(rules, found, places), ""
+        note = f"outputs are {equal} with {lines}, not as names suggest"
+        against = [i for i in places if is_against_names(pairs[i], found[i].flax)]
+        if against:
+            # Weights are moved by names where these are equal: what differs then is a difference.
+            kept = [pairs[i] if i in against else pair for i, pair in enumerate(found)]
+            is_whole = len({pair.flax.names for pair in kept}) == len(kept)
+            note += ", and equal names are kept"
+            lines = self._lines(rules, found, against)
+            rules = self._rules_of(kept if is_whole else pairs)
+            exchange = lines if gap <= _SAME_OUTPUT else ""
+        return dataclasses.replace(rules, notes=(*rules.notes, note), exchange=exchange)
 
     def _searched(
         self, pairs: list[Pair], choices: list[_Choice], gap: float

@@ -98,6 +98,8 @@ class Rules:
         flax_ignored: patterns of flax leaves that torch lacks and no output needs.
         rest: "auto" to infer what is not said; empty where all is said.
         notes: what was decided without proof when the rules were inferred.
+        exchange: lines of other rules, which take equal names apart and make the outputs equal;
+            empty where there are none.
     """
 
     rules: tuple[Rule, ...]
@@ -107,6 +109,7 @@ class Rules:
     flax_ignored: tuple[str, ...] = ()
     rest: str = ""
     notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    exchange: str = dataclasses.field(default="", compare=False)
 
     def is_ignored(self, torch_name: str) -> bool:
         """Whether a torch leaf is left out on purpose."""

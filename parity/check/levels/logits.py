@@ -15,6 +15,11 @@ from parity.report.record import Record, Verdict, first_failed
 if TYPE_CHECKING:  # as in locate
     from parity.check.pair_session import PairSession
 
+_EXCHANGED = (
+    "the two models are equal with {}. One uses these weights under each other's names; rename "
+    "them there, or write these lines in a rules file if that is meant"
+)
+
 
 def records(session: Session[Runner, Runner]) -> Iterator[Record]:
     """Yield gaps in float64, and in float32 the error of each side against float64."""
@@ -50,6 +55,8 @@ def locate(session: "PairSession", records: list[Record]) -> Divergence | None:
         return Divergence(where, "forward", 0, bad.gap, detail=bad.note or "")
     if bad.where:
         found = dataclasses.replace(found, detail=f"{found.detail} Seen in output {bad.where}.")
+    if lines := session.pair.rules.exchange:
+        return dataclasses.replace(found, cause=_EXCHANGED.format(lines))
     return explain(found, lambda found: explain_output(session, batch, found))
 
 
