@@ -13,8 +13,9 @@ from parity.frameworks.leaves import cast_array, neighbours
 Argument: TypeAlias = (
     "np.ndarray | bool | int | float | str | Sequence[Argument] | Mapping[str, Argument] | None"
 )
-# The path of each leaf of an output to its array; "" for an output that is one array. An array of
-# text stands for what cannot be compared, and is the name of its type.
+# The path of each leaf of an output to its array; "" for an output that is one array. A text is the
+# numbers of its characters. An array of text stands for what cannot be compared, and is the name of
+# its type.
 Outputs = dict[str, np.ndarray]
 
 
@@ -90,7 +91,9 @@ def _children(value: object, path: str) -> list[tuple[str, object]]:
 
 
 def plain_array(leaf: object) -> np.ndarray:
-    """Return a number or a NumPy array of an output as it is compared; see `Outputs`."""
+    """Return a number, a text or a NumPy array of an output as it is compared; see `Outputs`."""
+    if isinstance(leaf, str):
+        return np.array([ord(x) for x in leaf], np.int32)
     array = np.asarray(
         leaf if isinstance(leaf, np.ndarray | np.generic | int | float | complex) else None
     )

@@ -106,12 +106,13 @@ def _final_parameters(
                 drifting.append(f"{np.count_nonzero(chance)} numbers of {name}")
     null = {name: gaps.pop(name) for name in session.null.leaves}
     drifting += [name for name in session.null_in_training if gaps.pop(name, None) is not None]
-    leaf, size = largest(gaps), sum(flax[name].size for name in gaps)
     words = f"moved by rounding in training, not compared: {', '.join(drifting)}"
     note = words if drifting else None
     name, metric, bound = "final parameters", "max_abs_parameters", bounds.PARAMETERS
-    made = judge(name, "float64", metric, gaps[leaf], bound, size, note=note)
-    yield made.at(leaf, session.steps)
+    if gaps:
+        leaf, size = largest(gaps), sum(flax[name].size for name in gaps)
+        made = judge(name, "float64", metric, gaps[leaf], bound, size, note=note)
+        yield made.at(leaf, session.steps)
     if null:
         leaf, size = largest(null), sum(flax[name].size for name in null)
         gap = null[leaf] / session.pair.learning_rate
