@@ -227,7 +227,7 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         """Return loss and gradient of each model, both by flax's names."""
         flax, torch = self.runs(dtype)
         loss, gradients = torch.gradients(self.gradient_probe)
-        theirs = loss, self.weight_map.to_flax(gradients)
+        theirs = loss, self.weight_map.gradients_to_flax(gradients)
         del gradients
         if self.is_large:
             torch.release()

@@ -153,8 +153,9 @@ def families(found: Sequence[Unit], size: int) -> Iterator[Unit]:
         steps = unit.name.split(".")
         for place in {len(steps) - 1, len(steps) - 2} & set(range(len(steps))):
             key = (place, *steps[:place], *steps[place + 1 :], unit.stacks, unit.kind)
-            for shapes in ((), unit.shapes):  # a cell reads gates of the input and state by turns
-                groups.setdefault((*key, shapes), []).append(unit)
+            # A cell reads gates of the input and of the state by turns, such as ii, hi, if, hf.
+            for alike in ((), unit.shapes, steps[place].strip("_")[:-1]):
+                groups.setdefault((*key, alike), []).append(unit)
     for (place, *_), group in groups.items():
         group = sorted(_distinct(group), key=lambda unit: unit.order)
         for length in range(min(len(group), 8), 1, -1):
