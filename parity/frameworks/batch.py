@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from parity.frameworks.capture import map_leaves
+from parity.frameworks.capture import leaves_of, map_leaves
 from parity.frameworks.leaves import cast_array, neighbours
 
 # An array of a call, a Python value that is fixed, or such in nested containers.
@@ -44,6 +44,33 @@ class Batch:
 
         inputs, keywords = map_leaves((self.inputs, dict(self.keywords)), moved)
         return Batch(inputs, self.real, keywords)
+
+    @property
+    def num_rows(self) -> int:
+        """The size of the first axis of all arrays; 0 where it is not one size."""
+        leaves = leaves_of((self.inputs, dict(self.keywords)))
+        sizes = {len(x) for x in leaves if isinstance(x, np.ndarray) and x.ndim}
+        return sizes.pop() if len(sizes) == 1 else 0
+
+    def resized(self) -> "Batch | None":
+        """Return the call with another number of rows; None where there is no such number.
+
+        Of three rows and more the last is left out; else there is one more.
+        """
+        size = self.num_rows
+        if not size or self.real is not None:
+            return None
+
+        def moved(value: object) -> object:
+            if not isinstance(value, np.ndarray) or not value.ndim:
+                return value
+            if size > 2:
+                return value[:-1]
+            row = value[:1] * value.dtype.type(0.75) if value.dtype.kind in "fc" else value[:1]
+            return np.concatenate([value, row])
+
+        inputs, keywords = map_leaves((self.inputs, dict(self.keywords)), moved)
+        return Batch(inputs, None, keywords)
 
     def select(self, outputs: Outputs) -> Outputs:
         """Return what counts of each output; all of it if it lacks the axes of `real`."""

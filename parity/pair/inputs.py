@@ -12,6 +12,8 @@ from parity.frameworks.default_call import Signature
 
 # Draws from a function of a random generator: one input may miss what another reaches.
 _DRAWS = 2
+# What the name of a call ends with whose number of rows is none that the user gave.
+OTHER_SIZE = ", another batch size"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -69,6 +69,9 @@ def is_against_names(pair: Pair, flax: Unit) -> bool:
 
     Weights that are moved by name lie as the names say. Names are equal in their last step, such as
     `q_proj` and `wq`, or in all words, whatever the numbers.
+
+    Returns:
+        True if the pair's names are equal in one of these ways and those with `flax` are not.
     """
 
     def last(unit: Unit) -> str:

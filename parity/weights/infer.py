@@ -42,7 +42,7 @@ _CLEAR = 0.5
 _SECONDS, _MOST_TRIALS, _MOST_EXCHANGES = 20.0, 400, 24
 # The same, in seconds, against what names say clearly.
 _SECONDS_AGAINST_NAMES = 8.0
-# Layers of torch in which two biases are added with nothing in between. In a GRU a gate lies between.
+# Layers of torch that add two biases with nothing in between. In a GRU a gate lies between.
 _TWO_BIASES = torch.nn.LSTM | torch.nn.RNN | torch.nn.LSTMCell | torch.nn.RNNCell
 
 
@@ -279,7 +279,9 @@ class _Inference:
                 if is_needed(unit):
                     self._notes.append(f"torch {unit.name}: no output needs it, and flax lacks it")
             else:
-                problems.append(_missing("torch", unit, found.flax) + self._added(unit, found.pairs))
+                problems.append(
+                    _missing("torch", unit, found.flax) + self._added(unit, found.pairs)
+                )
         owners: dict[str, str] = {}
         for unit in sorted(found.flax, key=lambda unit: -len(unit.shapes[0])):
             is_unused = uses[1] is not None and not any(name in uses[1] for name in unit.names)

@@ -47,8 +47,8 @@ from parity.weights.layouts import Axes, Layout, Link
 _STACK = re.compile(r"\[(\w+)\]")
 _FIELDS = (
     f"[[rule]] with torch, flax and perhaps layout ({', '.join(Layout)} or axes), heads, optional; "
-    "map; [[tie]] and [[flax_tie]] with alias and original; [[sum]] with term and original; ignored; "
-    "flax_ignored; rest"
+    "map; [[tie]] and [[flax_tie]] with alias and original; [[sum]] with term and original; "
+    "ignored; flax_ignored; rest"
 )
 
 
@@ -103,7 +103,7 @@ class Rules:
         flax_ignored: patterns of flax leaves that torch lacks and no output needs.
         rest: "auto" to infer what is not said; empty where all is said.
         notes: what was decided without proof when the rules were inferred.
-        sums: pairs of torch names (term, original) of which flax has the sum in the original's place.
+        sums: pairs of torch names (term, original); flax has their sum for the original.
         exchange: lines of other rules, which take equal names apart and make the outputs equal;
             empty where there are none.
     """

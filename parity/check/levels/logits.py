@@ -9,6 +9,7 @@ from parity.check.locate import locate_forward, locate_rounding
 from parity.check.outputs import Comparison
 from parity.check.session import Session
 from parity.frameworks.protocols import Runner
+from parity.pair.inputs import OTHER_SIZE
 from parity.report import Divergence
 from parity.report.record import Record, Verdict, first_failed
 
@@ -30,11 +31,17 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
     yield from session.proof_of_float64("forward")
     if "float32" not in session.dtypes:
         return
-    for number, call in enumerate(calls):
+    # Where float64 agrees for another batch size, so do narrower types.
+    given = [
+        x
+        for x, name in zip(calls, session.pair.probes, strict=True)
+        if not name.endswith(OTHER_SIZE)
+    ]
+    for number, call in enumerate(given):
         yield from call.in_float32()
-        session.progress(0.5 + (number + 1) / len(calls) / 2)
+        session.progress(0.5 + (number + 1) / len(given) / 2)
     if (half := session.pair.half) is not None:
-        for call in calls:
+        for call in given:
             yield from call.in_half(half)
 
 

@@ -90,9 +90,7 @@ def _differences(sides: Mapping[str, Fit]) -> Iterator[str]:
         a, b = (fit.settings.get(setting, Number(0.0, np.inf)) for fit in (ours, theirs))
         if a.differs(b):
             digits = 6 if _text(a) != _text(b) else 12
-            words = (
-                f"{setting} is {_text(a, digits)} in {name} and {_text(b, digits)} in {other}"
-            )
+            words = f"{setting} is {_text(a, digits)} in {name} and {_text(b, digits)} in {other}"
             remedy = _REMEDIES.get(setting)
             if setting == _FIRST_SUM and not a.is_zero and abs(a.value - b.value) < _EPSILON:
                 remedy = f"as {_INSIDE} makes it: {_TORCH_INSIDE['Adagrad']}"
