@@ -137,11 +137,12 @@ def _suspects(session: PairSession, batch: Batch, path: str, noise: Noise) -> It
     for number, (call, target) in enumerate(zip(calls[divergent], targets, strict=False)):
         given, whole_given = (noise.get(x, (0.0, 0.0))[1] for x in ((path, number), ("", 0)))
         suspect = Suspect(Replay(divergent, *call, inside), target.output, noise=given)
-        if suspect.is_met(suspect.replay.output()):
+        if (leaf := _divergent_leaf(suspect, target)) is None:
             continue
+        suspect = dataclasses.replace(suspect, target=target.outputs.get(leaf, target.output))
         for agreeing in (inside, inside | bare) if bare else (inside,):
             confirms = functools.partial(_moves_on, session, batch, (path, number), agreeing, noise)
-            replay = Replay(divergent, *call, agreeing)
+            replay = Replay(divergent, *call, agreeing, leaf=leaf)
             yield dataclasses.replace(suspect, replay=replay, confirms=confirms)
         if path and len(targets) == len(calls[model]) == 1:
             around = {x for x in modules if f"{path}.".startswith(f"{x}.")} | {""}
@@ -149,9 +150,19 @@ def _suspects(session: PairSession, batch: Batch, path: str, noise: Noise) -> It
             outside[path] = divergent
             whole = Replay(model, *calls[model][0], outside)
             confirms = functools.partial(_closes, session, whole, wholes[0], whole_given)
-            replay = Replay(model, *calls[model][0], outside, divergent)
+            replay = Replay(model, *calls[model][0], outside, divergent, leaf)
             yield dataclasses.replace(suspect, replay=replay, confirms=confirms)
         return
+
+
+def _divergent_leaf(suspect: Suspect, target: Trace) -> str | None:
+    """Return the path of the first array of a call's output that differs; None if none does."""
+    found = suspect.replay.outputs()
+    if not suspect.is_met(next(iter(found.values()), None)):
+        return next(iter(found), "")
+    both = (path for path in target.outputs if path in found)
+    wanted = ((path, dataclasses.replace(suspect, target=target.outputs[path])) for path in both)
+    return next((path for path, other in wanted if not other.is_met(found[path])), None)
 
 
 def _closes(

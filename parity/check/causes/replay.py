@@ -17,7 +17,7 @@ import torch
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from parity.frameworks.capture import leaves_of
+from parity.frameworks.capture import named_leaves
 from parity.frameworks.torch.leaves import to_numpy
 
 Operation = Callable[..., Any]
@@ -62,7 +62,8 @@ class Done:
 class Replay:
     """One call of a module that can be repeated, up to the first output of an observed one in it.
 
-    Agreeing modules, by path, are inside it, and their operations are not its own.
+    Agreeing modules, by path, are inside it, and their operations are not its own. Of a nested
+    output, the array at the path `leaf` counts; the first if it has none there.
     """
 
     def __init__(
@@ -72,14 +73,20 @@ class Replay:
         kwargs: Mapping[str, object],
         agreeing: Mapping[str, torch.nn.Module],
         observed: torch.nn.Module | None = None,
+        leaf: str = "",
     ):
-        self.module, self.agreeing, self._observed = module, agreeing, observed
+        self.module, self.agreeing, self._observed, self._leaf = module, agreeing, observed, leaf
         self._call = args, dict(kwargs)
 
     def output(self, changed: Changed | None = None) -> np.ndarray | None:
-        """Return the output's first array with this changed; None if the module raises."""
-        arrays = [x for x in leaves_of(self.run(changed)) if isinstance(x, torch.Tensor)]
-        return to_numpy(arrays[0]) if arrays else None
+        """Return the output's array with this changed; None if the module raises."""
+        arrays = self.outputs(changed)
+        return arrays.get(self._leaf, next(iter(arrays.values()), None))
+
+    def outputs(self, changed: Changed | None = None) -> dict[str, np.ndarray]:
+        """Return the output's arrays by path with this changed; none if the module raises."""
+        leaves = named_leaves(self.run(changed))
+        return {path: to_numpy(x) for path, x in leaves if isinstance(x, torch.Tensor)}
 
     def run(self, changed: Changed | None = None) -> object:
         """Return the output with this changed; None if the module raises."""
