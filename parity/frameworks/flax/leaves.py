@@ -21,6 +21,7 @@ StaticCasts = dict[tuple[int, str], object]
 
 
 Array = np.ndarray | np.generic | jax.Array
+_SHORT = {np.dtype(np.int64): np.dtype(np.int32), np.dtype(np.uint64): np.dtype(np.uint32)}
 _PYTHON_TYPES = {bool: np.bool_, int: np.int32, float: np.float32, complex: np.complex64}
 
 
@@ -76,8 +77,10 @@ def load_flax(module: nnx.Module, leaves: Arrays) -> None:
         # As it was placed: an array that is tied to its device would tie what is computed from it,
         # and a program is compiled again for each mixture of tied and free arguments.
         place = array.sharding if isinstance(array, jax.Array) and array.committed else None
-        leaf = leaves[name].astype(present[name].dtype, copy=False)
-        return jax.device_put(leaf, place)
+        dtype = present[name].dtype
+        if not isinstance(array, jax.Array):  # jax takes NumPy's integers in 32 bits
+            dtype = _SHORT.get(dtype, dtype)
+        return jax.device_put(leaves[name].astype(dtype, copy=False), place)
 
     with jax.enable_x64(wide or jnp.result_type(float) == jnp.float64):
         _assign(module, slots, {name: placed(name, slot.array) for name, slot in slots.items()})
