@@ -150,7 +150,7 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
 
         What agrees does so whatever was narrow on the way. What does not may differ by as much as
         constants move it that a model holds in a narrow type; and where an operation stayed narrow,
-        it is for float32 to say. In float32 a model that computes in 16 bits in places has no bound.
+        it is for float32 to say. A model that computes in 16 bits in places has no bound there.
 
         Args:
             record: of two runs.

@@ -156,7 +156,7 @@ def resolve(rules: Rules, torch_leaves: Arrays, flax_leaves: Arrays) -> WeightMa
         TransplantError: unless every leaf on both sides is used exactly once and fits.
     """
     aliases = {alias: original for alias, original in rules.ties if alias in torch_leaves}
-    terms = {term: original for term, original in rules.sums if term in torch_leaves}
+    terms = dict(rules.sums)
     ignored = tuple(name for name in torch_leaves if rules.is_ignored(name))
     mapped = [x for x in torch_leaves if x not in aliases and x not in terms and x not in ignored]
     flax_aliases = {alias: original for alias, original in rules.flax_ties if alias in flax_leaves}
@@ -189,8 +189,10 @@ def resolve(rules: Rules, torch_leaves: Arrays, flax_leaves: Arrays) -> WeightMa
         elif not np.array_equal(torch_leaves[alias], torch_leaves[original], equal_nan=True):
             problems.append(f"torch leaf {alias} is not equal to {original}, its declared tie")
     for term, original in terms.items():
-        if original not in mapped:
-            problems.append(f"torch leaf {term} is added to {original}, which does not exist")
+        missing = [x for x in (term, original) if x not in torch_leaves or x in aliases]
+        if missing:
+            names = f"torch leaf {term} is added to {original}"
+            problems.append(f"{names}: {missing[0]} does not exist{closest(missing[0], mapped)}")
         elif torch_leaves[term].shape != torch_leaves[original].shape:
             shapes = " and ".join(str(list(torch_leaves[x].shape)) for x in (term, original))
             problems.append(f"torch leaf {term} has not the shape of {original}: {shapes}")
