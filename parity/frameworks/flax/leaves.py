@@ -15,6 +15,8 @@ from parity.frameworks.leaves import Arrays, Leaves, cast_array, dotted, require
 
 # How deep in a config types are looked for.
 _DEEP = 3
+# An epsilon that float32 does not see: that of nnx.WeightNorm, which torch's weight norm lacks.
+_UNSEEN = 1e-12
 # Casts of what modules hold beside their leaves, such as configs, by identity and dtype: all copies
 # of a module share them, for a program is compiled again where they are not the same.
 StaticCasts = dict[tuple[int, str], object]
@@ -87,10 +89,15 @@ def load_flax(module: nnx.Module, leaves: Arrays) -> None:
 
 
 def cast_flax(module: nnx.Module, dtype: str, casts: StaticCasts | None = None) -> nnx.Module:
-    """Copy a module into a float type: its arrays, and the compute dtypes of layers and configs."""
+    """Copy a module into a float type: its arrays, and the compute dtypes of layers and configs.
+
+    In float64 it has no epsilon that float32 does not see, for there it would be a difference.
+    """
     casts = {} if casts is None else casts
     copied = nnx.clone(module)
     for _, submodule in nnx.iter_modules(copied):
+        if dtype == "float64" and isinstance(submodule, nnx.WeightNorm):
+            submodule.epsilon = submodule.epsilon if submodule.epsilon > _UNSEEN else 0.0
         for name, held in list(vars(submodule).items()):
             if name.startswith("_pytree__") or isinstance(held, nnx.Variable | nnx.Module):
                 continue
