@@ -242,7 +242,13 @@ def fits(torch: Unit, flax: Unit) -> list[Fit]:
     is_turned = "transposed convolution" in (torch.leaf.kind, flax.leaf.kind)
     if is_turned and "weight" in (torch.leaf.role, flax.leaf.role):
         return _transposed_convolutions(torch, flax)
-    sides = Sides(torch.shapes[0], flax.shapes[0], torch.axes, flax.axes)
+    ours, theirs = torch.axes, flax.axes
+    # A table may first be multiplied with, as a codebook is, or a head that is tied to it.
+    if (torch.operation, flax.operation) == ("table", "product"):
+        ours = ours[::-1]
+    elif (torch.operation, flax.operation) == ("product", "table"):
+        theirs = theirs[::-1]
+    sides = Sides(torch.shapes[0], flax.shapes[0], ours, theirs)
     names = [("torch", f"[{x}]", size) for x, size in zip("nm", torch.stacks, strict=False)]
     names += [("flax", f"[{x}]", size) for x, size in zip("kl", flax.stacks, strict=False)]
     stacks = tuple((name, size) for _, name, size in names)

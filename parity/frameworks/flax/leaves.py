@@ -92,6 +92,9 @@ def cast_flax(module: nnx.Module, dtype: str, casts: StaticCasts | None = None) 
     """Copy a module into a float type: its arrays, and the compute dtypes of layers and configs.
 
     In float64 it has no epsilon that float32 does not see, for there it would be a difference.
+
+    Returns:
+        The copy.
     """
     casts = {} if casts is None else casts
     copied = nnx.clone(module)

@@ -464,3 +464,32 @@ def test_a_bias_without_a_counterpart_is_asked_for_as_a_term():
     assert rules.sums == (("h2h.bias", "x2h.bias"),)
     with pytest.raises(OpenRules, match="reset gate; nnx"):
         infer_rules(Gated(), GatedPort())
+
+
+class Tables(torch.nn.Module):
+    """A codebook that is first looked up, and a table of biases with the buckets in front."""
+
+    def __init__(self):
+        super().__init__()
+        self.codebook, self.bias = torch.nn.Embedding(7, 3), torch.nn.Embedding(5, 2)
+
+    def forward(self, x, ids):
+        y = self.codebook(ids)
+        return y + x @ self.codebook.weight.T[:, :3], self.bias(ids % 5)
+
+
+class TablesPort(nnx.Module):
+    def __init__(self):
+        self.codebook, self.bias = drawn(7, 3), drawn(2, 5)
+
+    def __call__(self, x, ids):
+        scores = x @ self.codebook[...].T
+        return scores[:, :3] + self.codebook[...][ids], self.bias[...][:, ids % 5].T
+
+
+def test_tables_are_found_whatever_reads_them_first(rng):
+    inputs = rng.normal(size=(6, 3)), rng.integers(0, 7, 6)
+    rules, gap = found(Tables(), TablesPort(), inputs)
+    assert gap < 1e-12
+    assert {x.torch: x.layout for x in rules.rules} == {
+        "codebook.weight": Layout.SAME, "bias.weight": Layout.TRANSPOSED}  # fmt: skip
