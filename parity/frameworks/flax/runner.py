@@ -231,6 +231,9 @@ class FlaxRunner:
             log = Log()
             self._held(log)
             found.lifted.update(log)
+            parts = (part for _, part in nnx.iter_modules(self.module))
+            if any(isinstance(x, nnx.WeightNorm) and not x.epsilon for x in parts):
+                found.lifted["nnx.WeightNorm without its epsilon, which torch lacks"] = 1
         return found
 
     def _held(self, log: Log) -> Leaves:
