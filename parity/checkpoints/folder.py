@@ -16,7 +16,6 @@ from parity.weights.weight_map import TransplantError, WeightMap, resolve
 
 # The stored dtypes that are read, by their names in safetensors.
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_HEAD = "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +102,8 @@ def _named(tensors: Mapping[str, Header], family: Family, problems: list[str]) -
     """Return tensors by the names of the whole model; a base model is saved without its prefix."""
     found: dict[str, Header] = {}
     for name, x in tensors.items():
-        whole = name if name.startswith(family.prefix) or name == _HEAD else family.prefix + name
+        plain = name.startswith(family.prefix) or name == family.head
+        whole = name if plain else family.prefix + name
         if whole in found:
             problems.append(f"{name} and {found[whole].name} are one tensor")
         found[whole] = x

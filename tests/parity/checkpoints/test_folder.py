@@ -411,7 +411,7 @@ def test_a_corrupt_folder_is_refused_in_one_line_and_nothing_runs(
 def test_what_a_family_cannot_be_is_not_written(folder_of, tmp_path):
     checkpoint = Checkpoint.open(folder_of("qwen3"))
     leaves = dict(checkpoint.leaves())
-    with pytest.raises(ValueError, match=r"convert to llama: .*qk_norm is True"):
+    with pytest.raises(ValueError, match=r"convert to llama: .*qk_norm is 'head'"):
         save(tmp_path / "out", "llama", checkpoint.config, leaves)
     with pytest.raises(ValueError, match=r"convert to gpt2: .*positions is 'rotary'"):
         save(tmp_path / "out", "gpt2", checkpoint.config, leaves)
@@ -663,7 +663,7 @@ def test_a_model_of_our_own_is_the_same_to_the_library(tmp_path):
                  activation="silu", tied_head=False, norm_epsilon=1e-6, mlp_bias=False)  # fmt: skip
     kinds = {
         "mistral": dict(qkv_bias=False, out_bias=False),
-        "qwen3": dict(qk_norm=True, qkv_bias=False, out_bias=False),
+        "qwen3": dict(qk_norm="head", qkv_bias=False, out_bias=False),
     }
     for family, changes in kinds.items():
         config = flax_gpt.GPTConfig(**(sizes | changes))
