@@ -273,6 +273,8 @@ class Compared:
         is_fed = False if False in agree else agree[0] if agree else True
         found = beyond(gap, given)(a.output, b.output)
         unlike = found is not None and not comparable(a.output, b.output)
+        if found is None and (leaf := divergent_leaf(a, b, beyond(gap, given))):
+            found = gap(a.outputs[leaf], b.outputs[leaf])
         shapes = f" The shapes are {a.output.shape} and {b.output.shape}." if unlike else ""
         return cls(key, found, is_fed, None not in agree, shapes)
 
@@ -288,6 +290,12 @@ def compared(
             calls.append(Compared.of((trace.path, called[trace.path]), trace, twin, gap, noise))
         called[trace.path] += 1
     return calls, called
+
+
+def divergent_leaf(a: Trace, b: Trace, gap: Gap) -> str | None:
+    """Return the path of the first array that differs in two outputs, among those of both."""
+    both = (path for path in a.outputs if path in b.outputs)
+    return next((path for path in both if gap(a.outputs[path], b.outputs[path]) is not None), None)
 
 
 def compared_calls(session: "PairSession", batch: Batch, noise: Noise) -> dict[Key, Compared]:

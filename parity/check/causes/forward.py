@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ class Suspect:
     Attributes:
         replay: of the call.
         target: the output that it should have.
+        constants: that the other model holds.
         confirms: whether the model as a whole comes closer with the change of a number.
         noise: what is no difference from the target.
     """
@@ -58,6 +59,7 @@ class Suspect:
     target: np.ndarray
     confirms: Callable[[int], bool] = lambda number: True
     noise: float = 0.0
+    constants: Sequence[float] = ()
 
     def is_met(self, output: np.ndarray | None) -> bool:
         """Whether an output is the target."""
@@ -91,7 +93,9 @@ def describe_match(
         start, replay, target = time.perf_counter(), suspect.replay, suspect.target
         if suspect.is_met(replay.output()):
             continue  # there is nothing to explain
-        for number, changed in enumerate(_attempts(replay, _others(replay.module, modules))):
+        for number, changed in enumerate(
+            _attempts(replay, _others(replay.module, modules), suspect.constants)
+        ):
             output = replay.output(changed)
             if output is not None and suspect.is_met(output):
                 if suspect.confirms(number):
@@ -134,31 +138,51 @@ def _suspects(session: PairSession, batch: Batch, path: str, noise: Noise) -> It
     inside = {name: x for name, x in own.items() if name and prefix + name in called}
     bare = {name: x for name, x in own.items() if name not in inside and _is_bare(x)}
     calls = {module: _calls(port, batch, module) for module in (divergent, model)}
+    constants = flax.constants(batch)
     for number, (call, target) in enumerate(zip(calls[divergent], targets, strict=False)):
         given, whole_given = (noise.get(x, (0.0, 0.0))[1] for x in ((path, number), ("", 0)))
-        suspect = Suspect(Replay(divergent, *call, inside), target.output, noise=given)
-        if suspect.is_met(suspect.replay.output()):
+        replay = Replay(divergent, *call, inside)
+        suspect = Suspect(replay, target.output, noise=given, constants=constants)
+        if (leaf := _divergent_leaf(suspect, target)) is None:
             continue
+        suspect = dataclasses.replace(suspect, target=target.outputs.get(leaf, target.output))
         for agreeing in (inside, inside | bare) if bare else (inside,):
-            confirms = functools.partial(_moves_on, session, batch, (path, number), agreeing, noise)
-            replay = Replay(divergent, *call, agreeing)
+            key = path, number
+            confirms = functools.partial(_moves_on, session, batch, key, agreeing, noise, constants)
+            replay = Replay(divergent, *call, agreeing, leaf=leaf)
             yield dataclasses.replace(suspect, replay=replay, confirms=confirms)
         if path and len(targets) == len(calls[model]) == 1:
             around = {x for x in modules if f"{path}.".startswith(f"{x}.")} | {""}
             outside = {name: x for name, x in modules.items() if name not in around}
             outside[path] = divergent
             whole = Replay(model, *calls[model][0], outside)
-            confirms = functools.partial(_closes, session, whole, wholes[0], whole_given)
-            replay = Replay(model, *calls[model][0], outside, divergent)
+            confirms = functools.partial(_closes, session, whole, wholes[0], whole_given, constants)
+            replay = Replay(model, *calls[model][0], outside, divergent, leaf)
             yield dataclasses.replace(suspect, replay=replay, confirms=confirms)
         return
 
 
+def _divergent_leaf(suspect: Suspect, target: Trace) -> str | None:
+    """Return the path of the first array of a call's output that differs; None if none does."""
+    found = suspect.replay.outputs()
+    if not suspect.is_met(next(iter(found.values()), None)):
+        return next(iter(found), "")
+    both = (path for path in target.outputs if path in found)
+    wanted = ((path, dataclasses.replace(suspect, target=target.outputs[path])) for path in both)
+    return next((path for path, other in wanted if not other.is_met(found[path])), None)
+
+
 def _closes(
-    session: PairSession, whole: Replay, target: np.ndarray, noise: float, number: int
+    session: PairSession,
+    whole: Replay,
+    target: np.ndarray,
+    noise: float,
+    constants: Sequence[float],
+    number: int,
 ) -> bool:
     """Whether the model's output comes closer by orders with a change of its own code."""
-    before, after = whole.output(), whole.output(_again(session, whole, whole.module, number))
+    changed = _again(session, whole, whole.module, constants, number)
+    before, after = whole.output(), whole.output(changed)
     if before is None or after is None:
         return False
     gaps = [max_abs(*together(target, x)) for x in (before, after)]
@@ -171,12 +195,11 @@ def _moves_on(
     key: Key,
     agreeing: Mapping[str, torch.nn.Module],
     noise: Noise,
+    constants: Sequence[float],
     number: int,
 ) -> bool:
     """Whether what reads a module agrees, or the model comes closer, with all its calls changed."""
     path, _ = key
-    if not path:
-        return True  # its output is the model's
     model = session.runs("float64")[1].module
     divergent, before = model.get_submodule(path), compared_calls(session, batch, noise)
     alone = copy.deepcopy(divergent)  # without the hooks of a capture
@@ -184,9 +207,9 @@ def _moves_on(
 
     def instead(_: object, args: tuple, kwargs: dict[str, object], __: object) -> object:
         replay = Replay(alone, args, kwargs, inside)
-        return replay.run(_again(session, replay, divergent, number))
+        return replay.run(_again(session, replay, divergent, constants, number))
 
-    readers = changed_inputs(session, batch, key)
+    readers = changed_inputs(session, batch, key) if path else set()
     with divergent.register_forward_hook(instead, with_kwargs=True):
         after = compared_calls(session, batch, noise)
     outside = (x for x in readers & before.keys() if not f"{x[0]}.".startswith(f"{path}."))
@@ -197,11 +220,15 @@ def _moves_on(
 
 
 def _again(
-    session: PairSession, replay: Replay, module: torch.nn.Module, number: int
+    session: PairSession,
+    replay: Replay,
+    module: torch.nn.Module,
+    constants: Sequence[float],
+    number: int,
 ) -> Changed | None:
     """Return the change of a number for another call of a module, or of a copy of it."""
     modules = dict(session.runs("float64")[1].module.named_modules())
-    found = _attempts(replay, _others(module, modules))
+    found = _attempts(replay, _others(module, modules), constants)
     return next(itertools.islice(found, number, None), None)
 
 
@@ -218,29 +245,38 @@ def _calls(run: TorchRunner, batch: Batch, module: torch.nn.Module) -> list[tupl
     return calls
 
 
-def _attempts(replay: Replay, others: Mapping[str, torch.nn.Module]) -> Iterator[Changed]:
+def _attempts(
+    replay: Replay, others: Mapping[str, torch.nn.Module], constants: Sequence[float]
+) -> Iterator[Changed]:
     """Yield every change, the likely ones first."""
     operations, submodule_calls = replay.operations(), replay.submodule_calls()
     sizes = common_sizes(operations)
     for place, done in enumerate(operations):
-        for words, instead in alternatives(done, sizes):
+        for words, instead in alternatives(done, sizes, constants):
             yield Changed(named(words, done.operation, done.line), _at(place, instead))
     yield from _submodule_attempts(replay, submodule_calls)
     for words, weights in readings(replay.module, others):
         yield Changed(words, weights=weights)
-    # One line of code that runs several times, as for queries and keys.
+    # One line of code that runs several times, as for queries and keys; then all of one operation.
     lines: dict[tuple[str, str], list[int]] = {}
+    names: dict[tuple[str, str], list[int]] = {}
     for place, done in enumerate(operations):
         if done.line:
             lines.setdefault((done.name, done.line), []).append(place)
-    for places in lines.values():
+        names.setdefault((done.name, ""), []).append(place)
+    tried = {tuple(x) for x in lines.values()}
+    for places in [*lines.values(), *(x for x in names.values() if tuple(x) not in tried)]:
         done = operations[places[0]]
-        for number, (words, _) in enumerate(alternatives(done, sizes) if len(places) > 1 else ()):
+        found = alternatives(done, sizes, constants) if len(places) > 1 else ()
+        for number, (words, _) in enumerate(found):
 
             def change(at: int, _: object, places=places, number=number) -> Operation | None:
-                return alternative(operations[at], sizes, number) if at in places else None
+                if at not in places:
+                    return None
+                return alternative(operations[at], sizes, number, constants)
 
-            yield Changed(named(words, done.operation, done.line), change)
+            line = done.line if len({operations[x].line for x in places}) == 1 else "throughout"
+            yield Changed(named(words, done.operation, line), change)
     at_hand = {
         f"the {side} of {path}": x
         for path, args, output in submodule_calls

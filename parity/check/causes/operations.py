@@ -31,11 +31,25 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 _COMPARISONS = {"lt": torch.le, "le": torch.lt, "gt": torch.ge, "ge": torch.gt}
 _INTEGRAL = {"arange", "add", "sub", "cumsum", "radd", "rsub", "where"}
+# Where an integer is a number like any other, and where it counts or bounds something.
+_CONTINUOUS = {"add", "sub", "mul", "div", "truediv", "rtruediv", "rsub", "radd", "rmul", "pow"}
+_COUNTED = {"clamp", "minimum", "maximum", "roll", "full_like", "floordiv", "floor_divide"}
 _SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 
 
-def alternatives(done: Done, sizes: Collection[int]) -> Found:
-    """Yield alternatives to one operation; scales are made of the sizes of axes."""
+def alternatives(done: Done, sizes: Collection[int], constants: Collection[float] = ()) -> Found:
+    """Yield alternatives to one operation.
+
+    Args:
+        done: the operation.
+        sizes: of axes, of which scales are made.
+        constants: that the other model holds.
+    """
+    yield from _usual(done, sizes)
+    yield from _other_numbers(done, constants)
+
+
+def _usual(done: Done, sizes: Collection[int]) -> Found:
     if done.name in _INTEGRAL and _is_integral(done.result):
         yield from _integers(done)
     elif done.name in _SCALED:
@@ -48,11 +62,37 @@ def alternatives(done: Done, sizes: Collection[int]) -> Found:
         yield from _norms(done)
     elif any(word in done.name for word in _SIGNS):
         yield from _arithmetic(done, sizes)
+    elif "matmul" in done.name or done.name in ("mm", "bmm", "einsum"):
+        for words, scale in _scales(sizes, 1.0):
+            yield words, _then(done.operation, lambda x, s=scale: x * s)
+    elif done.args and isinstance(x := done.args[0], torch.Tensor) and x is not done.result:
+        if isinstance(done.result, torch.Tensor) and done.result.shape == x.shape:
+            yield f"no {done.name}", left_out
 
 
-def alternative(done: Done, sizes: Collection[int], number: int) -> Operation | None:
+def _other_numbers(done: Done, constants: Collection[float]) -> Found:
+    """Put the other model's constants in place of a number; move an integer by one."""
+    given: list[tuple[str | int, object]] = [*enumerate(done.args), *done.kwargs.items()]
+    for place, now in given:
+        if isinstance(now, float) or (type(now) is int and done.name in _CONTINUOUS):
+            others = [x for x in constants if x != now]
+        elif type(now) is int and done.name in _COUNTED:
+            others = [now + 1, now - 1]
+        else:
+            continue
+        for other in others:
+            words = f"{other:.7g} in place of {now:.7g}"
+            if isinstance(place, int):
+                yield words, on_argument(place, done.operation, lambda _, x=other: x)
+            else:
+                yield words, _with(done.operation, **{place: other})
+
+
+def alternative(
+    done: Done, sizes: Collection[int], number: int, constants: Collection[float] = ()
+) -> Operation | None:
     """Return the alternative of that number, if there are so many."""
-    found = itertools.islice(alternatives(done, sizes), number, None)
+    found = itertools.islice(alternatives(done, sizes, constants), number, None)
     return next(found, (None, None))[1]
 
 
@@ -80,7 +120,9 @@ def _integers(done: Done) -> Found:
     words = "numbers" if done.name == "arange" else "the result"
     for shift in (1, -1):
         yield f"{words} {shift:+d}", _then(done.operation, lambda x, s=shift: x + s)
-    if done.name == "add" and all(isinstance(x, torch.Tensor) for x in done.args[:2]):
+    if done.name == "arange":
+        yield "numbers from 0", _then(done.operation, lambda x: x - x[:1])
+    if done.name == "add" and isinstance(done.args[0], torch.Tensor):
         yield "x in place of x + y", left_out
 
 
@@ -251,6 +293,8 @@ def _softmax(done: Done, sizes: Collection[int]) -> Found:
     yield "softmax in float32", lambda x, *a, **k: operation(x.float(), dim=axis).to(x.dtype)
     for words, scale in _scales(sizes, 1.0):
         yield words, lambda x, *a, s=scale, **k: operation(x * s, dim=axis)
+    other = torch.softmax if done.name == "log_softmax" else torch.log_softmax
+    yield f"{other.__name__} in place of {done.name}", lambda x, *a, **k: other(x, dim=axis)
 
 
 def _fused_attention(done: Done, sizes: Collection[int]) -> Found:
@@ -353,8 +397,9 @@ def _cross_entropy(done: Done) -> Found:
 
 
 def _slices(done: Done) -> Found:
-    """Leave out the last where a slice leaves out the first, and the other way round."""
+    """Leave out the last where a slice leaves out the first, or the other way; take other items."""
     index = done.args[1] if isinstance(done.args[1], tuple) else (done.args[1],)
+    yield from _items(done, index)
     first, last = ("[1:]", slice(1, None)), ("[:-1]", slice(None, -1))
     for place, part in enumerate(index):
         for (now, given), (words, other) in ((first, last), (last, first)):
@@ -366,9 +411,33 @@ def _slices(done: Done) -> Found:
                 )
 
 
+def _items(done: Done, index: tuple) -> Found:
+    """Take the first or last item of an axis, or its mean, in place of the chosen one."""
+    x = done.args[0]
+    before = all(isinstance(part, slice | torch.Tensor) for part in index[:-1])
+    if not index or not isinstance(x, torch.Tensor) or not before or len(index) > x.ndim:
+        return
+    axis, chosen = len(index) - 1, index[-1]
+    if isinstance(chosen, torch.Tensor) and chosen.dtype != torch.bool and len(index) == 2:
+        at = {"the first": 0, "the last": -1}
+    elif type(chosen) is int and all(part == slice(None) for part in index[:-1]):
+        at = {"the first": 0, "the last": -1, "the next": chosen + 1, "the one before": chosen - 1}
+        at = {
+            words: place for words, place in at.items() if -x.shape[axis] <= place < x.shape[axis]
+        }
+        at = {words: place for words, place in at.items() if place % x.shape[axis] != chosen}
+        if x.is_floating_point():
+            yield f"the mean over axis {axis}", lambda x, *a, **k: x.mean(axis)
+    else:
+        return
+    for words, place in at.items():
+        yield f"{words} of axis {axis}", lambda x, *a, p=place, **k: x.select(axis, p)
+
+
 def _arithmetic(done: Done, sizes: Collection[int]) -> Found:
     operation, name, args = done.operation, done.name, done.args
-    tensors = [x for x in args[:2] if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    given = [x for x in args[:2] if isinstance(x, torch.Tensor)]
+    tensors = [x for x in given if x.is_floating_point() or x.is_complex()]
     number = next((x for x in args[:2] if isinstance(x, float)), None)
     if number is not None and tensors:
         if name.endswith(("mul", "div")):
@@ -465,6 +534,8 @@ _FIXED: dict[str, tuple[str, Operation]] = {
         "repeats tiled, not next to each other",
         lambda x, n, dim=None, **k: torch.cat([x] * n, dim=dim or 0),
     ),
+    "cos": ("sin in place of cos", torch.sin),
+    "sin": ("cos in place of sin", torch.cos),
     "roll": ("no roll", left_out),
     "sum": ("a mean in place of the sum", torch.mean),
 }

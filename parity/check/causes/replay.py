@@ -17,7 +17,7 @@ import torch
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from parity.frameworks.capture import leaves_of
+from parity.frameworks.capture import named_leaves
 from parity.frameworks.torch.leaves import to_numpy
 
 Operation = Callable[..., Any]
@@ -62,7 +62,8 @@ class Done:
 class Replay:
     """One call of a module that can be repeated, up to the first output of an observed one in it.
 
-    Agreeing modules, by path, are inside it, and their operations are not its own.
+    Agreeing modules, by path, are inside it, and their operations are not its own. Of a nested
+    output, the array at the path `leaf` counts; the first if it has none there.
     """
 
     def __init__(
@@ -72,21 +73,28 @@ class Replay:
         kwargs: Mapping[str, object],
         agreeing: Mapping[str, torch.nn.Module],
         observed: torch.nn.Module | None = None,
+        leaf: str = "",
     ):
-        self.module, self.agreeing, self._observed = module, agreeing, observed
+        self.module, self.agreeing, self._observed, self._leaf = module, agreeing, observed, leaf
         self._call = args, dict(kwargs)
 
     def output(self, changed: Changed | None = None) -> np.ndarray | None:
-        """Return the output's first array with this changed; None if the module raises."""
-        arrays = [x for x in leaves_of(self.run(changed)) if isinstance(x, torch.Tensor)]
-        return to_numpy(arrays[0]) if arrays else None
+        """Return the output's array with this changed; None if the module raises."""
+        arrays = self.outputs(changed)
+        return arrays.get(self._leaf, next(iter(arrays.values()), None))
+
+    def outputs(self, changed: Changed | None = None) -> dict[str, np.ndarray]:
+        """Return the output's arrays by path with this changed; none if the module raises."""
+        leaves = named_leaves(self.run(changed))
+        return {path: to_numpy(x) for path, x in leaves if isinstance(x, torch.Tensor)}
 
     def run(self, changed: Changed | None = None) -> object:
         """Return the output with this changed; None if the module raises."""
         made = changed or Changed("nothing")
         with torch.no_grad(), Watch(made.change) as watch, self._hooked(watch, made.exchange):
             try:
-                return functional_call(self.module, dict(made.weights), *self._call)
+                with _flat_weights(self.module, made.weights):
+                    return functional_call(self.module, dict(made.weights), *self._call)
             except _Observed as seen:
                 return seen.output
             except Exception:  # shapes that do not fit, say: then it was not that
@@ -142,6 +150,22 @@ class Replay:
             if self._observed is not None:
                 hooks.enter_context(self._observed.register_forward_hook(observe))
             yield
+
+
+@contextlib.contextmanager
+def _flat_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Give recurrent layers other weights, of which they keep a list of their own."""
+    layers = [(x, m) for x, m in module.named_modules() if isinstance(m, torch.nn.RNNBase)]
+    kept = [(layer, layer._flat_weights) for _, layer in layers if weights]
+    for path, layer in layers if weights else ():
+        names = (f"{path}.{name}" if path else name for name in layer._flat_weights_names)
+        pairs = zip(names, layer._flat_weights, strict=True)
+        layer._flat_weights = [weights.get(name, held) for name, held in pairs]
+    try:
+        yield
+    finally:
+        for layer, held in kept:
+            layer._flat_weights = held
 
 
 class _Observed(BaseException):
