@@ -4,6 +4,7 @@ Read beside torch_gpt/build.py. A part that a model does not have is `identity`;
 of positions that needs none is None, and no other kind reads it.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -11,13 +12,27 @@ from flax import nnx
 
 from flax_gpt import layers
 from flax_gpt.config import GPTConfig
-from flax_gpt.layers import Activation, GatedActivation, Scale, SoftCap, embedding, identity, linear
+from flax_gpt.experts import ExpertsMLP, GatedShared, Router, Shared, SigmoidRouter
+from flax_gpt.layers import (
+    Activation,
+    ClampedActivation,
+    GatedActivation,
+    Scale,
+    SoftCap,
+    embedding,
+    identity,
+    linear,
+    split_or_none,
+    without_shared,
+)
 from flax_gpt.metadata import AttentionMetadata
 from flax_gpt.positions import T5, Alibi, Learned, NoPositions, Rotary
 from flax_gpt.scores import CappedScores, Sinks
 
 Part = Callable[[jax.Array], jax.Array]
 MLPInput = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+SharedPart = Callable[[jax.Array, jax.Array], jax.Array]
+MLPClass = Callable[[GPTConfig, jax.Array | None], nnx.Module]
 Scores = Callable[[AttentionMetadata], AttentionMetadata]
 
 _NORMS = {
@@ -107,6 +122,8 @@ def logits(config: GPTConfig) -> Part:
 
 def activation(config: GPTConfig) -> Activation:
     """Choose the nonlinear function of the MLP."""
+    if config.activation == "silu_clamped":
+        return ClampedActivation(identity)
     kind = GatedActivation if config.gated else Activation
     return kind(_FUNCTIONS[config.activation])
 
@@ -116,6 +133,27 @@ def gate(config: GPTConfig, key: jax.Array | None) -> Part:
     if not config.gated:
         return identity
     return linear(config, config.embed_dim, config.mlp_dim, config.init_std, key, config.mlp_bias)
+
+
+def mlp(config: GPTConfig, key: jax.Array | None, dense: MLPClass) -> nnx.Module:
+    """Make the MLP of a block: one, or experts; `dense` is the class of the first."""
+    if config.experts is None:
+        return dense(config, key)
+    subkeys = split_or_none(key, 2)
+    router = SigmoidRouter if config.experts.router == "sigmoid" else Router
+    parts = router, activation(config), shared(config, subkeys[1], dense)
+    return ExpertsMLP(config, subkeys[0], *parts)
+
+
+def shared(config: GPTConfig, key: jax.Array | None, dense: MLPClass) -> SharedPart:
+    """Make the MLP that every token takes besides its experts."""
+    assert config.experts is not None
+    width = config.experts.shared_width
+    if width is None:
+        return without_shared
+    subkeys = split_or_none(key, 2)
+    mlp = dense(dataclasses.replace(config, experts=None, mlp_dim=width), subkeys[0])
+    return GatedShared(mlp, config, subkeys[1]) if config.experts.shared_gate else Shared(mlp)
 
 
 def head(config: GPTConfig, key: jax.Array | None) -> nnx.Linear | None:

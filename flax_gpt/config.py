@@ -7,6 +7,7 @@ Dimension key of the whole project. An array's name ends in the letters of its a
     F mlp dim  V vocabulary    L layers         G generated tokens
     C classes  R selected rows   P tokens of one pass of a prefill
     I inputs   O outputs of a linear map        1 a unit axis
+    X experts  U experts of one token
     E pairs of a head's numbers that a rotation turns
 """
 
@@ -19,7 +20,8 @@ NORMS = "layer", "layer_no_bias", "rms", "rms_plus_one"
 NORM_PLACES = "before", "after", "both"
 QK_NORMS = "none", "head", "width"
 RESIDUALS = "sequential", "parallel", "parallel_one_norm"
-ACTIVATIONS = "gelu_tanh", "gelu_bloom", "gelu", "silu", "relu", "relu_squared"
+ACTIVATIONS = "gelu_tanh", "gelu_bloom", "gelu", "silu", "relu", "relu_squared", "silu_clamped"
+ROUTERS = "softmax", "sigmoid"
 SCALINGS = "none", "linear", "dynamic", "llama3", "yarn", "longrope"
 
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -116,6 +118,53 @@ class Rotary:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Constants of MLPs of which each token takes a few. Shazeer et al., 2017.
+
+    Attributes:
+        num_experts: X.
+        num_chosen: U, experts of each token.
+        width: inside an expert.
+        router: from scores to weights: softmax over all experts, or sigmoid of each, with a bias
+            that takes part in the choice alone (DeepSeek-AI, "DeepSeek-V3", 2024).
+        renormalise: whether the weights of a token's experts are divided by their sum, which is
+            the softmax over the chosen ones.
+        scale: of all weights.
+        router_bias: whether scores have a bias.
+        shared_width: inside an MLP that every token takes besides; None for none.
+        shared_gate: whether a sigmoid of each token weighs that one.
+
+    Raises:
+        ValueError: on numbers that cannot be built, all problems in one message.
+    """
+
+    num_experts: int
+    num_chosen: int
+    width: int
+    router: str = "softmax"
+    renormalise: bool = True
+    scale: float = 1.0
+    router_bias: bool = False
+    shared_width: int | None = None
+    shared_gate: bool = False
+
+    def __post_init__(self):
+        sizes = ["num_experts", "num_chosen", "width"]
+        sizes += [] if self.shared_width is None else ["shared_width"]
+        problems = [
+            f"{name} is {getattr(self, name)!r}, it must be an integer of at least 1"
+            for name in sizes
+            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1)
+        ]
+        if not problems and self.num_chosen > self.num_experts:
+            problems.append(f"num_chosen is {self.num_chosen} of {self.num_experts} experts")
+        if self.router not in ROUTERS:
+            problems.append(f"router is {self.router!r}, it must be one of {', '.join(ROUTERS)}")
+        if problems:
+            raise ValueError(f"Experts: {'; '.join(problems)}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Layer:
     """What one block does unlike others.
 
@@ -123,11 +172,13 @@ class Layer:
         window: tokens that a token sees, itself among them; None for all before it.
         positions: see GPTConfig, whose are meant where this is None.
         rotary: see GPTConfig, whose are meant where this is None.
+        dense: whether its MLP is one, in a model of experts.
     """
 
     window: int | None = None
     positions: str | None = None
     rotary: Rotary | None = None
+    dense: bool = False
 
     def __post_init__(self):
         if isinstance(self.rotary, dict):
@@ -182,9 +233,11 @@ class GPTConfig:
         sinks: whether each query head has a learned score that takes part in its softmax and
             has no value. Xiao et al., "Efficient streaming language models", 2024.
         activation: of the MLP: gelu_tanh (the approximation that GPT-2 has), gelu_bloom (the same
-            with its constant cut to eight digits), gelu, silu, relu or relu_squared.
+            with its constant cut to eight digits), gelu, silu, relu, relu_squared, or silu_clamped
+            (of a gated MLP, as gpt-oss has it).
         gated: whether the MLP has a second map that multiplies: SwiGLU with silu, GeGLU with gelu.
             Shazeer, "GLU variants improve transformer", 2020.
+        experts: of the MLP; None for one MLP that every token takes.
         qkv_bias: whether the maps to queries, keys and values have biases.
         out_bias: whether the map after attention has a bias.
         mlp_bias: whether the maps of the MLP have biases.
@@ -232,6 +285,7 @@ class GPTConfig:
     sinks: bool = False
     activation: str = "gelu_tanh"
     gated: bool = False
+    experts: Experts | None = None
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
@@ -244,6 +298,8 @@ class GPTConfig:
     def __post_init__(self):
         if isinstance(self.rotary, dict):  # as dataclasses.asdict and JSON have it
             object.__setattr__(self, "rotary", Rotary(**self.rotary))
+        if isinstance(self.experts, dict):
+            object.__setattr__(self, "experts", Experts(**self.experts))
         layers = (Layer(**x) if isinstance(x, dict) else x for x in self.layers)
         object.__setattr__(self, "layers", tuple(layers))
         sizes = ["vocab_size", "context_length", "embed_dim", "num_layers", "num_heads", "mlp_dim"]
@@ -309,6 +365,10 @@ class GPTConfig:
             problems.append(f"logit_scale {self.logit_scale} and logit_cap {self.logit_cap}")
         if self.qk_norm == "width" and self.norm != "rms":
             problems.append(f"qk_norm over the width is an RMS norm, and norm is {self.norm!r}")
+        if self.experts is not None and not self.gated:
+            problems.append("experts that are not gated")
+        if self.activation == "silu_clamped" and not self.gated:
+            problems.append("silu_clamped in an MLP that is not gated")
         if self.sinks and self.score_cap is not None:
             problems.append(f"sinks and a score_cap of {self.score_cap}")
         if self.layers:
@@ -369,6 +429,7 @@ class GPTConfig:
                 window=layer.window,
                 positions=self.positions if layer.positions is None else layer.positions,
                 rotary=self.rotary if layer.rotary is None else layer.rotary,
+                experts=None if layer.dense else self.experts,
             )
             for layer in layers
         )

@@ -129,6 +129,30 @@ class GatedActivation(Activation):
         return self.function(gate) * up
 
 
+@dataclasses.dataclass(frozen=True)
+class ClampedActivation(Activation):
+    """The function of a gated MLP in gpt-oss: a steeper silu, bounded, and one added to the map.
+
+    Attributes:
+        steepness: of the logistic function.
+        limit: that neither map goes beyond, the gate on one side alone.
+    """
+
+    steepness: float = 1.702
+    limit: float = 7.0
+
+    def __call__(self, up: jax.Array, gate: jax.Array) -> jax.Array:
+        """Bound both, apply it to the gate, and multiply."""
+        gate = jnp.minimum(gate, self.limit)
+        up = jnp.clip(up, -self.limit, self.limit)
+        return (up + 1.0) * gate * jax.nn.sigmoid(self.steepness * gate)
+
+
+def without_shared(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return what experts made of x, where no MLP is shared."""
+    return y
+
+
 def gelu(x: jax.Array) -> jax.Array:
     """Compute x times the normal distribution function of x."""
     return jax.nn.gelu(x, approximate=False)

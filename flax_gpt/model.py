@@ -108,7 +108,7 @@ class Block(nnx.Module):
         self.norm_1, self.after_1 = build.norm_before(config), build.after(config)
         self.attention = Attention(config, subkeys[0], attend)
         self.norm_2, self.after_2 = build.norm_before(config, 2), build.after(config)
-        self.mlp = MLP(config, subkeys[1])
+        self.mlp = build.mlp(config, subkeys[1], MLP)
         self.mlp_input = build.mlp_input(config)
 
     def __call__(

@@ -4,6 +4,7 @@ Read beside flax_gpt/build.py. A part that a model does not have is `identity`; 
 of positions that needs none is None, and no other kind reads it.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -11,14 +12,18 @@ from torch import nn
 
 from torch_gpt import layers
 from torch_gpt.config import GPTConfig
+from torch_gpt.experts import ExpertsMLP, GatedShared, Router, Shared, SigmoidRouter
 from torch_gpt.layers import (
     Activation,
+    ClampedActivation,
     GatedActivation,
     Scale,
     SoftCap,
     embedding,
     identity,
     linear,
+    split_or_none,
+    without_shared,
 )
 from torch_gpt.metadata import AttentionMetadata
 from torch_gpt.positions import T5, Alibi, Learned, NoPositions, Rotary
@@ -26,6 +31,8 @@ from torch_gpt.scores import CappedScores, Sinks
 
 Part = Callable[[torch.Tensor], torch.Tensor]
 MLPInput = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+SharedPart = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+MLPClass = Callable[[GPTConfig, torch.Tensor | None], nn.Module]
 Scores = Callable[[AttentionMetadata], AttentionMetadata]
 
 _NORMS = {
@@ -115,6 +122,8 @@ def logits(config: GPTConfig) -> Part:
 
 def activation(config: GPTConfig) -> Activation:
     """Choose the nonlinear function of the MLP."""
+    if config.activation == "silu_clamped":
+        return ClampedActivation(identity)
     kind = GatedActivation if config.gated else Activation
     return kind(_FUNCTIONS[config.activation])
 
@@ -124,6 +133,27 @@ def gate(config: GPTConfig, key: torch.Tensor | None) -> Part:
     if not config.gated:
         return identity
     return linear(config, config.embed_dim, config.mlp_dim, config.init_std, key, config.mlp_bias)
+
+
+def mlp(config: GPTConfig, key: torch.Tensor | None, dense: MLPClass) -> nn.Module:
+    """Make the MLP of a block: one, or experts; `dense` is the class of the first."""
+    if config.experts is None:
+        return dense(config, key)
+    subkeys = split_or_none(key, 2)
+    router = SigmoidRouter if config.experts.router == "sigmoid" else Router
+    parts = router, activation(config), shared(config, subkeys[1], dense)
+    return ExpertsMLP(config, subkeys[0], *parts)
+
+
+def shared(config: GPTConfig, key: torch.Tensor | None, dense: MLPClass) -> SharedPart:
+    """Make the MLP that every token takes besides its experts."""
+    assert config.experts is not None
+    width = config.experts.shared_width
+    if width is None:
+        return without_shared
+    subkeys = split_or_none(key, 2)
+    mlp = dense(dataclasses.replace(config, experts=None, mlp_dim=width), subkeys[0])
+    return GatedShared(mlp, config, subkeys[1]) if config.experts.shared_gate else Shared(mlp)
 
 
 def head(config: GPTConfig, key: torch.Tensor | None) -> nn.Linear | None:

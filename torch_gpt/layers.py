@@ -130,6 +130,32 @@ class GatedActivation(Activation):
         return self.function(gate) * up
 
 
+@dataclasses.dataclass(frozen=True)
+class ClampedActivation(Activation):
+    """The function of a gated MLP in gpt-oss: a steeper silu, bounded, and one added to the map.
+
+    Attributes:
+        steepness: of the logistic function.
+        limit: that neither map goes beyond, the gate on one side alone.
+    """
+
+    steepness: float = 1.702
+    limit: float = 7.0
+
+    def __call__(self, up: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """Bound both, apply it to the gate, and multiply."""
+        gate, up = (
+            torch.clamp(gate, max=self.limit),
+            torch.clamp(up, min=-self.limit, max=self.limit),
+        )
+        return (up + 1.0) * gate * torch.sigmoid(self.steepness * gate)
+
+
+def without_shared(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return what experts made of x, where no MLP is shared."""
+    return y
+
+
 def gelu(x: torch.Tensor) -> torch.Tensor:
     """Compute x times the normal distribution function of x."""
     return F.gelu(x, approximate="none")

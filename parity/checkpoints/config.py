@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flax_gpt import GPTConfig
+from flax_gpt import Experts, GPTConfig, Layer
 from parity.checkpoints import rotary
-from parity.checkpoints.families import ACTIVATIONS, FAMILIES, REQUIRED, Family
+from parity.checkpoints.families import ACTIVATIONS, FAMILIES, REQUIRED, ExpertEntries, Family
 
 # Entries that do not change what a model computes: names, ids, dropout in training, how the library
 # itself runs, and what old versions wrote beside an entry that counts.
@@ -19,7 +19,8 @@ _INERT = frozenset(
     "reorder_and_upcast_attn summary_activation summary_first_dropout summary_proj_to_labels "
     "summary_type summary_use_proj gradient_checkpointing attn_implementation "
     "_attn_implementation masked_softmax_fusion bias_dropout_fusion offset_alibi n_ctx "
-    "attention_softmax_in_fp32 skip_bias_add skip_bias_add_qkv".split()
+    "attention_softmax_in_fp32 skip_bias_add skip_bias_add_qkv classifier_dropout "
+    "residual_dropout embedding_dropout cache_implementation".split()
 )
 
 
@@ -81,6 +82,8 @@ def write_config(family: Family, config: GPTConfig, dtype: str) -> dict[str, Any
     for entry in family.entries:
         value = entry.write(numbers[entry.field])
         written.add(entry.field)
+        if entry.default is None and (value is None or getattr(config, entry.field) is None):
+            continue  # which means the same
         if document.setdefault(entry.names[0], value) != value:
             problems.append(f"{entry.field} is {value!r}, unlike others that go with it")
     if family.activation is not None:
@@ -100,6 +103,9 @@ def write_config(family: Family, config: GPTConfig, dtype: str) -> dict[str, Any
         if not document[counted] and config.kv_heads not in (1, config.num_heads):
             problems.append(f"num_kv_heads is {config.kv_heads}")
     problems += rotary.write(family, config, document)
+    if family.experts is not None:
+        written.add("experts")
+        problems += _write_experts(family.experts, config, document)
     same = {"num_kv_heads": config.num_heads, "mlp_dim": 4 * config.embed_dim}
     same |= {"head_dim": config.embed_dim // config.num_heads, "attention_scale": own_scale}
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
@@ -162,6 +168,67 @@ def _read(
     found, more = rotary.read(family, document, fields, where)
     problems += found
     notes += more
+    if family.experts is not None:
+        known |= _expert_entries(family.experts)
+        if not problems:
+            _read_experts(family.experts, document, fields)
     left = sorted(set(document) - known)
     notes += [f"{where}: {', '.join(left)}: not understood and left aside"] if left else []
     return family, fields, problems, notes
+
+
+_DENSE = "decoder_sparse_step", "mlp_only_layers"
+
+
+def _expert_entries(entries: ExpertEntries) -> set[str]:
+    """Return the entries about experts."""
+    named = {entries.num[0], entries.chosen[0], entries.width[0], "router_aux_loss_coef"}
+    named |= {"num_local_experts"}
+    return (named | {entries.renormalise, entries.shared, *_DENSE}) - {""}
+
+
+def _read_experts(
+    entries: ExpertEntries, document: Mapping[str, Any], fields: dict[str, Any]
+) -> None:
+    """Add experts to fields of GPTConfig."""
+    constants = dict(entries.fixed)
+    if "num_local_experts" in document:  # the library's own name, under which it saves others
+        document = {entries.num[0]: document["num_local_experts"]} | dict(document)
+    for name, (entry, default) in (
+        ("num_experts", entries.num), ("num_chosen", entries.chosen), ("width", entries.width),
+    ):  # fmt: skip
+        constants[name] = document.get(entry, default)
+    if entries.renormalise:
+        constants["renormalise"] = bool(document.get(entries.renormalise, False))
+    if entries.shared:
+        constants["shared_width"] = document.get(entries.shared, 5632)
+    fields["experts"] = Experts(**constants)
+    step, dense = document.get("decoder_sparse_step", 1), document.get("mlp_only_layers") or ()
+    plain = [i in dense or (i + 1) % step != 0 for i in range(fields["num_layers"])]
+    if entries.dense and any(plain):
+        fields["layers"] = tuple(Layer(dense=x) for x in plain)
+
+
+def _write_experts(
+    entries: ExpertEntries, config: GPTConfig, document: dict[str, Any]
+) -> list[str]:
+    """Add experts to a config.json, and return what it has no entries for."""
+    experts = config.experts
+    if experts is None:
+        return ["it has no experts"]
+    constants, problems = vars(experts), []
+    named = dict(num_experts=entries.num, num_chosen=entries.chosen, width=entries.width)
+    named |= dict(renormalise=(entries.renormalise, 0), shared_width=(entries.shared, 0))
+    for field in dataclasses.fields(experts):
+        value = constants[field.name]
+        if (entry := named.get(field.name, ("", 0))[0]) != "":
+            if document.setdefault(entry, value) != value and field.name == "width":
+                document[entry] = value  # an MLP of all tokens has the same entry, and is none
+        elif value != entries.fixed.get(field.name, field.default):
+            problems.append(f"experts.{field.name} is {value!r}")
+    plain = [i for i, block in enumerate(config.blocks) if block.experts is None]
+    if entries.dense:
+        document |= {"mlp_only_layers": plain, "decoder_sparse_step": 1}
+    elif plain:
+        problems.append("some layers have no experts")
+    return problems

@@ -80,6 +80,29 @@ class Kinds:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExpertEntries:
+    """Entries of config.json about experts, and where they lie.
+
+    Attributes:
+        num: the entry with the number of experts, and its default.
+        chosen: of each token.
+        width: of one.
+        renormalise: the entry that says whether weights are renormalised; "" where they are.
+        shared: the entry with the width of a shared MLP; "" for none.
+        fixed: constants of `Experts` that have one value in the family.
+        dense: whether entries say which layers have an MLP of all tokens.
+    """
+
+    num: tuple[str, int]
+    chosen: tuple[str, int]
+    width: tuple[str, int]
+    renormalise: str = ""
+    shared: str = ""
+    fixed: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    dense: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Family:
     """One `model_type` of transformers.
 
@@ -105,6 +128,7 @@ class Family:
         outer_length: whether the length before scaling is an entry beside those of the rotation.
         kinds: of blocks, where they can differ.
         head: the tensor of a head that is not tied.
+        experts: of the MLP, where it has some.
     """
 
     name: str
@@ -128,6 +152,7 @@ class Family:
     outer_length: bool = False
     kinds: Kinds | None = None
     head: str = "lm_head.weight"
+    experts: ExpertEntries | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,6 +207,7 @@ def _rules(
     more: Names | None = None,
     ignored: tuple[str, ...] = ("model.layers.*.self_attn.rotary_emb.inv_freq",),
     neighbours: bool = False,
+    stacked: Callable[[GPTConfig], tuple[Rule, ...]] = lambda config: (),
 ) -> Callable[[GPTConfig], Rules]:
     """Return the weight map of a family whose linear maps are stored (out, in).
 
@@ -194,6 +220,7 @@ def _rules(
         more: modules outside of blocks.
         ignored: tensors that are no weights.
         neighbours: whether the pairs that turn are neighbours in a head.
+        stacked: more rules, of a block's experts.
     """
 
     def rules(config: GPTConfig) -> Rules:
@@ -205,12 +232,59 @@ def _rules(
                 found += _norm(theirs, ours)
             else:
                 found += _linear(theirs, ours, config, neighbours)
+        found += stacked(config)
         if config.tied_head:
             return Rules(tuple(found), ((head, f"{embedding}.weight"),), ignored)
         found.append(Rule(head, "head.kernel", Layout.TRANSPOSED))
         return Rules(tuple(found), (), ignored)
 
     return rules
+
+
+def _experts_apart(theirs: str, gate: str, up: str, down: str) -> tuple[Rule, ...]:
+    """Return the rules of experts that have tensors of their own."""
+    names = {gate: "gate", up: "up", down: "down"}
+    return tuple(
+        Rule(
+            f"model.layers.*.{theirs}.[expert].{name}.weight",
+            f"blocks.*.mlp.experts.{ours}",
+            "o i -> [expert] i o",
+        )
+        for name, ours in names.items()
+    )
+
+
+def _qwen_experts(config: GPTConfig) -> tuple[Rule, ...]:
+    return _experts_apart("mlp.experts", "gate_proj", "up_proj", "down_proj")
+
+
+def _experts_stacked(config: GPTConfig) -> tuple[Rule, ...]:
+    """Return the rules of experts whose tensors are stacked, gate and up one after the other."""
+    theirs, ours = "model.layers.*.block_sparse_moe", "blocks.*.mlp.experts"
+    return (
+        Rule(f"{theirs}.input_linear.weight", f"{ours}.{{gate,up}}", "e o+ i -> e i o"),
+        Rule(f"{theirs}.output_linear.weight", f"{ours}.down", "e o i -> e i o"),
+    )
+
+
+def _experts_by_turns(config: GPTConfig) -> tuple[Rule, ...]:
+    """Return the rules of stacked experts in which gate and up alternate."""
+    assert config.experts is not None
+    theirs, ours = "model.layers.*.mlp.experts", "blocks.*.mlp.experts"
+    turns = f"n={config.experts.width}"
+    return (
+        Rule(
+            f"{theirs}.gate_up_proj", f"{ours}.{{gate,up}}", f"e i ({turns} o+) -> e i ({turns} o)"
+        ),
+        Rule(
+            f"{theirs}.gate_up_proj_bias",
+            f"{ours}.{{gate_bias,up_bias}}",
+            f"e ({turns} o+) -> e ({turns} o)",
+        ),
+        Rule(f"{theirs}.down_proj", f"{ours}.down"),
+        Rule(f"{theirs}.down_proj_bias", f"{ours}.down_bias"),
+        Rule("model.layers.*.self_attn.sinks", "blocks.*.attention.scores.weight"),
+    )
 
 
 def _norm(theirs: str, ours: str) -> tuple[Rule, Rule]:
@@ -232,7 +306,8 @@ def _linear(theirs: str, ours: str, config: GPTConfig, neighbours: bool) -> tupl
         runs = config.head_width // config.rotary_dim
         head = f"n={num} p={runs}"
         layouts = f"({head} e s=2) i -> i ({head} s=2 e)", f"({head} e s=2) -> ({head} s=2 e)"
-    kernel = Rule(f"{theirs}.weight", f"{ours}.kernel", layouts[0], heads)
+    missing = config.experts is not None and ".mlp." in ours  # in some blocks
+    kernel = Rule(f"{theirs}.weight", f"{ours}.kernel", layouts[0], heads, missing)
     return kernel, Rule(f"{theirs}.bias", f"{ours}.bias", layouts[1], heads, optional=True)
 
 
@@ -311,6 +386,21 @@ _GEMMA: dict[str, Any] = _LLAMA | dict(
     derived={"embedding_scale": lambda fields: fields["embed_dim"] ** 0.5},
 )
 _GEMMA_FIXED = _LLAMA_FIXED | dict(norm="rms_plus_one", mlp_bias=False)
+_GRANITE = (
+    Entry(("embedding_multiplier",), "embedding_scale", 1.0),
+    Entry(("residual_multiplier",), "residual_scale", 1.0),
+    Entry(("attention_multiplier",), "attention_scale", 1.0),
+    Entry(("logits_scaling",), "logit_scale", 1.0, power=-1.0),
+)
+# How routers are trained.
+_ROUTING: dict[str, tuple[object, ...]] = {
+    "output_router_logits": (False, True),
+    "router_jitter_noise": (0.0,),
+}
+_QWEN_EXPERTS = _LLAMA_NAMES | _BEFORE | {"mlp.gate": "mlp.router.linear"}
+_QWEN_EXPERTS |= {f"mlp.shared_expert.{x}_proj": f"mlp.shared.mlp.{x}" for x in ("gate", "up")}
+_QWEN_EXPERTS |= {"mlp.shared_expert.down_proj": "mlp.shared.mlp.down"}
+_QWEN_EXPERTS |= {"mlp.shared_expert_gate": "mlp.shared.gate"}
 _QUERY_SCALE = Entry(("query_pre_attn_scalar",), "attention_scale", 256, power=-0.5)
 _CAUSAL = {"use_bidirectional_attention": (None, False)}
 
@@ -546,10 +636,7 @@ FAMILIES = {
                 *_BIASES,
                 Entry(("mlp_bias",), "mlp_bias", False),
                 _UNTIED,
-                Entry(("embedding_multiplier",), "embedding_scale", 1.0),
-                Entry(("residual_multiplier",), "residual_scale", 1.0),
-                Entry(("attention_multiplier",), "attention_scale", 1.0),
-                Entry(("logits_scaling",), "logit_scale", 1.0, power=-1.0),
+                *_GRANITE,
             ),
             fixed=_LLAMA_FIXED,
             accepted={},
@@ -724,6 +811,145 @@ FAMILIES = {
             one_kv_head=("multi_query", "new_decoder_architecture"),
             activation=("activation", "gelu"),
             rotary=True,
+        ),
+        Family(
+            name="mixtral",
+            architecture="MixtralForCausalLM",
+            entries=(*_llama_entries(8, length=131_072, epsilon=1e-5), _UNTIED),
+            fixed=_LLAMA_FIXED | _NO_BIASES,
+            accepted=_ROUTING,
+            kinds=Kinds(default=None),
+            base=1_000_000.0,
+            experts=ExpertEntries(
+                ("num_local_experts", 8), ("num_experts_per_tok", 2), ("intermediate_size", 14336)
+            ),
+            **(
+                _LLAMA
+                | dict(
+                    rules=_rules(
+                        _ATTENTION | _BEFORE | {"block_sparse_moe.gate": "mlp.router.linear"},
+                        stacked=lambda config: _experts_apart(
+                            "block_sparse_moe.experts", "w1", "w3", "w2"
+                        ),
+                    )
+                )
+            ),
+        ),
+        Family(
+            name="qwen2_moe",
+            architecture="Qwen2MoeForCausalLM",
+            entries=(
+                *_llama_entries(16, has_head_dim=False, length=32_768),
+                Entry(("qkv_bias",), "qkv_bias", True),
+                _UNTIED,
+            ),
+            fixed=_LLAMA_FIXED | dict(out_bias=False, mlp_bias=False),
+            accepted=_ROUTING | {"use_sliding_window": (False,)},
+            experts=ExpertEntries(
+                ("num_experts", 60),
+                ("num_experts_per_tok", 4),
+                ("moe_intermediate_size", 1408),
+                renormalise="norm_topk_prob",
+                shared="shared_expert_intermediate_size",
+                fixed=dict(shared_gate=True),
+                dense=True,
+            ),
+            **(_LLAMA | dict(rules=_rules(_QWEN_EXPERTS, stacked=_qwen_experts))),
+        ),
+        Family(
+            name="qwen3_moe",
+            architecture="Qwen3MoeForCausalLM",
+            entries=(*_llama_entries(4, length=32_768), *_BIASES, _UNTIED),
+            fixed=_LLAMA_FIXED | dict(qk_norm="head", mlp_bias=False),
+            accepted=_ROUTING | {"use_sliding_window": (False,)},
+            experts=ExpertEntries(
+                ("num_experts", 128),
+                ("num_experts_per_tok", 8),
+                ("moe_intermediate_size", 768),
+                renormalise="norm_topk_prob",
+                dense=True,
+            ),
+            **(_LLAMA | dict(rules=_rules(_QWEN_EXPERTS | _QK_NORMS, stacked=_qwen_experts))),
+        ),
+        Family(
+            name="olmoe",
+            architecture="OlmoeForCausalLM",
+            entries=(*_llama_entries(None, length=4096, epsilon=1e-5), *_BIASES, _UNTIED),
+            fixed=_LLAMA_FIXED | dict(qk_norm="width", mlp_bias=False),
+            accepted=_ROUTING | {"clip_qkv": (None,)},
+            experts=ExpertEntries(
+                ("num_experts", 64),
+                ("num_experts_per_tok", 8),
+                ("intermediate_size", 2048),
+                renormalise="norm_topk_prob",
+            ),
+            **(
+                _LLAMA
+                | dict(
+                    rules=_rules(
+                        _ATTENTION | _BEFORE | _QK_NORMS | {"mlp.gate": "mlp.router.linear"},
+                        stacked=_qwen_experts,
+                    )
+                )
+            ),
+        ),
+        Family(
+            name="granitemoe",
+            architecture="GraniteMoeForCausalLM",
+            entries=(*_llama_entries(None), *_BIASES, _UNTIED, *_GRANITE),
+            fixed=_LLAMA_FIXED | dict(mlp_bias=False),
+            accepted=_ROUTING,
+            experts=ExpertEntries(
+                ("num_local_experts", 8), ("num_experts_per_tok", 2), ("intermediate_size", 11008)
+            ),
+            **(
+                _LLAMA
+                | dict(
+                    rules=_rules(
+                        _ATTENTION
+                        | _BEFORE
+                        | {"block_sparse_moe.router.layer": "mlp.router.linear"},
+                        stacked=_experts_stacked,
+                    )
+                )
+            ),
+        ),
+        Family(
+            name="gpt_oss",
+            architecture="GptOssForCausalLM",
+            entries=(
+                *_llama_entries(8, 64, length=131_072, epsilon=1e-5),
+                Entry(("attention_bias",), "qkv_bias", True),
+                Entry(("attention_bias",), "out_bias", True),
+                _UNTIED,
+            ),
+            fixed=_LLAMA_FIXED | dict(mlp_bias=True, sinks=True, activation="silu_clamped"),
+            accepted=_ROUTING
+            | {
+                "hidden_act": ("silu",),
+                "swiglu_alpha": (1.702,),
+                "swiglu_limit": (7.0,),
+                "initial_context_length": (4096,),
+                "experts_per_token": (4,),
+            },
+            kinds=Kinds(default=128, rest="every", every=2),
+            base=150_000.0,
+            experts=ExpertEntries(
+                ("num_local_experts", 128),
+                ("num_experts_per_tok", 4),
+                ("intermediate_size", 2880),
+                fixed=dict(router_bias=True),
+            ),
+            **(
+                _LLAMA
+                | dict(
+                    activation=None,
+                    rules=_rules(
+                        _ATTENTION | _BEFORE | {"mlp.router": "mlp.router.linear"},
+                        stacked=_experts_by_turns,
+                    ),
+                )
+            ),
         ),
     )
 }

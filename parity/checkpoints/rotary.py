@@ -155,7 +155,7 @@ def _read_kinds(
         listed = document.get("no_rope_layers")
         turning = [(i + 1) % every != 0 for i in range(num_layers)] if listed is None else listed
         turning = [bool(x) for x in turning]
-    if types is not None and kinds.number and window is not None:
+    if types is not None and kinds.rest == "first" and kinds.number and window is not None:
         # Kept for models whose first blocks have none.
         first = sum(kind == _FULL for kind in types)
         if list(types) != [_FULL] * first + [_NARROW] * (num_layers - first):

@@ -23,8 +23,21 @@ TWINS = Rules(
         Rule("blocks.*.attention.out.weight", "blocks.*.attention.out.kernel", _LINEAR),
         Rule("blocks.*.attention.*.bias", "blocks.*.attention.*.bias", optional=True),
         Rule("blocks.*.attention.*_norm.weight", "blocks.*.attention.*_norm.scale", optional=True),
-        Rule("blocks.*.mlp.*.weight", "blocks.*.mlp.*.kernel", _LINEAR),
+        Rule("blocks.*.mlp.*.weight", "blocks.*.mlp.*.kernel", _LINEAR, optional=True),
         Rule("blocks.*.mlp.*.bias", "blocks.*.mlp.*.bias", optional=True),
+        *(
+            Rule(f"{x}.weight", f"{x}.kernel", _LINEAR, optional=True)
+            for x in ("blocks.*.mlp.*.*", "blocks.*.mlp.shared.*.*")
+        ),
+        *(
+            Rule(f"{x}.bias", f"{x}.bias", optional=True)
+            for x in ("blocks.*.mlp.*.*", "blocks.*.mlp.shared.*.*")
+        ),
+        *(
+            Rule(f"blocks.*.mlp.experts.{name}", f"blocks.*.mlp.experts.{name}", optional=True)
+            for name in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+        ),
+        Rule("blocks.*.mlp.router.preference", "blocks.*.mlp.router.preference", optional=True),
         Rule("norm.weight", "norm.scale"),
         Rule("norm.bias", "norm.bias", optional=True),
         Rule("head.weight", "head.kernel", _LINEAR, optional=True),

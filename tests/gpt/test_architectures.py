@@ -58,6 +58,15 @@ PARTS = {
     "parallel, one norm": dict(
         norm="layer_no_bias", residual="parallel_one_norm", activation="relu", logit_scale=3.0
     ),
+    "experts": dict(
+        norm="rms", gated=True, activation="silu_clamped", layers=[dict(dense=True), dict()],
+        experts=dict(num_experts=5, num_chosen=2, width=7, router_bias=True),
+    ),
+    "experts, one shared": dict(
+        gated=True, activation="silu", mlp_bias=False, experts=dict(
+            num_experts=5, num_chosen=3, width=7, router="sigmoid", scale=1.7, shared_width=9,
+            shared_gate=True, renormalise=False),
+    ),
     "parallel, sinks, longrope": dict(
         residual="parallel", sinks=True, rotary=dict(
             scaling="longrope", short_factors=[1.0, 2.0], long_factors=[3.0, 7.0],

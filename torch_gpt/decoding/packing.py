@@ -150,7 +150,8 @@ class PackedGPT(GPT):
         for block in cast("list[Block]", self.blocks):
             block.attention = PackedAttention(block.attention, batch_size)
             for name, linear in list(block.mlp.named_children()):
-                setattr(block.mlp, name, _packed(linear, batch_size))
+                if isinstance(linear, nn.Linear):
+                    setattr(block.mlp, name, _packed(linear, batch_size))
         # A tied head reads the embedding, which lies as it should.
         if model.head is None:
             self.head = PackedLinear(model.token_embedding.weight.detach(), None, batch_size)
