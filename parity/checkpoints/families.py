@@ -845,6 +845,7 @@ FAMILIES = {
             ),
             fixed=_LLAMA_FIXED | dict(out_bias=False, mlp_bias=False),
             accepted=_ROUTING | {"use_sliding_window": (False,)},
+            kinds=Kinds(switch="use_sliding_window", number="max_window_layers"),
             experts=ExpertEntries(
                 ("num_experts", 60),
                 ("num_experts_per_tok", 4),
@@ -862,6 +863,7 @@ FAMILIES = {
             entries=(*_llama_entries(4, length=32_768), *_BIASES, _UNTIED),
             fixed=_LLAMA_FIXED | dict(qk_norm="head", mlp_bias=False),
             accepted=_ROUTING | {"use_sliding_window": (False,)},
+            kinds=Kinds(switch="use_sliding_window"),
             experts=ExpertEntries(
                 ("num_experts", 128),
                 ("num_experts_per_tok", 8),

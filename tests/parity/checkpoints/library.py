@@ -146,7 +146,7 @@ def randomize(model: torch.nn.Module, loud: float = 3.0) -> None:
             centre, spread = float(name.endswith("weight")), 0.3
             if parameter.ndim > 1:
                 size = 1.0 if "embed" in name or "wte" in name else loud
-                centre, spread = 0.0, size * min(parameter.shape) ** -0.5
+                centre, spread = 0.0, size * min(parameter.shape[-2:]) ** -0.5
             parameter.copy_(torch.from_numpy(rng.normal(centre, spread, parameter.shape)))
 
 
