@@ -2,7 +2,7 @@
 
 from torch_gpt import random
 from torch_gpt.cache import KVCache, LayerCache
-from torch_gpt.config import PRESETS, GPTConfig, Rotary
+from torch_gpt.config import PRESETS, Experts, GPTConfig, Layer, Rotary
 from torch_gpt.decode import decode_step, prefill
 from torch_gpt.decoding.batch_invariant import BatchInvariantCache, BatchInvariantDecoder
 from torch_gpt.decoding.decoder import Decoder
@@ -43,9 +43,11 @@ __all__ = [
     "Block",
     "Decoder",
     "Evaluation",
+    "Experts",
     "GPTConfig",
     "Generation",
     "KVCache",
+    "Layer",
     "LayerCache",
     "PackedGPT",
     "PackedLinear",
