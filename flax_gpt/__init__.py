@@ -5,6 +5,7 @@ from flax_gpt.cache import KVCache, LayerCache
 from flax_gpt.config import PRESETS, GPTConfig, Rotary
 from flax_gpt.decode import decode_step, prefill
 from flax_gpt.decoding.batch_invariant import BatchInvariantCache, BatchInvariantDecoder
+from flax_gpt.decoding.beams import Beams, beam_search
 from flax_gpt.decoding.decoder import Decoder
 from flax_gpt.decoding.generate import NO_TOKEN, Generation, generate, right_pad
 from flax_gpt.decoding.packing import PackedGPT, PackedLinear, pack
@@ -40,6 +41,7 @@ __all__ = [
     "Batch",
     "BatchInvariantCache",
     "BatchInvariantDecoder",
+    "Beams",
     "Block",
     "Decoder",
     "Evaluation",
@@ -59,6 +61,7 @@ __all__ = [
     "TrainConfig",
     "TrainState",
     "adamw",
+    "beam_search",
     "cross_entropy",
     "decode_step",
     "evaluate",

@@ -5,6 +5,7 @@ from torch_gpt.cache import KVCache, LayerCache
 from torch_gpt.config import PRESETS, GPTConfig, Rotary
 from torch_gpt.decode import decode_step, prefill
 from torch_gpt.decoding.batch_invariant import BatchInvariantCache, BatchInvariantDecoder
+from torch_gpt.decoding.beams import Beams, beam_search
 from torch_gpt.decoding.decoder import Decoder
 from torch_gpt.decoding.generate import NO_TOKEN, Generation, generate, right_pad
 from torch_gpt.decoding.packing import PackedGPT, PackedLinear, pack
@@ -40,6 +41,7 @@ __all__ = [
     "Batch",
     "BatchInvariantCache",
     "BatchInvariantDecoder",
+    "Beams",
     "Block",
     "Decoder",
     "Evaluation",
@@ -59,6 +61,7 @@ __all__ = [
     "TrainConfig",
     "TrainState",
     "adamw",
+    "beam_search",
     "cross_entropy",
     "decode_step",
     "evaluate",
