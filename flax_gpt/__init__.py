@@ -10,6 +10,13 @@ from flax_gpt.decoding.decoder import Decoder
 from flax_gpt.decoding.generate import NO_TOKEN, Generation, generate, right_pad
 from flax_gpt.decoding.packing import PackedGPT, PackedLinear, pack
 from flax_gpt.decoding.sampling import GREEDY, Sampling, filter_logits
+from flax_gpt.decoding.speculation import (
+    DraftModel,
+    PromptLookup,
+    Speculation,
+    rejection_rule,
+    speculate,
+)
 from flax_gpt.metadata import AttentionMetadata
 from flax_gpt.model import GPT, MLP, Attention, Block
 from flax_gpt.training.classifier import SequenceClassifier, TokenClassifier
@@ -44,6 +51,7 @@ __all__ = [
     "Beams",
     "Block",
     "Decoder",
+    "DraftModel",
     "Evaluation",
     "GPTConfig",
     "Generation",
@@ -51,9 +59,11 @@ __all__ = [
     "LayerCache",
     "PackedGPT",
     "PackedLinear",
+    "PromptLookup",
     "Rotary",
     "Sampling",
     "SequenceClassifier",
+    "Speculation",
     "StepResult",
     "Task",
     "TokenClassifier",
@@ -73,6 +83,8 @@ __all__ = [
     "pack",
     "prefill",
     "random",
+    "rejection_rule",
     "right_pad",
+    "speculate",
     "train_step",
 ]

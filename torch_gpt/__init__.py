@@ -10,6 +10,13 @@ from torch_gpt.decoding.decoder import Decoder
 from torch_gpt.decoding.generate import NO_TOKEN, Generation, generate, right_pad
 from torch_gpt.decoding.packing import PackedGPT, PackedLinear, pack
 from torch_gpt.decoding.sampling import GREEDY, Sampling, filter_logits
+from torch_gpt.decoding.speculation import (
+    DraftModel,
+    PromptLookup,
+    Speculation,
+    rejection_rule,
+    speculate,
+)
 from torch_gpt.metadata import AttentionMetadata
 from torch_gpt.model import GPT, MLP, Attention, Block
 from torch_gpt.training.classifier import SequenceClassifier, TokenClassifier
@@ -44,6 +51,7 @@ __all__ = [
     "Beams",
     "Block",
     "Decoder",
+    "DraftModel",
     "Evaluation",
     "GPTConfig",
     "Generation",
@@ -51,9 +59,11 @@ __all__ = [
     "LayerCache",
     "PackedGPT",
     "PackedLinear",
+    "PromptLookup",
     "Rotary",
     "Sampling",
     "SequenceClassifier",
+    "Speculation",
     "StepResult",
     "Task",
     "TokenClassifier",
@@ -73,6 +83,8 @@ __all__ = [
     "pack",
     "prefill",
     "random",
+    "rejection_rule",
     "right_pad",
+    "speculate",
     "train_step",
 ]
