@@ -89,6 +89,8 @@ def explain_output(session: PairSession, batch: Batch, found: Divergence) -> Div
     another. A cause in a layer that flax has no counterpart of is placed there.
     """
     path = "" if found.where == session.model_name else found.where
+    while path and path not in session.modules.values():
+        path = path.rpartition(".")[0]  # flax has no such module: what is around it has a target
     port = session.runs("float64")[1]
     others = [x for x in session.pair.probes.values() if x is not batch]
     # Taken here, for what is loaded in the port's scope would be in float64 throughout.
@@ -150,7 +152,9 @@ def _changes(
             return next(itertools.islice(found, number, None), None)
 
         yield changed, again
-    for changed in fitted(replay, suspect.target, deadline):
+    # Half of the time that is left, so that both get some.
+    half = (time.perf_counter() + deadline) / 2
+    for changed in fitted(replay, suspect.target, half):
         yield changed, lambda other, changed=changed: changed
     for changed in exchanged_values(replay.operations()):
         yield changed, lambda other, changed=changed: changed

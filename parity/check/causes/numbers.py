@@ -4,7 +4,6 @@ A number is fitted by Newton's steps on the whole output, so that a wrong operat
 after two runs: no number in it brings the output closer by orders.
 """
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -61,20 +60,36 @@ def fitted(replay: Replay, target: Arrays, deadline: float) -> Iterator[Changed]
     start = gap(None)
     if start is None or not np.all(np.isfinite(start)) or np.count_nonzero(start) < _NUMBERS:
         return
+    # One line of code that runs several times, as in every layer, and each operation alone.
+    lines: dict[tuple[str, str], list[int]] = {}
     for place, done in enumerate(operations):
-        for now, words, given in itertools.chain(_numbers(done), _results(done)):
+        lines.setdefault((done.name, done.line), []).append(place)
+    groups = [places for (_, line), places in lines.items() if line and len(places) > 1]
+    for places in (*groups, *([place] for place in range(len(operations)))):
+        done = operations[places[0]]
+        kinds = [list(_kinds(operations[place])) for place in places]
+        if len({len(kind) for kind in kinds}) > 1:
+            continue
+        for number, (now, words, _) in enumerate(kinds[0]):
+            given = {place: kind[number][2] for place, kind in zip(places, kinds, strict=True)}
 
-            def made(value: float, place=place, done=done, words=words, given=given) -> Changed:
+            def made(value: float, done=done, words=words, given=given) -> Changed:
                 def change(at: int, _: object) -> Operation | None:
-                    return given(value) if at == place else None
+                    return given[at](value) if at in given else None
 
-                text = named(f"{words} {_told(value, sizes)}", done.operation, done.line)
+                text = named(f"{words} {_written(value, sizes)}", done.operation, done.line)
                 return Changed(text, change, inside=done.inside)
 
             if time.perf_counter() > deadline:
                 return
             if (value := _solved(lambda x, made=made: gap(made(x)), now, start)) is not None:
                 yield made(value)
+
+
+def _kinds(done: Done) -> Iterator[tuple[float, str, WithNumber]]:
+    """Yield each number of an operation's arguments, and those that change its result."""
+    yield from _numbers(done)
+    yield from _results(done)
 
 
 def _solved(gap: Callable[[float], Arrays | None], now: float, start: Arrays) -> float | None:
@@ -136,7 +151,7 @@ def _is_float(x: object) -> bool:
     return isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel() > 1
 
 
-def _told(value: float, sizes: list[int]) -> str:
+def _written(value: float, sizes: list[int]) -> str:
     """Write a number, as a power of a size if it is one."""
     for size in (*sizes, *range(2, 257)):
         for power in (0.5, -0.5, -1.0):
