@@ -20,7 +20,7 @@ from parity.frameworks.flax.lift import Log, is_narrow, line_of_error
 from parity.frameworks.flax.program import Program
 from parity.frameworks.flax.purity import flax_purity
 from parity.frameworks.flax.scope import jax_scope, lowered
-from parity.frameworks.flax.uses import flax_constants, flax_uses
+from parity.frameworks.flax.uses import flax_uses
 from parity.frameworks.leaves import Arrays, CastLater, Leaves
 from parity.frameworks.protocols import Decoder, NotCompared, Trainer
 from parity.frameworks.purity import Purity
@@ -182,12 +182,6 @@ class FlaxRunner:
         with self._scope():
             call, forward = self._arguments(batch), returning_leaves(self._spec.forward)
             return flax_uses(self.module, lambda x: forward(x, *call.inputs, **call.keywords))
-
-    def constants(self, batch: Batch) -> list[float]:
-        """Return the floats in the code of a forward pass."""
-        with self._scope():
-            call, forward = self._arguments(batch), returning_leaves(self._spec.forward)
-            return flax_constants(self.module, lambda x: forward(x, *call.inputs, **call.keywords))
 
     @contextlib.contextmanager
     def program(self, batch: Batch) -> Iterator[Program]:
