@@ -23,7 +23,10 @@ StaticCasts = dict[tuple[int, str], object]
 
 
 Array = np.ndarray | np.generic | jax.Array
-_SHORT = {np.dtype(np.int64): np.dtype(np.int32), np.dtype(np.uint64): np.dtype(np.uint32)}
+_SHORT: dict[np.dtype, np.dtype] = {
+    np.dtype(np.int64): np.dtype(np.int32),
+    np.dtype(np.uint64): np.dtype(np.uint32),
+}
 _PYTHON_TYPES = {bool: np.bool_, int: np.int32, float: np.float32, complex: np.complex64}
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx, struct
+from jax.lax import stop_gradient
 
 from parity import ModuleUse, check_pair
 from parity.check.outputs import paired
@@ -215,6 +216,8 @@ def test_outputs_that_no_weight_moves_are_not_compared_in_silence():
     report = compare(*both(lambda h, n: 0.0 * h), levels=("gradients", "trajectory"))
     gradients, _ = report.levels
     assert gradients.verdict == "ABSTAIN" and "no weight moves an output" in str(report)
+    report = compare(lambda h, n: h, lambda h, n: stop_gradient(h), levels=("gradients",))
+    assert report.exit_code == 1 and "no weight moves" not in str(report)
 
 
 def test_losses_of_large_outputs_are_judged_by_their_size():
