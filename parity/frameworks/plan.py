@@ -163,8 +163,10 @@ class Limits:
         first: of the call that reads a prompt; None for `width`.
         capacities: of caches, in rising order; the last is grown to.
         invariant: whether there are caches of the batch-invariant mode.
+        counted: whether calls of several tokens always have counts.
         donates: whether a Decoder's step takes the memory of its cache, which is gone then.
         operations: in one plan, before those that read every cache once more.
+        plans: of a check.
     """
 
     vocab_size: int
@@ -175,8 +177,10 @@ class Limits:
     first: int | None = None
     capacities: tuple[int, ...] = (8,)
     invariant: bool = False
+    counted: bool = False
     donates: bool = False
     operations: int = 8
+    plans: int = 12
 
 
 class ImpossibleError(ValueError):
@@ -361,7 +365,8 @@ def _read(
         counts = np.minimum(counts, room)
     tokens = tuple(tuple(map(int, rng.integers(0, limits.vocab_size, n))) for n in counts)
     alike = np.all(counts == (1 if way.is_step else width))
-    wide = None if way.is_step or (alike and rng.random() < 0.7) else width
+    bare = alike and not limits.counted and rng.random() < 0.7
+    wide = None if way.is_step or bare else width
     read = Read(source, tokens, way, wide)
     return read if is_possible((*plan, read), limits) else None
 

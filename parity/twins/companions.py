@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from flax_gpt.config import GPTConfig, Rotary
 from parity.frameworks.plan import Limits, Way
 
-_ODD = dict(vocab_size=11, context_length=24, embed_dim=9, num_layers=1, num_heads=3, mlp_dim=7)
+# Few shapes of weights among all of them, because jax compiles what makes each of these.
+_SIZES = dict(vocab_size=11, context_length=24, embed_dim=9, num_layers=1, num_heads=3, mlp_dim=7)
 
 _WHOLE = Way("GPT")
 _STEP = Way("decode_step")
@@ -42,65 +43,71 @@ class Companion:
 
 
 def _companion(ways: tuple[Way, ...], changes: dict, **limits: object) -> Companion:
-    config = GPTConfig(**(_ODD | changes))
+    config = GPTConfig(**(_SIZES | changes))
     sizes = config.vocab_size, config.context_length
-    flax = Limits(*sizes, ways, donates=True, **limits)
+    limits = {"capacities": sizes[1:]} | limits
+    flax = Limits(*sizes, ways, counted=True, donates=True, **limits)
     rows = tuple(sorted({1, 2, *flax.rows}))
     capacities = tuple(sorted({*flax.capacities, config.context_length - 5, config.context_length}))
     torch = dataclasses.replace(
-        flax, ways=_EVERY_WAY, rows=rows, capacities=capacities, invariant=True, donates=False
+        flax,
+        ways=_EVERY_WAY,
+        rows=rows,
+        capacities=capacities,
+        invariant=True,
+        counted=False,
+        donates=False,
     )
     return Companion(config, flax, torch)
 
 
 COMPANIONS: Mapping[str, Companion] = {
-    "learned": _companion(
-        (_WHOLE, Way("definition"), _STEP, _PACKED, _DECODER_CHUNKS),
-        dict(num_layers=2),
+    "learned positions": _companion(
+        (_WHOLE, _PACKED),
+        dict(num_layers=2, num_full_layers=1, window=5),
         capacities=(8, 24),
     ),
-    "rotary": _companion(
-        (_WHOLE, _PACKED),
+    "rotary positions": _companion(
+        (Way("definition"), _PACKED),
         dict(
-            num_layers=2, num_full_layers=1, window=5, positions="rotary", head_dim=6,
+            positions="rotary", num_heads=4, num_kv_heads=2, head_dim=6,
             rotary=Rotary(fraction=0.7, scaling="llama3", factor=4.0, original_length=9),
-            num_heads=4, num_kv_heads=2, norm="rms", activation="silu", gated=True,
-            tied_head=False, qkv_bias=False, out_bias=False, mlp_bias=False,
+            norm="rms", activation="silu", gated=True, tied_head=False,
+            qkv_bias=False, out_bias=False, mlp_bias=False,
         ),
-        capacities=(24,),
     ),
-    "dynamic rotary": _companion(
+    "dynamic rotary positions": _companion(
         (_CHUNKS, _PLAIN),
         dict(
-            positions="rotary", rotary=Rotary(scaling="dynamic", factor=2.0, original_length=7),
-            head_dim=4, num_kv_heads=1, qk_norm=True, norm="rms_plus_one", activation="gelu",
-            gated=True, out_bias=False, mlp_bias=False, tied_head=False,
+            positions="rotary", num_heads=2, num_kv_heads=1, head_dim=12, qk_norm=True,
+            rotary=Rotary(scaling="dynamic", factor=2.0, original_length=7),
+            norm="rms_plus_one", activation="gelu", gated=True, tied_head=False,
+            out_bias=False, mlp_bias=False,
         ),
-        capacities=(24,),
     ),
-    "alibi": _companion(
-        (_WHOLE, _PACKED),
+    "ALiBi positions": _companion(
+        (_DECODER_CHUNKS, _PACKED),
         dict(
-            positions="alibi", num_heads=6, num_kv_heads=3, head_dim=5, embedding_norm=True,
+            positions="alibi", num_heads=6, num_kv_heads=3, head_dim=4, embedding_norm=True,
             activation="gelu_bloom",
         ),
         rows=(1,),
-        capacities=(24,),
     ),
-    "t5": _companion(
+    "T5 positions": _companion(
         (_DECODER, _PACKED),
         dict(
-            context_length=275, positions="t5", t5_buckets=8, t5_max_distance=40, head_dim=5,
-            num_heads=2, norm="rms", activation="silu", qkv_bias=False, tied_head=False,
+            context_length=275, positions="t5", t5_buckets=8, t5_max_distance=40,
+            num_heads=2, head_dim=12, norm="rms", activation="silu", qkv_bias=False,
+            tied_head=False,
         ),
-        capacities=(275,), first=262, operations=5,
+        first=262, operations=4, plans=4,
     ),
     "no positions": _companion(
         (Way("prefill"), _STEP),
         dict(
-            positions="none", window=6, norm="rms", activation="gelu", out_bias=False,
-            num_kv_heads=1,
+            positions="none", num_heads=6, num_kv_heads=3, head_dim=4, window=6, norm="rms",
+            activation="gelu", out_bias=False,
         ),
-        capacities=(24,), invariant=True,
+        invariant=True,
     ),
 }  # fmt: skip

@@ -28,9 +28,6 @@ from parity.frameworks.protocols import LiveRunner, PlanDecoder
 from parity.report import Divergence
 from parity.report.record import Record, first_failed, judge
 
-# Plans of each model, which take about a second for all pairs once programs are compiled; in the
-# suite hypothesis draws more. A fault of the self-test is seen by the third plan in the median.
-NUM_PLANS = 12
 _SECONDS = 20.0  # spent at most on making a plan shorter
 
 
@@ -38,7 +35,7 @@ def records(session: PairSession) -> Iterator[Record]:
     """Compare what reads of plans give with one pass without a cache, in float64."""
     for name, other in session.companions.items():
         for run in other.runs("float64"):
-            yield _Trials(other, run).record(f"{name}: {run.name}, {NUM_PLANS} plans")
+            yield _Trials(other, run).record(f"{name}: {run.name}, plans")
 
 
 def locate(session: PairSession, records: Sequence[Record]) -> Divergence | None:
@@ -120,7 +117,7 @@ class _Trials:
         return Divergence(where, "decode", len(plan), gap.value, cause=cause, detail=detail)
 
     def _plans(self) -> list[Plan]:
-        seeds = ((self._seed, number) for number in range(NUM_PLANS))
+        seeds = ((self._seed, number) for number in range(self._limits.plans))
         return [draw(np.random.default_rng(seed), self._limits) for seed in seeds]
 
     def _fails(self, plan: Plan) -> bool:
