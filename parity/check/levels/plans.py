@@ -165,9 +165,9 @@ class _Expected:
             for index, row in enumerate(rows[start : start + size]):
                 tokens[index, : len(row)], counts[index] = row, len(row)
             parts.append(run.outputs(Batch((tokens, counts)))[""])
-        self._logits = np.concatenate(parts)
-        real = np.concatenate([self._logits[i, : len(row)] for i, row in enumerate(rows)])
-        self.scale = scale_of(real)
+        self._logits = np.concatenate(parts) if parts else np.zeros((0, context, 0))
+        real = [self._logits[index, : len(row)].ravel() for index, row in enumerate(rows)]
+        self.scale = scale_of(np.concatenate([*real, np.zeros(0)]))
 
     def of(self, history: Row, end: int) -> np.ndarray:
         """Return the logits (V,) after the first `end` tokens of a row."""
