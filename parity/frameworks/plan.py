@@ -269,7 +269,8 @@ def draw(rng: np.random.Generator, limits: Limits) -> Plan:
             deck = [cards[index] for index in rng.permutation(len(cards))]
         card = deck.pop()
         if not plan or card in ("begin", "invariant"):
-            plan = _begun(rng, plan, limits, invariant=card == "invariant")
+            often = limits.invariant and not plan and rng.random() < 0.3
+            plan = _begun(rng, plan, limits, invariant=card == "invariant" or often)
         elif (operation := _dealt(rng, card, plan, limits)) is not None:
             plan += (operation,)
     for source, operation in enumerate(plan):
@@ -322,7 +323,7 @@ def _dealt(
     elif card == "same length":
         operation = Truncate(source, lengths)
     elif card == "select":
-        size = int(rng.choice(limits.rows))
+        size = len(lengths) if rng.random() < 0.5 else int(rng.choice(limits.rows))
         operation = Select(source, tuple(map(int, rng.integers(0, len(lengths), size))))
     elif card == "all rows":
         operation = Select(source, tuple(range(len(lengths))))
@@ -400,10 +401,11 @@ def shrunk(plan: Plan, limits: Limits, fails: Callable[[Plan], bool], seconds: f
 
 def _smaller(plan: Plan) -> Iterator[Plan]:
     """Yield plans with less in them: first fewer operations, then fewer rows and tokens."""
-    for length in range(1, len(plan)):
-        yield plan[:length]
     for number in reversed(range(len(plan))):
         yield from _without(plan, number)
+    for number, operation in enumerate(plan):
+        if isinstance(operation, Empty) and operation.invariant:
+            yield _with(plan, number, dataclasses.replace(operation, invariant=False))
     for row in range(max((x.rows for x in plan if isinstance(x, Empty)), default=0)):
         yield from _without_row(plan, row)
     for number, operation in enumerate(plan):
@@ -480,13 +482,16 @@ def alternatives(plan: Plan) -> Iterator[tuple[str, Plan]]:
             yield words, _inserted(*copied)
     for number in reversed(range(len(plan))):
         operation = plan[number]
+        if isinstance(operation, Empty) and operation.invariant:
+            plain = dataclasses.replace(operation, invariant=False)
+            yield "a KVCache in place of a BatchInvariantCache", _with(plan, number, plain)
         if isinstance(operation, Read | Empty):
             continue
-        words = {
+        kinds = {
             Truncate: "no truncate", Select: "no select", Grow: "no grow",
             Fill: "zeros in the free slots", Refuse: "nothing to refuse",
-        }[type(operation)]  # fmt: skip
-        yield from ((words, fewer) for fewer in _without(plan, number))
+        }  # fmt: skip
+        yield from ((kinds[type(operation)], fewer) for fewer in _without(plan, number))
 
 
 def _plainer(way: Way) -> Iterator[Way]:

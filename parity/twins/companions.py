@@ -45,7 +45,7 @@ class Companion:
 def _companion(ways: tuple[Way, ...], changes: dict, **limits: object) -> Companion:
     config = GPTConfig(**(_SIZES | changes))
     sizes = config.vocab_size, config.context_length
-    limits = {"capacities": sizes[1:]} | limits
+    limits = {"capacities": sizes[1:], "width": 9} | limits
     flax = Limits(*sizes, ways, counted=True, donates=True, **limits)
     rows = tuple(sorted({1, 2, *flax.rows}))
     capacities = tuple(sorted({*flax.capacities, config.context_length - 5, config.context_length}))
@@ -57,6 +57,7 @@ def _companion(ways: tuple[Way, ...], changes: dict, **limits: object) -> Compan
         invariant=True,
         counted=False,
         donates=False,
+        plans=flax.plans * 2,
     )
     return Companion(config, flax, torch)
 
@@ -65,7 +66,7 @@ COMPANIONS: Mapping[str, Companion] = {
     "learned positions": _companion(
         (_WHOLE, _PACKED),
         dict(num_layers=2, num_full_layers=1, window=5),
-        capacities=(8, 24),
+        capacities=(8, 24), width=4,
     ),
     "rotary positions": _companion(
         (Way("definition"), _PACKED),

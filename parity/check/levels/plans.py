@@ -35,7 +35,7 @@ def records(session: PairSession) -> Iterator[Record]:
     """Compare what reads of plans give with one pass without a cache, in float64."""
     for name, other in session.companions.items():
         for run in other.runs("float64"):
-            yield _Trials(other, run).record(f"{name}: {run.name}, plans")
+            yield Trials(other, run).record(f"{name}: {run.name}, plans")
 
 
 def locate(session: PairSession, records: Sequence[Record]) -> Divergence | None:
@@ -47,7 +47,7 @@ def locate(session: PairSession, records: Sequence[Record]) -> Divergence | None
     for name, other in session.companions.items():
         for run in other.runs("float64"):
             if bad.name.startswith(f"{name}: {run.name}, "):
-                return _Trials(other, run).located(name)
+                return Trials(other, run).located(name)
     return None
 
 
@@ -72,7 +72,7 @@ class _Gap:
     note: str = ""
 
 
-class _Trials:
+class Trials:
     """One model and the plans that it is given."""
 
     def __init__(self, session: PairSession, run: LiveRunner):
@@ -91,14 +91,16 @@ class _Trials:
         note = f"plan {values.index(worst.value)}" if worst.value > 0.0 else None
         bound = bounds.CACHE["float64"]
         found = judge(name, "float64", "max_abs", worst.value, bound, self.num_numbers)
-        failed = not worst.value <= bound
-        return dataclasses.replace(found, note=f"{note}. {worst.note}".rstrip(". ")) if failed else found
+        if worst.value <= bound:
+            return found
+        return dataclasses.replace(found, note=f"{note}. {worst.note}".rstrip(". "))
 
     def located(self, name: str) -> Divergence | None:
         """Return the shortest plan found that fails, with what makes it right."""
         failing = next((plan for plan in self._plans() if self._fails(plan)), None)
         if failing is None:
             return None
+        failing = failing[: self._alone(failing).number + 1]
         plan = shrunk(failing, self._limits, self._fails, _SECONDS)
         gap = self._alone(plan)
         plan = plan[: gap.number + 1]
@@ -113,7 +115,8 @@ class _Trials:
             None,
         )
         lines = self._decoder.script(plan, gap.row, gap.index, gap.history)
-        detail = f"In the model {name!r}{', ' + gap.note if gap.note else ''}. The lines that show it:\n{lines}\n"
+        note = f", {gap.note}" if gap.note else ""
+        detail = f"In the model with {name}{note}. The lines that show it:\n{lines}\n"
         return Divergence(where, "decode", len(plan), gap.value, cause=cause, detail=detail)
 
     def _plans(self) -> list[Plan]:
@@ -154,7 +157,9 @@ class _Expected:
     """Logits of all rows of some plans, from one pass without a cache."""
 
     def __init__(self, run: LiveRunner, limits: Limits, plans: Sequence[Plan]):
-        histories = [row for plan in plans for _, rows in reads(plan, limits) for row in rows if row]
+        histories = [
+            row for plan in plans for _, rows in reads(plan, limits) for row in rows if row
+        ]
         rows, self._row_of = prefixes(histories)
         context = limits.context_length
         size = rows_of_pass(context)

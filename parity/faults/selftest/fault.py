@@ -44,7 +44,7 @@ class Fault:
         changes: of the twins' config.
         task: of the twins.
         float32: whether it shows in float32 alone.
-        companions: whether the check is one with companions, whose plans take the ways it needs.
+        companion: of all pairs that a check has beside its own, the one that must show it, if any.
     """
 
     title: str
@@ -57,7 +57,7 @@ class Fault:
     changes: Changes = dataclasses.field(default_factory=Changes)
     task: str = "next-token"
     float32: bool = False
-    companions: bool = False
+    companion: str = ""
 
     @property
     def kind(self) -> str:
