@@ -7,6 +7,7 @@ from flax_gpt.decode import decode_step, prefill
 from flax_gpt.decoding.batch_invariant import BatchInvariantCache, BatchInvariantDecoder
 from flax_gpt.decoding.beams import Beams, beam_search
 from flax_gpt.decoding.decoder import Decoder
+from flax_gpt.decoding.files import load_cache, save_cache, weights_digest
 from flax_gpt.decoding.generate import NO_TOKEN, Generation, generate, right_pad
 from flax_gpt.decoding.packing import PackedGPT, PackedLinear, pack
 from flax_gpt.decoding.sampling import GREEDY, Sampling, filter_logits
@@ -80,6 +81,7 @@ __all__ = [
     "filter_logits",
     "generate",
     "learning_rate",
+    "load_cache",
     "next_token_loss",
     "overfit_one_batch",
     "pack",
@@ -87,6 +89,8 @@ __all__ = [
     "random",
     "rejection_rule",
     "right_pad",
+    "save_cache",
     "speculate",
     "train_step",
+    "weights_digest",
 ]
