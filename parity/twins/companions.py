@@ -80,7 +80,7 @@ COMPANIONS: Mapping[str, Companion] = {
     "dynamic rotary positions": _companion(
         (_CHUNKS, _PLAIN),
         dict(
-            positions="rotary", num_heads=2, num_kv_heads=1, head_dim=12, qk_norm=True,
+            positions="rotary", num_heads=2, num_kv_heads=1, head_dim=12, qk_norm="head",
             rotary=Rotary(scaling="dynamic", factor=2.0, original_length=7),
             norm="rms_plus_one", activation="gelu", gated=True, tied_head=False,
             out_bias=False, mlp_bias=False,

@@ -1,7 +1,9 @@
 """A forward pass of a Flax module as a jaxpr that can be run again with operations changed."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import jax
 import jax.extend
@@ -19,6 +21,7 @@ Equation = jax.extend.core.JaxprEqn
 Instead = Callable[..., Sequence[object]]
 # Longer loops run as they are, without changes inside.
 _LONGEST_LOOP = 64
+_PARITY = str(Path(__file__).parents[2]) + os.sep
 _BODIES = "jaxpr", "call_jaxpr"
 _CALLED = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
 
@@ -145,9 +148,13 @@ class _Run:
 def _lines(equation: Equation) -> tuple[str, tuple[tuple[str, int], ...]]:
     """Return the user's line that asked for an equation, and all of his frames."""
     found = source_info_util.user_frames(equation.source_info.traceback)
-    frames = tuple((x.file_name, x.start_line) for x in found if "site-packages" not in x.file_name)
+    frames = tuple((x.file_name, x.start_line) for x in found if _is_users(x.file_name))
     line = f"{frames[0][0].rpartition('/')[2]}:{frames[0][1]}" if frames else ""
     return line, frames
+
+
+def _is_users(file: str) -> bool:
+    return "site-packages" not in file and not file.startswith(_PARITY)
 
 
 def grouped(sites: Sequence[Site]) -> Iterator[list[Site]]:
