@@ -1,6 +1,7 @@
 """Why two models differ: the change to one of them that makes it match the other, by name.
 
 forward.py      a module's output, with one operation changed
+program.py      likewise, in flax: its program with one operation changed
 backward.py     a loss or a gradient, likewise
 decode.py       a decode, likewise
 operations.py   alternatives to an operation

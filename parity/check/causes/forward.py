@@ -19,6 +19,7 @@ from parity.check.causes.operations import (
     common_sizes,
     substitutes,
 )
+from parity.check.causes.program import explain_by_program
 from parity.check.causes.replay import Change, Changed, Done, Operation, Replay, named
 from parity.check.causes.values import exchanged_values
 from parity.check.causes.weights import readings
@@ -106,7 +107,7 @@ def explain_output(session: PairSession, batch: Batch, found: Divergence) -> Div
         modules = dict(port.module.named_modules())
         match = match_of(itertools.chain.from_iterable(calls), modules)
     if match is None:
-        return found
+        return explain_by_program(session, batch, found)
     cause, inside = match
     names = (name for name, module in modules.items() if module is inside)
     where = next(names, "").partition(".parametrizations.")[0]

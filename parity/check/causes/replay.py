@@ -106,7 +106,8 @@ class Replay:
         made = changed or Changed("nothing")
         with torch.no_grad(), Watch(made.change) as watch, self._hooked(watch, made.exchange):
             try:
-                return functional_call(self.module, dict(made.weights), *self._call)
+                with _flat_weights(self.module, made.weights):
+                    return functional_call(self.module, dict(made.weights), *self._call)
             except _Observed as seen:
                 return seen.output
             except Exception:  # shapes that do not fit, say: then it was not that
@@ -170,6 +171,22 @@ class Replay:
             if self._observed is not None:
                 hooks.enter_context(self._observed.register_forward_hook(observe))
             yield
+
+
+@contextlib.contextmanager
+def _flat_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Give recurrent layers other weights, of which they keep a list of their own."""
+    layers = [(x, m) for x, m in module.named_modules() if isinstance(m, torch.nn.RNNBase)]
+    kept = [(layer, layer._flat_weights) for _, layer in layers if weights]
+    for path, layer in layers if weights else ():
+        names = (f"{path}.{name}" if path else name for name in layer._flat_weights_names)
+        pairs = zip(names, layer._flat_weights, strict=True)
+        layer._flat_weights = [weights.get(name, held) for name, held in pairs]
+    try:
+        yield
+    finally:
+        for layer, held in kept:
+            layer._flat_weights = held
 
 
 class _Observed(BaseException):
