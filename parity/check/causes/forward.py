@@ -76,10 +76,16 @@ class Suspect:
         wanted = ((path, dataclasses.replace(self, target=self.others[path])) for path in both)
         return {path for path, suspect in wanted if suspect.is_met(arrays[path])}
 
-    def is_mended(self, before: set[str], changed: Changed | None) -> bool:
-        """Whether a change meets the target and spoils none of the arrays that agreed before."""
+    def mended(self, before: set[str], changed: Changed | None) -> float | None:
+        """Return what is left of the gap with a change; None where it is no rounding.
+
+        A change that spoils one of the arrays that agreed before mends nothing.
+        """
         arrays = self.replay.outputs(changed)
-        return self.is_met(self.replay.leaf_of(arrays)) and before <= self.agreeing(arrays)
+        output = self.replay.leaf_of(arrays)
+        if output is None or not self.is_met(output) or not before <= self.agreeing(arrays):
+            return None
+        return size_of(self.target - aligned(output, self.target))
 
 
 def explain_output(session: PairSession, batch: Batch, found: Divergence) -> Divergence:
@@ -124,17 +130,16 @@ def match_of(
     """Return the description of such a change, and the module in which it changes an operation."""
     end = time.perf_counter() + _SECONDS
     for suspect in suspects:
-        replay, target = suspect.replay, suspect.target
-        arrays = replay.outputs()
-        if suspect.is_met(replay.leaf_of(arrays)):
+        arrays = suspect.replay.outputs()
+        if suspect.is_met(suspect.replay.leaf_of(arrays)):
             continue  # there is nothing to explain
         if words := _exchanged_outputs(suspect, arrays):
             return words, None
         before, now = suspect.agreeing(arrays), time.perf_counter()
         deadline = now + _SHARE * (end - now)
         for changed, change_of in _changes(suspect, modules, deadline):
-            if suspect.is_mended(before, changed) and suspect.confirms(change_of):
-                left = size_of(target - aligned(replay.output(changed), target))
+            left = suspect.mended(before, changed)
+            if left is not None and suspect.confirms(change_of):
                 return f"torch matches to {left:.0e} with {changed.words}", changed.inside
             if time.perf_counter() > deadline:
                 break
@@ -266,7 +271,7 @@ def _holds(
     replay = Replay(port.module, *calls[0], agreeing, leaf=leaf)
     target = targets[0].outputs.get(leaf, targets[0].output)
     suspect = Suspect(replay, target, noise=noise, others=targets[0].outputs)
-    return suspect.is_mended(suspect.agreeing(replay.outputs()), change_of(replay))
+    return suspect.mended(suspect.agreeing(replay.outputs()), change_of(replay)) is not None
 
 
 def _closes(whole: Replay, target: np.ndarray, noise: float, change_of: ChangeOf) -> bool:
