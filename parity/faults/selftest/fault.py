@@ -65,7 +65,7 @@ class Fault:
         return "mapping" if self.edits[0].file == RULES else _KINDS[self.level]
 
 
-# Those of the cache and the decoder that only plans reach.
+# Those of the cache and the decoder, which plans must see; most have no cause to hold.
 PLAN_FAULTS = read_catalogue(Path(__file__).with_name("plan_faults.toml"), Fault)
 FAULTS = tuple(
     fault
