@@ -5,6 +5,7 @@ import functools
 import io
 import re
 import sys
+import tempfile
 import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -427,7 +428,18 @@ def audited(
 def algebra(gpt, model) -> None:
     """What is built of caches, in calls in which all sizes differ."""
     package, tokens = gpt.package, gpt.ints(np.arange(SIZES["B"] * T).reshape(SIZES["B"], T))
-    package.beam_search(model, tokens, R, G, gpt.ints((7, 3)), (5,))
+    counts, key, folder = gpt.ints((7, 3)), gpt.random.key(0), tempfile.TemporaryDirectory()
+    package.beam_search(model, tokens, R, G, counts, (5,))
+    for draft in (package.PromptLookup(4), package.DraftModel(model, 4)):
+        package.speculate(model, tokens, G, draft, counts, (5,))
+        package.speculate(model, tokens, G, draft, counts, (), package.Sampling(), key)
+    decoder = package.BatchInvariantDecoder(model, SIZES["B"])
+    package.speculate(decoder, tokens, G, package.DraftModel(model, 4), counts)
+    cache = package.KVCache.empty(model.config, SIZES["B"], S)
+    cache = package.prefill(model, tokens, cache)[1]
+    with folder as path:
+        package.save_cache(f"{path}/cache", model, cache, tokens)
+        package.load_cache(f"{path}/cache", model)
 
 
 def test_every_array_has_the_axes_in_its_name(gpt):

@@ -235,14 +235,14 @@ def speculate(
         calls += 1
         new_key, drawing = _folded(key, 2 * calls), _folded(key, 2 * calls + 1)
         guesses = text.fitting(draft.guess(text.tokens_BS, text.lengths_B, drawing, sampling))
-        chunk_BT = text.with_last(guesses)
-        logits_BTV, longer = _extend(decoder, chunk_BT, guesses.counts_B + 1, cache)
-        found = _host(_accept(logits_BTV, *_arrays(guesses, logits_BTV.device), new_key, sampling))
+        chunk = text.with_last(guesses)
+        logits, longer = _extend(decoder, chunk, guesses.counts_B + 1, cache)
+        found = _host(_accept(logits, *_arrays(guesses, logits.device), new_key, sampling))
         right_B = np.where(text.ended_B, 0, found[1] - 1)
         guessed_P += np.sum(np.arange(len(guessed_P)) < guesses.counts_B[:, None], axis=0)
         accepted_P += np.sum(np.arange(len(guessed_P)) < right_B[:, None], axis=0)
         text.append(*found)
-        cache = _kept(decoder, cache, longer, chunk_BT, text.lengths_B)
+        cache = _kept(decoder, cache, longer, chunk, text.lengths_B)
         draft.keep(text.lengths_B)
     return Speculation(*text.written(), calls, guessed_P, accepted_P)
 
@@ -313,11 +313,11 @@ class _Text:
 
     def written(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the new tokens, how many they are, and their margins."""
-        steps_BG = np.arange(self._num)[None, :]
+        steps_1G = np.arange(self._num)[None, :]
         counts_B = self.lengths_B - self._starts_B
-        tokens_BG = np.take_along_axis(self.tokens_BS, self._starts_B[:, None] + steps_BG, axis=1)
+        tokens_BG = np.take_along_axis(self.tokens_BS, self._starts_B[:, None] + steps_1G, axis=1)
         return (
-            np.where(steps_BG < counts_B[:, None], tokens_BG, NO_TOKEN),
+            np.where(steps_1G < counts_B[:, None], tokens_BG, NO_TOKEN),
             counts_B,
             self._margins_BG,
         )
