@@ -7,7 +7,8 @@ from torch_gpt.decode import decode_step, prefill
 from torch_gpt.decoding.batch_invariant import BatchInvariantCache, BatchInvariantDecoder
 from torch_gpt.decoding.decoder import Decoder
 from torch_gpt.decoding.generate import NO_TOKEN, Generation, generate, right_pad
-from torch_gpt.decoding.packing import PackedGPT, PackedLinear, pack
+from torch_gpt.decoding.kernels import KERNELS, Choice, Product
+from torch_gpt.decoding.packing import PackedGPT, PackedLinear, choose_kernels, pack
 from torch_gpt.decoding.sampling import GREEDY, Sampling, filter_logits
 from torch_gpt.metadata import AttentionMetadata
 from torch_gpt.model import GPT, MLP, Attention, Block
@@ -29,6 +30,7 @@ __all__ = [
     "GPT",
     "GREEDY",
     "IGNORE_INDEX",
+    "KERNELS",
     "MLP",
     "NEXT_TOKEN",
     "NO_TOKEN",
@@ -41,6 +43,7 @@ __all__ = [
     "BatchInvariantCache",
     "BatchInvariantDecoder",
     "Block",
+    "Choice",
     "Decoder",
     "Evaluation",
     "GPTConfig",
@@ -49,6 +52,7 @@ __all__ = [
     "LayerCache",
     "PackedGPT",
     "PackedLinear",
+    "Product",
     "Rotary",
     "Sampling",
     "SequenceClassifier",
@@ -59,6 +63,7 @@ __all__ = [
     "TrainConfig",
     "TrainState",
     "adamw",
+    "choose_kernels",
     "cross_entropy",
     "decode_step",
     "evaluate",
