@@ -9,7 +9,8 @@ from flax_gpt.decoding.beams import Beams, beam_search
 from flax_gpt.decoding.decoder import Decoder
 from flax_gpt.decoding.files import load_cache, save_cache, weights_digest
 from flax_gpt.decoding.generate import NO_TOKEN, Generation, generate, right_pad
-from flax_gpt.decoding.packing import PackedGPT, PackedLinear, pack
+from flax_gpt.decoding.kernels import KERNELS, Choice, Product
+from flax_gpt.decoding.packing import PackedGPT, PackedLinear, choose_kernels, pack
 from flax_gpt.decoding.sampling import GREEDY, Sampling, filter_logits
 from flax_gpt.decoding.speculation import (
     DraftModel,
@@ -38,6 +39,7 @@ __all__ = [
     "GPT",
     "GREEDY",
     "IGNORE_INDEX",
+    "KERNELS",
     "MLP",
     "NEXT_TOKEN",
     "NO_TOKEN",
@@ -51,6 +53,7 @@ __all__ = [
     "BatchInvariantDecoder",
     "Beams",
     "Block",
+    "Choice",
     "Decoder",
     "DraftModel",
     "Evaluation",
@@ -62,6 +65,7 @@ __all__ = [
     "LayerCache",
     "PackedGPT",
     "PackedLinear",
+    "Product",
     "PromptLookup",
     "Rotary",
     "Sampling",
@@ -75,6 +79,7 @@ __all__ = [
     "TrainState",
     "adamw",
     "beam_search",
+    "choose_kernels",
     "cross_entropy",
     "decode_step",
     "evaluate",

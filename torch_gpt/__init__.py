@@ -9,7 +9,8 @@ from torch_gpt.decoding.beams import Beams, beam_search
 from torch_gpt.decoding.decoder import Decoder
 from torch_gpt.decoding.files import load_cache, save_cache, weights_digest
 from torch_gpt.decoding.generate import NO_TOKEN, Generation, generate, right_pad
-from torch_gpt.decoding.packing import PackedGPT, PackedLinear, pack
+from torch_gpt.decoding.kernels import KERNELS, Choice, Product
+from torch_gpt.decoding.packing import PackedGPT, PackedLinear, choose_kernels, pack
 from torch_gpt.decoding.sampling import GREEDY, Sampling, filter_logits
 from torch_gpt.decoding.speculation import (
     DraftModel,
@@ -38,6 +39,7 @@ __all__ = [
     "GPT",
     "GREEDY",
     "IGNORE_INDEX",
+    "KERNELS",
     "MLP",
     "NEXT_TOKEN",
     "NO_TOKEN",
@@ -51,6 +53,7 @@ __all__ = [
     "BatchInvariantDecoder",
     "Beams",
     "Block",
+    "Choice",
     "Decoder",
     "DraftModel",
     "Evaluation",
@@ -62,6 +65,7 @@ __all__ = [
     "LayerCache",
     "PackedGPT",
     "PackedLinear",
+    "Product",
     "PromptLookup",
     "Rotary",
     "Sampling",
@@ -75,6 +79,7 @@ __all__ = [
     "TrainState",
     "adamw",
     "beam_search",
+    "choose_kernels",
     "cross_entropy",
     "decode_step",
     "evaluate",

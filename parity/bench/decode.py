@@ -16,16 +16,16 @@ import torch_gpt
 from flax_gpt.fast_attention import slots_to_read as flax_slots_to_read
 from parity.bench.agreement import Reference, agree
 from parity.bench.decoders.flax import FlaxStep, flax_step, step_program
-from parity.bench.decoders.peers import LIBRARIES, Peers
+from parity.bench.decoders.peers import Peers
 from parity.bench.decoders.protocol import DecodeTask
 from parity.bench.decoders.torch import TorchStep, torch_step
 from parity.bench.entry import SEED, Decoders, Entry, TwinModels, twin_models
 from parity.bench.hlo import remade_caches
 from parity.bench.machine import Bandwidth, Unavailable, environment, load_average
-from parity.bench.names import DECODERS, DTYPES
+from parity.bench.names import DECODERS, DTYPES, LIBRARIES
 from parity.bench.pairs import StepPairs, pair_steps
 from parity.bench.ratios import HANDLE, ratios
-from parity.bench.result import DecodeBench, DecodeCell, Decoding
+from parity.bench.result import DecodeBench, DecodeCell, Decoding, KernelChoice
 from parity.bench.roofline import BytesMoved
 from parity.bench.scaling import ScalingFit, fit_exponent
 from parity.frameworks.flax.scope import jax_scope
@@ -56,6 +56,7 @@ class DecodeOptions:
         rounds: turns of each decoder.
         num_steps: tokens that a round appends to each row.
         names: of the decoders.
+        large_cache: whether to time steps in a large cache too.
     """
 
     preset: str
@@ -66,6 +67,7 @@ class DecodeOptions:
     rounds: int = 5
     num_steps: int = 32
     names: tuple[str, ...] = DECODERS
+    large_cache: bool = True
 
     def __post_init__(self):
         """Refuse what cannot be decoded, all problems in one message."""
@@ -90,17 +92,23 @@ class DecodeOptions:
         for number, dtype in enumerate(self.dtypes):
             for rows, context in itertools.product(self.batch_sizes, self.contexts):
                 found += _cell_phases(dtype, rows, context)
-            found += ["large cache"] if number == 0 else []
+            found += ["large cache"] if number == 0 and self.large_cache else []
         return tuple(found)
 
 
-def bench_decode(options: DecodeOptions, devices: Devices, progress: Progress) -> DecodeBench:
+def bench_decode(
+    options: DecodeOptions,
+    devices: Devices,
+    progress: Progress,
+    on_cell: Callable[[DecodeCell], None] = lambda cell: None,
+) -> DecodeBench:
     """Return the time of one token of every decoder in every cell of a grid.
 
     Args:
         options: what to time.
         devices: where to decode.
         progress: called with a phase and its fraction done.
+        on_cell: called with each cell as soon as it is measured.
 
     Raises:
         ValueError: if the logits of the twins or the tokens of two decoders are not the same.
@@ -122,9 +130,11 @@ def bench_decode(options: DecodeOptions, devices: Devices, progress: Progress) -
                 for rows, context in itertools.product(options.batch_sizes, options.contexts):
                     task = twins.task(rows, context - options.num_steps, options.num_steps)
                     cells.append(_time_cell(twins, peers, task, options, bandwidth, progress))
+                    on_cell(cells[-1])
                     peers.clear()
             if dtype == options.dtypes[0]:
-                capacity = _pair_capacities(twins, options, progress)
+                if options.large_cache:
+                    capacity = _pair_capacities(twins, options, progress)
                 alike = [cell for cell in cells if cell.batch_size == options.batch_sizes[0]]
                 complexity = _scaling_fits(alike)
     load = {"load_before": before, "load_after": load_average()}
@@ -192,7 +202,17 @@ def _time_cell(
         cache_layers=layers,
         handle=handle,
         cache_copies=len(copies),
+        kernels={
+            "flax": _kernels(decoders.flax_decoder.kernels),
+            "torch": _kernels(decoders.torch_decoder.kernels),
+        },
     )
+
+
+def _kernels(
+    choices: Sequence[flax_gpt.Choice] | Sequence[torch_gpt.Choice],
+) -> dict[str, KernelChoice]:
+    return {str(choice.product): KernelChoice(choice.kernel, choice.ratios) for choice in choices}
 
 
 def _time_rounds(

@@ -10,11 +10,12 @@ import flax_gpt
 import torch_gpt
 from parity.bench.agreement import Reference
 from parity.bench.decoders.flax import FlaxLoop, FlaxStep, flax_naive, flax_step
-from parity.bench.decoders.peers import LIBRARIES, Peers
+from parity.bench.decoders.peers import Peers
 from parity.bench.decoders.protocol import Decoder, DecodeTask
 from parity.bench.decoders.torch import TorchStep, torch_in_place, torch_step
 from parity.bench.decoders.twins import Uncached
 from parity.bench.machine import Compilations, MemoryGrowth
+from parity.bench.names import LIBRARIES
 from parity.bench.result import Decoding, Tie
 from parity.system.devices import Devices
 from parity.twins.flax import FlaxTwin

@@ -13,3 +13,4 @@ DECODERS = (
     "transformers static",
     "ctranslate2",
 )
+LIBRARIES = "transformers", "ctranslate2"  # of the peers, whose names begin with them

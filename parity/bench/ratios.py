@@ -21,6 +21,8 @@ def _of_cell(cell: DecodeCell) -> Iterator[Ratio]:
     found: dict[str, float | None] = {
         "flax over transformers": cell.speed("flax step", "transformers"),
         "torch over transformers": cell.speed("torch step", "transformers"),
+        "flax over best peer": cell.speed_over_best_peer("flax step"),
+        "torch over best peer": cell.speed_over_best_peer("torch step"),
         "torch step over flax step": cell.speed("flax step", "torch step"),
     }
     for name in ("flax", "torch"):

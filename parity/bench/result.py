@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Generic, TypeVar
 
 import flax_gpt
+from parity.bench.names import LIBRARIES
 from parity.bench.pairs import StepPairs
 from parity.bench.roofline import BytesMoved
 from parity.bench.scaling import ScalingFit
@@ -147,6 +148,19 @@ class Agreement:
     distinct: int
 
 
+@dataclasses.dataclass(frozen=True)
+class KernelChoice:
+    """What a decoder computes one kind of product with.
+
+    Attributes:
+        kernel: its name.
+        ratios: time of each candidate over the plain layer's; empty where none was timed.
+    """
+
+    kernel: str
+    ratios: Mapping[str, float]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeCell(Rounds[Decoding]):
     """All decoders after one prompt, one cell of the grid.
@@ -162,6 +176,7 @@ class DecodeCell(Rounds[Decoding]):
             all slots (2 B K S H x itemsize), of valid ones, and of those that the first step reads.
         handle: steps of torch's handle beside those in place; None if one of them is missing.
         cache_copies: cache-shaped arrays that flax's compiled step allocates.
+        kernels: by twin and product, what was chosen and by how much.
     """
 
     dtype: str
@@ -173,6 +188,12 @@ class DecodeCell(Rounds[Decoding]):
     cache_layers: Mapping[str, Mapping[str, int]]
     handle: StepPairs | None = None
     cache_copies: int = 0
+    kernels: Mapping[str, Mapping[str, KernelChoice]] = dataclasses.field(default_factory=dict)
+
+    def speed_over_best_peer(self, ours: str) -> float | None:
+        """Return how many times as fast one is as the peer with the least median time."""
+        peers = [x for x in self.timings if x.framework in LIBRARIES and x.rounds_s]
+        return self.speed(ours, min(peers, key=lambda x: x.step_s).name) if peers else None
 
     def mean_length(self, decoding: Decoding) -> float:
         """Return the mean number of tokens that a row holds before a step."""
@@ -187,6 +208,7 @@ class DecodeCell(Rounds[Decoding]):
             "prefill_s": statistics.median(timing.prefills_s) if timing.prefills_s else None,
             "tokens_per_s": self.batch_size / timing.step_s,
             "speed_over_transformers": self.speed(timing.name, "transformers"),
+            "speed_over_best_peer": self.speed_over_best_peer(timing.name),
         }
         if timing.form == "uncached":
             return found

@@ -71,6 +71,7 @@ _DECODING: _Columns = {
     "GB/s": ("bytes_per_s", lambda x: f"{x / 1e9:.1f}"),
     "share": ("share_of_bandwidth", _percent),
     "x tf": ("speed_over_transformers", "{:.2f}x".format),
+    "x best": ("speed_over_best_peer", "{:.2f}x".format),
     "mem. GB": ("memory_bytes", lambda x: f"{x / 1e9:.2f}"),
 }
 _TRAINING: _Columns = {
@@ -103,14 +104,13 @@ def tables(bench: DecodeBench | TrainBench) -> list[Table]:
         )
     else:
         results = bench.cells
-        for cell in bench.cells:
-            title = f"{cell.dtype}, batch {cell.batch_size}, context {cell.context}"
-            found.append(_table(title, _DECODING, cell, _cell_notes(cell)))
+        found = [cell_table(cell) for cell in bench.cells]
         found += [_ratio_table(bench), _scaling_table(bench)]
         about = (
             f"{bench.preset}; {machine}, {environment['threads']} torch threads. {medians}; share: "
             "weights and valid cache read once per step, over the best read bandwidth of the same "
-            "round; x tf: speed against transformers, round by round; handle and large cache: "
+            "round; x tf: speed against transformers, round by round, and x best: against the "
+            "fastest peer of the cell; handle and large cache: "
             "medians of single steps in turns; mem.: growth while it was set up and ran first, the "
             "twins' own weights left out."
         )
@@ -119,9 +119,15 @@ def tables(bench: DecodeBench | TrainBench) -> list[Table]:
     return [*found, Table(notes=notes)]
 
 
-def terminal(bench: DecodeBench | TrainBench) -> RenderableType:
-    """Return all tables for a terminal."""
-    return Group(*tables(bench))
+def cell_table(cell: DecodeCell) -> Table:
+    """Return the table of one cell."""
+    title = f"{cell.dtype}, batch {cell.batch_size}, context {cell.context}"
+    return _table(title, _DECODING, cell, _cell_notes(cell))
+
+
+def terminal(bench: DecodeBench | TrainBench, shown: int = 0) -> RenderableType:
+    """Return all tables for a terminal, but for the first that have been shown already."""
+    return Group(*tables(bench)[shown:])
 
 
 def markdown(bench: DecodeBench | TrainBench) -> str:
@@ -158,6 +164,12 @@ def _cell_notes(cell: DecodeCell) -> Iterator[str]:
             f"{name} cache: {layers} x {allocated} allocated ({layer['capacity']} slots), {valid} "
             f"valid, {read} read per step; 2 B K S H x itemsize, which num_bytes confirms"
         )
+    for name, products in cell.kernels.items():
+        chosen = (
+            f"{product}: {x.kernel}" + (f" {x.ratios[x.kernel]:.2f}" if x.ratios else "")
+            for product, x in products.items()
+        )
+        yield f"{name} kernels, time over the plain layer's: {'; '.join(chosen)}"
     ties = (
         f"; {x.name}: {len(x.ties)} tied ({max(tie.gap for tie in x.ties):.1e} apart)"
         for x in cell.timings

@@ -25,6 +25,10 @@ from parity.system.threads import use_spinning_threads
 if TYPE_CHECKING:
     from parity.bench.result import DecodeBench, TrainBench
 
+# What `--quick` leaves out: all contexts but one, most rounds, and what takes a second per token.
+_QUICK_CONTEXTS, _QUICK_ROUNDS = (128,), 3
+_SLOW = "flax loop", "flax uncached", "flax naive", "torch uncached", "torch in place"
+
 bench = typer.Typer(context_settings={"help_option_names": ["-h", "--help"]})
 
 
@@ -38,6 +42,7 @@ def decode(
     tokens: Positive = 32,
     only: str | None = None,
     without: str | None = None,
+    quick: bool = False,
     device: Device = "auto",
     json: str | None = None,
     markdown: str | None = None,
@@ -58,16 +63,18 @@ def decode(
     How to read the table: a token needs every weight and the valid part of the cache once, so its
     time is compared with the time that this machine takes to read as many bytes, measured in the
     same round. The time of a token is the median, its spread that from the fastest to the slowest
-    round; x tf is the speed against transformers, round by round; build is compiling, which is in
-    no round. Below the cells come ratios, two of them from single steps in turns (torch's handle
-    against none, a large cache against a small one), and how time grows with the context.
+    round; x tf is the speed against transformers, round by round, x best that against the fastest
+    peer; build is compiling, which is in no round. Below the cells come ratios, two of them from
+    single steps in turns (torch's handle against none, a large cache against a small one), and how
+    time grows with the context.
 
     Close what else computes; the load average is printed. Torch's threads that spin while they
     wait are fastest on idle cores and stall each other on busy ones, so this command sets
     GOMP_SPINCOUNT=30000 and the others OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=0, unless you
     have set one of them. In programs of your own, set them before torch is imported.
 
-    On two CPU cores the default takes eight to eleven minutes. Peers run in processes of their own.
+    On two CPU cores the default takes eight to eleven minutes, and --quick two. The table of a cell
+    is printed as soon as it is measured. Peers run in processes of their own.
 
     Options:
         batch: Rows, commas between more: 1,8.
@@ -77,6 +84,7 @@ def decode(
         tokens: Tokens that a round appends to each row.
         only: Decoders to time, commas between. Default: all.
         without: Decoders to leave out, commas between.
+        quick: Time steps and peers alone, at context 128, in three rounds.
         json: Write the times to this file; - for standard output.
         markdown: Write the tables to this file; - for standard output.
         png: Draw into this folder, which is made if it is not there.
@@ -103,6 +111,7 @@ def decode(
             from flax_gpt import GPTConfig
             from parity.bench.decode import DecodeOptions, bench_decode
             from parity.bench.plots import draw
+            from parity.bench.table import cell_table
             from parity.system.devices import choose_devices
 
             devices = choose_devices(device)
@@ -110,17 +119,22 @@ def decode(
             preset=preset,
             config=GPTConfig.preset(preset),
             batch_sizes=batch_sizes,
-            contexts=lengths,
+            contexts=_QUICK_CONTEXTS if quick else lengths,
             dtypes=dtypes,
-            rounds=rounds,
+            rounds=_QUICK_ROUNDS if quick else rounds,
             num_steps=tokens,
-            names=tuple(name for name in names if name not in left_out),
+            names=tuple(x for x in names if x not in left_out and not (quick and x in _SLOW)),
+            large_cache=not quick,
         )
         if png is not None:
             png.mkdir(parents=True, exist_ok=True)
         with shown(errors, options.phases()) as show, interruptible(show) as progress:
-            found = bench_decode(options, devices, progress)
-        _write(found, json, markdown)
+            # Tables go where the last one goes, each as soon as it is measured.
+            console = Console(stderr="-" in (json, markdown))
+            found = bench_decode(
+                options, devices, progress, lambda cell: console.print(cell_table(cell))
+            )
+        _write(found, json, markdown, len(found.cells))
         for path in draw(found, png) if png is not None else ():
             errors.print(f"{path}", style="dim", highlight=False, soft_wrap=True)
 
@@ -192,11 +206,13 @@ def _refuse_options(context: typer.Context) -> None:
             )
 
 
-def _write(found: "DecodeBench | TrainBench", json: str | None, markdown: str | None) -> None:
+def _write(
+    found: "DecodeBench | TrainBench", json: str | None, markdown: str | None, shown: int = 0
+) -> None:
     """Print the tables, and write what was asked for; standard output holds one of them."""
     from parity.bench import result, table
 
-    Console(stderr="-" in (json, markdown)).print(table.terminal(found))
+    Console(stderr="-" in (json, markdown)).print(table.terminal(found, shown))
     write_output(json, lambda: result.to_json(found))
     write_output(markdown, lambda: table.markdown(found))
 

@@ -21,7 +21,7 @@ import flax_gpt
 import torch_gpt
 from flax_gpt.decoding import decoder as flax_decoder
 from torch_gpt.decoding import decoder as torch_decoder
-from torch_gpt.decoding import packing as torch_packing
+from torch_gpt.decoding import kernels as torch_kernels
 
 FOLDERS = {"flax": Path(flax_gpt.__file__).parent, "torch": Path(torch_gpt.__file__).parent}
 
@@ -37,6 +37,7 @@ FILES = files_of("flax")
 
 OPTIMIZER, STEP = "training/optimizer.py", "training/step.py"
 PACKING, DECODER = "decoding/packing.py", "decoding/decoder.py"
+KERNELS = "decoding/kernels.py"
 
 # What the twins may differ in, besides `__call__` and `forward`, and why. A class or function goes
 # with everything in it.
@@ -66,6 +67,12 @@ ONE_SIDED = {
         PACKING,
         "PackedAttention",
     ): "starts few operations; XLA makes one program",
+    (
+        "torch",
+        KERNELS,
+        "Kernel",
+    ): "torch reads copies in several orders, and one row in its own way",
+    ("flax", KERNELS, "Kernel"): "jax has two orders",
     ("torch", "metadata.py", "AttentionMetadata.padded"): "torch writes slices where it can",
     ("torch", "metadata.py", "AttentionMetadata.longest"): "torch reads lengths on the host",
     ("torch", "metadata.py", "AttentionMetadata.all_valid"): "and then knows this",
@@ -307,7 +314,8 @@ def test_an_einsum_says_what_the_names_of_its_operands_say(side):
 def test_the_twins_write_the_same_einsums():
     specs = [[spec for spec, _, _ in einsums(side)] for side in FOLDERS]
     specs[0].remove("BKTH,BKSH->BKTS")  # attention.py: another operation in torch, see there
-    for spec in ("OI,BTI->OBT", "BTI,OI->BTO"):  # packing.py: other operations in torch
+    # kernels.py: other operations in torch
+    for spec in ("BTI,IO->BTO", "BTI,OI->BTO", "OI,BTI->OBT"):
         specs[0].remove(spec)
     assert specs[0] == specs[1] and len(specs[0]) >= 1
 
@@ -334,6 +342,14 @@ OTHER_ROWS = {
     "Alibi.prepare": (1, "it reads what attention_metadata made"),
     "T5.prepare": (1, "it reads what attention_metadata made"),
     "PackedLinear.__call__": (1, "one row is what it is for"),
+    "_calls": (1, "it times steps of one row too"),
+    "_call_all": (1, "_calls makes it"),
+    "_vector": (1, "PackedLinear calls it"),
+    "_split": (1, "PackedLinear calls it"),
+    "_inputs_first": (1, "PackedLinear calls it"),
+    "_rows_first": (1, "PackedLinear calls it"),
+    "_outputs_first": (1, "PackedLinear calls it"),
+    "_packed": (1, "PackedLinear calls it"),
     "KVCache.check_capacity": (1, "counts of None are the same number in every row"),
     "KVCache": (R, "select makes one of the rows selected"),
     "LayerCache": (R, "select makes one of the rows selected"),
@@ -371,7 +387,7 @@ def expected_names(side: str) -> set[tuple[str, str]]:
 
 
 def test_every_licence_of_the_audit_is_in_use():
-    names = expected_names("flax")
+    names = expected_names("flax") | expected_names("torch")
     assert set(OTHER_ROWS) <= {function for function, _ in names}
     assert set(STACKED) <= set(definitions("flax", STEP))
 
@@ -499,8 +515,11 @@ def test_every_array_has_the_axes_in_its_name(gpt):
             logits, cache = decoder.prefill(tokens, chunk=3)
             decoder.advance(logits.argmax(-1), cache)
             model(tokens[:, :3], cache)
-        row = gpt.floats(np.zeros((1, 1, SIZES["D"])))
-        package.PackedGPT(model, 1).blocks[0].mlp.up(row)
+        for kernel in package.KERNELS:
+            for size in (1, SIZES["B"]):
+                kernels = package.choose_kernels(model, size, kernel)
+                packed = package.pack(model, size, kernels)
+                packed.blocks[0].mlp.up(gpt.floats(np.zeros((size, 1, SIZES["D"]))))
         sampling = package.Sampling(top_k=9, top_p=0.9, min_p=0.1)
         package.generate(model, tokens, G, counts, sampling=sampling, key=key)
 
@@ -515,12 +534,17 @@ def test_every_array_has_the_axes_in_its_name(gpt):
         else:
             with torch.enable_grad():
                 compute()
-            torch_packing._can_pack.__wrapped__(torch.float32)
+            torch_kernels._can_pack.__wrapped__(torch.float32)
             replay = torch_decoder._Replay(model, filled, backend="eager")
             replay(tokens[:, 0], filled)
             torch_decoder._step(
                 model, tokens[:, 0], replay._lengths_B, replay._keys, replay._values
             )
+        narrow = gpt.model(**sizes, dtype="float32")
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            monkeypatch.setattr(package.decoding.packing, "_measured", {})
+            monkeypatch.setattr(package.decoding.packing, "_SMALL_BYTES", 0, raising=False)
+            package.choose_kernels(narrow, SIZES["B"])
         model.attention_maps(tokens, counts)
         filled.check_capacity(T, counts, model.config.context_length)
         filled.truncate(gpt.ints((4, 0))).grow(S + 1).select(gpt.ints([1] * R))

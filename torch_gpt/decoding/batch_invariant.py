@@ -125,7 +125,19 @@ def score_uncached(model: GPT, tokens_BT: torch.Tensor, counts_B: torch.Tensor) 
 class BatchInvariantDecoder(Decoder):
     """A decoder whose numbers have the same bits in whatever calls the tokens came.
 
-    `generate` takes it in place of a model, and writes the same with and without its cache.
+    `generate` takes it in place of a model, and writes the same with and without its cache. Its
+    kernels are not chosen by time, or the bits would be others in another process.
+
+    Args:
+        model: see `Decoder`.
+        batch_size: see `Decoder`.
+        packed: see `Decoder`.
+        kernels: see `Decoder`.
     """
 
     steps = Steps(BatchInvariantCache.empty, prefill, decode_step, score_uncached)
+
+    def __init__(
+        self, model: GPT, batch_size: int, packed: bool = True, kernels: str | None = "plain"
+    ):
+        super().__init__(model, batch_size, packed, kernels)

@@ -16,7 +16,7 @@ import torch
 from torch_gpt.cache import KVCache, LayerCache
 from torch_gpt.config import GPTConfig
 from torch_gpt.decode import decode_step, prefill, score_uncached
-from torch_gpt.decoding.packing import PackedGPT, pack
+from torch_gpt.decoding.packing import PackedGPT, choose_kernels, pack
 from torch_gpt.model import GPT
 
 Function = Callable[..., Any]
@@ -47,10 +47,14 @@ class Decoder:
     Args:
         model: read now; later changes of its weights do not reach the decoder.
         batch_size: B, rows of a step.
-        packed: whether to lay the weights out for it, where that is known to be faster.
+        packed: whether to lay the weights out for it.
+        kernels: one of `KERNELS` to compute products with, wherever it can; None for those that
+            are fastest here, which takes half a second where such products were not timed before.
 
     Attributes:
         model: the same function, with its weights laid out.
+        kernels: the choice for each kind of product, and by how much; none where nothing is laid
+            out.
         config: of the model.
         steps: what it runs.
     """
@@ -60,8 +64,11 @@ class Decoder:
     # twin: jax compiles a program for each batch size, capacity and prompt length rounded up; torch
     # runs operation by operation on a CPU, and on a GPU replays a graph of a step.
 
-    def __init__(self, model: GPT, batch_size: int, packed: bool = True):
-        self.model = pack(model, batch_size) if packed else model
+    def __init__(
+        self, model: GPT, batch_size: int, packed: bool = True, kernels: str | None = None
+    ):
+        self.kernels = choose_kernels(model, batch_size, kernels) if packed else ()
+        self.model = pack(model, batch_size, self.kernels)
         self.config = model.config
         self._device = model.token_embedding.weight.device
         self._replay: _Replay | None = None

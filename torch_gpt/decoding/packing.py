@@ -8,6 +8,8 @@ heads of one kv head, H head dim, V vocab, I inputs, O outputs of a linear map.
 
 import copy
 import functools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -16,56 +18,47 @@ from torch.nn import functional as F
 
 from torch_gpt import fast_attention
 from torch_gpt.cache import LayerCache
+from torch_gpt.decoding.kernels import (
+    KERNELS,
+    TIMED_BYTES,
+    Choice,
+    Clock,
+    Product,
+    choices,
+    time_in_turns,
+    usable,
+)
 from torch_gpt.layers import RMSNormOfHeads, identity
 from torch_gpt.metadata import AttentionMetadata
 from torch_gpt.model import GPT, Attention, Block, copied
 
+Matrix = tuple[torch.Tensor, torch.Tensor | None]  # weights (O, I) and bias (O)
+
+_measured: dict[tuple[Product, int], Choice] = {}  # with the number of threads
+
 
 class PackedLinear(nn.Module):
-    """The linear map of given weights, for calls without gradients."""
+    """The linear map of given weights by one of `KERNELS`, for calls without gradients.
 
-    # twin: XLA reads a matrix faster by its outputs, which takes a transposed copy; for torch it
-    # lies so, but its product of one row uses one core, so the outputs are shared out, and of more
-    # rows it takes a copy in the order of oneDNN.
+    Args:
+        matrix: weights and bias.
+        product: its kind.
+        kernel: name of the one that runs.
 
-    def __init__(self, weight_OI: torch.Tensor, bias_O: torch.Tensor | None, batch_size: int):
+    Attributes:
+        extra_bytes: of memory beside what it was given.
+    """
+
+    def __init__(self, matrix: Matrix, product: Product, kernel: str):
         super().__init__()
-        self._bias_O, self._packed = bias_O, None
-        if batch_size > 1 and _can_pack(weight_OI.dtype):
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, batch_size)
-            self._num_bytes = weight_OI.nbytes
-            return
-        self._weight_OI = weight_OI
-        # A matrix per core, and what is left over.
-        self._num_cores = torch.get_num_threads()
-        self._num_left = len(weight_OI) % self._num_cores
-        num_shared = len(weight_OI) - self._num_left
-        self._shares = weight_OI[:num_shared].unflatten(0, (self._num_cores, -1))
-        self._biases = None if bias_O is None else bias_O[:num_shared].view(self._num_cores, -1, 1)
-        self._left = weight_OI[num_shared:], None if bias_O is None else bias_O[num_shared:]
-
-    @property
-    def extra_bytes(self) -> int:
-        """Memory that it takes beside what it was given."""
-        return 0 if self._packed is None else self._num_bytes
+        weight_OI, bias_O = matrix
+        self._operands = KERNELS[kernel].lay(weight_OI, bias_O, product.rows)
+        self._product = KERNELS[kernel].product
+        self.extra_bytes = weight_OI.nbytes if KERNELS[kernel].copies else 0
 
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
         """Map every token, (B, T, O)."""
-        B, T, num_inputs = x_BTI.shape
-        if self._packed is not None:
-            options = self._bias_O, "none", [], ""
-            return torch.ops.mkldnn._linear_pointwise(x_BTI, self._packed, *options)
-        if B * T > 1:
-            return F.linear(x_BTI, self._weight_OI, self._bias_O)
-        # As the transpose of a row, which BLAS reads as a vector.
-        columns = x_BTI.expand(self._num_cores, 1, num_inputs).mT
-        if self._biases is None:
-            y_BTO = torch.bmm(self._shares, columns).view(1, 1, -1)
-        else:
-            y_BTO = torch.baddbmm(self._biases, self._shares, columns).view(1, 1, -1)
-        if self._num_left:
-            y_BTO = torch.cat([y_BTO, F.linear(x_BTI, *self._left)], dim=-1)
-        return y_BTO
+        return self._product(x_BTI, *self._operands)
 
 
 class PackedAttention(Attention):
@@ -75,39 +68,46 @@ class PackedAttention(Attention):
 
     Args:
         attention: whose weights are laid out.
-        batch_size: rows of a step.
+        product: of queries, keys and values.
+        kernel: that computes it; the plain layer makes three products.
+        out: the last map, laid out.
 
     Attributes:
-        extra_bytes: of memory for the weights of that product, where it has not packed them.
+        extra_bytes: of memory for the weights side by side, where no kernel has copied them again.
     """
 
     # twin: XLA makes one program of all operations, which is as fast without; torch starts each of
     # them by itself, and has one for attention.
 
-    def __init__(self, attention: Attention, batch_size: int):
+    def __init__(self, attention: Attention, product: Product, kernel: str, out: PackedLinear):
         nn.Module.__init__(self)
         self.num_heads, self.num_kv_heads = attention.num_heads, attention.num_kv_heads
         self.dropout = attention.dropout
-        inside = attention.query, attention.key, attention.value
-        weight_OI = torch.cat([linear.weight.detach() for linear in inside])
-        bias_O = None
-        if attention.query.bias is not None:
-            bias_O = torch.cat([linear.bias.detach() for linear in inside])
-        self.qkv = PackedLinear(weight_OI, bias_O, batch_size)
-        self.extra_bytes = 0 if self.qkv.extra_bytes else weight_OI.nbytes
-        self.out = _packed(attention.out, batch_size)
+        self.qkv: PackedLinear | None = None
+        self.extra_bytes = 0
+        if kernel == "plain":
+            self.query, self.key, self.value = attention.query, attention.key, attention.value
+        else:
+            matrix = _side_by_side(_inside(attention))
+            self.qkv = PackedLinear(matrix, product, kernel)
+            self.extra_bytes = 0 if self.qkv.extra_bytes else matrix[0].nbytes
+        self.out = out
         self.query_norm, self.key_norm = attention.query_norm, attention.key_norm
         self.query_scale, self.scores = attention.query_scale, attention.scores
         self.positions, self.attend = attention.positions, attention.attend
-        self._sizes = [linear.out_features for linear in inside]
+        self._sizes = [len(weight_OI) for weight_OI, _ in _inside(attention)]
         self._head_width = attention.query.out_features // attention.num_heads
 
     def project(self, x_BTD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return queries, keys and values of every token."""
         B, T, _ = x_BTD.shape
-        parts = self.qkv(x_BTD).split_with_sizes(self._sizes, dim=-1)
-        q_BTNH, k_BTKH, v_BTKH = (part.view(B, T, -1, self._head_width) for part in parts)
+        q_BTNH, k_BTKH, v_BTKH = (x.view(B, T, -1, self._head_width) for x in self._parts(x_BTD))
         return q_BTNH, k_BTKH, v_BTKH
+
+    def _parts(self, x_BTD: torch.Tensor) -> Sequence[torch.Tensor]:
+        if self.qkv is None:
+            return self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+        return self.qkv(x_BTD).split_with_sizes(self._sizes, dim=-1)
 
     def forward(
         self,
@@ -123,7 +123,7 @@ class PackedAttention(Attention):
             return super().forward(x_BTD, metadata, layer, key)
         # The axis of one token can stand after the heads as well as before them.
         B, K = x_BTD.shape[0], self.num_kv_heads
-        queries, keys, values = self.qkv(x_BTD).split_with_sizes(self._sizes, dim=-1)
+        queries, keys, values = self._parts(x_BTD)
         q_BKQH = queries.view(B, K, -1, self._head_width)
         k_BKTH, v_BKTH = keys.view(B, K, 1, -1), values.view(B, K, 1, -1)
         q_BKQH = self.positions.rotate(self.query_scale(self.query_norm(q_BKQH)), metadata)
@@ -141,22 +141,28 @@ class PackedGPT(GPT):
     Args:
         model: whose weights are laid out.
         batch_size: rows of a step.
+        kernels: a choice for every product of the model.
     """
 
-    def __init__(self, model: GPT, batch_size: int):
+    def __init__(self, model: GPT, batch_size: int, kernels: Sequence[Choice]):
+        chosen = {choice.product: choice.kernel for choice in kernels}
         self.__dict__.update(copied(model).__dict__)
         shared = {id(x): x for x in (*model.parameters(), model.config)}
         self.blocks = copy.deepcopy(model.blocks, shared)
+
+        def packed(matrix: Matrix, tied: bool = False) -> PackedLinear:
+            """Lay one matrix out."""
+            product = _product([matrix], batch_size, tied)
+            return PackedLinear(matrix, product, chosen[product])
+
         for block in cast("list[Block]", self.blocks):
-            block.attention = PackedAttention(block.attention, batch_size)
+            product = _product(_inside(block.attention), batch_size)
+            out = packed(_matrix(block.attention.out))
+            block.attention = PackedAttention(block.attention, product, chosen[product], out)
             for name, linear in list(block.mlp.named_children()):
                 if isinstance(linear, nn.Linear):
-                    setattr(block.mlp, name, _packed(linear, batch_size))
-        # A tied head reads the embedding, which lies as it should.
-        if model.head is None:
-            self.head = PackedLinear(model.token_embedding.weight.detach(), None, batch_size)
-        else:
-            self.head = _packed(model.head, batch_size)
+                    setattr(block.mlp, name, packed(_matrix(linear)))
+        self.head = packed(_head(model), model.head is None)
 
     @property
     def extra_bytes(self) -> int:
@@ -165,33 +171,127 @@ class PackedGPT(GPT):
         return sum(x.extra_bytes for x in self.modules() if isinstance(x, parts))
 
 
-def pack(model: GPT, batch_size: int) -> GPT:
-    """Lay a model out for steps of `batch_size` rows, where that is known to be faster.
+def choose_kernels(
+    model: GPT, batch_size: int, kernel: str | None = None, clock: Clock = time.perf_counter
+) -> tuple[Choice, ...]:
+    """Choose how each product of a step is computed, by timing candidates on the model's weights.
+
+    What was timed once in this process is not timed again. Candidates' copies are dropped.
 
     Args:
-        model: itself returned where no other layout is known to be faster.
+        model: whose products.
         batch_size: rows of a step.
+        kernel: one of `KERNELS` to take wherever it can be, untimed; None for the fastest.
+        clock: returns seconds.
+
+    Returns:
+        A choice for each kind of product; none for a model that is laid out, or not on a CPU.
+
+    Raises:
+        ValueError: for a kernel that does not exist.
+    """
+    if kernel is not None and kernel not in KERNELS:
+        raise ValueError(
+            f"Decoder: kernel {kernel!r}. There are {', '.join(KERNELS)}. Choose one of them, or "
+            "None for the fastest."
+        )
+    if isinstance(model, PackedGPT) or model.token_embedding.weight.device.type != "cpu":
+        return ()
+    kinds: dict[Product, list[Sequence[Matrix]]] = {}
+    for matrices in _all_matrices(model):
+        kinds.setdefault(_product(matrices, batch_size), []).append(matrices)
+    head = _head(model)
+    kinds.setdefault(_product([head], batch_size, model.head is None), []).append([head])
+    if kernel is not None:
+        names = {product: kernel if usable(kernel, product) else "plain" for product in kinds}
+        return tuple(Choice(product, name, {}) for product, name in names.items())
+    threads = torch.get_num_threads()
+    new = {x: matrices for x, matrices in kinds.items() if (x, threads) not in _measured}
+    found = choices(list(new), time_in_turns(_calls(new), clock)) if new else []
+    _measured.update({(choice.product, threads): choice for choice in found})
+    return tuple(_measured[product, threads] for product in kinds)
+
+
+def pack(model: GPT, batch_size: int, kernels: Sequence[Choice]) -> GPT:
+    """Lay a model out for steps of `batch_size` rows.
+
+    Args:
+        model: itself returned where nothing was chosen.
+        batch_size: rows of a step.
+        kernels: those of `choose_kernels`.
 
     Returns:
         The same function.
     """
-    if isinstance(model, PackedGPT) or model.token_embedding.weight.device.type != "cpu":
-        return model
-    return PackedGPT(model, batch_size)
+    return PackedGPT(model, batch_size, kernels) if kernels else model
 
 
-def _packed(linear: Any, batch_size: int) -> PackedLinear:
-    bias_O = None if linear.bias is None else linear.bias.detach()
-    return PackedLinear(linear.weight.detach(), bias_O, batch_size)
+def _calls(
+    kinds: Mapping[Product, Sequence[Sequence[Matrix]]],
+) -> dict[tuple[Product, str], Callable[[], object]]:
+    """Return, by product and candidate, a call that multiplies by several of the matrices."""
+    calls: dict[tuple[Product, str], Callable[[], object]] = {}
+    for product, groups in kinds.items():
+        x_BTI = torch.ones(product.rows, 1, product.inputs, dtype=groups[0][0][0].dtype)
+        num_bytes = sum(weight_OI.nbytes for weight_OI, _ in groups[0])
+        groups = [_shortened(group, num_bytes) for group in groups[: 1 + TIMED_BYTES // num_bytes]]
+        for name in ("plain", *(x for x in KERNELS if x != "plain" and usable(x, product))):
+            pieces = groups if name == "plain" else [[_side_by_side(group)] for group in groups]
+            linears = [PackedLinear(matrix, product, name) for x in pieces for matrix in x]
+            calls[product, name] = functools.partial(_call_all, linears, x_BTI)
+    return calls
 
 
-@functools.cache
-def _can_pack(dtype: torch.dtype) -> bool:
-    """Tell whether this build of torch has oneDNN's layout and computes the same in it."""
-    weight_OI, x_BI = torch.eye(8, dtype=dtype), torch.arange(16).reshape(2, 8).to(dtype)
-    try:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight_OI, 2)
-        found_BO = torch.ops.mkldnn._linear_pointwise(x_BI, packed, None, "none", [], "")
-    except (AttributeError, RuntimeError):
-        return False
-    return torch.equal(found_BO, x_BI)
+@torch.no_grad()
+def _call_all(linears: Sequence[PackedLinear], x_BTI: torch.Tensor) -> None:
+    for linear in linears:
+        linear(x_BTI)
+
+
+def _shortened(group: Sequence[Matrix], num_bytes: int) -> list[Matrix]:
+    """Return matrices cut to as many outputs as take `TIMED_BYTES` in all."""
+    share = min(1.0, TIMED_BYTES / num_bytes)
+    ends = [max(1, int(len(weight_OI) * share)) for weight_OI, _ in group]
+    return [
+        (weight_OI[:end], None if bias_O is None else bias_O[:end])
+        for (weight_OI, bias_O), end in zip(group, ends, strict=True)
+    ]
+
+
+def _side_by_side(group: Sequence[Matrix]) -> Matrix:
+    """Return one matrix of the outputs of all; itself where there is one."""
+    if len(group) == 1:
+        return group[0]
+    biases = [bias_O for _, bias_O in group if bias_O is not None]
+    weight_OI = torch.cat([weight_OI for weight_OI, _ in group])
+    return weight_OI, torch.cat(biases) if biases else None
+
+
+def _product(group: Sequence[Matrix], batch_size: int, tied: bool = False) -> Product:
+    weight_OI = group[0][0]
+    dtype = str(weight_OI.dtype).removeprefix("torch.")
+    return Product(weight_OI.shape[1], tuple(len(x) for x, _ in group), batch_size, dtype, tied)
+
+
+def _all_matrices(model: GPT) -> Iterator[list[Matrix]]:
+    """Yield the matrices of every block, those together that read the same inputs."""
+    for block in cast("list[Block]", model.blocks):
+        yield _inside(block.attention)
+        yield [_matrix(block.attention.out)]
+        linears = (x for x in block.mlp.children() if isinstance(x, nn.Linear))
+        yield from ([_matrix(linear)] for linear in linears)
+
+
+def _inside(attention: Attention) -> list[Matrix]:
+    return [_matrix(linear) for linear in (attention.query, attention.key, attention.value)]
+
+
+def _head(model: GPT) -> Matrix:
+    """Return the matrix of the head; a tied one reads the embedding, which lies as it should."""
+    return (
+        (model.token_embedding.weight.detach(), None) if model.head is None else _matrix(model.head)
+    )
+
+
+def _matrix(linear: Any) -> Matrix:
+    return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from ctranslate2 import GenerationStepResult
     from transformers.cache_utils import StaticLayer
 
-LIBRARIES = "transformers", "ctranslate2"
-
 _END = "<end>"
 # Added to the logit of a token that must never be chosen. Not -inf, which makes NaN of a zero.
 _NEVER = -1e30

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torch_gpt.decoding import packing as torch_packing
+from torch_gpt.decoding import kernels as torch_kernels
 
 B, T = 3, 7
 COUNTS = (7, 2, 5)
@@ -43,16 +43,24 @@ def test_a_packed_model_shares_what_it_can_and_says_what_it_adds(gpt):
     matrices = 4 * sum(
         i * o for i, o in 4 * [(15, 15)] + [(15, 23), (23, 15)]
     ) * model.config.num_layers  # fmt: skip
-    one, many = (gpt.package.Decoder(model, rows) for rows in (1, 8))
+    extra = {
+        kernel: gpt.package.Decoder(model, 1, kernels=kernel).extra_bytes
+        for kernel in gpt.package.KERNELS
+    }
+    head, inside = 4 * 61 * 15, 4 * 3 * 15 * 15 * model.config.num_layers
     if gpt.name == "flax":
-        assert (one.extra_bytes, many.extra_bytes) == (matrices, matrices)
+        # One order is that of the layers, the other that of a tied head.
+        assert extra == {"plain": 0, "in_out": head, "out_in": matrices, "outputs_first": 0}
+        many = gpt.package.Decoder(model, 8, kernels="outputs_first")
+        assert many.extra_bytes == matrices
     else:
-        # Queries, keys and values of one row are one product; more rows take a packed copy of all.
-        inside = 4 * 3 * 15 * 15 * model.config.num_layers
-        assert (one.extra_bytes, many.extra_bytes) == (inside, matrices + 4 * 61 * 15)
+        copies = dict(in_out=matrices + head, packed=matrices + head)
+        # Queries, keys and values are one matrix, for more rows where it can be.
+        joined = dict(joined=inside, mv=inside, split=inside)
+        assert extra == {"plain": 0, "outputs_first": 0} | copies | joined
     assert gpt.package.Decoder(model, 8, packed=False).extra_bytes == 0
-    packed = gpt.package.pack(model, 1)
-    assert gpt.package.pack(packed, 1) is packed
+    packed = gpt.package.Decoder(model, 1).model
+    assert gpt.package.Decoder(packed, 1).model is packed
 
 
 class Started(TorchDispatchMode):
@@ -94,7 +102,7 @@ SHORT = {"_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_att
 def test_a_step_that_sees_all_takes_the_short_way(twins, changes, rows, counts, short):
     _, gpt = twins
     model = gpt.model(**changes)
-    decoder = gpt.package.Decoder(model, rows)
+    decoder = gpt.package.Decoder(model, rows, kernels="joined")
     seen = started(gpt, decoder, rows, counts)
     assert sum(seen[name] for name in SHORT) == short
     prompt, new = tokens_of(rows=rows), tokens_of(3, rows, seed=1)
@@ -106,7 +114,8 @@ def test_a_step_that_sees_all_takes_the_short_way(twins, changes, rows, counts, 
 def test_a_layer_of_a_step_starts_few_operations(twins):
     _, gpt = twins
     shallow, deep = (
-        started(gpt, gpt.package.Decoder(gpt.model(num_layers=n), 1), 1).total() for n in (1, 2)
+        started(gpt, gpt.package.Decoder(gpt.model(num_layers=n), 1, kernels="joined"), 1).total()
+        for n in (1, 2)
     )
     plain = started(gpt, gpt.package.Decoder(gpt.model(num_layers=1), 1, packed=False), 1).total()
     # Four products, two norms, attention, GELU, two writes and two sums; views are the rest.
@@ -118,21 +127,21 @@ def test_a_machine_may_have_more_cores_than_a_layer_has_outputs(twins, monkeypat
     _, gpt = twins
     monkeypatch.setattr(torch, "get_num_threads", lambda: 20)
     model, prompt, new = gpt.model(), tokens_of(rows=1), tokens_of(2, 1, seed=1)
-    found = decoded(gpt, gpt.package.Decoder(model, 1), prompt, new)
+    found = decoded(gpt, gpt.package.Decoder(model, 1, kernels="split"), prompt, new)
     expected = uncached(gpt, model, prompt, new)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
 
 
 def test_without_onednn_torch_falls_back_on_its_own_linear(twins, monkeypatch):
     _, gpt = twins
-    monkeypatch.setattr(torch_packing, "_can_pack", lambda dtype: False)
+    monkeypatch.setattr(torch_kernels, "_can_pack", lambda dtype: False)
     model = gpt.model(dtype="float32")
-    decoder = gpt.package.Decoder(model, B)
-    assert decoder.extra_bytes == 4 * 3 * 15 * 15 * model.config.num_layers
+    decoder = gpt.package.Decoder(model, B, kernels="packed")
+    assert decoder.extra_bytes == 0 and {x.kernel for x in decoder.kernels} == {"plain"}
     found = decoded(gpt, decoder, tokens_of(), tokens_of(2, seed=1))
     expected = uncached(gpt, model, tokens_of(), tokens_of(2, seed=1))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 def test_onednn_is_asked_before_it_is_used():
-    assert not torch_packing._can_pack(torch.float64)
+    assert not torch_kernels._can_pack(torch.float64)
