@@ -92,3 +92,29 @@ def test_longrope_is_that_of_transformers_token_by_token(tmp_path):
         for _, gpt, array, numpy in twins:
             found = numpy(gpt(array(tokens.numpy()))[0])
             np.testing.assert_allclose(found, torch.cat(expected, 1), rtol=0, atol=BOUND)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("stops, penalty", [((), 1.0), ((5, 7, 17, 19, 40, 63, 88), 0.6)])
+def test_both_twins_search_as_transformers_does(family, stops, penalty, folder_of):
+    num_tokens, num_new = 11, 12
+    counts = np.array((num_tokens, 6, 2))
+    tokens, mask = prompts(3), np.arange(num_tokens) >= num_tokens - counts[:, None]
+    with Wide(), torch.no_grad():
+        searched = theirs(family).generate(
+            torch.from_numpy(np.where(mask, tokens, 0)),
+            attention_mask=torch.from_numpy(mask.astype(np.int64)), max_new_tokens=num_new,
+            do_sample=False, num_beams=4, num_return_sequences=4, early_stopping="never",
+            length_penalty=penalty, eos_token_id=list(stops) or None,
+            return_dict_in_generate=True, output_scores=True,
+        )  # fmt: skip
+    scores = searched.sequences_scores.numpy().reshape(3, 4)
+    expected = searched.sequences[:, num_tokens:].numpy().reshape(3, 4, -1)
+    with both(Checkpoint.open(folder_of(family))) as twins:
+        for package, model, array, numpy in twins:
+            padded, lengths = package.right_pad(array(tokens), array(mask.astype(np.int64)))
+            found = package.beam_search(model, padded, 4, num_new, lengths, stops, penalty)
+            written = numpy(found.tokens_BRG)[:, :, : expected.shape[2]]
+            np.testing.assert_array_equal(written, np.where(written < 0, written, expected))
+            np.testing.assert_allclose(numpy(found.scores_BR), scores, rtol=0, atol=1e-10)
+            assert bool(np.any(written < 0)) == bool(stops)  # a stop does end a beam
