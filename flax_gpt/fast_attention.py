@@ -56,7 +56,7 @@ def attend(
     # In a gradient it need not show, so that is always taken with zeros in place of garbage.
     quick.defjvp(lambda given, tangents: jax.jvp(careful, given[1:], tangents[1:]))
     scores = metadata.bias_BKQTS, metadata.sinks_KQ
-    operands = q_BKQTH, new, past, metadata.mask_BTS, *scores
+    operands = q_BKQTH, new, past, metadata.mask_BTS, scores
     return quick(size_index, *operands), past.append(new, metadata)
 
 
@@ -116,10 +116,10 @@ def _over_slots(
     new: LayerCache,
     past: LayerCache,
     mask_BTS: jax.Array,
-    bias_BKQTS: jax.Array | None,
-    sinks_KQ: jax.Array | None,
+    scores: tuple[jax.Array | None, jax.Array | None],
 ) -> jax.Array:
-    """Attend to the first slots of the cache and to the new tokens."""
+    """Attend to the first slots of the cache and to the new tokens; `scores` are bias and sinks."""
+    bias_BKQTS, sinks_KQ = scores
     num_tokens = new.keys_BKSH.shape[2]
     mask_BTS, bias_BKQTS = jax.tree.map(
         lambda x: jnp.concatenate([x[..., :num_slots], x[..., -num_tokens:]], axis=-1),
@@ -128,5 +128,5 @@ def _over_slots(
     parts = [jax.tree.map(lambda x: x[:, :, :num_slots], past), new]
     if clean:
         parts = zero_unattended(parts, mask_BTS)
-    scores = bias_BKQTS, sinks_KQ, score_cap
-    return weighted_values(attention_weights(q_BKQTH, parts, mask_BTS, *scores), parts)
+    rules = bias_BKQTS, sinks_KQ, score_cap
+    return weighted_values(attention_weights(q_BKQTH, parts, mask_BTS, *rules), parts)

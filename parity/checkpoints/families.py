@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from flax_gpt import GPTConfig
@@ -202,9 +203,8 @@ def _rules(
     *,
     blocks: str = "model.layers",
     embedding: str = "model.embed_tokens",
-    norm: str = "model.norm",
     head: str = "lm_head.weight",
-    more: Names | None = None,
+    outside: Names = MappingProxyType({"model.norm": "norm"}),
     ignored: tuple[str, ...] = ("model.layers.*.self_attn.rotary_emb.inv_freq",),
     neighbours: bool = False,
     stacked: Callable[[GPTConfig], tuple[Rule, ...]] = lambda config: (),
@@ -215,9 +215,8 @@ def _rules(
         names: of the modules of a block.
         blocks: the module that holds blocks.
         embedding: the module of the token embedding.
-        norm: the last norm.
         head: the tensor of a head that is not tied.
-        more: modules outside of blocks.
+        outside: modules outside of blocks, by name.
         ignored: tensors that are no weights.
         neighbours: whether the pairs that turn are neighbours in a head.
         stacked: more rules, of a block's experts.
@@ -226,7 +225,7 @@ def _rules(
     def rules(config: GPTConfig) -> Rules:
         found = [Rule(f"{embedding}.weight", "token_embedding.embedding")]
         modules = {f"{blocks}.*.{theirs}": f"blocks.*.{ours}" for theirs, ours in names.items()}
-        for theirs, ours in {**modules, **(more or {}), norm: "norm"}.items():
+        for theirs, ours in {**modules, **outside}.items():
             last = ours.rpartition(".")[2]
             if last.endswith("norm") or last.startswith(("norm_", "after_")):
                 found += _norm(theirs, ours)
@@ -325,7 +324,7 @@ def _falcon_rules(config: GPTConfig) -> Rules:
         | norms,
         blocks="transformer.h",
         embedding="transformer.word_embeddings",
-        norm="transformer.ln_f",
+        outside={"transformer.ln_f": "norm"},
         ignored=("transformer.h.*.self_attention.rotary_emb.inv_freq",),
     )(config)
 
@@ -501,8 +500,10 @@ FAMILIES = {
                 | _BEFORE,
                 blocks="transformer.h",
                 embedding="transformer.word_embeddings",
-                norm="transformer.ln_f",
-                more={"transformer.word_embeddings_layernorm": "embedding_norm"},
+                outside={
+                    "transformer.word_embeddings_layernorm": "embedding_norm",
+                    "transformer.ln_f": "norm",
+                },
                 ignored=(),
             ),
         ),
@@ -715,7 +716,7 @@ FAMILIES = {
                 | _BEFORE,
                 blocks="gpt_neox.layers",
                 embedding="gpt_neox.embed_in",
-                norm="gpt_neox.final_layer_norm",
+                outside={"gpt_neox.final_layer_norm": "norm"},
                 head="embed_out.weight",
                 ignored=(
                     "gpt_neox.layers.*.attention.bias",

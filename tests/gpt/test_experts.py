@@ -93,3 +93,9 @@ def test_a_bias_that_chooses_weighs_nothing(twins):
         np.testing.assert_allclose(weights_BTU, expected, atol=BOUND)
         best = np.argsort(-scores_BTX, axis=-1)[..., :3]
         assert not np.array_equal(np.sort(best, -1), np.sort(chosen_BTU, -1))
+
+
+def test_a_batch_invariant_cache_refuses_experts(gpt):
+    config = gpt.config(**(SIZES | dict(experts=EXPERTS)))
+    with pytest.raises(ValueError, match="BatchInvariantCache: 7 experts"):
+        gpt.package.BatchInvariantCache.empty(config, 1, 16)

@@ -145,7 +145,8 @@ def randomize(model: torch.nn.Module, loud: float = 3.0) -> None:
         for name, parameter in model.named_parameters():
             centre, spread = float(name.endswith("weight")), 0.3
             if parameter.ndim > 1:
-                size = 1.0 if "embed" in name or "wte" in name else loud
+                # Experts multiply rounding, so they are less loud.
+                size = 1.0 if "embed" in name or "wte" in name else loud / (parameter.ndim - 1)
                 centre, spread = 0.0, size * min(parameter.shape[-2:]) ** -0.5
             parameter.copy_(torch.from_numpy(rng.normal(centre, spread, parameter.shape)))
 

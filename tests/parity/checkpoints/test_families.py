@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from parity.checkpoints import Checkpoint, save
-from tests.parity.checkpoints.library import MODELS, Wide, both, prompts, theirs
+from tests.parity.checkpoints.library import MODELS, Wide, both, prompts, randomize, theirs
 
 BOUND = 1e-12
 B, T, G = 3, 11, 9
@@ -70,6 +70,28 @@ def test_a_folder_that_we_write_is_the_same_model_to_transformers(family, folder
     assert all(torch.equal(x, names[name]) for name, x in again.state_dict().items())
     assert torch.dist(*pairs, p=float("inf")) <= BOUND  # memory that is aligned otherwise
     assert Checkpoint.open(tmp_path / "out").config == checkpoint.config
+
+
+def test_longrope_is_that_of_transformers_token_by_token(tmp_path):
+    """Beyond the original length each token turns by the other divisors."""
+    name, config, sizes = MODELS["phi3"]
+    sizes = sizes | dict(original_max_position_embeddings=8, max_position_embeddings=32)
+    with Wide():
+        torch.manual_seed(0)
+        made = getattr(transformers, config)(**sizes, attn_implementation="eager")
+        model = getattr(transformers, name)(made).double().eval()
+        randomize(model)
+        model.save_pretrained(tmp_path / "long")
+        tokens, expected, cache = torch.from_numpy(prompts(1, 16)), [], None
+        with torch.no_grad():
+            for place in range(16):
+                out = model(tokens[:, place : place + 1], past_key_values=cache, use_cache=True)
+                expected.append(out.logits)
+                cache = out.past_key_values
+    with both(Checkpoint.open(tmp_path / "long")) as twins:
+        for _, gpt, array, numpy in twins:
+            found = numpy(gpt(array(tokens.numpy()))[0])
+            np.testing.assert_allclose(found, torch.cat(expected, 1), rtol=0, atol=BOUND)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
