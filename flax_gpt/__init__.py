@@ -2,7 +2,7 @@
 
 from flax_gpt import random
 from flax_gpt.cache import KVCache, LayerCache
-from flax_gpt.config import PRESETS, GPTConfig, Rotary
+from flax_gpt.config import PRESETS, Experts, GPTConfig, Layer, Rotary
 from flax_gpt.decode import decode_step, prefill
 from flax_gpt.decoding.batch_invariant import BatchInvariantCache, BatchInvariantDecoder
 from flax_gpt.decoding.beams import Beams, beam_search
@@ -54,9 +54,11 @@ __all__ = [
     "Decoder",
     "DraftModel",
     "Evaluation",
+    "Experts",
     "GPTConfig",
     "Generation",
     "KVCache",
+    "Layer",
     "LayerCache",
     "PackedGPT",
     "PackedLinear",

@@ -2,7 +2,7 @@
 
 from torch_gpt import random
 from torch_gpt.cache import KVCache, LayerCache
-from torch_gpt.config import PRESETS, GPTConfig, Rotary
+from torch_gpt.config import PRESETS, Experts, GPTConfig, Layer, Rotary
 from torch_gpt.decode import decode_step, prefill
 from torch_gpt.decoding.batch_invariant import BatchInvariantCache, BatchInvariantDecoder
 from torch_gpt.decoding.beams import Beams, beam_search
@@ -54,9 +54,11 @@ __all__ = [
     "Decoder",
     "DraftModel",
     "Evaluation",
+    "Experts",
     "GPTConfig",
     "Generation",
     "KVCache",
+    "Layer",
     "LayerCache",
     "PackedGPT",
     "PackedLinear",

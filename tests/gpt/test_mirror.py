@@ -269,7 +269,7 @@ def test_the_public_names_are_the_same():
 
 # --- shapes in names ---
 
-SUFFIX = re.compile(r"_(?!1$)([1BTSDNKQHEFVGRCPIO]+)$")  # norm_1 is a number, not an axis
+SUFFIX = re.compile(r"_(?!1$)([1BTSDNKQHEFVGRCPIOXU]+)$")  # norm_1 is a number, not an axis
 
 
 def letters(name: str) -> str | None:
@@ -314,7 +314,7 @@ def test_the_twins_write_the_same_einsums():
 
 # Sizes that all differ, so that no axis can stand in for another; T and S are what a call makes
 # them. The MLP has a width that no other test uses: jax runs no Python for a shape that it knows.
-SIZES = dict(B=2, N=12, K=3, Q=4, H=10, E=5, D=15, F=31, V=61, C=8)
+SIZES = dict(B=2, N=12, K=3, Q=4, H=10, E=5, D=15, F=31, V=61, C=8, X=23, U=14)
 T, S, G, R = 7, 19, 9, 6
 
 # Where an axis B may have another size, such as 1 for every row, and where the code says so.
@@ -454,6 +454,13 @@ def test_every_array_has_the_axes_in_its_name(gpt):
     ]
     others += [gpt.model(**sizes, positions=x, window=3, gated=True) for x in ("alibi", "t5")]
     others.append(gpt.model(**sizes, positions="none", norm="rms_plus_one"))
+    others.append(gpt.model(**sizes, positions="rotary", sinks=True))
+    experts = dict(
+        num_experts=SIZES["X"], num_chosen=SIZES["U"], width=SIZES["F"], shared_width=SIZES["F"]
+    )
+    for router in ("softmax", "sigmoid"):
+        kind = experts | dict(router=router, shared_gate=router == "softmax")
+        others.append(gpt.model(**sizes, gated=True, experts=kind))
     key, counts = gpt.random.key(0), gpt.ints((7, 3))
     tokens = gpt.ints(np.random.default_rng(0).integers(0, SIZES["V"], (SIZES["B"], T)))
     state = package.TrainState.create(model, package.TrainConfig(), key)
@@ -478,6 +485,9 @@ def test_every_array_has_the_axes_in_its_name(gpt):
                 cache = package.KVCache.empty(other.config, SIZES["B"], S)
                 package.decode_step(other, tokens[:, 0], cache)
                 other(tokens, None, numbers)
+        mlp, row = others[-1].blocks[0].mlp, gpt.floats(np.zeros((SIZES["B"], T, SIZES["D"])))
+        mlp.router.margins(row)
+        mlp.experts.masked(row, *mlp.router(row))
         package.train_step(package.Batch(tokens, counts), state)
         for use_cache in (True, False):
             package.generate(model, tokens, G, counts, (5,), use_cache)
