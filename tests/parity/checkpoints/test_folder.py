@@ -395,6 +395,21 @@ def test_the_commands_convert_and_write_text(quiet_folder_of, tmp_path):
     assert all(np.array_equal(ours[name], again[name]) for name in ours) and set(ours) == set(again)
 
 
+def test_the_commands_search_and_guess(quiet_folder_of, tmp_path):
+    source = with_tokenizer(Path(shutil.copytree(quiet_folder_of("llama"), tmp_path / "llama")))
+    asked = "generate", source, "abcab", "--tokens", "8", "--temperature", "0"
+    plain = parity(*asked, "--only", "torch")
+    for options in (("--speculate", "3"), ("--draft", source), ("--beams", "1")):
+        found = parity(*asked, *options, "--only", "torch")
+        assert (found.exit_code, found.stdout) == (0, plain.stdout), found.output
+    assert "guesses that were right, by place" in parity(*asked, "--draft", "lookup").stderr
+    both = parity(*asked, "--beams", "3")
+    assert both.exit_code == 0 and "the same from flax_gpt and torch_gpt" in both.stderr
+    assert both.stderr.count("beam ") == 3
+    bad = parity(*asked, "--beams", "3", "--speculate", "2")
+    assert bad.exit_code == 2 and "Each goes alone" in bad.stderr
+
+
 @pytest.mark.parametrize("options", [("0",), ("0.8", "--top-k", "1")], ids=["greedy", "one left"])
 def test_twins_that_diverge_while_they_write_exit_1(options, quiet_folder_of, monkeypatch):
     advance = torch_gpt.Decoder.advance
