@@ -1,7 +1,7 @@
 """Tiny models that are checked beside any pair of twins, so that every part of them is.
 
 Together they have each kind of positions, norm, activation and gate, a window and none, heads
-grouped and not, logits tied and not, every bias and none of it, sizes that no other size or number
+grouped and not, logits tied and not, every bias and none of it, scaled and capped scores, sizes that no other size or number
 of cores divides, and a row that is longer than the first read of a cache.
 """
 
@@ -73,7 +73,8 @@ COMPANIONS: Mapping[str, Companion] = {
         dict(
             positions="rotary", num_heads=4, num_kv_heads=2, head_dim=6,
             rotary=Rotary(fraction=0.7, scaling="llama3", factor=4.0, original_length=9),
-            norm="rms", activation="silu_clamped", gated=True, tied_head=False, qk_norm="width",
+            norm="rms", activation="silu_clamped", gated=True, tied_head=False,
+            qk_norm="width", attention_scale=0.3, logit_scale=0.7, residual_scale=0.6,
             qkv_bias=False, out_bias=False, mlp_bias=False,
         ),
     ),
@@ -99,7 +100,8 @@ COMPANIONS: Mapping[str, Companion] = {
         dict(
             context_length=275, positions="t5", t5_buckets=8, t5_max_distance=40,
             num_heads=2, head_dim=12, norm="layer_no_bias", activation="relu_squared",
-            norm_place="both", qkv_bias=False, tied_head=False,
+            norm_place="both", sinks=True, embedding_scale=1.7,
+            qkv_bias=False, tied_head=False,
         ),
         first=262, operations=4, plans=4,
     ),
@@ -107,7 +109,8 @@ COMPANIONS: Mapping[str, Companion] = {
         (Way("prefill"), _STEP),
         dict(
             positions="none", num_heads=6, num_kv_heads=3, head_dim=4, window=6, norm="rms",
-            activation="relu", residual="parallel_one_norm", out_bias=False,
+            activation="relu", residual="parallel_one_norm", score_cap=3.0,
+            logit_cap=5.0, out_bias=False,
         ),
         invariant=True,
     ),
