@@ -1,8 +1,8 @@
 """Tiny models that are checked beside any pair of twins, so that every part of them is.
 
 Together they have each kind of positions, norm, activation and gate, a window and none, heads
-grouped and not, logits tied and not, every bias and none of it, scaled and capped scores, sizes that no other size or number
-of cores divides, and a row that is longer than the first read of a cache.
+grouped and not, logits tied and not, every bias and none of it, scaled and capped scores, sizes
+that no number of cores divides, and a row that is longer than the first read of a cache.
 """
 
 import dataclasses
