@@ -1,8 +1,8 @@
 """Tiny models that are checked beside any pair of twins, so that every part of them is.
 
 Together they have each kind of positions, norm, activation and gate, a window and none, heads
-grouped and not, logits tied and not, every bias and none of it, sizes that no other size or number
-of cores divides, and a row that is longer than the first read of a cache.
+grouped and not, logits tied and not, every bias and none of it, scaled and capped scores, sizes
+that no number of cores divides, and a row that is longer than the first read of a cache.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ def _companion(ways: tuple[Way, ...], changes: dict, **limits: object) -> Compan
 COMPANIONS: Mapping[str, Companion] = {
     "learned positions": _companion(
         (_WHOLE, _PACKED),
-        dict(num_layers=2, num_full_layers=1, window=5),
+        dict(num_layers=2, num_full_layers=1, window=5, activation="silu"),
         capacities=(8, 24), width=4,
     ),
     "rotary positions": _companion(
@@ -73,7 +73,8 @@ COMPANIONS: Mapping[str, Companion] = {
         dict(
             positions="rotary", num_heads=4, num_kv_heads=2, head_dim=6,
             rotary=Rotary(fraction=0.7, scaling="llama3", factor=4.0, original_length=9),
-            norm="rms", activation="silu", gated=True, tied_head=False,
+            norm="rms", activation="silu_clamped", gated=True, tied_head=False,
+            qk_norm="width", attention_scale=0.3, logit_scale=0.7, residual_scale=0.6,
             qkv_bias=False, out_bias=False, mlp_bias=False,
         ),
     ),
@@ -82,7 +83,7 @@ COMPANIONS: Mapping[str, Companion] = {
         dict(
             positions="rotary", num_heads=2, num_kv_heads=1, head_dim=12, qk_norm="head",
             rotary=Rotary(scaling="dynamic", factor=2.0, original_length=7),
-            norm="rms_plus_one", activation="gelu", gated=True, tied_head=False,
+            norm="rms_plus_one", norm_place="after", activation="gelu", gated=True, tied_head=False,
             out_bias=False, mlp_bias=False,
         ),
     ),
@@ -90,7 +91,7 @@ COMPANIONS: Mapping[str, Companion] = {
         (_DECODER_CHUNKS, _PACKED),
         dict(
             positions="alibi", num_heads=6, num_kv_heads=3, head_dim=4, embedding_norm=True,
-            activation="gelu_bloom",
+            activation="gelu_bloom", residual="parallel",
         ),
         rows=(1,),
     ),
@@ -98,8 +99,9 @@ COMPANIONS: Mapping[str, Companion] = {
         (_DECODER, _PACKED),
         dict(
             context_length=275, positions="t5", t5_buckets=8, t5_max_distance=40,
-            num_heads=2, head_dim=12, norm="rms", activation="silu", qkv_bias=False,
-            tied_head=False,
+            num_heads=2, head_dim=12, norm="layer_no_bias", activation="relu_squared",
+            norm_place="both", sinks=True, embedding_scale=1.7,
+            qkv_bias=False, tied_head=False,
         ),
         first=262, operations=4, plans=4,
     ),
@@ -107,7 +109,8 @@ COMPANIONS: Mapping[str, Companion] = {
         (Way("prefill"), _STEP),
         dict(
             positions="none", num_heads=6, num_kv_heads=3, head_dim=4, window=6, norm="rms",
-            activation="gelu", out_bias=False,
+            activation="relu", residual="parallel_one_norm", score_cap=3.0,
+            logit_cap=5.0, out_bias=False,
         ),
         invariant=True,
     ),

@@ -74,11 +74,14 @@ def test_a_failure_is_a_short_plan_with_its_cause_and_lines_that_run(corpus):
 def test_the_companions_together_have_every_part():
     configs = [companion.config for companion in COMPANIONS.values()]
     config = torch_gpt.config
+    preset = torch_gpt.GPTConfig.preset("tiny")
     for field, kinds in (
         ("positions", config.POSITIONS), ("norm", config.NORMS), ("activation", config.ACTIVATIONS),
+        ("norm_place", config.NORM_PLACES), ("residual", config.RESIDUALS),
+        ("qk_norm", config.QK_NORMS),
     ):  # fmt: skip
-        assert {getattr(x, field) for x in configs} == set(kinds)
-    for field in "gated", "tied_head", "qkv_bias", "out_bias", "mlp_bias", "qk_norm":
+        assert {getattr(x, field) for x in (preset, *configs)} == set(kinds), field
+    for field in "gated", "tied_head", "qkv_bias", "out_bias", "mlp_bias":
         assert {getattr(x, field) for x in configs} == {False, True}, field
     assert {x.window is None for x in configs} == {False, True}
     groups = {(x.kv_heads == 1, x.kv_heads == x.num_heads) for x in configs}
