@@ -151,17 +151,24 @@ def _changes(
 ) -> Iterator[tuple[Changed, ChangeOf]]:
     """Yield the changes to try, and how to make each of them for another call."""
     replay = suspect.replay
-    for number, changed in enumerate(_attempts(replay, _others(replay.module, modules))):
+    others = _others(replay.module, modules)
 
-        def again(other: Replay, number: int = number) -> Changed | None:
-            found = _attempts(other, _others(replay.module, modules))
-            return next(itertools.islice(found, number, None), None)
+    def numbered(
+        attempts: Callable[[Replay, Mapping[str, torch.nn.Module]], Iterator[Changed]],
+    ) -> Iterator[tuple[Changed, ChangeOf]]:
+        for number, changed in enumerate(attempts(replay, others)):
 
-        yield changed, again
-    # Half of the time that is left, so that both get some.
+            def again(other: Replay, number: int = number) -> Changed | None:
+                return next(itertools.islice(attempts(other, others), number, None), None)
+
+            yield changed, again
+
+    yield from numbered(_attempts)
+    # Half of the time that is left, so that all get some.
     half = (time.perf_counter() + deadline) / 2
     for changed in fitted(replay, suspect.target, half):
         yield changed, lambda other, changed=changed: changed
+    yield from numbered(_weights)
     for changed in exchanged_values(replay.operations()):
         yield changed, lambda other, changed=changed: changed
 
@@ -364,6 +371,10 @@ def _attempts(replay: Replay, others: Mapping[str, torch.nn.Module]) -> Iterator
     for place, done in enumerate(operations):
         for words, instead in substitutes(done, at_hand):
             yield changed(words, done, _at(place, instead))
+
+
+def _weights(replay: Replay, others: Mapping[str, torch.nn.Module]) -> Iterator[Changed]:
+    """Yield every change of weights."""
     for words, weights in readings(replay.module, others):
         yield Changed(words, weights=weights)
 

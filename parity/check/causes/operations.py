@@ -313,10 +313,8 @@ def _fused_attention(done: Done, sizes: Collection[int]) -> Found:
         yield words, lambda *a, o=order, **k: operation(*(a[place] for place in o), *a[3:], **k)
 
 
-def _products(done: Done, sizes: Collection[int]) -> Found:
-    """Yield scales of a product, and its square operands transposed."""
-    for words, scale in _scales(sizes, 1.0):
-        yield words, _then(done.operation, lambda x, s=scale: x * s)
+def _products(done: Done) -> Found:
+    """Yield a product with square operands transposed."""
     for place, side in enumerate(done.args[:2]):
         if isinstance(side, torch.Tensor) and side.ndim >= 2 and side.shape[-1] == side.shape[-2]:
             words = f"the {('left', 'right')[place]} operand transposed"
@@ -609,7 +607,6 @@ _SCALED: dict[str, Callable[[Done, Collection[int]], Found]] = {
     "log_softmax": _softmax,
     "scaled_dot_product_attention": _fused_attention,
     "multi_head_attention_forward": _inside_attention,
-    **dict.fromkeys(("matmul", "bmm", "einsum", "baddbmm"), _products),
 }
 _PLAIN: dict[str, Callable[[Done], Found]] = {
     name: rule
@@ -630,6 +627,7 @@ _PLAIN: dict[str, Callable[[Done], Found]] = {
         ("cat concat concatenate stack", _joined),
         ("clamp clip clamp_min clamp_max", _clamps),
         ("embedding_bag", _bags),
+        ("matmul bmm baddbmm", _products),
         ("mean sum amax amin max", _reductions),
         ("view reshape unflatten flatten", _reshapes),
         ("cross_entropy", _cross_entropy),
