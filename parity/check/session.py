@@ -104,6 +104,11 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         return trainer
 
     @property
+    def companions(self) -> "Mapping[str, Session[Flax_co, Torch_co]]":
+        """Sessions of the tiny pairs that are checked beside this one, by name."""
+        return {}
+
+    @property
     def is_large(self) -> bool:
         """Whether memory is worth more than time; False before there are any weights."""
         return is_large(vars(self).get("flax_leaves", {}).values())

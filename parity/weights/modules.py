@@ -25,7 +25,9 @@ def module_map(
     place.
     """
     torch_paths = [
-        path for path, part in torch_module.named_modules() if not isinstance(part, _CONTAINERS)
+        path
+        for path, part in torch_module.named_modules()
+        if not isinstance(part, _CONTAINERS) and "parametrizations" not in path.split(".")
     ]
     flax_paths = [
         dotted(path)
@@ -82,8 +84,13 @@ def _by_content(paths: list[str], links: list[tuple[str, ...]]) -> dict[frozense
 
 
 def _ancestors(leaf: str) -> list[str]:
-    """Return the paths of the modules that a leaf lies in, the model among them."""
-    parts = leaf.split(".")[:-1]
+    """Return the paths of the modules that a leaf lies in, the model among them.
+
+    A leaf of torch's parametrizations, as of a weight norm, lies in the module that has them.
+    """
+    parts = leaf.partition(".parametrizations.")[0].split(".")
+    if ".parametrizations." not in leaf:
+        parts.pop()
     return [".".join(parts[:end]) for end in range(len(parts) + 1)]
 
 

@@ -31,25 +31,11 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 _COMPARISONS = {"lt": torch.le, "le": torch.lt, "gt": torch.ge, "ge": torch.gt}
 _INTEGRAL = {"arange", "add", "sub", "cumsum", "radd", "rsub", "where"}
-# Where an integer is a number like any other, and where it counts or bounds something.
-_CONTINUOUS = {"add", "sub", "mul", "div", "truediv", "rtruediv", "rsub", "radd", "rmul", "pow"}
-_COUNTED = {"clamp", "minimum", "maximum", "roll", "full_like", "floordiv", "floor_divide"}
 _SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
 
 
-def alternatives(done: Done, sizes: Collection[int], constants: Collection[float] = ()) -> Found:
-    """Yield alternatives to one operation.
-
-    Args:
-        done: the operation.
-        sizes: of axes, of which scales are made.
-        constants: that the other model holds.
-    """
-    yield from _usual(done, sizes)
-    yield from _other_numbers(done, constants)
-
-
-def _usual(done: Done, sizes: Collection[int]) -> Found:
+def alternatives(done: Done, sizes: Collection[int]) -> Found:
+    """Yield alternatives to one operation; scales are made of the sizes of axes."""
     if done.name in _INTEGRAL and _is_integral(done.result):
         yield from _integers(done)
     elif done.name in _SCALED:
@@ -62,37 +48,11 @@ def _usual(done: Done, sizes: Collection[int]) -> Found:
         yield from _norms(done)
     elif any(word in done.name for word in _SIGNS):
         yield from _arithmetic(done, sizes)
-    elif "matmul" in done.name or done.name in ("mm", "bmm", "einsum"):
-        for words, scale in _scales(sizes, 1.0):
-            yield words, _then(done.operation, lambda x, s=scale: x * s)
-    elif done.args and isinstance(x := done.args[0], torch.Tensor) and x is not done.result:
-        if isinstance(done.result, torch.Tensor) and done.result.shape == x.shape:
-            yield f"no {done.name}", left_out
 
 
-def _other_numbers(done: Done, constants: Collection[float]) -> Found:
-    """Put the other model's constants in place of a number; move an integer by one."""
-    given: list[tuple[str | int, object]] = [*enumerate(done.args), *done.kwargs.items()]
-    for place, now in given:
-        if isinstance(now, float) or (type(now) is int and done.name in _CONTINUOUS):
-            others = [x for x in constants if x != now]
-        elif type(now) is int and done.name in _COUNTED:
-            others = [now + 1, now - 1]
-        else:
-            continue
-        for other in others:
-            words = f"{other:.7g} in place of {now:.7g}"
-            if isinstance(place, int):
-                yield words, on_argument(place, done.operation, lambda _, x=other: x)
-            else:
-                yield words, _with(done.operation, **{place: other})
-
-
-def alternative(
-    done: Done, sizes: Collection[int], number: int, constants: Collection[float] = ()
-) -> Operation | None:
+def alternative(done: Done, sizes: Collection[int], number: int) -> Operation | None:
     """Return the alternative of that number, if there are so many."""
-    found = itertools.islice(alternatives(done, sizes, constants), number, None)
+    found = itertools.islice(alternatives(done, sizes), number, None)
     return next(found, (None, None))[1]
 
 
@@ -116,13 +76,16 @@ def on_argument(place: int, operation: Operation, change: Operation) -> Operatio
     return lambda *a, **k: operation(*a[:place], change(a[place]), *a[place + 1 :], **k)
 
 
+def _a_tensor(*args: object, **kwargs: object) -> object:
+    """Return the first argument that is a tensor."""
+    return next(x for x in args if isinstance(x, torch.Tensor))
+
+
 def _integers(done: Done) -> Found:
     words = "numbers" if done.name == "arange" else "the result"
     for shift in (1, -1):
         yield f"{words} {shift:+d}", _then(done.operation, lambda x, s=shift: x + s)
-    if done.name == "arange":
-        yield "numbers from 0", _then(done.operation, lambda x: x - x[:1])
-    if done.name == "add" and isinstance(done.args[0], torch.Tensor):
+    if done.name == "add" and all(isinstance(x, torch.Tensor) for x in done.args[:2]):
         yield "x in place of x + y", left_out
 
 
@@ -206,6 +169,9 @@ def _casts(done: Done) -> Found:
 
 def _norms(done: Done) -> Found:
     operation, args, kwargs = done.operation, done.args, done.kwargs
+    if done.name == "weight_norm":
+        yield from _weight_norms(done)
+        return
     # torch's own calls give epsilon by name, or last among the arguments.
     place = next((i for i, x in reversed(list(enumerate(args))) if isinstance(x, float)), None)
     now = kwargs.get("eps", args[place] if place is not None else None)
@@ -224,6 +190,24 @@ def _norms(done: Done) -> Found:
         yield "an unbiased variance", _layer_norm(unbiased=True, centred=True)
         yield "no mean subtracted", _layer_norm(unbiased=False, centred=False)
         yield "eps added to the deviation", _layer_norm(unbiased=False, centred=True, outside=True)
+
+
+def _weight_norms(done: Done) -> Found:
+    """Yield weights normed over other axes: torch norms over all but one."""
+    v, _, *rest = done.args
+    axis = rest[0] if rest else 0
+    over = [place for place in range(v.ndim) if place != axis % v.ndim]
+    for count in range(1, v.ndim + 1):
+        for axes in itertools.combinations(range(v.ndim), count):
+            if list(axes) != over:
+                words = ", ".join(map(str, axes))
+
+                def normed(v, g, *a, axes=axes, **k):
+                    return g * v / torch.linalg.vector_norm(v, dim=axes, keepdim=True)
+
+                yield f"the norm over {'axes' if count > 1 else 'axis'} {words} alone", normed
+    yield "no norm of the weight", left_out
+    yield "no scale of the weight", lambda v, g, *a, **k: done.operation(v, g * 0 + 1, *a, **k)
 
 
 def _layer_norm(unbiased: bool, centred: bool, outside: bool = False) -> Operation:
@@ -278,6 +262,21 @@ def _convolutions(done: Done) -> Found:
             return done.operation(functional.pad(x, pads), weight, bias, *unpadded)
 
         yield words, padded
+    # Other dilations, with as much padding less or more, in front alone or on both sides.
+    for gap in (1, 2, 4) if len(set(dilations)) == 1 else ():
+        if gap == dilations[0]:
+            continue
+        more = [(n - 1) * (gap - dilations[0]) for n in reversed(window)]
+        for one_sided in (True, False):
+            pads = [x for n in more for x in ((n, 0) if one_sided else (n // 2, n - n // 2))]
+            settings = strides, rest[1], (gap,) * len(space), rest[3]
+
+            def dilated(
+                x: torch.Tensor, *a: object, pads: list[int] = pads, own=settings, **k: object
+            ) -> object:
+                return done.operation(functional.pad(x, pads), weight, bias, *own)
+
+            yield f"a dilation of {gap}", dilated
     flipped = weight.flip(tuple(range(2, weight.ndim)))
     yield "the window back to front", lambda x, *a, **k: done.operation(x, flipped, bias, *rest)
     if bias is not None:
@@ -287,14 +286,15 @@ def _convolutions(done: Done) -> Found:
 def _softmax(done: Done, sizes: Collection[int]) -> Found:
     operation, ndim = done.operation, done.args[0].ndim
     axis = done.kwargs.get("dim", done.args[1] if len(done.args) > 1 else -1)
-    for other in range(-1, -ndim - 1, -1):
-        if other not in (axis, axis - ndim):
-            yield f"softmax over axis {other}", lambda x, *a, d=other, **k: operation(x, dim=d)
+    other = torch.log_softmax if done.name == "softmax" else torch.softmax
+    yield f"{other.__name__} in place of {done.name}", lambda x, *a, **k: other(x, dim=axis)
+    yield f"no {done.name}", left_out
+    for turned in range(-1, -ndim - 1, -1):
+        if turned not in (axis, axis - ndim):
+            yield f"softmax over axis {turned}", lambda x, *a, d=turned, **k: operation(x, dim=d)
     yield "softmax in float32", lambda x, *a, **k: operation(x.float(), dim=axis).to(x.dtype)
     for words, scale in _scales(sizes, 1.0):
         yield words, lambda x, *a, s=scale, **k: operation(x * s, dim=axis)
-    other = torch.softmax if done.name == "log_softmax" else torch.log_softmax
-    yield f"{other.__name__} in place of {done.name}", lambda x, *a, **k: other(x, dim=axis)
 
 
 def _fused_attention(done: Done, sizes: Collection[int]) -> Found:
@@ -311,6 +311,16 @@ def _fused_attention(done: Done, sizes: Collection[int]) -> Found:
         ("queries and values swapped", (2, 1, 0)),
     ):
         yield words, lambda *a, o=order, **k: operation(*(a[place] for place in o), *a[3:], **k)
+
+
+def _products(done: Done, sizes: Collection[int]) -> Found:
+    """Yield scales of a product, and its square operands transposed."""
+    for words, scale in _scales(sizes, 1.0):
+        yield words, _then(done.operation, lambda x, s=scale: x * s)
+    for place, side in enumerate(done.args[:2]):
+        if isinstance(side, torch.Tensor) and side.ndim >= 2 and side.shape[-1] == side.shape[-2]:
+            words = f"the {('left', 'right')[place]} operand transposed"
+            yield words, on_argument(place, done.operation, lambda x: x.mT)
 
 
 def _inside_attention(done: Done, sizes: Collection[int]) -> Found:
@@ -335,6 +345,10 @@ def _embedding(done: Done) -> Found:
     for shift in (1, -1, 2):
         shifted = on_argument(0, done.operation, lambda ids, s=shift: (ids + s).clamp(0, rows - 1))
         yield f"ids shifted by {shift:+d}", shifted
+    least = int(done.args[0].min()) if done.args[0].numel() else 0
+    if least > 2:
+        shifted = on_argument(0, done.operation, lambda ids, n=least: (ids - n).clamp(0))
+        yield f"ids shifted by {-least:+d}", shifted
     yield "all ids 0", on_argument(0, done.operation, lambda ids: ids * 0)
     yield f"times sqrt({width})", _then(done.operation, lambda x: x * width**0.5)
 
@@ -370,6 +384,80 @@ def _orders(done: Done) -> Found:
             reordered = _then(done.operation, lambda x, o=order: [x[place] for place in o])
             yield f"parts in the order {numbers}", reordered
 
+    for place in range(count) if count == 2 else ():
+        same = _then(done.operation, lambda x, p=place: [x[p], x[p]])
+        yield f"part {place + 1} in place of both", same
+
+
+def _joined(done: Done) -> Found:
+    """Yield parts that are joined in other orders."""
+    given = done.args[0] if done.args else ()
+    count = len(given) if isinstance(given, tuple | list) else 0
+    orders = itertools.permutations(range(count)) if count <= 4 else (tuple(range(count))[::-1],)
+    for order in sorted(orders, reverse=True):
+        if order != tuple(range(count)):
+            numbers = ", ".join(str(place + 1) for place in order)
+            back = order == tuple(range(count))[::-1]
+            words = "parts in reverse order" if back else f"parts in the order {numbers}"
+            reordered = on_argument(0, done.operation, lambda x, o=order: [x[place] for place in o])
+            yield words, reordered
+
+
+def _clamps(done: Done) -> Found:
+    """Yield bounds one less or more, and none."""
+    names = {"clamp_min": ("min",), "clamp_max": ("max",)}.get(done.name, ("min", "max"))
+    now = dict(zip(names, done.args[1:], strict=False)) | done.kwargs
+    for name, bound in now.items():
+        if not isinstance(bound, int | float):
+            continue
+        for step in (-1, 1) if isinstance(bound, int) else ():
+            changed = now | {name: bound + step}
+            words = f"{name}={bound + step} in {done.name}, not {bound}"
+            yield words, lambda x, *a, c=changed, **k: torch.clamp(x, **c)
+        kept = {key: value for key, value in now.items() if key != name}
+        yield (
+            f"no {name} in {done.name}",
+            lambda x, *a, c=kept, **k: torch.clamp(x, **c) if c else x,
+        )
+
+
+def _bags(done: Done) -> Found:
+    """Yield other ways to reduce a bag."""
+    now = done.kwargs.get("mode", done.args[5] if len(done.args) > 5 else "mean")
+    for mode in ("sum", "mean", "max"):
+        if mode != now:
+            changed = (
+                on_argument(5, done.operation, lambda _, m=mode: m)
+                if len(done.args) > 5
+                else _with(done.operation, mode=mode)
+            )
+            yield f"mode={mode} in {done.name}", changed
+
+
+def _reductions(done: Done) -> Found:
+    """Yield other reductions over the same axes, and one place of an axis alone."""
+    x, kwargs = done.args[0], done.kwargs
+    axis = kwargs.get("dim", kwargs.get("axis", done.args[1] if len(done.args) > 1 else None))
+    if not isinstance(x, torch.Tensor) or isinstance(axis, bool | torch.Tensor):
+        return
+    axes = tuple(range(x.ndim)) if axis is None else axis
+    kept = bool(kwargs.get("keepdim", done.args[2] if len(done.args) > 2 else False))
+    if isinstance(done.result, torch.Tensor) and x.is_floating_point():
+        words = {"sum": "a sum", "mean": "a mean", "amax": "the largest"}
+        own = "the largest" if done.name == "max" else f"the {done.name}"
+        for name, other in (("sum", torch.sum), ("mean", torch.mean), ("amax", torch.amax)):
+            if name != done.name:
+                yield (
+                    f"{words[name]} in place of {own}",
+                    lambda x, *a, f=other, **k: f(x, dim=axes, keepdim=kept),
+                )
+        if isinstance(axis, int) and not kept:
+            for name, place in (("first", 0), ("last", -1)):
+                yield (
+                    f"the {name} along axis {axis} in place of {own}",
+                    lambda x, *a, p=place, **k: x.select(axis, p),
+                )
+
 
 def _reshapes(done: Done) -> Found:
     """Interleave an axis that becomes two; order a channel axis that becomes flat as flax does."""
@@ -397,9 +485,15 @@ def _cross_entropy(done: Done) -> Found:
 
 
 def _slices(done: Done) -> Found:
-    """Leave out the last where a slice leaves out the first, or the other way; take other items."""
+    """Take other places, or their mean; leave out the last where a slice leaves out the first."""
     index = done.args[1] if isinstance(done.args[1], tuple) else (done.args[1],)
-    yield from _items(done, index)
+    yield from _places(done, index)
+    if any(isinstance(part, torch.Tensor) for part in index) and isinstance(
+        done.args[0], torch.Tensor
+    ):
+        for axis in range(done.result.ndim):
+            words = f"the places back to front along axis {axis}"
+            yield words, _then(done.operation, lambda x, a=axis: x.flip(a))
     first, last = ("[1:]", slice(1, None)), ("[:-1]", slice(None, -1))
     for place, part in enumerate(index):
         for (now, given), (words, other) in ((first, last), (last, first)):
@@ -411,39 +505,55 @@ def _slices(done: Done) -> Found:
                 )
 
 
-def _items(done: Done, index: tuple) -> Found:
-    """Take the first or last item of an axis, or its mean, in place of the chosen one."""
-    x = done.args[0]
-    before = all(isinstance(part, slice | torch.Tensor) for part in index[:-1])
-    if not index or not isinstance(x, torch.Tensor) or not before or len(index) > x.ndim:
+def _places(done: Done, index: tuple[object, ...]) -> Found:
+    """Yield other places along an axis than that of an index, and reductions over all of them."""
+    x, made = done.args[0], done.result
+    if not isinstance(x, torch.Tensor) or not isinstance(made, torch.Tensor):
         return
-    axis, chosen = len(index) - 1, index[-1]
-    if isinstance(chosen, torch.Tensor) and chosen.dtype != torch.bool and len(index) == 2:
-        at = {"the first": 0, "the last": -1}
-    elif type(chosen) is int and all(part == slice(None) for part in index[:-1]):
-        at = {"the first": 0, "the last": -1, "the next": chosen + 1, "the one before": chosen - 1}
-        at = {
-            words: place for words, place in at.items() if -x.shape[axis] <= place < x.shape[axis]
-        }
-        at = {words: place for words, place in at.items() if place % x.shape[axis] != chosen}
-        if x.is_floating_point():
-            yield f"the mean over axis {axis}", lambda x, *a, **k: x.mean(axis)
+    # Several arrays of indices, of which one counts the rows, take one place of each row.
+    taken = [i for i, part in enumerate(index) if isinstance(part, torch.Tensor | int)]
+    arrays = [i for i in taken if isinstance(index[i], torch.Tensor)]
+    if any(part is ... for part in index):
+        return
+    if len(taken) == 1 and not arrays:
+        axis = taken[0]
+    elif len(taken) == 2 and len(arrays) == 2 and taken == [0, 1] and x.ndim >= 2:
+        axis = 1
     else:
         return
-    for words, place in at.items():
-        yield f"{words} of axis {axis}", lambda x, *a, p=place, **k: x.select(axis, p)
+    if x.shape[axis] < 2 or not x.is_floating_point():
+        return
+    for words, instead in (
+        ("the first", lambda x, *a, **k: x.select(axis, 0)),
+        ("the last", lambda x, *a, **k: x.select(axis, x.shape[axis] - 1)),
+        ("the mean", lambda x, *a, **k: x.mean(axis)),
+        ("the largest", lambda x, *a, **k: x.amax(axis)),
+        ("the sum", lambda x, *a, **k: x.sum(axis)),
+    ):
+        yield f"{words} along axis {axis} in place of one", _in_index(index, axis, instead)
+
+
+def _in_index(index: tuple[object, ...], axis: int, instead: Operation) -> Operation:
+    """Apply the slices of an index around the axis that another operation takes away."""
+    around = tuple(
+        slice(None) if place == axis or not isinstance(part, slice) else part
+        for place, part in enumerate(index)
+    )
+    return lambda x, *a, **k: instead(x[around])
 
 
 def _arithmetic(done: Done, sizes: Collection[int]) -> Found:
     operation, name, args = done.operation, done.name, done.args
-    given = [x for x in args[:2] if isinstance(x, torch.Tensor)]
-    tensors = [x for x in given if x.is_floating_point() or x.is_complex()]
-    number = next((x for x in args[:2] if isinstance(x, float)), None)
+    tensors = [x for x in args[:2] if isinstance(x, torch.Tensor) and x.is_floating_point()]
+    numbers = (x for x in args[:2] if isinstance(x, float | int) and not isinstance(x, bool))
+    number = next(numbers, None)
     if number is not None and tensors:
-        if name.endswith(("mul", "div")):
+        if name.endswith(("mul", "div")) and number:
             factor = number if "mul" in name else 1 / number
             for words, scale in _scales(sizes, factor):
                 yield words, _then(operation, lambda x, s=scale: x * s)
+        if name.endswith(("add", "sub")) and number:
+            yield f"x in place of x {'+' if 'add' in name else '-'} {abs(number):g}", _a_tensor
         if name.endswith("add") and 0 < number < 1e-2:
             for epsilon in _EPSILONS:
                 if epsilon != number:
@@ -499,6 +609,7 @@ _SCALED: dict[str, Callable[[Done, Collection[int]], Found]] = {
     "log_softmax": _softmax,
     "scaled_dot_product_attention": _fused_attention,
     "multi_head_attention_forward": _inside_attention,
+    **dict.fromkeys(("matmul", "bmm", "einsum", "baddbmm"), _products),
 }
 _PLAIN: dict[str, Callable[[Done], Found]] = {
     name: rule
@@ -516,6 +627,10 @@ _PLAIN: dict[str, Callable[[Done], Found]] = {
         ("embedding", _embedding),
         ("masked_fill where", _masked),
         ("chunk split unbind tensor_split", _orders),
+        ("cat concat concatenate stack", _joined),
+        ("clamp clip clamp_min clamp_max", _clamps),
+        ("embedding_bag", _bags),
+        ("mean sum amax amin max", _reductions),
         ("view reshape unflatten flatten", _reshapes),
         ("cross_entropy", _cross_entropy),
         ("getitem", _slices),
@@ -526,16 +641,11 @@ _PLAIN: dict[str, Callable[[Done], Found]] = {
 _FIXED: dict[str, tuple[str, Operation]] = {
     "argmax": ("argmin in place of argmax", torch.argmin),
     "argmin": ("argmax in place of argmin", torch.argmax),
-    "cat": ("parts in reverse order", lambda parts, *a, **k: torch.cat(parts[::-1], *a, **k)),
     "flip": ("no flip", left_out),
-    "mean": ("a sum in place of the mean", torch.sum),
     "neg": ("no change of sign", left_out),
     "repeat_interleave": (
         "repeats tiled, not next to each other",
         lambda x, n, dim=None, **k: torch.cat([x] * n, dim=dim or 0),
     ),
-    "cos": ("sin in place of cos", torch.sin),
-    "sin": ("cos in place of sin", torch.cos),
     "roll": ("no roll", left_out),
-    "sum": ("a mean in place of the sum", torch.mean),
 }

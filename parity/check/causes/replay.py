@@ -29,12 +29,21 @@ Exchange = Callable[[str, torch.nn.Module, tuple, dict, object], object]
 
 @dataclasses.dataclass(frozen=True)
 class Changed:
-    """What is changed while a module is run again, and its description."""
+    """What is changed while a module is run again, and its description.
+
+    Attributes:
+        words: the description.
+        change: of operations.
+        exchange: of calls of modules.
+        weights: in place of those of the module, by name.
+        inside: the innermost module in which an operation is changed; None for the module itself.
+    """
 
     words: str
     change: Change = lambda place, operation: None
     exchange: Exchange = lambda path, module, args, kwargs, output: None
     weights: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    inside: torch.nn.Module | None = None
 
 
 _SILENT = {"__get__", "__set__", "_set_grad_enabled"}
@@ -52,6 +61,7 @@ class Done:
     kwargs: dict[str, Any]
     line: str  # file and line of the call; "" inside of torch
     result: Any
+    inside: torch.nn.Module | None = None  # the innermost module that is running
 
     @property
     def name(self) -> str:
@@ -78,10 +88,13 @@ class Replay:
         self.module, self.agreeing, self._observed, self._leaf = module, agreeing, observed, leaf
         self._call = args, dict(kwargs)
 
+    def leaf_of(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        """Return the array that counts among those of an output."""
+        return arrays.get(self._leaf, next(iter(arrays.values()), None))
+
     def output(self, changed: Changed | None = None) -> np.ndarray | None:
         """Return the output's array with this changed; None if the module raises."""
-        arrays = self.outputs(changed)
-        return arrays.get(self._leaf, next(iter(arrays.values()), None))
+        return self.leaf_of(self.outputs(changed))
 
     def outputs(self, changed: Changed | None = None) -> dict[str, np.ndarray]:
         """Return the output's arrays by path with this changed; none if the module raises."""
@@ -103,17 +116,25 @@ class Replay:
     def operations(self) -> list[Done]:
         """Return the module's own operations, in order."""
         seen: list[Done] = []
+        running: list[torch.nn.Module] = []
 
         def look(_: int, operation: Operation) -> Operation:
             line = place_of_caller()[1]
 
             def watched(*args: object, **kwargs: object) -> object:
-                seen.append(Done(operation, args, kwargs, line, operation(*args, **kwargs)))
-                return seen[-1].result
+                inside = running[-1] if running else None
+                result = operation(*args, **kwargs)
+                seen.append(Done(operation, args, kwargs, line, result, inside))
+                return result
 
             return watched
 
-        self.run(Changed("nothing", look))
+        with contextlib.ExitStack() as hooks:
+            enter = torch.nn.modules.module.register_module_forward_pre_hook
+            leave = torch.nn.modules.module.register_module_forward_hook
+            hooks.enter_context(enter(lambda module, _: running.append(module)))
+            hooks.enter_context(leave(lambda *_: running.pop() and None, always_call=True))
+            self.run(Changed("nothing", look))
         return seen
 
     def submodule_calls(self) -> list[tuple[str, tuple, object]]:

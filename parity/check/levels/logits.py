@@ -29,6 +29,12 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
     for number, call in enumerate(calls):
         yield from map(_of_given_size, call.in_float64())
         session.progress((number + 1) / len(calls) / 2)
+    for name, other in session.companions.items():
+        for probe, batch in other.pair.probes.items():
+            found = Comparison(other, f"{name}: {probe}", batch).in_float64()
+            yield from (
+                dataclasses.replace(x, note=None) if x.verdict is Verdict.PASS else x for x in found
+            )
     yield from session.proof_of_float64("forward")
     if "float32" not in session.dtypes:
         return
@@ -60,6 +66,12 @@ def locate(session: "PairSession", records: list[Record]) -> Divergence | None:
     from parity.check.causes.forward import explain_output  # it imports both frameworks
 
     bad = first_failed(records)
+    for name, other in session.companions.items():
+        if bad.name.startswith(f"{name}: "):
+            own = dataclasses.replace(bad, name=bad.name.removeprefix(f"{name}: "))
+            found = locate(other, [own])
+            words = f"In the model with {name}."
+            return found and dataclasses.replace(found, detail=f"{words} {found.detail}".rstrip())
     if bad.metric == "narrow operations":
         return Divergence(bad.name, "forward", 0, bad.gap, detail=bad.note or "")
     probe = failed_probe(session, [bad])

@@ -39,26 +39,8 @@ class _View(NamedTuple):
     axes: tuple[int, ...]
 
 
-def flax_constants(module: nnx.Module, call: Callable[[nnx.Module], object]) -> list[float]:
-    """Trace `call` and return the floats in its code, each once."""
-    found: dict[float, None] = {}
-
-    def read(jaxpr: Jaxpr) -> None:
-        for equation in jaxpr.eqns:
-            for x in equation.invars:
-                if isinstance(x, Literal) and np.ndim(x.val) == 0 and np.isrealobj(x.val):
-                    found.setdefault(float(x.val))
-            for inner in jax.core.jaxprs_in_params(equation.params):
-                read(inner)
-
-    read(_traced(module, call)[0])
-    return [x for x in found if np.isfinite(x)]
-
-
-def _traced(
-    module: nnx.Module, call: Callable[[nnx.Module], object]
-) -> tuple[Jaxpr, jax.tree_util.PyTreeDef, int]:
-    """Return the jaxpr of a call, the structure of its leaves, and their number."""
+def flax_uses(module: nnx.Module, call: Callable[[nnx.Module], object]) -> Uses:
+    """Trace `call` and return the first use of every leaf of a module that its arrays need."""
     graphdef, state = nnx.split(module)
     leaves, tree = jax.tree.flatten(state)
 
@@ -66,13 +48,8 @@ def _traced(
         output = call(nnx.merge(graphdef, jax.tree.unflatten(tree, leaves)))
         return [x for x in jax.tree.leaves(output) if isinstance(x, jax.Array)]
 
-    return jax.make_jaxpr(run)(leaves).jaxpr, tree, len(leaves)
-
-
-def flax_uses(module: nnx.Module, call: Callable[[nnx.Module], object]) -> Uses:
-    """Trace `call` and return the first use of every leaf of a module that its arrays need."""
-    jaxpr, tree, count = _traced(module, call)
-    places = state_leaves(jax.tree.unflatten(tree, [np.int64(x) for x in range(count)]))
+    jaxpr = jax.make_jaxpr(run)(leaves).jaxpr
+    places = state_leaves(jax.tree.unflatten(tree, [np.int64(x) for x in range(len(leaves))]))
     names = {int(place): name for name, place in places.items()}
     needed, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
     kept = [place for place, is_used in enumerate(used) if is_used]
