@@ -206,6 +206,10 @@ def test_a_batch_of_another_size_is_tried_where_both_modules_take_it():
     for output, is_tried in ((lambda h, n: h, True), (lambda h, n: h.reshape(6, 5), False)):
         report = compare(*both(output))
         assert report.ok and (name in {x.name for x in report.levels[0].records}) is is_tried
+    report = compare(lambda h, n: h, lambda h, n: h[:5] if len(h) != 6 else h)
+    assert report.ok and report.levels[0].verdict == "PASS"
+    report = compare(lambda h, n: h, lambda h, n: h[:3] if len(h) != 6 else h)
+    assert report.ok and "a number of rows is fixed" in str(report)
     report = compare(lambda h, n: h, lambda h, n: h * (1.0 if len(h) == len(X) else 1.001))
     failed = [x for x in report.levels[0].records if x.verdict is Verdict.FAIL]
     assert report.exit_code == 1 and failed[0].name == name
