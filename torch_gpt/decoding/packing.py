@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from torch_gpt import fast_attention
 from torch_gpt.cache import LayerCache
+from torch_gpt.layers import RMSNormOfHeads, identity
 from torch_gpt.metadata import AttentionMetadata
 from torch_gpt.model import GPT, Attention, Block, copied
 
@@ -96,6 +97,7 @@ class PackedAttention(Attention):
         self.extra_bytes = 0 if self.qkv.extra_bytes else weight_OI.nbytes
         self.out = _packed(attention.out, batch_size)
         self.query_norm, self.key_norm = attention.query_norm, attention.key_norm
+        self.query_scale, self.scores = attention.query_scale, attention.scores
         self.positions, self.attend = attention.positions, attention.attend
         self._sizes = [linear.out_features for linear in inside]
         self._head_width = attention.query.out_features // attention.num_heads
@@ -116,6 +118,7 @@ class PackedAttention(Attention):
     ) -> tuple[torch.Tensor, LayerCache | None]:
         """Compute `Attention`; in fewer operations for one token per row that sees all slots."""
         short = layer is not None and metadata.all_seen and metadata.bias_BKQTS is None
+        short = short and self.scores is identity and not isinstance(self.key_norm, RMSNormOfHeads)
         if not short or self.attend is not fast_attention.attend:
             return super().forward(x_BTD, metadata, layer, key)
         # The axis of one token can stand after the heads as well as before them.
@@ -123,7 +126,7 @@ class PackedAttention(Attention):
         queries, keys, values = self.qkv(x_BTD).split_with_sizes(self._sizes, dim=-1)
         q_BKQH = queries.view(B, K, -1, self._head_width)
         k_BKTH, v_BKTH = keys.view(B, K, 1, -1), values.view(B, K, 1, -1)
-        q_BKQH = self.positions.rotate(self.query_norm(q_BKQH), metadata)
+        q_BKQH = self.positions.rotate(self.query_scale(self.query_norm(q_BKQH)), metadata)
         k_BKTH = self.positions.rotate(self.key_norm(k_BKTH), metadata)
         layer = layer.append(LayerCache(k_BKTH, v_BKTH), metadata)
         keys_BKSH = layer.keys_BKSH[:, :, : metadata.longest].to(q_BKQH.dtype)
@@ -147,7 +150,8 @@ class PackedGPT(GPT):
         for block in cast("list[Block]", self.blocks):
             block.attention = PackedAttention(block.attention, batch_size)
             for name, linear in list(block.mlp.named_children()):
-                setattr(block.mlp, name, _packed(linear, batch_size))
+                if isinstance(linear, nn.Linear):
+                    setattr(block.mlp, name, _packed(linear, batch_size))
         # A tied head reads the embedding, which lies as it should.
         if model.head is None:
             self.head = PackedLinear(model.token_embedding.weight.detach(), None, batch_size)
