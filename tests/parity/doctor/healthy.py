@@ -7,6 +7,7 @@ Dimension key: B batch, T tokens, S slots, N heads, H head dim, D embed dim, V v
 
 import math
 import types
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -277,6 +278,12 @@ class GPT(nn.Module):
         return self.lm_head(self.ln_f(x))
 
 
+def compiled(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of the compiler's own import
+        return torch.compile(model)
+
+
 def style(name, net=GPT, after=lambda model: model, **more):
     """Add a net with these parts."""
     HEALTHY[name] = lambda: after(net(**more))
@@ -298,7 +305,7 @@ style("zero_gains", block=Scaled)
 style("zero_head", zero_head=True)
 style("padded", rows=48)
 style("padded_tied", rows=64, tied=True)
-style("compiled", after=torch.compile)
+style("compiled", after=compiled)
 style("float16", after=lambda model: model.half())
 style("bfloat16", after=lambda model: model.bfloat16())
 style("double", after=lambda model: model.double())
@@ -363,7 +370,10 @@ class encoder_layers(nn.Module):
         self.vocab_size, self.context_length = V, CONTEXT
         self.embedding, self.position_embedding = nn.Embedding(V, D), nn.Embedding(CONTEXT, D)
         layer = nn.TransformerEncoderLayer(D, N, 48, 0.1, batch_first=True)
-        self.encoder, self.out = nn.TransformerEncoder(layer, 2), nn.Linear(D, V)
+        self.encoder, self.out = (
+            nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+            nn.Linear(D, V),
+        )
 
     def forward(self, x):
         T = x.shape[1]
@@ -450,7 +460,7 @@ class FlaxGPT(nnx.Module):
         self.norm = nnx.LayerNorm(D, rngs=rngs)
 
     def __call__(self, tokens):
-        x = self.wte(tokens) + self.wpe(jnp.arange(tokens.shape[1]))
+        x = self.wte(tokens) + self.wpe(jnp.arange(tokens.shape[1]))[None]
         for block in self.blocks:
             x = block(x)
         return self.wte.attend(self.norm(x))
@@ -487,10 +497,10 @@ class nnx_mask_variable(nnx.Module):
 
     def __call__(self, tokens):
         B, T = tokens.shape
-        x = self.wte(tokens) + self.wpe[:T]
+        x = self.wte(tokens) + self.wpe[None, :T]
         q, k, v = (y.reshape(B, T, N, H) for y in jnp.split(self.qkv(self.norm(x)), 3, axis=-1))
         scores = jnp.einsum("btnh,bsnh->bnts", q, k) / math.sqrt(H)
-        scores = jnp.where(self.tril[:T, :T] == 0, -jnp.inf, scores)
+        scores = jnp.where(self.tril[None, None, :T, :T] == 0, -jnp.inf, scores)
         y = jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v).reshape(B, T, D)
         return self.head(x + self.out(y))
 

@@ -44,7 +44,7 @@ class Weak(healthy.Fused):
     def scores(self, q, k):
         T = q.shape[2]
         scores = q @ k.transpose(-2, -1) * healthy.H**-0.5
-        return scores.masked_fill(self.tril[:T, :T] == 0, -1e4)
+        return scores.masked_fill(self.tril[:, :, :T, :T] == 0, -1e4)
 
 
 class Leaking(healthy.Fused):
@@ -59,7 +59,7 @@ class Unnormed(healthy.Block):
     """A block that gives what it should add."""
 
     def forward(self, x):
-        return super().forward(x) - x
+        return self.mlp(self.ln_2(self.attn(self.ln_1(x))))
 
 
 class Graphless(healthy.GPT):
@@ -126,7 +126,7 @@ def test_constants_stay_as_they_are_when_weights_are_drawn():
 def test_an_error_of_a_question_is_not_the_models(monkeypatch):
     model = as_model(healthy.GPT(), "own")
     asked = [x for x in DETECTORS if x.name == "causality"]
-    monkeypatch.setattr("parity.doctor.detectors.forward.gap", lambda *_: math.log(-1.0))
+    monkeypatch.setattr("parity.doctor.detectors.forward.gap", math.log)
     found = examine(model, detectors=asked)
     assert found.fired == () and found.exit_code == 2
     assert found.answers[0].finding.verdict is Verdict.ERROR
