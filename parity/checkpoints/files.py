@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +43,62 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(
-            f"checkpoint {path.parent}: no {path.name}. A folder of transformers has one, and "
-            "weights in safetensors. Give such a folder."
-        ) from None
+        raise ValueError(_without(path)) from None
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: cannot be read ({reason}). Get the file again.") from error
+        reason = str(error).partition("\n")[0].rstrip(".")[:150]
+        raise ValueError(
+            _pointer(path) or f"{path}: cannot be read ({reason}). Get the file again."
+        ) from error
     if not isinstance(document, dict):
         raise ValueError(f"{path}: a {type(document).__name__}, not an object. Get the file again.")
     return document
+
+
+def listed(problems: Iterable[str], most: int = 5, length: int = 150) -> str:
+    """Return the first problems and the number of the others, in a line that fits a screen."""
+    found, shown = list(problems), list[str]()
+    for problem in found[:most]:
+        text = problem if len(problem) <= length else f"{problem[: length - 3]}..."
+        if shown and sum(map(len, (*shown, text))) > length:
+            break
+        shown.append(text)
+    rest = len(found) - len(shown)
+    return "; ".join(shown) + (f"; and {rest:,} more" if rest else "")
+
+
+def _without(path: Path) -> str:
+    """Say what a folder without a file of JSON is, and what to give in its place."""
+    folder = path.parent
+    where = f"checkpoint {folder}"
+    if not folder.is_dir():
+        return f"{where}: no such folder. A checkpoint is a folder. Name one that is there."
+    names = sorted(x.name for x in folder.iterdir())
+    if "adapter_config.json" in names:
+        return (
+            f"{where}: an adapter (adapter_config.json), the difference to a model that is not "
+            "here. Merge it into its model (merge_and_unload of peft), save that and give it."
+        )
+    if gguf := next((x for x in names if x.endswith(".gguf")), None):
+        return (
+            f"{where}: {gguf} is GGUF, a format of llama.cpp with quantised weights. It is not "
+            "read. Get the original as safetensors with its config.json."
+        )
+    return (
+        f"{where}: no {path.name}. A folder of transformers has one, and weights in safetensors. "
+        "Give such a folder."
+    )
+
+
+def _pointer(file: Path) -> str | None:
+    """Return what is wrong with a file that only points to one in Git LFS."""
+    with contextlib.suppress(OSError):
+        with file.open("rb") as opened:
+            if opened.read(40).startswith(b"version https://git-lfs"):
+                return (
+                    f"{file}: a pointer of Git LFS, and not the file itself. Run git lfs pull in "
+                    "its folder, or download the file."
+                )
+    return None
 
 
 def headers(path: Path) -> dict[str, Header]:
@@ -76,7 +122,7 @@ def headers(path: Path) -> dict[str, Header]:
         missing = sorted({x for x in index.values() if not (path / x).is_file()})
         if missing:
             raise ValueError(
-                f"checkpoint {path}: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
+                f"checkpoint {path}: {listed(missing)} {'is' if len(missing) == 1 else 'are'} "
                 "missing. The index names them. Get them again."
             )
         found = {}
@@ -95,6 +141,8 @@ def headers(path: Path) -> dict[str, Header]:
             f"checkpoint {path}: only {pickles[0]}, a pickle, which can run any code when it is "
             "read. It is not opened. Get the weights as safetensors."
         )
+    if (path / "adapter_config.json").is_file() or any(path.glob("*.gguf")):
+        raise ValueError(_without(path / CONFIG))
     raise ValueError(f"checkpoint {path}: no {SINGLE} and no {_INDEX}. Give a folder with weights.")
 
 
@@ -122,7 +170,8 @@ def readable(file: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, struct.error, json.JSONDecodeError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0].rstrip(".")[:150]
         raise ValueError(
-            f"{file}: cannot be read ({reason}). The file is truncated or damaged. Get it again."
+            _pointer(file)
+            or f"{file}: cannot be read ({reason}). The file is truncated or damaged. Get it again."
         ) from error

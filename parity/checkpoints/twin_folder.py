@@ -9,7 +9,7 @@ import numpy as np
 
 from flax_gpt import GPTConfig
 from parity.checkpoints.families import FAMILIES
-from parity.checkpoints.files import Header, headers, read_json
+from parity.checkpoints.files import Header, headers, listed, read_json
 from parity.checkpoints.folder import Checkpoint
 from parity.checkpoints.weights import Weights, blank, checked, flax_blanks, twin_blanks
 from parity.checkpoints.write import ids_of, write_folder
@@ -66,7 +66,7 @@ class TwinFolder:
         expected = flax_blanks(config) if framework == "flax" else twin_blanks(config)
         if problems := different_leaves(expected, given):
             raise ValueError(
-                f"checkpoint {path}: {'; '.join(problems)}. The weights are not those of its "
+                f"checkpoint {path}: {listed(problems)}. The weights are not those of its "
                 "config.json. Convert again."
             )
         return cls(path, family, config, (), framework, found)

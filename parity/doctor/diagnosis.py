@@ -53,9 +53,11 @@ class Diagnosis:
 
     @property
     def exit_code(self) -> int:
-        """Return 0 if nothing wrong was seen, 1 if something was, 2 if nothing could be asked."""
+        """Return 0 if nothing wrong was seen, 1 if something was, 2 if it could not be asked."""
         if self.fired:
             return 1
+        if any(x.finding.verdict is Verdict.ERROR for x in self.answers):
+            return 2
         return 0 if any(x.finding.verdict is Verdict.PASS for x in self.answers) else 2
 
     @property
@@ -138,7 +140,9 @@ def examine(
         if blockers:
             finding = Finding(Verdict.BLOCKED, f"Means nothing while {blockers[0]} fails.")
         else:
-            with torch.random.fork_rng(devices=[]):  # dropout draws from the global generator
+            # Dropout draws from the global generator; and every copy would be compiled anew.
+            eager = torch.compiler.set_stance("force_eager")
+            with eager, torch.random.fork_rng(devices=[]):
                 torch.manual_seed(model.seed)
                 finding = detector(model)
         if finding.verdict is Verdict.FAIL:

@@ -1,11 +1,24 @@
 """A question about a language model, and what it finds."""
 
 import dataclasses
+import re
+import sysconfig
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 from parity.doctor.model import LanguageModel
-from parity.doctor.offers import NAMES
+from parity.doctor.offers import NAMES, NoGradient
 from parity.report.record import Verdict
+
+# What frameworks say of a type or operation that they do not have on this machine.
+_LIMIT = re.compile(
+    r"not implemented for '|UNIMPLEMENTED|[Uu]nsupported (element )?type"
+    r"|not supported on (the )?CPU"
+)
+# Where a call enters a model of either framework that is made of layers alone.
+_CALLS = "nn/modules/module.py", "nnx/module.py", "nnx/nn/", "/transformers/"
+_OWN = str(Path(__file__).parents[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +51,7 @@ class Detector:
         remedy: what to look at when it fails.
         needs: the protocol that a model must satisfy to be asked.
         after: detectors whose failure makes its answer meaningless.
+        convention: whether a published model may answer otherwise, and be meant so.
     """
 
     name: str
@@ -47,16 +61,38 @@ class Detector:
     remedy: str
     needs: type = LanguageModel
     after: tuple[str, ...] = ()
+    convention: bool = False
 
     def __call__(self, model: LanguageModel) -> Finding:
         """Return the finding; what the model's own code raises is a failure."""
         if not isinstance(model, self.needs):
             return abstain(f"The model offers no {NAMES[self.needs]}.")
         try:
-            return self.examine(model)
+            finding = self.examine(model)
+        except NoGradient as error:
+            return abstain(str(error))
         except Exception as error:
             lines = str(error).strip().splitlines() or [""]
-            return failed(f"Raised {type(error).__name__}: {lines[0][:200]}")
+            seen = f"{type(error).__name__}: {lines[0][:200]}"
+            if _LIMIT.search(str(error)):
+                return abstain(f"The framework cannot run this here, {seen}")
+            if _is_own(error):
+                return Finding(Verdict.ERROR, f"The question itself went wrong, {seen}")
+            return failed(f"Raised {seen}")
+        if finding.verdict is Verdict.FAIL and self.convention and (kind := model.declares()):
+            return abstain(f"{kind} is meant so. {finding.sentence}")
+        return finding
+
+
+def _is_own(error: Exception) -> bool:
+    """Whether an exception rose in code of the doctor, with no call of the model on the way."""
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    outside = (x for x in files if not x.startswith(_OWN) and not _is_library(x))
+    return not any(outside) and not any(call in x for x in files for call in _CALLS)
+
+
+def _is_library(file: str) -> bool:
+    return "site-packages" in file or "<" in file or file.startswith(sysconfig.get_path("stdlib"))
 
 
 def passed(sentence: str, value: float | None = None, bound: float | None = None) -> Finding:

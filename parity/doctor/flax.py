@@ -5,6 +5,7 @@ Dimension key: B batch, T tokens, D embed dim, V vocab.
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Generator, Mapping
 from typing import Self, Unpack, cast
 
@@ -15,12 +16,22 @@ import optax
 from flax import nnx
 
 from parity.doctor.model import Array, Counts, LanguageModel, Loss, Output, Score
-from parity.doctor.sizes import Options, identify, logits_of
+from parity.doctor.offers import NoGradient
+from parity.doctor.probes import without_padding
+from parity.doctor.sizes import (
+    PROBE_BT,
+    Lookups,
+    Options,
+    identify,
+    is_recurrent,
+    logits_of,
+    positions_of,
+)
 from parity.frameworks.capture import leaves_of
 from parity.frameworks.default_call import projection
 from parity.frameworks.flax.capture import wrapped_calls
 from parity.frameworks.flax.leaves import cast_flax, flax_leaves, load_flax, state_leaves
-from parity.frameworks.flax.module import FlaxTrainer, compile_step
+from parity.frameworks.flax.module import FlaxTrainer, Program, compile_step
 from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import Leaves, dotted
 from parity.frameworks.protocols import Trainer
@@ -35,13 +46,13 @@ class FlaxModel(LanguageModel):
 
     def __init__(self, module: nnx.Module, **options: Unpack[Options]):
         tables = {f"{x}.embedding": y.num_embeddings for x, y in _embeddings(module).items()}
-        matrices = [name for name, leaf in flax_leaves(module).items() if leaf.ndim >= 2]
         self.given_loss = options.get("loss")
-        identify(self, module, options, matrices, tables)
+        identify(self, module, options, tables)
         programs = _of_parts(self._logits), jax.grad(_of_parts(self._cross_entropy), argnums=1)
         if self.compiled:
             programs = tuple(jax.jit(program, static_argnums=0) for program in programs)
         self._run_forward, self._run_gradient = programs
+        self._steps: dict[float, tuple[Program, optax.GradientTransformation]] = {}
         self._hold(nnx.clone(module))
 
     def forward(
@@ -63,6 +74,24 @@ class FlaxModel(LanguageModel):
         if loss is None:
             return next_token_cross_entropy(logits_BTV, tokens_BT, counts_B)
         return loss[0] / loss[1] if isinstance(loss, tuple) else loss
+
+    @functools.cached_property
+    def position_table(self) -> str | None:
+        """Name of the leaf with a row per position, if there is one."""
+        parameters = state_leaves(nnx.state(self.module, nnx.Param))
+        return positions_of((x for x, leaf in parameters.items() if leaf.ndim >= 2), self._lookups)
+
+    def tables(self) -> frozenset[str]:
+        """Return names of the weights of embedding layers."""
+        return frozenset(f"{name}.embedding" for name in _embeddings(self.module))
+
+    def trained_names(self) -> frozenset[str]:
+        """Return names of the parameters, which training changes, and of running statistics."""
+        return frozenset(state_leaves(nnx.state(self.module, (nnx.Param, nnx.BatchStat))))
+
+    def is_recurrent(self) -> bool:
+        """Return whether layers of it read a sequence step by step, with a state."""
+        return any(is_recurrent(part) for _, part in nnx.iter_modules(self.module))
 
     @property
     def dtype(self) -> str:
@@ -98,6 +127,24 @@ class FlaxModel(LanguageModel):
         other._hold(module)
         return other
 
+    @functools.cached_property
+    def _lookups(self) -> Lookups:
+        """What each embedding layer was called with; nothing where the model's own jit calls it."""
+        embeddings, lookups = _embeddings(self.module), Lookups()
+
+        def note(path: str, call: Callable[..., Output], args: tuple, kwargs: dict) -> Output:
+            if path in embeddings:
+                ids = next(leaves_of((args, kwargs)), None)
+                known = not isinstance(ids, jax.core.Tracer) and isinstance(ids, Array | jax.Array)
+                lookups.setdefault(f"{path}.embedding", []).append(
+                    np.asarray(ids) if known else None
+                )
+            return call(*args, **kwargs)
+
+        with self.scope(), wrapped_calls(self.module, note):
+            self._logits(self.module, *self.inputs(without_padding(self, PROBE_BT)))
+        return lookups
+
     def cast(self, dtype: str) -> Self:
         """Return the same model in another type."""
         with jax_scope(dtype, jax.devices()[0]):
@@ -122,9 +169,11 @@ class FlaxModel(LanguageModel):
             module.eval()  # as it is examined
             return self.objective(module, tokens, *counts)
 
-        optimizer = optax.adamw(rate, weight_decay=0.0)
         with self.scope():
-            step = compile_step(loss, optimizer)
+            if rate not in self._steps:  # one program for all trainings at a rate
+                optimizer = optax.adamw(rate, weight_decay=0.0)
+                self._steps[rate] = compile_step(loss, optimizer), optimizer
+            step, optimizer = self._steps[rate]
             trainer = FlaxTrainer(nnx.clone(self.module), step, optimizer)
             return cast(Trainer, Scoped(trainer, self.scope))
 
@@ -174,7 +223,10 @@ class FlaxModel(LanguageModel):
             if not shapes:
                 return None
             gradient_TTD = jax.grad(asked)(jnp.zeros(*shapes[0]))
-            return np.asarray(jnp.linalg.norm(gradient_TTD, axis=-1))
+            reach_TT = np.asarray(jnp.linalg.norm(gradient_TTD, axis=-1))
+            if not np.any(reach_TT):
+                raise NoGradient
+            return reach_TT
 
     def ids(self, array: Array) -> jax.Array:
         """Return token ids or counts as an array of jax."""

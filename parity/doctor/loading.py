@@ -43,8 +43,8 @@ def load_model(
 def as_model(model: object, target: str, **options: Unpack[Options]) -> LanguageModel:
     """Return a module wrapped by its kind, which was seen to return logits.
 
-    A torch model in half precision is examined in float32: the questions are about the program, and
-    one of them is about types.
+    A model in half precision is examined in float32: the questions are about the program, and one
+    of them is about types. A compiled one is examined as the program that was compiled.
 
     Raises:
         ValueError: when it is no model, or returns no logits.
@@ -58,12 +58,20 @@ def as_model(model: object, target: str, **options: Unpack[Options]) -> Language
         found = copy.copy(model)
         found.trained = options.get("trained") or model.trained
     elif isinstance(model, nn.Module):
+        model = getattr(model, "_orig_mod", model)  # of torch.compile
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            raise ValueError(
+                f"{target}: {type(model).__name__} has an encoder, which sees a whole text. The "
+                "doctor examines models of the next token. Give its decoder alone."
+            )
         if any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters()):
             model = copy.deepcopy(model).float()
         kind = TransformersModel if is_causal_lm(model) else TorchModel
         found = kind(model, **options)
     elif isinstance(model, nnx.Module):
         found = FlaxModel(model, **options)
+        if found.dtype != "float64":
+            found = found.cast("float32")
     else:
         raise ValueError(
             f"{target}: gave an object of type {type(model).__name__}. The doctor examines a "
@@ -71,7 +79,8 @@ def as_model(model: object, target: str, **options: Unpack[Options]) -> Language
             "them."
         )
     try:
-        found.logits(tokens(found, 2, 16), None)
+        with torch.compiler.set_stance("force_eager"):
+            found.logits(tokens(found, 2, 16), None)
     except NotLogits:
         raise
     except Exception as error:

@@ -66,8 +66,8 @@ class LanguageModel(Protocol):
         vocab_size: V.
         context_length: longest sequence.
         takes_counts: whether `logits` respects padding on the right.
-        position_table: name of the leaf with a row per position, if there is one.
         ignore_index: a label that its loss must not score, if the loss has one.
+        pad_id: an id that its config calls padding, which texts do not hold.
         seed: of the probes and of the weights that they are asked with.
         trained: whether the weights are trained, so that nothing is asked of fresh ones.
         reference: a model that this one should equal, if there is one.
@@ -78,15 +78,36 @@ class LanguageModel(Protocol):
     vocab_size: int
     context_length: int
     takes_counts: bool = False
-    position_table: str | None = None
     ignore_index: int | None = None
+    pad_id: int | None = None
     seed: int = 0
     trained: bool = False
     reference: "LanguageModel | None" = None
 
     @property
+    def position_table(self) -> str | None:
+        """Name of the leaf with a row per position, if there is one."""
+        return None
+
+    def declares(self) -> str:
+        """Return the name of a published class that this model is; empty for another's code."""
+        return ""
+
+    def trained_names(self) -> frozenset[str]:
+        """Return names of the leaves that training changes; others are constants of the program."""
+        return frozenset(self.weights())
+
+    def tables(self) -> frozenset[str]:
+        """Return names of the leaves whose rows are looked up, one at a time."""
+        return frozenset()
+
+    def is_recurrent(self) -> bool:
+        """Return whether layers of it read a sequence step by step, with a state."""
+        return False
+
+    @property
     def dtype(self) -> str:
-        """Name of the type of its weights."""
+        """Name of the type that it computes in."""
         ...
 
     @property

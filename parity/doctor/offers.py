@@ -13,6 +13,13 @@ from parity.frameworks.protocols import Trainer
 Cache = Any  # whatever the model's own cache is
 
 
+class NoGradient(Exception):
+    """A loss of which nothing can be derived: it is detached, or computed without a graph."""
+
+    def __init__(self) -> None:
+        super().__init__("No gradient comes out of the model.")
+
+
 @runtime_checkable
 class CanTrain(LanguageModel, Protocol):
     """A model that can be differentiated and trained."""

@@ -1,9 +1,13 @@
 """Find a model's name, vocabulary size, context length and logits when they are not given."""
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypedDict
 
-from parity.doctor.model import LanguageModel, Loss, Output
+import numpy as np
+
+from parity.doctor.model import Array, LanguageModel, Loss, Output
+from parity.doctor.probes import FEWEST_IDS, SHORTEST
 
 # Where models keep their sizes, and what they call them.
 _PLACES = "config", "cfg", "args", "params", "hparams"
@@ -12,7 +16,10 @@ _CONTEXTS = (
     *("max_seq_len", "max_seq_length", "n_ctx", "seq_len"),
 )
 
-FEWEST_IDS, SHORTEST = 5, 10  # with fewer, healthy models fail
+# Two rows of ids that are nowhere their own position, to see what layers are called with.
+PROBE_BT = np.array([[4, 3, 0, 2, 1, 4, 0, 3], [2, 0, 4, 1, 3, 2, 4, 0]], np.int32)
+# Of each embedding's weight, what it was called with; None for something else than ids.
+Lookups = dict[str, list[Array | None]]
 
 
 class NotLogits(ValueError):
@@ -46,7 +53,6 @@ def identify(
     model: LanguageModel,
     module: object,
     options: Options,
-    matrices: Iterable[str],
     tables: Mapping[str, int],
 ) -> None:
     """Set the attributes of a model: as given, as its config says, or as its tables do.
@@ -55,7 +61,6 @@ def identify(
         model: to set them of.
         module: that may say its sizes itself, or in its `config`.
         options: as given.
-        matrices: names of the weights with two axes or more.
         tables: rows of each embedding layer's weight.
 
     Raises:
@@ -65,6 +70,7 @@ def identify(
     model.seed, model.trained = options.get("seed", 0), options.get("trained", False)
     if (ignored := options.get("ignore_index")) is not None:
         model.ignore_index = ignored
+    model.pad_id = _said(module, ("pad_token_id",), least=0)
     tokens = (rows for name, rows in tables.items() if not _is_position(name))
     places = (rows for name, rows in tables.items() if _is_position(name))
     vocab_size = options.get("vocab_size") or _said(module, ("vocab_size",)) or next(tokens, None)
@@ -85,20 +91,54 @@ def identify(
             "model larger for an examination."
         )
     model.vocab_size, model.context_length = vocab_size, context
-    # A matrix whose name says so, or an embedding of something else than tokens.
-    named = [name for name in matrices if _is_position(name)]
-    others = [name for name, rows in tables.items() if rows != vocab_size]
-    model.position_table = next(iter(named + others), None)
 
 
-def _said(module: object, names: tuple[str, ...]) -> int | None:
+def _said(module: object, names: tuple[str, ...], least: int = 1) -> int | None:
     """Return the first of these sizes that a module knows."""
     for place in (*(getattr(module, place, None) for place in _PLACES), module):
         for name in names:
             found = place.get(name) if isinstance(place, Mapping) else getattr(place, name, None)
-            if isinstance(found, int) and found > 0:
+            if isinstance(found, int) and found >= least:
                 return found
     return None
+
+
+def positions_of(matrices: Iterable[str], lookups: Lookups) -> str | None:
+    """Return the table of absolute positions: one that was looked up by them, or says so.
+
+    Args:
+        matrices: names of the weights with two axes or more.
+        lookups: what embedding layers were called with for `PROBE_BT`.
+    """
+    calls = {name: [x for x in seen if x is not None] for name, seen in lookups.items()}
+    found = (name for name, seen in calls.items() if any(_counts_up(ids) for ids in seen))
+    said = (
+        name
+        for name in matrices
+        if _is_position(name)
+        and "rel" not in name.lower()
+        and not any(_is_of_pairs(ids) for ids in calls.get(name, []))
+    )
+    return next(iter((*found, *said)), None)
+
+
+def _counts_up(ids: Array) -> bool:
+    """Whether ids are the positions of `PROBE_BT`, from any first one, along either axis."""
+    rows, steps = PROBE_BT.shape
+    ids = np.squeeze(ids)
+    ids = ids.T if ids.shape == (steps, rows) else ids
+    return ids.shape in ((steps,), (rows, steps)) and bool(np.all(np.diff(ids, axis=-1) == 1))
+
+
+def _is_of_pairs(ids: Array) -> bool:
+    """Whether ids are one for each pair of positions."""
+    return ids.shape[-2:] == (PROBE_BT.shape[1],) * 2
+
+
+def is_recurrent(part: object) -> bool:
+    """Whether a module is of a class that is called a recurrent layer."""
+    words = r"RNN|GRU|LSTM|Recurren"
+    return any(re.search(words, x.__name__) for x in type(part).__mro__)
 
 
 def _is_position(name: str) -> bool:

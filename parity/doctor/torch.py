@@ -4,6 +4,7 @@ Dimension key: B batch, T tokens, V vocab.
 """
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Self, Unpack
 
@@ -13,7 +14,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from parity.doctor.model import Array, Counts, LanguageModel, Loss, Output, Score
-from parity.doctor.sizes import Options, identify, logits_of
+from parity.doctor.offers import NoGradient
+from parity.doctor.probes import without_padding
+from parity.doctor.sizes import (
+    PROBE_BT,
+    Lookups,
+    Options,
+    identify,
+    is_recurrent,
+    logits_of,
+    positions_of,
+)
 from parity.frameworks.default_call import projection
 from parity.frameworks.leaves import Leaves
 from parity.frameworks.protocols import Trainer
@@ -45,11 +56,8 @@ class TorchModel(LanguageModel):
     framework = "torch"
 
     def __init__(self, module: nn.Module, **options: Unpack[Options]):
-        parts, leaves = module.named_modules(), module.named_parameters()
-        matrices = [name for name, leaf in leaves if leaf.ndim >= 2]
-        tables = {f"{x}.weight": y.num_embeddings for x, y in parts if isinstance(y, nn.Embedding)}
         self.given_loss = options.get("loss")
-        identify(self, module, options, matrices, tables)
+        identify(self, module, options, self._rows(module))
         self.module = copy.deepcopy(module).eval()
 
     def forward(self, module: nn.Module, tokens_BT: Tensor, counts_B: Tensor | None) -> Output:
@@ -70,11 +78,34 @@ class TorchModel(LanguageModel):
             return next_token_cross_entropy(logits_BTV, tokens_BT, counts_B)
         return loss[0] / loss[1] if isinstance(loss, tuple) else loss
 
+    @functools.cached_property
+    def position_table(self) -> str | None:
+        """Name of the leaf with a row per position, if there is one."""
+        matrices = [x for x, leaf in self.module.named_parameters() if leaf.ndim >= 2]
+        return positions_of(matrices, self._seen[0])
+
+    def tables(self) -> frozenset[str]:
+        """Return names of the weights of embedding layers."""
+        return frozenset(self._rows(self.module))
+
+    def trained_names(self) -> frozenset[str]:
+        """Return the parameters that are trained, all where none is, and statistics, by name."""
+        parameters = dict(self.module.named_parameters(remove_duplicate=False))
+        trained = {name for name, p in parameters.items() if p.requires_grad}
+        buffers = dict(self.module.named_buffers(remove_duplicate=False))
+        statistics = {x for x in buffers if x.endswith(("running_mean", "running_var"))}
+        return frozenset((trained or parameters.keys()) | statistics)
+
+    def is_recurrent(self) -> bool:
+        """Return whether layers of it read a sequence step by step, with a state."""
+        return any(is_recurrent(part) for part in self.module.modules())
+
     @property
     def dtype(self) -> str:
-        """Name of the type of its weights."""
+        """Name of the type of its weights, or of autocast in it."""
         floats = (p.dtype for p in self.module.parameters() if p.is_floating_point())
-        return str(next(floats, torch.float32)).removeprefix("torch.")
+        own = next(floats, torch.float32)
+        return str(min((own, *self._seen[1]), key=_digits)).removeprefix("torch.")
 
     @property
     def num_params(self) -> int:
@@ -102,6 +133,34 @@ class TorchModel(LanguageModel):
         other.module = module
         return other
 
+    @functools.cached_property
+    def _seen(self) -> tuple[Lookups, set[torch.dtype]]:
+        """What each embedding layer was called with, and the types of autocast."""
+        names = {part: f"{x}.weight" for x, part in self.module.named_modules()}
+        lookups: Lookups = {}
+        dtypes: set[torch.dtype] = set()
+
+        def note(part: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+            if torch.is_autocast_enabled(self.device.type):
+                dtypes.add(torch.get_autocast_dtype(self.device.type))
+            if isinstance(part, nn.Embedding):
+                ids = _ids(args, kwargs)
+                lookups.setdefault(names[part], []).append(None if ids is None else to_numpy(ids))
+
+        hooks = [x.register_forward_hook(note, with_kwargs=True) for x in self.module.modules()]
+        try:
+            with torch.no_grad():
+                self._logits(self.module, *self.inputs(without_padding(self, PROBE_BT)))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return lookups, dtypes
+
+    @staticmethod
+    def _rows(module: nn.Module) -> dict[str, int]:
+        parts = module.named_modules()
+        return {f"{x}.weight": y.num_embeddings for x, y in parts if isinstance(y, nn.Embedding)}
+
     def cast(self, dtype: str) -> Self:
         """Return the same model in another type."""
         return self.with_module(cast_torch(self.module, dtype))
@@ -115,7 +174,9 @@ class TorchModel(LanguageModel):
         """Return the gradient of the mean next-token loss by parameter, zeros where it has none."""
         named = dict(self.module.named_parameters())
         loss = self._cross_entropy(self.module, *self.inputs(tokens_BT, counts_B))
-        trained = {name: p for name, p in named.items() if p.requires_grad and loss.requires_grad}
+        if not loss.requires_grad:
+            raise NoGradient
+        trained = {name: p for name, p in named.items() if p.requires_grad}
         found = torch.autograd.grad(loss, [*trained.values()], allow_unused=True) if trained else ()
         known = {name: g for name, g in zip(trained, found, strict=True) if g is not None}
         return {name: to_numpy(known.get(name, torch.zeros_like(p))) for name, p in named.items()}
@@ -126,7 +187,9 @@ class TorchModel(LanguageModel):
         def loss(module: nn.Module, tokens: Tensor, *counts: Tensor) -> Tensor:
             module.eval()  # as it is examined
             value = self.objective(module, tokens.long(), *(x.long() for x in counts))
-            return value if value.requires_grad else value.requires_grad_()
+            if not value.requires_grad:
+                raise NoGradient
+            return value
 
         def adamw(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
             return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
@@ -150,17 +213,23 @@ class TorchModel(LanguageModel):
         by them. None where no layer is called with the tokens themselves.
         """
         T = len(tokens_T)
-        tokens_TT, zeros = self.ids(tokens_T).expand(T, T), []
+        tokens_TT = self.ids(tokens_T).repeat(T, 1)
+        zeros: list[Tensor] = []
+        time_first: list[bool] = []
 
-        def add_zeros(_: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
-            ids = inputs[0] if inputs else tokens_TT[:0]
-            if ids.shape != tokens_TT.shape or bool((ids != tokens_TT).any()):
+        def add_zeros(_: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+            ids = _ids(args, kwargs)
+            if ids is None or output.shape[:-1] != ids.shape:
                 return None
+            is_row = torch.equal(ids, tokens_TT) or torch.equal(ids, tokens_TT.flatten())
+            if not (is_row or torch.equal(ids, tokens_TT.T)):
+                return None
+            time_first.append(not is_row)
             zeros.append(torch.zeros_like(output, requires_grad=True))
             return output + zeros[-1]
 
         embeddings = [m for m in self.module.modules() if isinstance(m, nn.Embedding)]
-        hooks = [m.register_forward_hook(add_zeros) for m in embeddings]
+        hooks = [m.register_forward_hook(add_zeros, with_kwargs=True) for m in embeddings]
         try:
             logits_TTV = self._logits(self.module, tokens_TT, None)
         finally:
@@ -168,10 +237,17 @@ class TorchModel(LanguageModel):
                 hook.remove()
         if not zeros:
             return None
+        if not logits_TTV.requires_grad:
+            raise NoGradient
         # Row t of a batch of copies asks for position t: one backward pass answers for them all.
         asked = logits_TTV.diagonal().T @ from_numpy(projection(self.vocab_size)).to(logits_TTV)
         found = torch.autograd.grad(asked.sum(), zeros, allow_unused=True)
-        return np.sum([to_numpy(x.norm(dim=-1)) for x in found if x is not None], axis=0)
+        total_TT = np.zeros((T, T))
+        for gradient, turned in zip(found, time_first, strict=True):
+            if gradient is not None:
+                norms = to_numpy(gradient.norm(dim=-1)).reshape(T, T)
+                total_TT += norms.T if turned else norms
+        return total_TT
 
     @property
     def device(self) -> torch.device:
@@ -188,7 +264,8 @@ class TorchModel(LanguageModel):
 
     def _logits(self, module: nn.Module, tokens_BT: Tensor, counts_B: Tensor | None) -> Tensor:
         output = self.forward(module, tokens_BT, counts_B)
-        return logits_of(output, tokens_BT.shape, self.vocab_size)
+        logits_BTV = logits_of(output, tokens_BT.shape, self.vocab_size)
+        return logits_BTV.contiguous()  # a loss may call `view`
 
     def _cross_entropy(
         self, module: nn.Module, tokens_BT: Tensor, counts_B: Tensor | None = None
@@ -206,3 +283,14 @@ def next_token_cross_entropy(
         steps_T = torch.arange(1, tokens_BT.shape[1], device=tokens_BT.device)
         targets_BT = torch.where(steps_T[None] < counts_B[:, None], targets_BT, -100)
     return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), targets_BT.flatten())
+
+
+def _ids(args: tuple, kwargs: dict) -> Tensor | None:
+    """Return the first tensor of integers that a layer was called with."""
+    given = (x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+    return next((x for x in given if not x.is_floating_point()), None)
+
+
+def _digits(dtype: torch.dtype) -> float:
+    """Return how fine a float type is: narrow ones sort first."""
+    return -torch.finfo(dtype).eps

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from parity.doctor.model import Array, Counts, Loss, Output
 from parity.doctor.offers import Cache
-from parity.doctor.sizes import Options
+from parity.doctor.probes import gap, shaken
+from parity.doctor.sizes import PROBE_BT, Options
 from parity.doctor.torch import TorchModel
 from parity.frameworks.torch.leaves import load_torch, to_numpy, torch_leaves
 from parity.weights.randomize import randomized
@@ -71,6 +72,31 @@ class TransformersModel(TorchModel):
         mask_BT, labels_BT = _mask(tokens_BT, counts_B), _without_padding(tokens_BT, counts_B)
         return module(input_ids=tokens_BT, attention_mask=mask_BT, labels=labels_BT).loss
 
+    def declares(self) -> str:
+        """Return the name of the library's class, where one made of this config does the same.
+
+        Then a scale, a sink or an order of layers is what the class and the config say, and not a
+        slip in somebody's code.
+        """
+        kind, tokens_BT = type(self.module), self.ids(PROBE_BT)
+        if not kind.__module__.startswith("transformers."):
+            return ""
+        try:
+            with torch.random.fork_rng(devices=[]):
+                plain = cast(Any, kind)(copy.deepcopy(self.module.config)).to(
+                    next(self.module.parameters()).dtype
+                )
+            mine = shaken(self)
+            load_torch(plain.eval(), mine.weights())
+            theirs = mine.with_module(plain)
+            same = [_anatomy(x.module) for x in (mine, theirs)]
+            logits, expected = (x.logits(PROBE_BT) for x in (mine, theirs))
+            loss, aim = (float(x.objective(x.module, tokens_BT)) for x in (mine, theirs))
+        except Exception:
+            return ""
+        is_same = same[0] == same[1] and gap(logits, expected) < 1e-4 and abs(loss - aim) < 1e-4
+        return kind.__name__ if is_same else ""
+
     @property
     def decoder(self) -> Self:
         """What reads tokens through the cache: the model itself."""
@@ -80,7 +106,8 @@ class TransformersModel(TorchModel):
         """Return a cache that holds nothing."""
         from transformers import DynamicCache
 
-        return DynamicCache()
+        # With the config, so that layers that keep a state or a window have their own kind.
+        return DynamicCache(config=self.module.config.get_text_config(decoder=True))
 
     @torch.no_grad()
     def read(self, cache: Cache, tokens_BT: Array, counts_B: None = None) -> tuple[Array, Cache]:
@@ -173,6 +200,11 @@ class TransformersModel(TorchModel):
             return ranks == {4} and bool(off.std() < 0.1 * own.std())
         except Exception:
             return False
+
+
+def _anatomy(module: nn.Module) -> tuple[list[type], list[bool]]:
+    """Return the class of every module, and which parameters are trained."""
+    return [type(x) for x in module.modules()], [x.requires_grad for x in module.parameters()]
 
 
 @torch.no_grad()

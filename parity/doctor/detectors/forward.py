@@ -5,17 +5,31 @@ Dimension key: B batch, T tokens, S slots, N heads, V vocab.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from parity.doctor.finding import Finding, abstain, failed, judged, passed
 from parity.doctor.model import Array, LanguageModel
 from parity.doctor.offers import CanCast, CanDecode, CanGenerate, CanTrain, ShowsAttention
-from parity.doctor.probes import LENGTH, LONGEST, ROWS, gap, is_finite, shaken, tokens, tolerance
+from parity.doctor.probes import (
+    LENGTH,
+    LONGEST,
+    ROWS,
+    drawn,
+    gap,
+    is_finite,
+    shaken,
+    token_leaves,
+    tokens,
+    tolerance,
+)
 from parity.frameworks.leaves import Leaves
 
-_IN_A_BLOCK = re.compile(r"(^|[._])\d+([._]|$)")
+_IN_A_BLOCK = re.compile(r"(?:^|[._])(\d+)(?:[._]|$)")
+_LOUD = 80.0  # of queries and of keys, so that scores are near 10,000 and seldom above 60,000
+_MOST_BLOCKS = 4  # that are asked one by one
+_LEAK = 0.03  # of a standard deviation: a leak changes what is attended to, rounding does not
 _UNSUPPORTED = RuntimeError, NotImplementedError, TypeError  # of a type in which nothing runs
 
 
@@ -55,7 +69,8 @@ def determinism(model: LanguageModel) -> Finding:
         prompt = ids[:, : model.context_length // 4]
         if not np.array_equal(model.generate(prompt, 6), model.generate(prompt, 6)):
             return failed("Two greedy continuations of the same prompt differ.")
-    losses = model.dropout_losses(ids) if isinstance(model, CanTrain) else None
+    # A head that starts at zero has one loss, whatever is dropped.
+    losses = shaken(model).dropout_losses(ids) if isinstance(model, CanTrain) else None
     if losses is None:
         return passed("Evaluation repeats itself.")
     if losses[0] == losses[1]:
@@ -86,6 +101,53 @@ def causality(model: LanguageModel) -> Finding:
     )
 
 
+def mask_strength(model: LanguageModel) -> Finding:
+    """Change later tokens where scores are near 10,000: no mask may be weaker than they are."""
+    ids = tokens(model)
+    place = ids.shape[1] // 4
+    changed = ids.copy()
+    changed[:, place:] = (ids[:, place:] + 1) % model.vocab_size
+    worst = 0.0
+    for leaves in _loud(model):
+        asked = model.with_weights(leaves)
+        before, after = (asked.logits(x)[:, :place] for x in (ids, changed))
+        if not (is_finite(before) and is_finite(after)):
+            return abstain("Matrices 80 times larger give no finite logits.")
+        worst = max(worst, gap(after, before))
+        if worst > _LEAK:
+            break
+    return judged(
+        worst,
+        _LEAK,
+        "No mask gives way to scores near 10,000.",
+        "With scores near 10,000 a later token moves logits before it by {value} standard "
+        "deviations: the mask is a number that is too small.",
+    )
+
+
+def _loud(model: LanguageModel) -> Iterator[Leaves]:
+    """Yield weights for which the scores of one block are near 10,000, block by block.
+
+    The matrices of the others are zero and embeddings of size one, so that the size of the scores
+    does not depend on what stands before a block. In a model without numbers all are loud.
+    """
+    leaves, numbers = drawn(model), {}
+    trained, tables, of_tokens = model.trained_names(), model.tables(), token_leaves(model, leaves)
+    for name, leaf in leaves.items():
+        if leaf.ndim < 2 or name not in trained:
+            continue
+        if name in tables:
+            width = leaf.size / max(leaf.shape)
+            leaves[name] = (leaf * width**0.5).astype(leaf.dtype)
+        elif name != model.position_table and name not in of_tokens:
+            found = _IN_A_BLOCK.search(name)
+            numbers[name] = int(found[1]) if found else None
+    blocks = sorted({x for x in numbers.values() if x is not None})
+    for block in dict.fromkeys([*blocks[: _MOST_BLOCKS - 1], *blocks[-1:]] or [None]):
+        factors = {x: _LOUD if number in (block, None) else 0.0 for x, number in numbers.items()}
+        yield leaves | {x: (leaves[x] * f).astype(leaves[x].dtype) for x, f in factors.items()}
+
+
 def causality_gradient(model: CanTrain) -> Finding:
     """Differentiate: position t must depend on tokens 0 to t, all of them, and on no other."""
     reach_TT = shaken(model).reach(tokens(model, 1, 12)[0])
@@ -111,6 +173,7 @@ def attention_rows(model: ShowsAttention) -> Finding:
     model = shaken(model)
     ids = tokens(model)
     length, layers = ids.shape[1], []
+    sinks = any("sink" in name for name in model.weights())  # they take weight from all slots
     for counts in (None, _ragged(length)) if model.takes_counts else (None,):
         layers = model.attention(ids, counts)
         if not layers:
@@ -122,7 +185,8 @@ def attention_rows(model: ShowsAttention) -> Finding:
             for row in range(len(ids)):
                 real = length if counts is None else int(counts[row])
                 found_NTS = weights_BNTS[min(row, len(weights_BNTS) - 1), :, :real]
-                off = float(np.max(np.abs(found_NTS.sum(axis=-1) - 1.0)))
+                sums_NT = found_NTS.sum(axis=-1)
+                off = float(np.max(sums_NT - 1.0 if sinks else np.abs(sums_NT - 1.0)))
                 if not off <= max(tolerance(model), 1e-6):
                     return failed(
                         f"Layer {number}: the weights of a query add up to 1 only within {off:.1e}."
@@ -147,10 +211,10 @@ def attention_scale(model: ShowsAttention) -> Finding:
     The logarithms of a query's weights spread as its scores do. With matrices drawn for unit
     outputs that is 1 for a scale of 1 / sqrt(head dim).
     """
-    leaves = dict(model.weights())
+    leaves, trained = dict(model.weights()), model.trained_names()
     width, rng = _width(model, leaves), np.random.default_rng(model.seed)
     for name, leaf in leaves.items():
-        if leaf.ndim == 2 and width in leaf.shape:
+        if name in trained and leaf.ndim == 2 and width in leaf.shape:
             leaves[name] = rng.normal(0.0, width**-0.5, leaf.shape).astype(leaf.dtype)
     ids = tokens(model)
     layers = model.with_weights(leaves).attention(ids)
@@ -171,13 +235,17 @@ def attention_scale(model: ShowsAttention) -> Finding:
 
 def residual_stream(model: LanguageModel) -> Finding:
     """Set the matrices of all blocks to zero: a token must still come through to the logits."""
-    leaves = model.weights()
+    if model.is_recurrent():
+        return abstain("Its layers are recurrent: they pass a state on, and not a stream.")
+    leaves, trained = drawn(model), model.trained_names()  # fresh heads may be zero
+    of_tokens = token_leaves(model, leaves)
     inside = [
         name
         for name, leaf in leaves.items()
         if leaf.ndim >= 2
+        and name in trained
         and _IN_A_BLOCK.search(name)
-        and model.vocab_size not in leaf.shape  # a numbered embedding or head is no block
+        and name not in of_tokens  # a numbered embedding or head is no block
         and name != model.position_table
     ]
     if not inside:
@@ -195,16 +263,17 @@ def position_sensitivity(model: LanguageModel) -> Finding:
         return _order_sensitivity(shaken(model))
     several = _row_by_row(model)
     same = np.full_like(several, tokens(model, 1, 1)[0, 0])
-    for drawn, when in ((model, "fresh"), (shaken(model), "any")):
-        by_place = _spread(drawn.logits(same)[0])
-        by_token = _spread(drawn.logits(several)[:, 0])
-        if not by_place > 1e-6 * by_token:
+    # A table or a head may start at zero, so drawn weights show whether positions matter at all.
+    for asked, is_drawn in ((shaken(model), True), (model, False)):
+        by_place = _spread(asked.logits(same)[0])
+        by_token = _spread(asked.logits(several)[:, 0])
+        if is_drawn and not by_place > 1e-6 * by_token:
             return failed(
-                f"With {when} weights the same token gives the same logits at every position, "
+                "With drawn weights the same token gives the same logits at every position, "
                 f"though {model.position_table} is there to tell them apart.",
                 by_place / by_token if by_token else None,
             )
-        if when == "fresh" and not model.trained and by_place > 10.0 * by_token:
+        if not is_drawn and not model.trained and by_place > 10.0 * by_token > 0.0:
             return failed(
                 f"With fresh weights a logit varies {by_place / by_token:.0f} times more with the "
                 "position than with the token.",
@@ -295,7 +364,7 @@ def boundary_lengths(model: LanguageModel) -> Finding:
             return failed(f"The logits of {length} tokens are not finite.")
         if not gap(found, whole[:, :length]) <= 10 * tolerance(model):
             return failed(f"{length} tokens give other logits than the same tokens and more.")
-    if context == model.context_length and model.position_table:
+    if context == model.context_length and _has_one_row_each(model):
         longer = np.concatenate([ids, ids[:, :1]], axis=1)
         if _answers(lambda: model.logits(longer)[:, -1]):
             return failed(f"{context + 1} tokens in a context of {context} are read all the same.")
@@ -318,7 +387,10 @@ def dtype_audit(model: CanCast) -> Finding:
     model = shaken(model)
     ids = tokens(model)
     try:
-        truth = np.asarray(model.cast("float64").logits(ids), np.float64)
+        exact = model.cast("float64")
+        if exact.dtype != "float64":
+            return abstain(f"The model computes in {exact.dtype} whatever its weights are.")
+        truth = np.asarray(exact.logits(ids), np.float64)
     except _UNSUPPORTED as error:
         return abstain(f"The model does not run in float64: {type(error).__name__}.")
     # Of a standard deviation; 40 units in the last place, where two layers need 3 and twelve 10.
@@ -338,6 +410,12 @@ def dtype_audit(model: CanCast) -> Finding:
         right.append(dtype)
     seen = f"{', '.join(right)}: the logits of float64, up to their digits."
     return passed(seen + (f" It does not run in {', '.join(silent)}." if silent else ""))
+
+
+def _has_one_row_each(model: LanguageModel) -> bool:
+    """Whether the position table ends with the context."""
+    table = model.position_table
+    return table is not None and model.context_length in model.weights()[table].shape
 
 
 def _expected(seen_TT: Array) -> Array:

@@ -11,8 +11,18 @@ from parity.check.metrics import gradient_norm, largest
 from parity.doctor.detectors.forward import cross_entropies
 from parity.doctor.finding import Finding, abstain, failed, judged, passed
 from parity.doctor.model import AdamW, Array, Counts, LanguageModel
-from parity.doctor.offers import CanEvaluate, CanTrain, HasOwnStep
-from parity.doctor.probes import LENGTH, LONGEST, ROWS, is_finite, shaken, tokens, tolerance
+from parity.doctor.offers import CanEvaluate, CanTrain, HasOwnStep, NoGradient
+from parity.doctor.probes import (
+    LENGTH,
+    LONGEST,
+    ROWS,
+    drawn,
+    is_finite,
+    shaken,
+    token_leaves,
+    tokens,
+    tolerance,
+)
 from parity.frameworks.leaves import Leaves
 
 _STEPS, _CYCLES = 150, 80
@@ -82,16 +92,22 @@ def gradient_coverage(model: CanTrain) -> Finding:
     """Differentiate: every parameter must get a gradient, and every row of a position table."""
     model = shaken(model)
     context = min(model.context_length, LONGEST)
-    gradients = model.gradients(tokens(model, ROWS if context <= 256 else 1, context))
+    try:
+        gradients = model.gradients(tokens(model, ROWS if context <= 256 else 1, context))
+    except NoGradient as error:
+        return failed(f"{error} Is it called in inference_mode, or detached?")
+    if not any(np.any(gradient) for gradient in gradients.values()):
+        return failed("No gradient comes out of the model: that of every parameter is zero.")
     for name, gradient in gradients.items():
-        if not np.any(gradient):
+        if not np.any(gradient) and not _is_meant(model, name):
             seen = f"{name} gets no gradient: it is frozen, or the loss does not depend on it."
             return failed(seen)
         if not is_finite(gradient):
             return failed(f"The gradient of {name} is not finite.")
+    of_tokens = token_leaves(model, gradients)
     for name, gradient in gradients.items():
         fused = gradient.ndim == 2 and min(gradient.shape) >= 8
-        if not fused or model.vocab_size in gradient.shape or name == model.position_table:
+        if not fused or name in of_tokens or name == model.position_table or not gradient.any():
             continue
         # Of a fused projection a third is unused where a query stands in for a key; a ReLU that
         # is dead for all tokens leaves a tenth at most.
@@ -111,6 +127,24 @@ def gradient_coverage(model: CanTrain) -> Finding:
     return passed(f"All {len(gradients)} parameters get a gradient.")
 
 
+def _is_meant(model: LanguageModel, name: str) -> bool:
+    """Whether a parameter without a gradient is a constant, or only chooses."""
+    leaves, ids = model.weights(), tokens(model)
+    leaf = leaves[name]
+    if name not in model.trained_names() and leaf.ndim >= 2:
+        # A table of fixed positions, or a mask, which has few values.
+        return name == model.position_table or 2 <= np.unique(leaf).size <= 3
+    if leaf.ndim != 1:
+        return False
+    # A vector by which experts are chosen moves the logits in steps only.
+    noise = np.random.default_rng(0).normal(0.0, 1.0, leaf.shape)
+    before, little, much = (
+        model.with_weights(leaves | {name: (leaf + x * noise).astype(leaf.dtype)}).logits(ids)
+        for x in (0.0, 1e-5, 10.0)
+    )
+    return np.array_equal(before, little) and not np.array_equal(before, much)
+
+
 def best_lag(model: CanTrain) -> Finding:
     """Train on a cycle of tokens: the logits must name the next token."""
     num = min(model.vocab_size, 31)
@@ -122,8 +156,7 @@ def best_lag(model: CanTrain) -> Finding:
         return cycle[(starts[:, None] + np.arange(length)) % num].astype(np.int32)
 
     trainer = model.trainer(_rate(model))
-    for step in range(_CYCLES):
-        trainer.step(passages(step))
+    losses = [trainer.step(passages(step)) for step in range(_CYCLES)]
     ids = passages(1000)
     named = np.argmax(model.with_weights(trainer.parameters()).logits(ids), axis=-1)
     hits = {}
@@ -132,7 +165,7 @@ def best_lag(model: CanTrain) -> Finding:
         shifted = slice(max(lag, 0), length + min(lag, 0))
         hits[lag] = float(np.mean(named[:, inside] == ids[:, shifted]))
     lag = max(hits, key=lambda lag: hits[lag])
-    if hits[lag] < 0.5:
+    if hits[lag] < 0.5 or not np.mean(losses[-5:]) < 0.5 * losses[0]:
         return abstain(f"Nothing was learned of a cycle of {num} tokens in {_CYCLES} steps.")
     seen = f"Trained on a cycle, the logits at t name token t{lag:+d} in {hits[lag]:.0%} of cases."
     return (passed if lag == 1 else failed)(seen, lag, 1)
@@ -141,10 +174,14 @@ def best_lag(model: CanTrain) -> Finding:
 def overfit_one_batch(model: CanTrain) -> Finding:
     """Train on one small batch until it is learned by heart."""
     ids = tokens(model)
-    trainer = model.trainer(_rate(model))
-    losses = [trainer.step(ids)]
-    while len(losses) < _STEPS and np.isfinite(losses[-1]) and losses[-1] > 0.1:
-        losses.append(trainer.step(ids))
+    losses: list[float] = []
+    for rate in (1.0, 0.2):  # deep or recurrent ones may need smaller steps
+        trainer = model.trainer(rate * _rate(model))
+        losses = [trainer.step(ids)]
+        while len(losses) < _STEPS and np.isfinite(losses[-1]) and losses[-1] > 0.1:
+            losses.append(trainer.step(ids))
+        if losses[-1] <= 0.1:
+            break
     seen = f"One batch: loss {losses[0]:.2f} to {losses[-1]:.2f} in {len(losses)} steps."
     return judged(losses[-1], 0.1, seen)
 
@@ -222,8 +259,10 @@ def nan_origin(model: CanTrain) -> Finding:
     """Find the first NaN: from large scores, in the gradient, or from the optimizer."""
     ids = tokens(model)
     ids %= max(model.vocab_size // 2, 1)  # half of the vocabulary gets no gradient as an input
+    trained = model.trained_names()
     large = {
-        name: (30.0 * leaf).astype(leaf.dtype) for name, leaf in shaken(model).weights().items()
+        name: (30.0 * leaf).astype(leaf.dtype) if name in trained else leaf
+        for name, leaf in drawn(model).items()
     }
     logits = model.with_weights(large).logits(ids)
     if not is_finite(logits):
@@ -235,7 +274,7 @@ def nan_origin(model: CanTrain) -> Finding:
     for step in range(2):
         trainer.step(ids)
         for name, leaf in trainer.parameters().items():
-            if not is_finite(leaf):
+            if name in trained and not is_finite(leaf):
                 return failed(
                     f"The optimizer makes NaN of {name} in step {step + 1}, from gradients that "
                     "are finite."

@@ -8,8 +8,7 @@ import numpy as np
 from parity.doctor.finding import Finding, abstain, failed, passed
 from parity.doctor.model import Array, LanguageModel
 from parity.doctor.offers import CanCast, CanDecode, CanEvaluate, CanGenerate, CanTrain, HasOwnStep
-from parity.doctor.probes import ROWS, gap, tokens, tolerance
-from parity.weights.randomize import randomized
+from parity.doctor.probes import ROWS, drawn, gap, tokens, tolerance
 
 Kind = TypeVar("Kind", bound=LanguageModel)
 
@@ -24,7 +23,7 @@ def parity(model: LanguageModel) -> Finding:
     for name, leaf in theirs.items():
         if not (off := gap(mine[name], leaf)) <= tolerance(model):
             return failed(f"The initial {name}: differs from the reference by {off:.1e}.", off)
-    leaves = randomized(theirs, model.reference.seed)
+    leaves = drawn(model.reference)
     pair = model.with_weights(leaves), model.reference.with_weights(leaves)
     number = len(leaves)
     for (words, found), (_, expected) in zip(*(_answers(x, pair) for x in pair), strict=True):

@@ -3,6 +3,8 @@
 Dimension key: B batch, T tokens, S cache slots, D embed dim.
 """
 
+import math
+
 import pytest
 import torch
 import transformers
@@ -141,7 +143,7 @@ def test_a_model_with_an_encoder_is_refused():
     config = transformers.T5Config(
         vocab_size=97, d_model=40, num_layers=1, num_heads=5, d_kv=8, d_ff=56
     )
-    with pytest.raises(ValueError, match="called with tokens, T5ForConditionalGeneration raised"):
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration has an encoder, which"):
         as_model(transformers.T5ForConditionalGeneration(config), "t5", context_length=31)
 
 
@@ -163,15 +165,21 @@ def planted(model, part, fault, which=slice(None)):
 class Masked:
     """Attention with a mask of its own: query t sees the slots up to t + further."""
 
-    further = 0
+    further, hidden = 0, -math.inf
 
     def forward(self, hidden_states, past_key_values=None, attention_mask=None, **more):
         past = past_key_values.get_seq_length(self.layer_idx) if past_key_values else 0
         T = hidden_states.shape[1]
         hidden_TS = torch.ones(T, past + T).triu(1 + past + self.further).bool()
-        mask_TS = hidden_states.new_zeros(T, past + T).masked_fill(hidden_TS, -1e4)
+        mask_TS = hidden_states.new_zeros(T, past + T).masked_fill(hidden_TS, self.hidden)
         more["attention_mask"] = mask_TS[None, None]
         return super().forward(hidden_states, past_key_values=past_key_values, **more)
+
+
+class WeaklyMasked(Masked):
+    """A mask that scores of 10,000 get past."""
+
+    hidden = -1e4
 
 
 class Unmasked(Masked):
@@ -337,6 +345,12 @@ CAUSAL = "causality causality-gradient attention-rows"
 FAULTS = {
     "no mask, GPT-2": (lambda: planted(gpt2(), GPT2Attention, Unmasked), CAUSAL),
     "no mask, Llama": (lambda: planted(llama(), LlamaAttention, Unmasked), CAUSAL),
+    "a mask of -1e4, GPT-2": (
+        lambda: planted(gpt2(), GPT2Attention, WeaklyMasked), "mask-strength"
+    ),
+    "a mask of -1e4, Llama": (
+        lambda: planted(llama(), LlamaAttention, WeaklyMasked), "mask-strength"
+    ),
     "no mask in one layer": (lambda: planted(gpt2(), GPT2Attention, Unmasked, ONE), CAUSAL),
     "sees the next token, GPT-2": (lambda: planted(gpt2(), GPT2Attention, SeesTheNext), CAUSAL),
     "sees the next token, Llama": (lambda: planted(llama(), LlamaAttention, SeesTheNext), CAUSAL),
