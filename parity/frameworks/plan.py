@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 
@@ -19,6 +19,7 @@ Row: TypeAlias = tuple[int, ...]  # ids of tokens
 Call = Literal["GPT", "definition", "prefill", "decode_step", "Decoder.prefill", "Decoder.advance"]
 
 _PASS_SIZE = 1 << 17  # scores of one head
+Refused = Literal["full", "longer", "row", "smaller"]
 # Overwritten in every free slot.
 GARBAGE = float("nan"), 1e30, float("inf"), -1e30
 
@@ -125,7 +126,7 @@ class Refuse:
     """
 
     source: int
-    what: Literal["full", "longer", "row", "smaller"]
+    what: Refused
 
 
 Operation: TypeAlias = Empty | Read | Truncate | Select | Grow | Fill | Refuse
@@ -285,8 +286,9 @@ def draw(rng: np.random.Generator, limits: Limits) -> Plan:
     return plan
 
 
+_REFUSED: tuple[Refused, ...] = "full", "longer", "row", "smaller"
 _KINDS = (
-    "begin", "truncate", "same length", "select", "all rows", "grow", "fill", "fill", "refuse",
+    "begin", "truncate", "same length", "select", "all rows", "grow", "fill", "fill", *_REFUSED,
 )  # fmt: skip
 
 
@@ -331,10 +333,8 @@ def _dealt(
         operation = Grow(source, limits.capacities[-1])
     elif card == "fill":
         operation = Fill(source, GARBAGE[int(rng.integers(len(GARBAGE)))])
-    elif card == "refuse" and not held.invariant:
-        what: Sequence[Literal["full", "longer", "row", "smaller"]]
-        what = "full", "longer", "row", "smaller"
-        operation = Refuse(source, what[int(rng.integers(4))])
+    elif card in _REFUSED and not held.invariant:
+        operation = Refuse(source, cast("Refused", card))
     return operation if operation and is_possible((*plan, operation), limits) else None
 
 

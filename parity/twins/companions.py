@@ -74,7 +74,7 @@ COMPANIONS: Mapping[str, Companion] = {
             positions="rotary", num_heads=4, num_kv_heads=2, head_dim=6,
             rotary=Rotary(fraction=0.7, scaling="llama3", factor=4.0, original_length=9),
             norm="rms", activation="silu_clamped", gated=True, tied_head=False,
-            qk_norm="width", attention_scale=0.3, logit_scale=0.7, residual_scale=0.6,
+            attention_scale=0.3, logit_scale=0.7, residual_scale=0.6,
             qkv_bias=False, out_bias=False, mlp_bias=False,
         ),
     ),
@@ -110,7 +110,7 @@ COMPANIONS: Mapping[str, Companion] = {
         dict(
             positions="none", num_heads=6, num_kv_heads=3, head_dim=4, window=6, norm="rms",
             activation="relu", residual="parallel_one_norm", score_cap=3.0,
-            logit_cap=5.0, out_bias=False,
+            logit_cap=5.0, qk_norm="width", out_bias=False,
         ),
         invariant=True,
     ),

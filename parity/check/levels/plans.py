@@ -117,7 +117,7 @@ class Trials:
         lines = self._decoder.script(plan, gap.row, gap.index, gap.history)
         note = f", {gap.note}" if gap.note else ""
         detail = f"In the model with {name}{note}. The lines that show it:\n{lines}\n"
-        return Divergence(where, "decode", len(plan), gap.value, cause=cause, detail=detail)
+        return Divergence(where, "decode", 0, gap.value, cause=cause, detail=detail)
 
     def _plans(self) -> list[Plan]:
         seeds = ((self._seed, number) for number in range(self._limits.plans))

@@ -52,7 +52,7 @@ def test_a_planted_fault_is_seen_by_the_plans_of_a_check(fault, two_threads):
 def test_the_plans_of_a_check_find_nothing_in_the_twins(name, two_threads):
     for subject in PACKAGES:
         found = trials_of(name, subject).record("x")
-        assert found.verdict is Verdict.PASS and found.count > 1000
+        assert found.verdict is Verdict.PASS and found.count > 400
 
 
 def test_a_failure_is_a_short_plan_with_its_cause_and_lines_that_run(corpus):
@@ -104,11 +104,8 @@ def test_plans_are_possible_and_take_every_way(name):
 
 
 def test_plans_fill_caches_to_the_last_slot():
-    for limits in (
-        x for companion in COMPANIONS.values() for x in (companion.flax, companion.torch)
-    ):
-        several = [way for way in limits.ways if not way.is_step and way.call != "Decoder.prefill"]
-        if several:  # else a cache is longer than a plan
-            drawn = (plans.draw(np.random.default_rng((0, x)), limits) for x in range(30))
-            held = (x for plan in drawn for x in follow(plan, limits))
-            assert any(x.capacity in map(len, x.rows) for x in held), limits
+    for companion in COMPANIONS.values():
+        limits = companion.torch
+        drawn = (plans.draw(np.random.default_rng((0, x)), limits) for x in range(30))
+        held = (x for plan in drawn for x in follow(plan, limits))
+        assert any(x.capacity in map(len, x.rows) for x in held), limits
