@@ -2,14 +2,23 @@
 
 from flax_gpt import random
 from flax_gpt.cache import KVCache, LayerCache
-from flax_gpt.config import PRESETS, GPTConfig, Rotary
+from flax_gpt.config import PRESETS, Experts, GPTConfig, Layer, Rotary
 from flax_gpt.decode import decode_step, prefill
 from flax_gpt.decoding.batch_invariant import BatchInvariantCache, BatchInvariantDecoder
+from flax_gpt.decoding.beams import Beams, beam_search
 from flax_gpt.decoding.decoder import Decoder
+from flax_gpt.decoding.files import load_cache, save_cache, weights_digest
 from flax_gpt.decoding.generate import NO_TOKEN, Generation, generate, right_pad
 from flax_gpt.decoding.kernels import KERNELS, Choice, Product
 from flax_gpt.decoding.packing import PackedGPT, PackedLinear, choose_kernels, pack
 from flax_gpt.decoding.sampling import GREEDY, Sampling, filter_logits
+from flax_gpt.decoding.speculation import (
+    DraftModel,
+    PromptLookup,
+    Speculation,
+    rejection_rule,
+    speculate,
+)
 from flax_gpt.metadata import AttentionMetadata
 from flax_gpt.model import GPT, MLP, Attention, Block
 from flax_gpt.training.classifier import SequenceClassifier, TokenClassifier
@@ -42,20 +51,26 @@ __all__ = [
     "Batch",
     "BatchInvariantCache",
     "BatchInvariantDecoder",
+    "Beams",
     "Block",
     "Choice",
     "Decoder",
+    "DraftModel",
     "Evaluation",
+    "Experts",
     "GPTConfig",
     "Generation",
     "KVCache",
+    "Layer",
     "LayerCache",
     "PackedGPT",
     "PackedLinear",
     "Product",
+    "PromptLookup",
     "Rotary",
     "Sampling",
     "SequenceClassifier",
+    "Speculation",
     "StepResult",
     "Task",
     "TokenClassifier",
@@ -63,6 +78,7 @@ __all__ = [
     "TrainConfig",
     "TrainState",
     "adamw",
+    "beam_search",
     "choose_kernels",
     "cross_entropy",
     "decode_step",
@@ -70,11 +86,16 @@ __all__ = [
     "filter_logits",
     "generate",
     "learning_rate",
+    "load_cache",
     "next_token_loss",
     "overfit_one_batch",
     "pack",
     "prefill",
     "random",
+    "rejection_rule",
     "right_pad",
+    "save_cache",
+    "speculate",
     "train_step",
+    "weights_digest",
 ]

@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 
 from flax_gpt.cache import LayerCache
-from flax_gpt.layers import identity
+from flax_gpt.layers import SoftCap, identity
 from flax_gpt.metadata import AttentionMetadata
+from flax_gpt.scores import softmax_with_sinks
 
 Drop = Callable[[jax.Array], jax.Array]
 Attend = Callable[
@@ -52,7 +53,8 @@ def attend(
     # to the tokens apart and writes last; torch writes first and reads one piece.
     mask_BTS = metadata.mask_BTS
     parts = [new] if past is None else zero_unattended([past, new], mask_BTS)
-    weights_BKQTS = drop(attention_weights(q_BKQTH, parts, mask_BTS, metadata.bias_BKQTS))
+    scores = metadata.bias_BKQTS, metadata.sinks_KQ, metadata.score_cap
+    weights_BKQTS = drop(attention_weights(q_BKQTH, parts, mask_BTS, *scores))
     layer = None if past is None else past.append(new, metadata)
     return weighted_values(weights_BKQTS, parts), layer
 
@@ -62,6 +64,8 @@ def attention_weights(
     parts: Sequence[LayerCache],
     mask_BTS: jax.Array,
     bias_BKQTS: jax.Array | None = None,
+    sinks_KQ: jax.Array | None = None,
+    score_cap: float | None = None,
 ) -> jax.Array:
     """Compute softmax(q k / sqrt(H) + bias) over the columns of all parts.
 
@@ -70,6 +74,8 @@ def attention_weights(
         parts: keys and values, which side by side are the S columns.
         mask_BTS: True where a query sees a column.
         bias_BKQTS: added to the scores; None for nothing.
+        sinks_KQ: scores of one more column, which has no value; None for none.
+        score_cap: that products do not reach; None for none.
 
     Returns:
         Weights (B, K, Q, T, S) in the dtype of the queries.
@@ -78,11 +84,15 @@ def attention_weights(
     scores_BKQTS = scores[0] if len(scores) == 1 else jnp.concatenate(scores, axis=-1)
     scores_BKQTS = scores_BKQTS * q_BKQTH.shape[-1] ** -0.5
     scores_BKQTS = scores_BKQTS.astype(jnp.promote_types(scores_BKQTS.dtype, jnp.float32))
+    if score_cap is not None:
+        scores_BKQTS = SoftCap(score_cap)(scores_BKQTS)
     if bias_BKQTS is not None:
         scores_BKQTS = scores_BKQTS + bias_BKQTS.astype(scores_BKQTS.dtype)
     # Not -inf: a row that sees nothing, such as padding, must stay finite.
     lowest = jnp.finfo(scores_BKQTS.dtype).min
     scores_BKQTS = jnp.where(mask_BTS[:, None, None, :, :], scores_BKQTS, lowest)
+    if sinks_KQ is not None:
+        return softmax_with_sinks(scores_BKQTS, sinks_KQ).astype(q_BKQTH.dtype)
     return jax.nn.softmax(scores_BKQTS, axis=-1).astype(q_BKQTH.dtype)
 
 

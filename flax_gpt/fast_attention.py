@@ -41,11 +41,12 @@ def attend(
         return attention.attend(q_BKQTH, new, past, metadata, drop)
     longest = jnp.max(metadata.lengths_B)
     sizes, size_index = slots_to_read(past.keys_BKSH.shape[2], longest)
-    careful = functools.partial(_over_slots, sizes[-1], True)
+    cap = metadata.score_cap
+    careful = functools.partial(_over_slots, sizes[-1], True, cap)
 
     @jax.custom_jvp
     def quick(size_index, *operands):
-        branches = [functools.partial(_over_slots, size, False) for size in sizes]
+        branches = [functools.partial(_over_slots, size, False, cap) for size in sizes]
         values_BKQTH = switch(size_index, branches, *operands)
         # Garbage that is not finite shows, because 0 * NaN is NaN.
         shows = ~jnp.all(jnp.isfinite(values_BKQTH))
@@ -54,7 +55,8 @@ def attend(
 
     # In a gradient it need not show, so that is always taken with zeros in place of garbage.
     quick.defjvp(lambda given, tangents: jax.jvp(careful, given[1:], tangents[1:]))
-    operands = q_BKQTH, new, past, metadata.mask_BTS, metadata.bias_BKQTS
+    scores = metadata.bias_BKQTS, metadata.sinks_KQ
+    operands = q_BKQTH, new, past, metadata.mask_BTS, scores
     return quick(size_index, *operands), past.append(new, metadata)
 
 
@@ -109,13 +111,15 @@ def switch(
 def _over_slots(
     num_slots: int,
     clean: bool,
+    score_cap: float | None,
     q_BKQTH: jax.Array,
     new: LayerCache,
     past: LayerCache,
     mask_BTS: jax.Array,
-    bias_BKQTS: jax.Array | None,
+    scores: tuple[jax.Array | None, jax.Array | None],
 ) -> jax.Array:
-    """Attend to the first slots of the cache and to the new tokens."""
+    """Attend to the first slots of the cache and to the new tokens; `scores` are bias and sinks."""
+    bias_BKQTS, sinks_KQ = scores
     num_tokens = new.keys_BKSH.shape[2]
     mask_BTS, bias_BKQTS = jax.tree.map(
         lambda x: jnp.concatenate([x[..., :num_slots], x[..., -num_tokens:]], axis=-1),
@@ -124,4 +128,5 @@ def _over_slots(
     parts = [jax.tree.map(lambda x: x[:, :, :num_slots], past), new]
     if clean:
         parts = zero_unattended(parts, mask_BTS)
-    return weighted_values(attention_weights(q_BKQTH, parts, mask_BTS, bias_BKQTS), parts)
+    rules = bias_BKQTS, sinks_KQ, score_cap
+    return weighted_values(attention_weights(q_BKQTH, parts, mask_BTS, *rules), parts)

@@ -35,6 +35,14 @@ class RMSNormPlusOne(nnx.RMSNorm):
         return (wide * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(x.dtype)
 
 
+class RMSNormOfHeads(nnx.RMSNorm):
+    """An RMS norm over all heads of a token together."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Norm the last two axes."""
+        return super().__call__(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     """Zero elements with probability `rate` and scale up the rest; do nothing without a key.
 
@@ -54,6 +62,47 @@ def dropping(rate: float, key: jax.Array | None) -> Callable[[jax.Array], jax.Ar
     if key is None or rate == 0.0:
         return identity
     return functools.partial(dropout, rate=rate, key=key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A product with a constant."""
+
+    factor: float
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Multiply."""
+        return x * self.factor
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftCap:
+    """A bound on numbers that leaves small ones nearly as they are.
+
+    Attributes:
+        cap: that none of them reaches.
+    """
+
+    cap: float
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Bend numbers by the hyperbolic tangent."""
+        return self.cap * jnp.tanh(x / self.cap)
+
+
+def block_input(x: jax.Array, normed: jax.Array, after: jax.Array) -> jax.Array:
+    """Return the residual stream before attention."""
+    return x
+
+
+def attention_input(x: jax.Array, normed: jax.Array, after: jax.Array) -> jax.Array:
+    """Return the same as attention reads it, normed."""
+    return normed
+
+
+def attention_sum(x: jax.Array, normed: jax.Array, after: jax.Array) -> jax.Array:
+    """Return the residual stream after attention."""
+    return after
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +129,30 @@ class GatedActivation(Activation):
         return self.function(gate) * up
 
 
+@dataclasses.dataclass(frozen=True)
+class ClampedActivation(Activation):
+    """The function of a gated MLP in gpt-oss: a steeper silu, bounded, and one added to the map.
+
+    Attributes:
+        steepness: of the logistic function.
+        limit: that neither map goes beyond, the gate on one side alone.
+    """
+
+    steepness: float = 1.702
+    limit: float = 7.0
+
+    def __call__(self, up: jax.Array, gate: jax.Array) -> jax.Array:
+        """Bound both, apply it to the gate, and multiply."""
+        gate = jnp.minimum(gate, self.limit)
+        up = jnp.clip(up, -self.limit, self.limit)
+        return (up + 1.0) * gate * jax.nn.sigmoid(self.steepness * gate)
+
+
+def without_shared(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Return what experts made of x, where no MLP is shared."""
+    return y
+
+
 def gelu(x: jax.Array) -> jax.Array:
     """Compute x times the normal distribution function of x."""
     return jax.nn.gelu(x, approximate=False)
@@ -100,9 +173,24 @@ def silu(x: jax.Array) -> jax.Array:
     return jax.nn.silu(x)
 
 
+def relu(x: jax.Array) -> jax.Array:
+    """Compute x, or 0 where it is negative."""
+    return jax.nn.relu(x)
+
+
+def relu_squared(x: jax.Array) -> jax.Array:
+    """Compute the square of `relu`. So et al., "Primer", 2021."""
+    return jnp.square(jax.nn.relu(x))
+
+
 def layer_norm(config: GPTConfig, width: int) -> nnx.LayerNorm:
     """Make a norm by mean and variance over the last axis; the variance in two passes."""
     return nnx.LayerNorm(width, **_norm_options(config))
+
+
+def layer_norm_no_bias(config: GPTConfig, width: int) -> nnx.LayerNorm:
+    """Make a `layer_norm` that adds nothing."""
+    return nnx.LayerNorm(width, use_bias=False, **_norm_options(config))
 
 
 def rms_norm(config: GPTConfig, width: int) -> nnx.RMSNorm:
@@ -114,6 +202,11 @@ def rms_norm_plus_one(config: GPTConfig, width: int) -> RMSNormPlusOne:
     """Make an RMS norm that multiplies by 1 + its weight, which starts at 0."""
     options = _norm_options(config)
     return RMSNormPlusOne(width, scale_init=nnx.initializers.zeros_init(), **options)
+
+
+def norm_of_heads(config: GPTConfig, width: int) -> RMSNormOfHeads:
+    """Make an RMS norm over all heads together, as wide as given."""
+    return RMSNormOfHeads(width, **_norm_options(config))
 
 
 def linear(

@@ -60,6 +60,8 @@ class AttentionMetadata:
         mask_BTS: True where a query sees a column.
         rotation: of queries and keys, where positions are rotary.
         bias_BKQTS: added to the scores, where positions are a bias.
+        score_cap: that scores do not reach, where they are bent.
+        sinks_KQ: scores that take part in each head's softmax and have no value.
     """
 
     # twin: torch can tell on the host how far rows reach; jax cannot, in the programs it compiles.
@@ -73,6 +75,8 @@ class AttentionMetadata:
     mask_BTS: jax.Array
     rotation: Rotation | None = None
     bias_BKQTS: jax.Array | None = None
+    score_cap: float | None = None
+    sinks_KQ: jax.Array | None = None
 
     def valid_ids(self, tokens_BT: jax.Array) -> jax.Array:
         """Replace ids of padding by 0, and by NOWHERE those whose embedding must be NaN."""

@@ -106,11 +106,18 @@ class Rotary(NoPositions):
             angles = jnp.exp(powers_11E * jnp.log(self.stretched_base(lengths_BT1)))
         else:
             angles = jnp.asarray(self.frequencies(), wide)[None, None, :]
-        angles_BTE = positions_BT1 * angles
-        return Rotation(jnp.cos(angles_BTE)[:, :, None, :], jnp.sin(angles_BTE)[:, :, None, :])
+        if self.constants.scaling == "longrope":
+            far = jnp.asarray(self.frequencies(far=True), wide)[None, None, :]
+            angles = jnp.where(positions_BT1 < self.original_length, angles, far)
+        angles_BT1E = (positions_BT1 * angles)[:, :, None, :]
+        size = self.constants.attention_factor
+        return Rotation(jnp.cos(angles_BT1E) * size, jnp.sin(angles_BT1E) * size)
 
-    def frequencies(self) -> np.ndarray:
-        """Return the angle per token of each pair (E,), in float64; unscaled where dynamic."""
+    def frequencies(self, far: bool = False) -> np.ndarray:
+        """Return the angle per token of each pair (E,), in float64; unscaled where dynamic.
+
+        `far` are those of tokens beyond the original length, which differ in longrope.
+        """
         rotary = self.constants
         angles_E = rotary.base ** (-np.arange(self.num_pairs) / self.num_pairs)
         if rotary.scaling == "linear":
@@ -121,7 +128,28 @@ class Rotary(NoPositions):
             span = rotary.high_frequency - rotary.low_frequency
             kept_E = np.clip((rounds_E - rotary.low_frequency) / span, 0.0, 1.0)
             return kept_E * angles_E + (1.0 - kept_E) * angles_E / rotary.factor
+        if rotary.scaling == "yarn":
+            kept_E = self.kept_by_yarn()
+            return kept_E * angles_E + (1.0 - kept_E) * angles_E / rotary.factor
+        if rotary.scaling == "longrope":
+            return angles_E / np.array(rotary.long_factors if far else rotary.short_factors)
         return angles_E
+
+    def kept_by_yarn(self) -> np.ndarray:
+        """Return the share of each pair's angle that yarn does not divide, (E,).
+
+        It falls evenly from the pair that goes round `high_frequency` times in the original length
+        to the one that does so `low_frequency` times.
+        """
+        rotary = self.constants
+        turns = np.array([rotary.high_frequency, rotary.low_frequency])
+        pairs = np.log(self.original_length / (turns * 2.0 * np.pi)) / np.log(rotary.base)
+        first, last = self.num_pairs * pairs
+        if rotary.whole_pairs:
+            first, last = np.floor(first), np.ceil(last)
+        first, last = max(first, 0.0), min(last, 2.0 * self.num_pairs - 1.0)
+        last += 0.001 if first == last else 0.0
+        return 1.0 - np.clip((np.arange(self.num_pairs) - first) / (last - first), 0.0, 1.0)
 
     def stretched_base(self, lengths_BT1: jax.Array) -> jax.Array:
         """Return the base for sequences of these lengths, of the original one at least.

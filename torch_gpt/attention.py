@@ -16,8 +16,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from torch_gpt.cache import LayerCache
-from torch_gpt.layers import identity
+from torch_gpt.layers import SoftCap, identity
 from torch_gpt.metadata import AttentionMetadata
+from torch_gpt.scores import softmax_with_sinks
 
 Drop = Callable[[torch.Tensor], torch.Tensor]
 Attend = Callable[
@@ -52,7 +53,8 @@ def attend(
     mask_BTS = metadata.mask_BTS
     layer = None if past is None else past.append(new, metadata)
     parts = [new] if layer is None else zero_unattended([layer], mask_BTS)
-    weights_BKQTS = drop(attention_weights(q_BKQTH, parts, mask_BTS, metadata.bias_BKQTS))
+    scores = metadata.bias_BKQTS, metadata.sinks_KQ, metadata.score_cap
+    weights_BKQTS = drop(attention_weights(q_BKQTH, parts, mask_BTS, *scores))
     return weighted_values(weights_BKQTS, parts), layer
 
 
@@ -61,6 +63,8 @@ def attention_weights(
     parts: Sequence[LayerCache],
     mask_BTS: torch.Tensor,
     bias_BKQTS: torch.Tensor | None = None,
+    sinks_KQ: torch.Tensor | None = None,
+    score_cap: float | None = None,
 ) -> torch.Tensor:
     """Compute softmax(q k / sqrt(H) + bias) over the columns of all parts.
 
@@ -69,6 +73,8 @@ def attention_weights(
         parts: keys and values, which side by side are the S columns.
         mask_BTS: True where a query sees a column.
         bias_BKQTS: added to the scores; None for nothing.
+        sinks_KQ: scores of one more column, which has no value; None for none.
+        score_cap: that products do not reach; None for none.
 
     Returns:
         Weights (B, K, Q, T, S) in the dtype of the queries.
@@ -77,11 +83,15 @@ def attention_weights(
     scores_BKQTS = scores[0] if len(scores) == 1 else torch.cat(scores, dim=-1)
     scores_BKQTS = scores_BKQTS * q_BKQTH.shape[-1] ** -0.5
     scores_BKQTS = scores_BKQTS.to(torch.promote_types(scores_BKQTS.dtype, torch.float32))
+    if score_cap is not None:
+        scores_BKQTS = SoftCap(score_cap)(scores_BKQTS)
     if bias_BKQTS is not None:
         scores_BKQTS = scores_BKQTS + bias_BKQTS.to(scores_BKQTS.dtype)
     # Not -inf: a row that sees nothing, such as padding, must stay finite.
     lowest = torch.finfo(scores_BKQTS.dtype).min
     scores_BKQTS = torch.where(mask_BTS[:, None, None, :, :], scores_BKQTS, lowest)
+    if sinks_KQ is not None:
+        return softmax_with_sinks(scores_BKQTS, sinks_KQ).to(q_BKQTH.dtype)
     return torch.softmax(scores_BKQTS, dim=-1).to(q_BKQTH.dtype)
 
 

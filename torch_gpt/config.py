@@ -7,6 +7,7 @@ Dimension key of the whole project. An array's name ends in the letters of its a
     F mlp dim  V vocabulary    L layers         G generated tokens
     C classes  R selected rows   P tokens of one pass of a prefill
     I inputs   O outputs of a linear map        1 a unit axis
+    X experts  U experts of one token
     E pairs of a head's numbers that a rotation turns
 """
 
@@ -15,9 +16,13 @@ from typing import Any
 
 DTYPES = "float64", "float32", "bfloat16", "float16"
 POSITIONS = "learned", "rotary", "alibi", "t5", "none"
-NORMS = "layer", "rms", "rms_plus_one"
-ACTIVATIONS = "gelu_tanh", "gelu_bloom", "gelu", "silu"
-SCALINGS = "none", "linear", "dynamic", "llama3"
+NORMS = "layer", "layer_no_bias", "rms", "rms_plus_one"
+NORM_PLACES = "before", "after", "both"
+QK_NORMS = "none", "head", "width"
+RESIDUALS = "sequential", "parallel", "parallel_one_norm"
+ACTIVATIONS = "gelu_tanh", "gelu_bloom", "gelu", "silu", "relu", "relu_squared", "silu_clamped"
+ROUTERS = "softmax", "sigmoid"
+SCALINGS = "none", "linear", "dynamic", "llama3", "yarn", "longrope"
 
 _PRESETS: dict[str, dict[str, Any]] = {
     "tiny": dict(
@@ -56,10 +61,17 @@ class Rotary:
         fraction: of each head's numbers that turn; the others have no position.
         scaling: of the angles, so that a model reads more tokens than it was trained on: none;
             linear divides them by `factor`; dynamic makes the base larger for tokens beyond
-            `original_length` (NTK-aware); llama3 divides the slow ones and leaves the fast ones.
+            `original_length` (NTK-aware); llama3 divides the slow ones and leaves the fast ones;
+            yarn does so too, and goes over by the number of the pair (Peng et al., 2023);
+            longrope divides each by a number of its own, one of `short_factors` for tokens within
+            `original_length` and one of `long_factors` for others (Ding et al., 2024).
         factor: by which the context is longer.
-        low_frequency: turns in `original_length` below which llama3 divides an angle.
-        high_frequency: turns above which llama3 leaves an angle; between, it goes over.
+        low_frequency: turns in `original_length` below which llama3 and yarn divide an angle.
+        high_frequency: turns above which they leave an angle; between, they go over.
+        whole_pairs: whether yarn goes over from a whole pair to a whole pair.
+        short_factors: E divisors of longrope.
+        long_factors: E divisors of longrope.
+        attention_factor: by which turned numbers are multiplied, in yarn and longrope.
         original_length: tokens that the model was trained on; None for the context_length.
 
     Raises:
@@ -72,10 +84,20 @@ class Rotary:
     factor: float = 1.0
     low_frequency: float = 1.0
     high_frequency: float = 4.0
+    whole_pairs: bool = True
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    attention_factor: float = 1.0
     original_length: int | None = None
 
     def __post_init__(self):
         problems = []
+        for name in ("short_factors", "long_factors"):  # lists, as JSON has them
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+            if not all(0.0 < x < float("inf") for x in getattr(self, name)):
+                problems.append(f"{name} are {getattr(self, name)}, they must be positive")
+        if not 0.0 < self.attention_factor < float("inf"):
+            problems.append(f"attention_factor is {self.attention_factor}, it must be positive")
         if not 1.0 < self.base < float("inf"):
             problems.append(f"base is {self.base}, it must be finite and more than 1")
         if not 0.0 < self.fraction <= 1.0:
@@ -93,6 +115,81 @@ class Rotary:
             problems.append(f"original_length is {self.original_length}, it must be at least 1")
         if problems:
             raise ValueError(f"Rotary: {'; '.join(problems)}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experts:
+    """Constants of MLPs of which each token takes a few. Shazeer et al., 2017.
+
+    Attributes:
+        num_experts: X.
+        num_chosen: U, experts of each token.
+        width: inside an expert.
+        router: from scores to weights: softmax over all experts, or sigmoid of each, with a bias
+            that takes part in the choice alone (DeepSeek-AI, "DeepSeek-V3", 2024).
+        renormalise: whether the weights of a token's experts are divided by their sum, which is
+            the softmax over the chosen ones.
+        scale: of all weights.
+        router_bias: whether scores have a bias.
+        shared_width: inside an MLP that every token takes besides; None for none.
+        shared_gate: whether a sigmoid of each token weighs that one.
+
+    Raises:
+        ValueError: on numbers that cannot be built, all problems in one message.
+    """
+
+    num_experts: int
+    num_chosen: int
+    width: int
+    router: str = "softmax"
+    renormalise: bool = True
+    scale: float = 1.0
+    router_bias: bool = False
+    shared_width: int | None = None
+    shared_gate: bool = False
+
+    def __post_init__(self):
+        sizes = ["num_experts", "num_chosen", "width"]
+        sizes += [] if self.shared_width is None else ["shared_width"]
+        problems = [
+            f"{name} is {getattr(self, name)!r}, it must be an integer of at least 1"
+            for name in sizes
+            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= 1)
+        ]
+        if not problems and self.num_chosen > self.num_experts:
+            problems.append(f"num_chosen is {self.num_chosen} of {self.num_experts} experts")
+        if self.router not in ROUTERS:
+            problems.append(f"router is {self.router!r}, it must be one of {', '.join(ROUTERS)}")
+        if problems:
+            raise ValueError(f"Experts: {'; '.join(problems)}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What one block does unlike others.
+
+    Attributes:
+        window: tokens that a token sees, itself among them; None for all before it.
+        positions: see GPTConfig, whose are meant where this is None.
+        rotary: see GPTConfig, whose are meant where this is None.
+        dense: whether its MLP is one, in a model of experts.
+    """
+
+    window: int | None = None
+    positions: str | None = None
+    rotary: Rotary | None = None
+    dense: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.rotary, dict):
+            object.__setattr__(self, "rotary", Rotary(**self.rotary))
+        problems = []
+        if self.window is not None and not (isinstance(self.window, int) and self.window >= 1):
+            problems.append(f"window is {self.window!r}, it must be an integer of at least 1")
+        if self.positions not in (None, "rotary", "none"):
+            problems.append(f"positions is {self.positions!r}, of a block it is rotary or none")
+        if problems:
+            raise ValueError(f"Layer: {'; '.join(problems)}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,14 +214,30 @@ class GPTConfig:
         t5_max_distance: from which on all distances have the last one.
         window: tokens that a token sees, itself among them; None for all before it.
         num_full_layers: first blocks that have no window.
-        norm: layer (mean and variance), rms (Zhang and Sennrich, 2019), or rms_plus_one, which
-            multiplies by 1 + its weight.
-        qk_norm: whether queries and keys are normed in each head, before they turn.
+        layers: what each block does, where that is more than a window from some block on.
+        norm: layer (mean and variance), layer_no_bias, rms (Zhang and Sennrich, 2019), or
+            rms_plus_one, which multiplies by 1 + its weight.
+        norm_place: before attention and MLP, after them, before they are added to the residual
+            stream, or both.
+        residual: sequential (the MLP reads what attention added to), parallel (both read the same
+            stream, each through its norm), or parallel_one_norm.
+        qk_norm: of queries and keys before they turn: none, head (each head by itself, with the
+            same weights) or width (all heads together).
         embedding_norm: whether token embeddings are normed.
+        embedding_scale: multiplies token embeddings.
+        residual_scale: multiplies what attention and MLP add to the residual stream.
+        attention_scale: multiplies the products of queries and keys; None for 1 / sqrt(H).
+        logit_scale: multiplies the logits.
+        score_cap: c, where scores s become c tanh(s / c); None for none.
+        logit_cap: the same for logits.
+        sinks: whether each query head has a learned score that takes part in its softmax and
+            has no value. Xiao et al., "Efficient streaming language models", 2024.
         activation: of the MLP: gelu_tanh (the approximation that GPT-2 has), gelu_bloom (the same
-            with its constant cut to eight digits), gelu or silu.
+            with its constant cut to eight digits), gelu, silu, relu, relu_squared, or silu_clamped
+            (of a gated MLP, as gpt-oss has it).
         gated: whether the MLP has a second map that multiplies: SwiGLU with silu, GeGLU with gelu.
             Shazeer, "GLU variants improve transformer", 2020.
+        experts: of the MLP; None for one MLP that every token takes.
         qkv_bias: whether the maps to queries, keys and values have biases.
         out_bias: whether the map after attention has a bias.
         mlp_bias: whether the maps of the MLP have biases.
@@ -157,11 +270,22 @@ class GPTConfig:
     t5_max_distance: int = 128
     window: int | None = None
     num_full_layers: int = 0
+    layers: tuple[Layer, ...] = ()
     norm: str = "layer"
-    qk_norm: bool = False
+    norm_place: str = "before"
+    residual: str = "sequential"
+    qk_norm: str = "none"
     embedding_norm: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    attention_scale: float | None = None
+    logit_scale: float = 1.0
+    score_cap: float | None = None
+    logit_cap: float | None = None
+    sinks: bool = False
     activation: str = "gelu_tanh"
     gated: bool = False
+    experts: Experts | None = None
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
@@ -174,6 +298,10 @@ class GPTConfig:
     def __post_init__(self):
         if isinstance(self.rotary, dict):  # as dataclasses.asdict and JSON have it
             object.__setattr__(self, "rotary", Rotary(**self.rotary))
+        if isinstance(self.experts, dict):
+            object.__setattr__(self, "experts", Experts(**self.experts))
+        layers = (Layer(**x) if isinstance(x, dict) else x for x in self.layers)
+        object.__setattr__(self, "layers", tuple(layers))
         sizes = ["vocab_size", "context_length", "embed_dim", "num_layers", "num_heads", "mlp_dim"]
         optional = "num_kv_heads", "head_dim", "window"
         sizes += [name for name in optional if getattr(self, name) is not None]
@@ -188,11 +316,17 @@ class GPTConfig:
             problems.append(f"dropout is {self.dropout}, it must be in [0, 1)")
         if not self.norm_epsilon > 0.0:
             problems.append(f"norm_epsilon is {self.norm_epsilon}, it must be positive")
-        if not self.init_std > 0.0:
-            problems.append(f"init_std is {self.init_std}, it must be positive")
+        for name in (
+            "init_std", "embedding_scale", "residual_scale", "attention_scale", "logit_scale",
+            "score_cap", "logit_cap",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < float("inf"):
+                problems.append(f"{name} is {value}, it must be positive")
         for name, choices in (
             ("positions", POSITIONS), ("norm", NORMS), ("activation", ACTIVATIONS),
-            ("dtype", DTYPES),
+            ("dtype", DTYPES), ("norm_place", NORM_PLACES), ("residual", RESIDUALS),
+            ("qk_norm", QK_NORMS),
         ):  # fmt: skip
             if getattr(self, name) not in choices:
                 problems.append(
@@ -213,22 +347,56 @@ class GPTConfig:
                 f"num_heads {self.num_heads} does not divide into {self.kv_heads} kv heads"
             )
         if self.positions == "rotary":
-            turned = self.rotary_dim
-            least = 4 if self.rotary.scaling == "dynamic" else 2
-            if turned % 2 or turned < least:
-                problems.append(
-                    f"{turned} of {self.head_width} numbers of a head turn, they must be an even "
-                    f"number of at least {least}"
-                )
+            of_layers = [x.rotary for x in self.layers if x.rotary is not None]
+            for rotary in dict.fromkeys([self.rotary, *of_layers]):
+                problems += self._turned_badly(rotary)
         if self.positions == "t5" and not 2 <= self.t5_buckets < 2 * self.t5_max_distance:
             problems.append(
                 f"t5_buckets {self.t5_buckets} and t5_max_distance {self.t5_max_distance}: there "
                 "are at least 2 buckets, half of them for one distance each, below the largest"
             )
+        if self.residual != "sequential" and self.norm_place != "before":
+            problems.append(f"residual {self.residual} with norms {self.norm_place} attention")
+        if self.norm_place != "before" and self.residual_scale != 1.0:
+            problems.append(f"residual_scale {self.residual_scale} of what has been normed")
+        if self.embedding_norm and self.embedding_scale != 1.0:
+            problems.append(f"embedding_scale {self.embedding_scale} of what is normed")
+        if self.logit_cap is not None and self.logit_scale != 1.0:
+            problems.append(f"logit_scale {self.logit_scale} and logit_cap {self.logit_cap}")
+        if self.qk_norm == "width" and self.norm != "rms":
+            problems.append(f"qk_norm over the width is an RMS norm, and norm is {self.norm!r}")
+        if self.experts is not None and not self.gated:
+            problems.append("experts that are not gated")
+        if self.activation == "silu_clamped" and not self.gated:
+            problems.append("silu_clamped in an MLP that is not gated")
+        if self.sinks and self.score_cap is not None:
+            problems.append(f"sinks and a score_cap of {self.score_cap}")
+        if self.layers:
+            if len(self.layers) != self.num_layers:
+                problems.append(f"layers has {len(self.layers)} of {self.num_layers} blocks")
+            if self.window is not None or self.num_full_layers:
+                problems.append("layers and a window or num_full_layers beside them")
+            if self.positions != "rotary" and any(x.positions or x.rotary for x in self.layers):
+                problems.append(f"blocks turn or not, and positions is {self.positions!r}")
         if not 0 <= self.num_full_layers <= self.num_layers:
             problems.append(
                 f"num_full_layers is {self.num_full_layers} of {self.num_layers} layers"
             )
+        return problems
+
+    def _turned_badly(self, rotary: Rotary) -> list[str]:
+        """Describe what keeps heads from turning so."""
+        problems = []
+        turned, pairs = int(self.head_width * rotary.fraction), set()
+        least = 4 if rotary.scaling == "dynamic" else 2
+        if turned % 2 or turned < least:
+            problems.append(
+                f"{turned} of {self.head_width} numbers of a head turn, they must be an even "
+                f"number of at least {least}"
+            )
+        if rotary.scaling == "longrope":
+            pairs = {len(rotary.short_factors), len(rotary.long_factors)} - {turned // 2}
+        problems += [f"longrope has {x} factors for {turned // 2} pairs" for x in sorted(pairs)]
         return problems
 
     @property
@@ -245,6 +413,26 @@ class GPTConfig:
     def rotary_dim(self) -> int:
         """Numbers of a head that turn, 2 E."""
         return int(self.head_width * self.rotary.fraction)
+
+    @property
+    def blocks(self) -> tuple["GPTConfig", ...]:
+        """A config for each block, in which all blocks are as that one."""
+        layers = self.layers or tuple(
+            Layer(window=None if i < self.num_full_layers else self.window)
+            for i in range(self.num_layers)
+        )
+        return tuple(
+            dataclasses.replace(
+                self,
+                layers=(),
+                num_full_layers=0,
+                window=layer.window,
+                positions=self.positions if layer.positions is None else layer.positions,
+                rotary=self.rotary if layer.rotary is None else layer.rotary,
+                experts=None if layer.dense else self.experts,
+            )
+            for layer in layers
+        )
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "GPTConfig":

@@ -37,7 +37,8 @@ def attend(
         return attention.attend(q_BKQTH, new, past, metadata, drop)
     layer = past.append(new, metadata)
     sizes, _ = slots_to_read(layer.keys_BKSH.shape[2], metadata.longest)
-    operands = q_BKQTH, layer, metadata.mask_BTS, metadata.bias_BKQTS
+    scores = metadata.bias_BKQTS, metadata.sinks_KQ, metadata.score_cap
+    operands = q_BKQTH, layer, metadata.mask_BTS, *scores
     # In a gradient it need not show, so that is always taken with zeros in place of garbage.
     if torch.is_grad_enabled():
         return _over_slots(sizes[-1], True, *operands), layer
@@ -92,6 +93,8 @@ def _over_slots(
     layer: LayerCache,
     mask_BTS: torch.Tensor,
     bias_BKQTS: torch.Tensor | None,
+    sinks_KQ: torch.Tensor | None,
+    score_cap: float | None,
 ) -> torch.Tensor:
     """Attend to the first slots of the cache and to the new tokens."""
     mask_BTS = mask_BTS[..., :num_slots]
@@ -99,4 +102,5 @@ def _over_slots(
     parts = [LayerCache(layer.keys_BKSH[:, :, :num_slots], layer.values_BKSH[:, :, :num_slots])]
     if clean:
         parts = zero_unattended(parts, mask_BTS)
-    return weighted_values(attention_weights(q_BKQTH, parts, mask_BTS, bias_BKQTS), parts)
+    scores = bias_BKQTS, sinks_KQ, score_cap
+    return weighted_values(attention_weights(q_BKQTH, parts, mask_BTS, *scores), parts)

@@ -36,6 +36,14 @@ class RMSNormPlusOne(nn.RMSNorm):
         return (wide * torch.rsqrt(mean_square + self.eps) * scale).to(x.dtype)
 
 
+class RMSNormOfHeads(nn.RMSNorm):
+    """An RMS norm over all heads of a token together."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Norm the last two axes."""
+        return super().forward(x.flatten(-2)).reshape(x.shape)
+
+
 def dropout(x: torch.Tensor, rate: float, key: torch.Tensor | None) -> torch.Tensor:
     """Zero elements with probability `rate` and scale up the rest; do nothing without a key.
 
@@ -55,6 +63,47 @@ def dropping(rate: float, key: torch.Tensor | None) -> Callable[[torch.Tensor], 
     if key is None or rate == 0.0:
         return identity
     return functools.partial(dropout, rate=rate, key=key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """A product with a constant."""
+
+    factor: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply."""
+        return x * self.factor
+
+
+@dataclasses.dataclass(frozen=True)
+class SoftCap:
+    """A bound on numbers that leaves small ones nearly as they are.
+
+    Attributes:
+        cap: that none of them reaches.
+    """
+
+    cap: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Bend numbers by the hyperbolic tangent."""
+        return self.cap * torch.tanh(x / self.cap)
+
+
+def block_input(x: torch.Tensor, normed: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Return the residual stream before attention."""
+    return x
+
+
+def attention_input(x: torch.Tensor, normed: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Return the same as attention reads it, normed."""
+    return normed
+
+
+def attention_sum(x: torch.Tensor, normed: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Return the residual stream after attention."""
+    return after
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +130,32 @@ class GatedActivation(Activation):
         return self.function(gate) * up
 
 
+@dataclasses.dataclass(frozen=True)
+class ClampedActivation(Activation):
+    """The function of a gated MLP in gpt-oss: a steeper silu, bounded, and one added to the map.
+
+    Attributes:
+        steepness: of the logistic function.
+        limit: that neither map goes beyond, the gate on one side alone.
+    """
+
+    steepness: float = 1.702
+    limit: float = 7.0
+
+    def __call__(self, up: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """Bound both, apply it to the gate, and multiply."""
+        gate, up = (
+            torch.clamp(gate, max=self.limit),
+            torch.clamp(up, min=-self.limit, max=self.limit),
+        )
+        return (up + 1.0) * gate * torch.sigmoid(self.steepness * gate)
+
+
+def without_shared(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return what experts made of x, where no MLP is shared."""
+    return y
+
+
 def gelu(x: torch.Tensor) -> torch.Tensor:
     """Compute x times the normal distribution function of x."""
     return F.gelu(x, approximate="none")
@@ -101,9 +176,24 @@ def silu(x: torch.Tensor) -> torch.Tensor:
     return F.silu(x)
 
 
+def relu(x: torch.Tensor) -> torch.Tensor:
+    """Compute x, or 0 where it is negative."""
+    return F.relu(x)
+
+
+def relu_squared(x: torch.Tensor) -> torch.Tensor:
+    """Compute the square of `relu`. So et al., "Primer", 2021."""
+    return torch.square(F.relu(x))
+
+
 def layer_norm(config: GPTConfig, width: int) -> nn.LayerNorm:
     """Make a norm by mean and variance over the last axis; the variance in two passes."""
     return nn.LayerNorm(width, **_norm_options(config))
+
+
+def layer_norm_no_bias(config: GPTConfig, width: int) -> nn.LayerNorm:
+    """Make a `layer_norm` that adds nothing."""
+    return nn.LayerNorm(width, bias=False, **_norm_options(config))
 
 
 def rms_norm(config: GPTConfig, width: int) -> nn.RMSNorm:
@@ -116,6 +206,11 @@ def rms_norm_plus_one(config: GPTConfig, width: int) -> RMSNormPlusOne:
     layer = RMSNormPlusOne(width, **_norm_options(config))
     nn.init.zeros_(layer.weight)
     return layer
+
+
+def norm_of_heads(config: GPTConfig, width: int) -> RMSNormOfHeads:
+    """Make an RMS norm over all heads together, as wide as given."""
+    return RMSNormOfHeads(width, **_norm_options(config))
 
 
 def linear(

@@ -59,6 +59,8 @@ class AttentionMetadata:
         mask_BTS: True where a query sees a column.
         rotation: of queries and keys, where positions are rotary.
         bias_BKQTS: added to the scores, where positions are a bias.
+        score_cap: that scores do not reach, where they are bent.
+        sinks_KQ: scores that take part in each head's softmax and have no value.
     """
 
     # twin: torch can tell on the host how far rows reach; jax cannot, in the programs it compiles.
@@ -76,6 +78,8 @@ class AttentionMetadata:
     all_seen: bool = False  # whether every token is known to see all slots up to there
     rotation: Rotation | None = None
     bias_BKQTS: torch.Tensor | None = None
+    score_cap: float | None = None
+    sinks_KQ: torch.Tensor | None = None
 
     def valid_ids(self, tokens_BT: torch.Tensor) -> torch.Tensor:
         """Replace ids of padding by 0, and by NOWHERE those whose embedding must be NaN."""

@@ -47,8 +47,9 @@ class Attention(nn.Module):
         self.out: nn.Module = linear(
             config, inside, width, residual_std(config), subkeys[3], config.out_bias
         )
-        self.query_norm = build.head_norm(config)
-        self.key_norm = build.head_norm(config)
+        self.query_norm = build.head_norm(config, config.num_heads)
+        self.key_norm = build.head_norm(config, config.kv_heads)
+        self.query_scale, self.scores = build.query_scale(config), build.scores(config)
         self.positions = build.positions(config)
         self.attend = attend
 
@@ -64,12 +65,12 @@ class Attention(nn.Module):
         subkeys = split_or_none(key, 2)
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD)
         # Keys turn before they are cached: their position does not change any more.
-        q_BTNH = self.positions.rotate(self.query_norm(q_BTNH), metadata)
+        q_BTNH = self.positions.rotate(self.query_scale(self.query_norm(q_BTNH)), metadata)
         k_BTKH = self.positions.rotate(self.key_norm(k_BTKH), metadata)
         q_BNTH, k_BKTH, v_BKTH = (torch.swapaxes(x, 1, 2) for x in (q_BTNH, k_BTKH, v_BTKH))
         q_BKQTH = q_BNTH.reshape(B, self.num_kv_heads, -1, *q_BNTH.shape[2:])
         new, drop = LayerCache(k_BKTH, v_BKTH), dropping(self.dropout, subkeys[0])
-        values_BKQTH, layer = self.attend(q_BKQTH, new, layer, metadata, drop)
+        values_BKQTH, layer = self.attend(q_BKQTH, new, layer, self.scores(metadata), drop)
         values_BNTH = values_BKQTH.reshape(q_BNTH.shape)
         y_BTD = self.out(torch.swapaxes(values_BNTH, 1, 2).reshape(B, T, -1))
         return dropout(y_BTD, self.dropout, subkeys[1]), layer
@@ -103,7 +104,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each normed before and added to the residual stream after."""
+    """Attention, then MLP, or both at once, each added to the residual stream."""
 
     def __init__(
         self,
@@ -113,10 +114,11 @@ class Block(nn.Module):
     ):
         super().__init__()
         subkeys = split_or_none(key, 2)
-        self.norm_1 = build.norm(config)
+        self.norm_1, self.after_1 = build.norm_before(config), build.after(config)
         self.attention = Attention(config, subkeys[0], attend)
-        self.norm_2 = build.norm(config)
-        self.mlp = MLP(config, subkeys[1])
+        self.norm_2, self.after_2 = build.norm_before(config, 2), build.after(config)
+        self.mlp = build.mlp(config, subkeys[1], MLP)
+        self.mlp_input = build.mlp_input(config)
 
     def forward(
         self,
@@ -127,9 +129,11 @@ class Block(nn.Module):
     ) -> tuple[torch.Tensor, LayerCache | None]:
         """Return the residual stream, and the layer with the new tokens appended."""
         subkeys = split_or_none(key, 2)
-        y_BTD, layer = self.attention(self.norm_1(x_BTD), metadata, layer, subkeys[0])
-        x_BTD = x_BTD + y_BTD
-        return x_BTD + self.mlp(self.norm_2(x_BTD), subkeys[1]), layer
+        normed_BTD = self.norm_1(x_BTD)
+        y_BTD, layer = self.attention(normed_BTD, metadata, layer, subkeys[0])
+        after_BTD = x_BTD + self.after_1(y_BTD)
+        read_BTD = self.norm_2(self.mlp_input(x_BTD, normed_BTD, after_BTD))
+        return after_BTD + self.after_2(self.mlp(read_BTD, subkeys[1])), layer
 
 
 class GPT(nn.Module):
@@ -160,10 +164,13 @@ class GPT(nn.Module):
         self.position_embedding = build.position_embedding(config, subkeys[1])
         self.distance_embedding = build.distance_embedding(config, subkeys[1])
         self.embedding_norm = build.embedding_norm(config)
-        self.windows = build.windows(config)
-        self.blocks = nn.ModuleList([Block(config, x, attend) for x in subkeys[2:-1]])
+        self.embedding_scale = build.embedding_scale(config)
+        self.kinds = build.kinds(config)
+        blocks = zip(config.blocks, subkeys[2:-1], strict=True)
+        self.blocks = nn.ModuleList([Block(*x, attend) for x in blocks])
         self.norm = build.norm(config)
         self.head: nn.Module | None = build.head(config, subkeys[-1])
+        self.logits = build.logits(config)
 
     def forward(
         self,
@@ -201,11 +208,12 @@ class GPT(nn.Module):
         metadata = attention_metadata(tokens_BT, cache, counts_B, self.context_length)
         keys = split_or_none(key, len(self.blocks) + 1)
         x_BTD = self.embed(tokens_BT, metadata, keys[0])
-        metadata = self.positions.prepare(metadata, self.distance_embedding)
-        views = {window: metadata.within(window) for window in dict.fromkeys(self.windows)}
+        table, kinds = self.distance_embedding, dict.fromkeys(self.kinds)
+        calls = {x: x.prepare(metadata, table) for x in dict.fromkeys(x for x, _ in kinds)}
+        views = {(x, window): calls[x].within(window) for x, window in kinds}
         layers: list = [None] * len(self.blocks) if cache is None else list(cache.layers)
         for i, block in enumerate(self.blocks):
-            x_BTD, layers[i] = block(x_BTD, views[self.windows[i]], layers[i], keys[i + 1])
+            x_BTD, layers[i] = block(x_BTD, views[self.kinds[i]], layers[i], keys[i + 1])
         cache = None if cache is None else KVCache(tuple(layers), metadata.ends_B)
         return self.norm(x_BTD), cache
 
@@ -214,14 +222,15 @@ class GPT(nn.Module):
     ) -> torch.Tensor:
         """Return the residual stream that the first block reads."""
         x_BTD = self.embedding_norm(self.token_embedding(metadata.valid_ids(tokens_BT)))
+        x_BTD = self.embedding_scale(x_BTD)
         x_BTD = self.positions.embed(x_BTD, metadata, self.position_embedding)
         return dropout(x_BTD, self.dropout, key)
 
     def unembed(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Return logits (B, T, V); a tied head is the token embedding itself, not an alias."""
         if self.head is not None:
-            return self.head(x_BTD)
-        return torch.einsum("BTD,VD->BTV", x_BTD, self.token_embedding.weight)
+            return self.logits(self.head(x_BTD))
+        return self.logits(torch.einsum("BTD,VD->BTV", x_BTD, self.token_embedding.weight))
 
     def with_attend(self, attend: Attend) -> "GPT":
         """Return this model, its weights shared, with another attention in every block."""

@@ -50,7 +50,19 @@ class BatchInvariantCache:
         dtype: str | None = None,
         device: jax.Device | None = None,
     ) -> "BatchInvariantCache":
-        """Allocate a cache of length 0 in every row; see `KVCache.empty`."""
+        """Allocate a cache of length 0 in every row; see `KVCache.empty`.
+
+        Returns:
+            The cache.
+
+        Raises:
+            ValueError: for a model of experts.
+        """
+        if config.experts is not None:
+            raise ValueError(
+                f"BatchInvariantCache: {config.experts.num_experts} experts. Each computes the "
+                "tokens that chose it, as many as these are. Take Decoder."
+            )
         blocks = KVCache.empty(config, batch_size, capacity, dtype, device)
         tokens_BP = jnp.zeros((batch_size, NUM_TOKENS), jnp.int32, device=device)
         return cls(blocks, tokens_BP, blocks.lengths_B)

@@ -77,7 +77,7 @@ def generate(
         ValueError: on empty prompts, ids outside the vocabulary, more tokens than the context
             holds, or nothing to draw from.
     """
-    counts_B = _check_prompts(model.config, tokens_BT, counts_B, max_new_tokens, sampling, key)
+    counts_B = check_prompts(model.config, tokens_BT, counts_B, max_new_tokens, sampling, key)
     if sampling.temperature == 0.0:
         sampling, key = GREEDY, None  # the filters keep the first token, whatever they are
     tokens_BT = np.asarray(tokens_BT)[:, : model.config.context_length]  # beyond is padding
@@ -207,19 +207,24 @@ def _loop(
     return tokens_BS, margins_BS, state
 
 
-def _check_prompts(
+def check_prompts(
     config: GPTConfig,
     tokens_BT: ArrayLike,
     counts_B: ArrayLike | None,
     max_new_tokens: int,
-    sampling: Sampling,
-    key: jax.Array | None,
+    sampling: Sampling = GREEDY,
+    key: jax.Array | None = None,
+    who: str = "generate",
 ) -> np.ndarray:
-    """Return counts_B on the host, or refuse the request with all that is wrong with it."""
+    """Return counts_B on the host, or refuse the request with all that is wrong with it.
+
+    Raises:
+        ValueError: with the name of the function that was asked, `who`.
+    """
     tokens_BT = np.asarray(tokens_BT)
     if tokens_BT.ndim != 2 or 0 in tokens_BT.shape:
         raise ValueError(
-            f"generate: prompts of shape {tokens_BT.shape}. A prompt is at least one token, and a "
+            f"{who}: prompts of shape {tokens_BT.shape}. A prompt is at least one token, and a "
             "batch is (B, T). Give every row a token."
         )
     B, T = tokens_BT.shape
@@ -248,5 +253,5 @@ def _check_prompts(
             "temperature 0"
         )
     if problems:
-        raise ValueError(f"generate: {'; '.join(problems)}.")
+        raise ValueError(f"{who}: {'; '.join(problems)}.")
     return counts_B

@@ -165,8 +165,7 @@ def _calls(
     for product, matrices in kinds.items():
         num_bytes = matrices[0][0].nbytes
         weights = [
-            _cut(weight, product.tied)
-            for weight, _ in matrices[: 1 + TIMED_BYTES // num_bytes]
+            _cut(weight, product.tied) for weight, _ in matrices[: 1 + TIMED_BYTES // num_bytes]
         ]
         x_BTI = jnp.ones((product.rows, 1, product.inputs), weights[0].dtype)
         for name in ("plain", *(x for x in KERNELS if x != "plain" and usable(x, product))):

@@ -171,6 +171,10 @@ def locate_backward(session: "PairSession", leaves: Mapping[str, float]) -> Dive
             detail = f"The gradient that reaches {call.path or 'the model'} diverges in its code."
             return Divergence(where, "backward", 0, reaching, detail=detail)
         if (found := _inputs_gap(call, twin, gap)) is not None:
+            if call.path and _is_fed_otherwise(session, call.path):
+                where = _caller(call.path, reached) or root
+                detail = f"Its code passes another input to {call.path}, whose output hides that."
+                return Divergence(where, "backward", 0, found, detail=detail)
             detail = "Given the same gradient of its output it passes another one on."
         elif leaf := owners.get(call.path):
             found = leaves[leaf]
@@ -180,6 +184,13 @@ def locate_backward(session: "PairSession", leaves: Mapping[str, float]) -> Dive
         detail += " All between it and the loss agrees."
         return Divergence(call.path or root, "backward", 0, found, detail=detail)
     return None
+
+
+def _is_fed_otherwise(session: "PairSession", path: str) -> bool:
+    """Whether the calls of a module get other inputs, as a norm that takes any scale away may."""
+    batch = session.gradient_probe
+    calls = compared_calls(session, batch, noise_of_constants(session, batch))
+    return any(call.fed is False for call in calls.values() if call.path == path)
 
 
 def _inputs_gap(a: Backward, b: Backward, gap: Gap) -> float | None:
@@ -252,6 +263,7 @@ class Compared:
         fed: whether the inputs agree; None where the first, or all of them, cannot be compared.
         wholly: whether every input can be compared.
         shapes: of the outputs, where they cannot be brought together; else "".
+        more: whether the second output holds arrays that the first one has not.
     """
 
     key: Key
@@ -259,6 +271,7 @@ class Compared:
     fed: bool | None
     wholly: bool
     shapes: str
+    more: bool = False
 
     @property
     def path(self) -> str:
@@ -273,8 +286,11 @@ class Compared:
         is_fed = False if False in agree else agree[0] if agree else True
         found = beyond(gap, given)(a.output, b.output)
         unlike = found is not None and not comparable(a.output, b.output)
+        if found is None and (leaf := divergent_leaf(a, b, beyond(gap, given))):
+            found = gap(a.outputs[leaf], b.outputs[leaf])
         shapes = f" The shapes are {a.output.shape} and {b.output.shape}." if unlike else ""
-        return cls(key, found, is_fed, None not in agree, shapes)
+        more = len(b.outputs) > len(a.outputs)
+        return cls(key, found, is_fed, None not in agree, shapes, more)
 
 
 def compared(
@@ -288,6 +304,12 @@ def compared(
             calls.append(Compared.of((trace.path, called[trace.path]), trace, twin, gap, noise))
         called[trace.path] += 1
     return calls, called
+
+
+def divergent_leaf(a: Trace, b: Trace, gap: Gap) -> str | None:
+    """Return the path of the first array that differs in two outputs, among those of both."""
+    both = (path for path in a.outputs if path in b.outputs)
+    return next((path for path in both if gap(a.outputs[path], b.outputs[path]) is not None), None)
 
 
 def compared_calls(session: "PairSession", batch: Batch, noise: Noise) -> dict[Key, Compared]:
@@ -324,7 +346,8 @@ def first_divergence(
         the inside out as far as inputs differ: it was fed by wrong code outside of modules, in its
         caller's body. None when nothing differs.
     """
-    calls, called = compared(a, b, gap, noise)
+    made: set[str] = set()  # paths of all calls of the second model
+    calls, called = compared(a, _noted(b, made), gap, noise)
     for place, call in enumerate(calls):
         # Arguments that cannot be compared accuse nobody: the callers, which come later, decide.
         if (
@@ -338,11 +361,38 @@ def first_divergence(
             detail = f"Its own code diverges before {where} is called"
             caller: int | None = place
             while where and caller is not None and not calls[caller].fed:
+                if (alone := _around(calls[:place], where, called, made)) is not None:
+                    where = alone
+                    break
                 where, caller = _caller(where, called), _calling(calls, caller)
                 if caller is not None and calls[caller].path != where:
                     caller = None  # its calls cannot be compared
         detail += f"; all before {'that' if call.fed is False else 'it'} agrees.{call.shapes}"
         return Divergence(where or root, phase, 0, call.gap, detail=detail)
+    return None
+
+
+def _noted(traces: Iterable[Trace], paths: set[str]) -> Iterator[Trace]:
+    """Yield traces and note their paths."""
+    for trace in traces:
+        paths.add(trace.path)
+        yield trace
+
+
+def _around(
+    before: Sequence[Compared], path: str, called: Collection[str], made: Collection[str]
+) -> str | None:
+    """Return the module of one model alone in whose code an input of a call diverges.
+
+    It is the innermost around the call, before any that both models have, within which another
+    call already agreed, or was the first to differ: what leads from there to this call is its code.
+    """
+    own = _caller(path, made)
+    while own and own not in called:
+        inside = (call for call in before if _is_inside(call.path, own))
+        if any(call.gap is None or call.fed is None for call in inside):
+            return own
+        own = _caller(own, made)
     return None
 
 
@@ -364,13 +414,15 @@ def _acquitted(calls: Sequence[Compared], place: int, readers: Readers) -> bool:
         if calls[caller].gap is None:
             return True
         caller = _calling(calls, caller)
-    path = calls[place].path
-    agreeing = {
+    path, unlike = calls[place].path, bool(calls[place].shapes)
+    later = {
         call.key
         for call in calls[place + 1 :]
-        if call.fed and call.wholly and not _is_inside(path, call.path)
+        # What reads an output of another shape after more code decides by its own inputs.
+        if ((unlike and call.fed is not None) or (call.fed and call.wholly))
+        and not _is_inside(path, call.path)
     }
-    return bool(path and agreeing and agreeing & set(readers(calls[place].key)))
+    return bool(path and later and later & set(readers(calls[place].key)))
 
 
 def matched(
@@ -415,6 +467,28 @@ def together(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         with contextlib.suppress(ValueError):
             a, other = np.broadcast_arrays(a, other)
     return a, other
+
+
+def unpadded(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return two inputs of a module; the larger without zeros at its ends, if it then fits.
+
+    A model may pad what it passes to a convolution that the other model pads inside.
+    """
+    if a.ndim != b.ndim or a.size == b.size or not 3 <= a.ndim <= 5:
+        return a, b
+    large, small = (a, b) if a.size > b.size else (b, a)
+    for order in itertools.permutations(range(large.ndim)):
+        turned = large.transpose(order)
+        if any(n < m for n, m in zip(turned.shape, small.shape, strict=True)):
+            continue
+        nonzero = np.argwhere(turned)
+        first = nonzero.min(axis=0) if len(nonzero) else np.zeros(large.ndim, int)
+        # The zeros in front are cut first; those that are left lie at the end.
+        starts = [min(x, n - m) for x, n, m in zip(first, turned.shape, small.shape, strict=True)]
+        cut = turned[tuple(slice(x, x + m) for x, m in zip(starts, small.shape, strict=True))]
+        if np.count_nonzero(cut) == np.count_nonzero(turned) and cut.shape == small.shape:
+            return (cut, small) if a.size > b.size else (small, cut)
+    return a, b
 
 
 def comparable(a: np.ndarray, b: np.ndarray) -> bool:
@@ -473,7 +547,10 @@ def _inputs_agree(a: Sequence[np.ndarray], b: Sequence[np.ndarray], gap: Gap) ->
     """Return of each input whether both models give the same; None where it cannot be compared."""
     if len(a) == len(b):
         pairs = zip(a, b, strict=True)
-        return [gap(x, y) is None if comparable(x, y) else None for x, y in pairs]
+        return [
+            gap(x, y) is None if comparable(x, y) else None
+            for x, y in (unpadded(x, y) for x, y in pairs)
+        ]
     # Each float of the fewer must be among the others: torch's attention is given its input three
     # times and flax's once.
     few, many = sorted((_floats(a), _floats(b)), key=len)

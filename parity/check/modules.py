@@ -12,7 +12,7 @@ from parity.check.check import check
 from parity.check.experiment import PairExperiment
 from parity.check.levels.names import DTYPES, LEVELS
 from parity.check.pair_session import PairSession
-from parity.check.trial import Side, called
+from parity.check.trial import Side, called, with_other_size
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.flax.module import FlaxUse
 from parity.frameworks.handle import handle
@@ -131,6 +131,7 @@ def pair_of(
         Side(handle("torch"), torch_module, torch),
     )
     calls, sides, scored = called(sides, inputs, seed)
+    calls = with_other_size(sides, calls)
     flax_module, torch_module = sides[0].module, sides[1].module
     port, original = (x.handle.spec(x.module, x.use, y) for x, y in zip(sides, scored, strict=True))
 

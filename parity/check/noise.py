@@ -54,7 +54,7 @@ def gradient_noise(session: Session[Runner, Runner], dtype: str) -> dict[str, fl
     noise = dict.fromkeys(["loss", *gradients], 0.0)
     for run in perturbed_runs(session, dtype, bounds.ROUNDINGS):
         moved_loss, moved = run.gradients(session.gradient_probe)
-        leaves = session.weight_map.flax_leaves(moved)
+        leaves = session.weight_map.gradients_to_flax(moved).items()
         gaps = {x: relative_l2(g, gradients[x]) for x, g in leaves if x in gradients}
         gaps["loss"] = abs(moved_loss - loss) / max(abs(loss), 1.0)
         noise = {name: max(size, gaps.get(name, 0.0)) for name, size in noise.items()}

@@ -241,7 +241,12 @@ class Comparison:
         fair = error_ratio(a, b, truth)
         gaps = [max_abs(x, truth) / unit for x in (a, b)]
         is_bad = not (fair <= bounds.RATIO and max(gaps) <= bound)
-        if is_bad and not self._session.pair.pure:
+        half = self._session.half_type if is_bad else ""
+        if half:
+            note, bound = self._session.half_in_places, bounds.OUTPUT_FLOAT16
+            noise = bounds.EPSILON_FLOAT16[half] * rms_error(truth, np.zeros_like(truth))
+            fair = error_ratio(a, b, truth, noise)
+        elif is_bad and not self._session.pair.pure:
             rounded, jumps = self._rounded("float32", leaf, kept, truth), np.zeros(a.shape, bool)
             if leaf.path in self._agreeing:
                 errors = np.maximum(abs(a - truth), abs(b - truth))

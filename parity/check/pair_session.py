@@ -90,6 +90,13 @@ class PairSession(Session[FlaxRunner, TorchRunner]):
         own = {name: leaf for table in self.tables for name, leaf in table.torch.items()}
         return self.weight_map.to_torch(self.flax_leaves) | kept | own
 
+    @functools.cached_property
+    def companions(self) -> "dict[str, PairSession]":
+        """Sessions of the tiny pairs that are checked beside this one, in float64."""
+        options = {"dtypes": self.dtypes[:1], "seed": self.seed}
+        pairs = self.pair.companions.items()
+        return {name: PairSession(pair, self.devices, **options) for name, pair in pairs}
+
     @property
     def model_name(self) -> str:
         """Name of the model itself, whose path is empty."""

@@ -104,6 +104,11 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         return trainer
 
     @property
+    def companions(self) -> "Mapping[str, Session[Flax_co, Torch_co]]":
+        """Sessions of the tiny pairs that are checked beside this one, by name."""
+        return {}
+
+    @property
     def is_large(self) -> bool:
         """Whether memory is worth more than time; False before there are any weights."""
         return is_large(vars(self).get("flax_leaves", {}).values())
@@ -146,17 +151,22 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         return [(run, run.moved()) for run in self.runs("float64")]
 
     def decided(self, record: Record, noise: Callable[[int], float]) -> Record:
-        """Return a comparison in float64 as it is, or judged by what lifting leaves narrow.
+        """Return a comparison as it is, or judged by what lifting leaves narrow.
 
         What agrees does so whatever was narrow on the way. What does not may differ by as much as
         constants move it that a model holds in a narrow type; and where an operation stayed narrow,
-        it is for float32 to say.
+        it is for float32 to say. A model that computes in 16 bits in places has no bound there.
 
         Args:
-            record: of two runs in float64.
+            record: of two runs.
             noise: number of a pair of `moved_runs` to the gap of the two in the record's metric.
         """
-        if record.verdict is not Verdict.FAIL or record.dtype != "float64" or self.pair.pure:
+        if record.verdict is not Verdict.FAIL or self.pair.pure:
+            return record
+        if record.dtype == "float32" and self.half_in_places:
+            note = f"{self.half_in_places}, of which float32 has no bound"
+            return dataclasses.replace(record, verdict=Verdict.ABSTAIN, note=note)
+        if record.dtype != "float64":
             return record
         moved = sum(map(noise, range(len(self.moved_runs)))) if self.held_constants else 0.0
         if record.bound is not None and moved > 0.0:
@@ -218,6 +228,23 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         words = dict.fromkeys(x for found in parts for x in found.lifted if " constant" in x)
         return [x for x in words if not x.endswith(AGAIN)]
 
+    @functools.cached_property
+    def half_type(self) -> str:
+        """The coarser type of 16 bits in which a model computes in places; "" for none."""
+        parts = [found for part in self._purities for found in part.values()]
+        words = [x for found in parts for x in found.lifted]
+        types = (x for x in bounds.EPSILON_FLOAT16 if any(y.startswith(x) for y in words))
+        return "" if self.pair.pure else next(types, "")
+
+    @property
+    def half_in_places(self) -> str:
+        """A sentence on `half_type`; "" for none."""
+        return self.half_type and f"computed in {self.half_type} in places"
+
+    def loss_unit(self, loss: float) -> float:
+        """Return in what gaps of a loss are judged: of a pair that is not pure, its size if > 1."""
+        return 1.0 if self.pair.pure else max(1.0, abs(loss))
+
     @property
     def gradient_probe(self) -> Batch:
         """The batch on which gradients are taken."""
@@ -227,7 +254,7 @@ class Session(abc.ABC, Generic[Flax_co, Torch_co]):
         """Return loss and gradient of each model, both by flax's names."""
         flax, torch = self.runs(dtype)
         loss, gradients = torch.gradients(self.gradient_probe)
-        theirs = loss, self.weight_map.to_flax(gradients)
+        theirs = loss, self.weight_map.gradients_to_flax(gradients)
         del gradients
         if self.is_large:
             torch.release()

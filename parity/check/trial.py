@@ -14,7 +14,7 @@ from parity.frameworks.default_call import Signature
 from parity.frameworks.handle import Handle
 from parity.frameworks.protocols import Unusable
 from parity.frameworks.spec import ModuleUse
-from parity.pair.inputs import Inputs, as_inputs
+from parity.pair.inputs import OTHER_SIZE, Inputs, as_inputs
 from parity.system.import_target import raised
 from parity.system.random_state import kept_random_state
 
@@ -94,6 +94,23 @@ def called(
         with contextlib.suppress(ValueError):
             return tried(whole=True)
         raise error from error.__cause__
+
+
+def with_other_size(sides: Sequence[Side], calls: Inputs) -> Inputs:
+    """Return calls with one more, of another number of rows, if both modules take it.
+
+    What depends on the batch size by mistake is equal for any one size.
+    """
+    name, first = next(iter(calls.probes.items()))
+    other = first.resized() if len({x.num_rows for x in calls.probes.values()}) == 1 else None
+    if other is None:
+        return calls
+    try:
+        for side in sides:
+            side.outputs(other)
+    except ValueError:
+        return calls
+    return dataclasses.replace(calls, probes={**calls.probes, name + OTHER_SIZE: other})
 
 
 def scored_leaves(sides: Sequence[Side], batch: Batch) -> list[list[str]]:

@@ -3,6 +3,9 @@
 hub           the folder of a name
 families      each family of checkpoints as a table
 config        config.json in both directions
+rotary        its entries about rotary positions and kinds of layers
+leftovers     names of tensors as tools leave them
+adapter       products of low rank, added to weights
 files         JSON and safetensors, checked as they are read
 weights       what both kinds of folder offer, and the twins with their weights
 folder        a folder of transformers

@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flax_gpt import GPTConfig, Rotary
-from parity.checkpoints.families import ACTIVATIONS, FAMILIES, REQUIRED, Family
+from flax_gpt import Experts, GPTConfig, Layer
+from parity.checkpoints import rotary
+from parity.checkpoints.families import ACTIVATIONS, FAMILIES, REQUIRED, ExpertEntries, Family
 
 # Entries that do not change what a model computes: names, ids, dropout in training, how the library
 # itself runs, and what old versions wrote beside an entry that counts.
@@ -18,10 +19,9 @@ _INERT = frozenset(
     "reorder_and_upcast_attn summary_activation summary_first_dropout summary_proj_to_labels "
     "summary_type summary_use_proj gradient_checkpointing attn_implementation "
     "_attn_implementation masked_softmax_fusion bias_dropout_fusion offset_alibi n_ctx "
-    "attention_softmax_in_fp32 skip_bias_add skip_bias_add_qkv".split()
+    "attention_softmax_in_fp32 skip_bias_add skip_bias_add_qkv classifier_dropout "
+    "residual_dropout embedding_dropout cache_implementation".split()
 )
-_ROTARY = "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor"
-_ROPE_TYPES = {"default": "none", "linear": "linear", "dynamic": "dynamic", "llama3": "llama3"}
 
 
 def read_config(
@@ -67,17 +67,23 @@ def write_config(family: Family, config: GPTConfig, dtype: str) -> dict[str, Any
         "model_type": family.name,
         "dtype": dtype,
     }
+    settled = dict(family.fixed) | {name: x(vars(config)) for name, x in family.derived.items()}
     problems = [
         f"{name} is {getattr(config, name)!r} and not {value!r}"
-        for name, value in family.fixed.items()
+        for name, value in settled.items()
         if getattr(config, name) != value
     ]
     # As numbers: where an entry is missing, the library has one of its own.
     numbers = vars(config) | {"num_kv_heads": config.kv_heads, "head_dim": config.head_width}
-    written = set(family.fixed) | {"dtype", "dropout", "rotary", "t5_buckets", "t5_max_distance"}
+    own_scale = config.head_width**-0.5
+    numbers["attention_scale"] = config.attention_scale or own_scale
+    written = set(settled) | {"dtype", "dropout", "t5_buckets", "t5_max_distance"}
+    written |= {"rotary", "window", "num_full_layers", "layers"}
     for entry in family.entries:
-        value = numbers[entry.field]
+        value = entry.write(numbers[entry.field])
         written.add(entry.field)
+        if entry.default is None and (value is None or getattr(config, entry.field) is None):
+            continue  # which means the same
         if document.setdefault(entry.names[0], value) != value:
             problems.append(f"{entry.field} is {value!r}, unlike others that go with it")
     if family.activation is not None:
@@ -86,28 +92,22 @@ def write_config(family: Family, config: GPTConfig, dtype: str) -> dict[str, Any
             document[family.activation[0]] = theirs[config.activation]
         else:
             problems.append(f"activation is {config.activation!r}")
-    if family.rotary:
-        document["rope_parameters"] = _rope_parameters(config.rotary)
-        if config.rotary.fraction != 1.0:
-            problems.append(f"rotary.fraction is {config.rotary.fraction}")
-        if config.rotary.scaling == "dynamic":
-            trained = config.rotary.original_length or config.context_length
-            document["max_position_embeddings"] = trained
-            if int(trained * config.rotary.factor) != config.context_length:
-                problems.append(
-                    f"context_length is {config.context_length} and not {trained} times the factor "
-                    f"{config.rotary.factor} of its dynamic rotation"
-                )
-    if family.window is not None:
-        switch, size, full = family.window
-        document[size] = config.window
-        written.add("window")
-        if switch:
-            document[switch] = config.window is not None
-            document[full] = config.num_full_layers if config.window else config.num_layers
-            written.add("num_full_layers")
+    for switch in family.switched:
+        written.add(switch.field)
+        document[switch.name] = numbers[switch.field] == switch.on
+        if numbers[switch.field] not in (switch.on, switch.off):
+            problems.append(f"{switch.field} is {numbers[switch.field]!r}")
+    if family.one_kv_head is not None:
+        single, counted = family.one_kv_head
+        document[single] = config.kv_heads == 1 and not document[counted]
+        if not document[counted] and config.kv_heads not in (1, config.num_heads):
+            problems.append(f"num_kv_heads is {config.kv_heads}")
+    problems += rotary.write(family, config, document)
+    if family.experts is not None:
+        written.add("experts")
+        problems += _write_experts(family.experts, config, document)
     same = {"num_kv_heads": config.num_heads, "mlp_dim": 4 * config.embed_dim}
-    same["head_dim"] = config.embed_dim // config.num_heads
+    same |= {"head_dim": config.embed_dim // config.num_heads, "attention_scale": own_scale}
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     problems += [
         f"{name} is {value!r}"
@@ -136,118 +136,99 @@ def _read(
             continue
         if value is None and not given:
             value = entry.default
-        fields[entry.field] = value
+        fields[entry.field] = entry.read(value)
     # Four widths, where there is no entry for it or none was given.
     if fields.get("mlp_dim") is None and "embed_dim" in fields:
         fields["mlp_dim"] = 4 * fields["embed_dim"]
     if family.activation is not None:
         key, default = family.activation
         activation = document.get(key) or default
-        if activation not in ACTIVATIONS:
-            problems.append(f"{key} is {activation!r}, there are {', '.join(ACTIVATIONS)}")
-        fields["activation"] = ACTIVATIONS.get(activation, "gelu_tanh")
+        names = ACTIVATIONS | dict(family.activations)
+        if activation not in names:
+            problems.append(f"{key} is {activation!r}, there are {', '.join(names)}")
+        fields["activation"] = names.get(activation, "gelu_tanh")
+    for switch in family.switched:
+        fields[switch.field] = (
+            switch.on if document.get(switch.name, switch.default) else switch.off
+        )
+    if family.one_kv_head is not None:
+        single, counted = family.one_kv_head
+        if not document.get(counted, False):
+            fields["num_kv_heads"] = 1 if document.get(single, True) else fields["num_heads"]
+    for name, derive in family.derived.items():
+        if not problems:
+            fields[name] = derive(fields)
     for key, values in family.accepted.items():
         if document.get(key, values[0]) not in values:
             problems.append(f"{key} is {document[key]!r}, only {values[0]!r} is supported")
     known = _INERT | set(family.accepted) | {x for e in family.entries for x in e.names}
     known |= {family.activation[0]} if family.activation else set()
-    if family.rotary:
-        known |= set(_ROTARY)
-        rotary, found = _rotary(document)
-        problems += found
-        notes += _two_spellings(document, where)
-        if not found:
-            fields["rotary"] = rotary
-            if rotary["scaling"] == "dynamic":
-                # There, the length is what was trained; it reads more by growing the base.
-                rotary["original_length"] = fields["context_length"]
-                fields["context_length"] = int(fields["context_length"] * rotary["factor"])
-    if family.window is not None:
-        known |= {*family.window, "layer_types"}
-        if "num_layers" in fields:
-            fields |= _window(family.window, document, fields["num_layers"], problems)
+    known |= {switch.name for switch in family.switched} | set(family.one_kv_head or ())
+    known |= rotary.entries(family)
+    found, more = rotary.read(family, document, fields, where)
+    problems += found
+    notes += more
+    if family.experts is not None:
+        known |= _expert_entries(family.experts)
+        if not problems:
+            _read_experts(family.experts, document, fields)
     left = sorted(set(document) - known)
     notes += [f"{where}: {', '.join(left)}: not understood and left aside"] if left else []
     return family, fields, problems, notes
 
 
-def _rotary(document: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Return rotary positions of the old spelling (rope_theta, rope_scaling) or the new one.
-
-    Where both are given, the old one counts alone, as in `convert_rope_params_to_dict` of
-    transformers: model cards have people add it to a file that already holds the new one.
-    """
-    given = dict(document.get("rope_scaling") or document.get("rope_parameters") or {})
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in _ROPE_TYPES:
-        return {}, [f"rope type is {kind!r}, there are {', '.join(_ROPE_TYPES)}"]
-    rotary: dict[str, Any] = {
-        "base": float(given.get("rope_theta") or document.get("rope_theta") or 10_000.0),
-        "scaling": _ROPE_TYPES[kind],
-    }
-    part = given.get("partial_rotary_factor") or document.get("partial_rotary_factor") or 1.0
-    if part != 1.0:
-        return rotary, [f"partial_rotary_factor is {part}, these families turn whole heads"]
-    if kind == "default":
-        return rotary, []
-    if given.get("factor") is None:
-        return rotary, [f"rope type {kind} has no factor"]
-    rotary["factor"] = float(given["factor"])
-    # Dynamic scaling goes by max_position_embeddings alone.
-    if kind != "dynamic" and given.get("original_max_position_embeddings") is not None:
-        rotary["original_length"] = int(given["original_max_position_embeddings"])
-    if kind == "llama3":
-        missing = [x for x in ("low_freq_factor", "high_freq_factor") if x not in given]
-        missing += [] if "original_length" in rotary else ["original_max_position_embeddings"]
-        if missing:
-            return rotary, [f"rope type llama3 has no {', '.join(missing)}"]
-        rotary["low_frequency"] = float(given["low_freq_factor"])
-        rotary["high_frequency"] = float(given["high_freq_factor"])
-    return rotary, []
+_DENSE = "decoder_sparse_step", "mlp_only_layers"
 
 
-def _two_spellings(document: Mapping[str, Any], where: str) -> list[str]:
-    """Return a note when rotary positions are given twice and differ."""
-    new, old = document.get("rope_parameters"), document.get("rope_scaling")
-    if not new or not old or new == old:
-        return []
-    return [
-        f"{where}: rope_scaling and rope_parameters differ; rope_scaling counts, as in the library"
-    ]
+def _expert_entries(entries: ExpertEntries) -> set[str]:
+    """Return the entries about experts."""
+    named = {entries.num[0], entries.chosen[0], entries.width[0], "router_aux_loss_coef"}
+    named |= {"num_local_experts"}
+    return (named | {entries.renormalise, entries.shared, *_DENSE}) - {""}
 
 
-def _rope_parameters(rotary: Rotary) -> dict[str, Any]:
-    """Return rotary positions in the new spelling."""
-    kind = next(name for name, scaling in _ROPE_TYPES.items() if scaling == rotary.scaling)
-    found: dict[str, Any] = {"rope_theta": rotary.base, "rope_type": kind}
-    if kind != "default":
-        found["factor"] = rotary.factor
-    if kind == "llama3":
-        found["original_max_position_embeddings"] = rotary.original_length
-        found["low_freq_factor"] = rotary.low_frequency
-        found["high_freq_factor"] = rotary.high_frequency
-    return found
+def _read_experts(
+    entries: ExpertEntries, document: Mapping[str, Any], fields: dict[str, Any]
+) -> None:
+    """Add experts to fields of GPTConfig."""
+    constants = dict(entries.fixed)
+    if "num_local_experts" in document:  # the library's own name, under which it saves others
+        document = {entries.num[0]: document["num_local_experts"]} | dict(document)
+    for name, (entry, default) in (
+        ("num_experts", entries.num), ("num_chosen", entries.chosen), ("width", entries.width),
+    ):  # fmt: skip
+        constants[name] = document.get(entry, default)
+    if entries.renormalise:
+        constants["renormalise"] = bool(document.get(entries.renormalise, False))
+    if entries.shared:
+        constants["shared_width"] = document.get(entries.shared, 5632)
+    fields["experts"] = Experts(**constants)
+    step, dense = document.get("decoder_sparse_step", 1), document.get("mlp_only_layers") or ()
+    plain = [i in dense or (i + 1) % step != 0 for i in range(fields["num_layers"])]
+    if entries.dense and any(plain):
+        fields["layers"] = tuple(Layer(dense=x) for x in plain)
 
 
-def _window(
-    entries: tuple[str, str, str],
-    document: Mapping[str, Any],
-    num_layers: int,
-    problems: list[str],
-) -> dict[str, Any]:
-    """Read the window, and how many first layers have none."""
-    switch, size, full = entries
-    if switch and not document.get(switch, False):
-        return {"window": None}
-    window = document.get(size, 4096)
-    if window is None:
-        return {"window": None}
-    first = int(document[full] if document.get(full) is not None else 28) if full else 0
-    kinds = document.get("layer_types")
-    if kinds is not None:
-        first = sum(kind == "full_attention" for kind in kinds)
-        if list(kinds) != ["full_attention"] * first + ["sliding_attention"] * (num_layers - first):
-            problems.append("layer_types has layers without a window after others with one")
-    first = min(first, num_layers)
-    # A window that no layer has is none.
-    return {"window": None} if first == num_layers else {"window": window, "num_full_layers": first}
+def _write_experts(
+    entries: ExpertEntries, config: GPTConfig, document: dict[str, Any]
+) -> list[str]:
+    """Add experts to a config.json, and return what it has no entries for."""
+    experts = config.experts
+    if experts is None:
+        return ["it has no experts"]
+    constants, problems = vars(experts), []
+    named = dict(num_experts=entries.num, num_chosen=entries.chosen, width=entries.width)
+    named |= dict(renormalise=(entries.renormalise, 0), shared_width=(entries.shared, 0))
+    for field in dataclasses.fields(experts):
+        value = constants[field.name]
+        if (entry := named.get(field.name, ("", 0))[0]) != "":
+            if document.setdefault(entry, value) != value and field.name == "width":
+                document[entry] = value  # an MLP of all tokens has the same entry, and is none
+        elif value != entries.fixed.get(field.name, field.default):
+            problems.append(f"experts.{field.name} is {value!r}")
+    plain = [i for i, block in enumerate(config.blocks) if block.experts is None]
+    if entries.dense:
+        document |= {"mlp_only_layers": plain, "decoder_sparse_step": 1}
+    elif plain:
+        problems.append("some layers have no experts")
+    return problems

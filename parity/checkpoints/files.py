@@ -62,7 +62,7 @@ def headers(path: Path) -> dict[str, Header]:
         ValueError: for weights that are missing, damaged, or only there as pickles.
     """
     if (path / SINGLE).is_file():  # before the index, which may be older
-        return _header(path / SINGLE)
+        return file_headers(path / SINGLE)
     if (path / _INDEX).is_file():
         index = read_json(path / _INDEX).get("weight_map")
         if not isinstance(index, dict) or not all(isinstance(x, str) for x in index.values()):
@@ -81,7 +81,7 @@ def headers(path: Path) -> dict[str, Header]:
             )
         found = {}
         for file in sorted(set(index.values())):
-            found |= _header(path / file)
+            found |= file_headers(path / file)
         if set(found) != set(index):
             names = ", ".join(sorted(set(found) ^ set(index))[:5])
             raise ValueError(
@@ -98,7 +98,12 @@ def headers(path: Path) -> dict[str, Header]:
     raise ValueError(f"checkpoint {path}: no {SINGLE} and no {_INDEX}. Give a folder with weights.")
 
 
-def _header(file: Path) -> dict[str, Header]:
+def file_headers(file: Path) -> dict[str, Header]:
+    """Return the header of every tensor of one file.
+
+    Raises:
+        ValueError: for a file that cannot be read.
+    """
     with readable(file), safe_open(file, framework="numpy") as opened:
         found = {}
         for name in opened.keys():

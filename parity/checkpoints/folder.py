@@ -8,15 +8,15 @@ from typing import Self
 import numpy as np
 
 from flax_gpt import GPTConfig
+from parity.checkpoints.adapter import Adapter
 from parity.checkpoints.config import read_config
-from parity.checkpoints.families import Family
 from parity.checkpoints.files import CONFIG, Header, headers, read_json
+from parity.checkpoints.leftovers import plain_names, with_fused
 from parity.checkpoints.weights import blank, checked, flax_blanks
 from parity.weights.weight_map import TransplantError, WeightMap, resolve
 
 # The stored dtypes that are read, by their names in safetensors.
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_HEAD = "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +33,16 @@ class Checkpoint:
     notes: tuple[str, ...]
     weight_map: WeightMap
     _tensors: Mapping[str, Header]  # by name in the family
+    _adapter: Adapter | None = None
 
     @classmethod
-    def open(cls, path: Path, dtype: str | None = None) -> Self:
+    def open(cls, path: Path, dtype: str | None = None, adapter: Path | None = None) -> Self:
         """Return a folder whose config.json and headers of weights have been read.
 
         Args:
             path: the folder.
             dtype: of the model; the widest that a tensor is stored in when None.
+            adapter: a folder of peft whose products are added to the weights.
 
         Raises:
             ValueError: for a folder that is not whole, not safe or not understood; all problems in
@@ -50,7 +52,9 @@ class Checkpoint:
         where = f"checkpoint {path}"
         family, fields, problems, notes = read_config(document, f"{where}/{CONFIG}")
         tensors = headers(path)
-        named = _named(tensors, family, problems)
+        named, found, more = plain_names(tensors, family.prefix, family.head)
+        problems += found
+        notes += [f"{where}: {note}" for note in more]
         remedy = "Give a checkpoint without these."
         if problems:
             raise ValueError(f"{where}: {'; '.join(problems)}. {remedy}")
@@ -58,7 +62,8 @@ class Checkpoint:
             config = GPTConfig(**fields, dtype=dtype or "float32")
         except (ValueError, TypeError) as error:
             raise ValueError(f"{where}: {error}. {remedy}") from error
-        rules = family.rules(config)
+        rules, more = with_fused(family.rules(config), named)
+        notes += [f"{where}: {note}" for note in more]
         aliases = {alias: original for alias, original in rules.ties if alias in named}
         read = {name: x for name, x in named.items() if not rules.is_ignored(name)}
         if problems := [
@@ -77,7 +82,17 @@ class Checkpoint:
                 f"{where}: {'; '.join(error.problems)}. Every tensor has one place in a "
                 f"{family.name} with this config.json. Give weights that belong to it."
             ) from error
-        checkpoint = cls(path, family.name, config, tuple(notes), weight_map, read)
+        opened = None if adapter is None else Adapter.open(adapter)
+        if opened is not None:
+            aside = sorted(set(opened.pairs) - set(blanks))
+            if aside:
+                raise ValueError(
+                    f"adapter {adapter}: {', '.join(aside)} is not among the tensors of {where}. "
+                    "Every product has its weight. Give the model that it was trained beside."
+                )
+            notes.append(f"{where}: {len(opened.pairs)} products of {adapter} added")
+        tail = weight_map, read, opened
+        checkpoint = cls(path, family.name, config, tuple(notes), *tail)
         checkpoint._check_ties(aliases)
         return checkpoint
 
@@ -85,8 +100,14 @@ class Checkpoint:
         """See `Weights`."""
         for link in self.weight_map.links:
             headers = {name: self._tensors[name] for name in link.torch}
-            read = {name: checked(self, x.name, x.read(), dtype) for name, x in headers.items()}
+            read = {
+                name: checked(self, x.name, self._read(name), dtype) for name, x in headers.items()
+            }
             yield from link.to_flax(read, self.weight_map.flax_shapes).items()
+
+    def _read(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name].read()
+        return tensor if self._adapter is None else self._adapter.added(name, tensor)
 
     def _check_ties(self, aliases: Mapping[str, str]) -> None:
         """Refuse a head that is saved although it is tied, and is not the embedding."""
@@ -97,17 +118,6 @@ class Checkpoint:
                     "that they are tied. One of them is wrong. Say tie_word_embeddings: false to "
                     "use both."
                 )
-
-
-def _named(tensors: Mapping[str, Header], family: Family, problems: list[str]) -> dict[str, Header]:
-    """Return tensors by the names of the whole model; a base model is saved without its prefix."""
-    found: dict[str, Header] = {}
-    for name, x in tensors.items():
-        whole = name if name.startswith(family.prefix) or name == _HEAD else family.prefix + name
-        if whole in found:
-            problems.append(f"{name} and {found[whole].name} are one tensor")
-        found[whole] = x
-    return found
 
 
 def _widest(kinds: set[str]) -> str:

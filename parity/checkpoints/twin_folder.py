@@ -107,16 +107,23 @@ def write_twin(path: Path, framework: str, source: Weights) -> None:
     write_folder(path, document, tensors, _FORMAT, source.path)
 
 
-def open_checkpoint(path: Path, dtype: str | None = None) -> Weights:
+def open_checkpoint(path: Path, dtype: str | None = None, adapter: Path | None = None) -> Weights:
     """Return an opened folder of transformers, or one that `write_twin` made.
 
     Args:
         path: the folder.
         dtype: of the model; as stored when None.
+        adapter: a folder of peft whose products are added to the weights of transformers.
 
     Raises:
         ValueError: for a folder that is neither, or damaged; in one line.
     """
     document = read_json(path / "config.json")
-    kind = TwinFolder if document.get("format") == _FORMAT else Checkpoint
-    return kind.open(path, dtype)
+    if document.get("format") != _FORMAT:
+        return Checkpoint.open(path, dtype, adapter)
+    if adapter is not None:
+        raise ValueError(
+            f"adapter {adapter}: {path} has the names of a twin. An adapter has those of "
+            "transformers. Merge it first, and convert after."
+        )
+    return TwinFolder.open(path, dtype)

@@ -1,6 +1,7 @@
 """Weights of a checkpoint as both twins take them, whatever the folder's own names are."""
 
 import dataclasses
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -19,7 +20,7 @@ from parity.frameworks.flax.scope import jax_scope
 from parity.frameworks.leaves import Leaves, dotted
 from parity.twins.flax import FlaxTwin
 from parity.twins.torch import TorchTwin
-from parity.weights.rules import Rules
+from parity.weights.rules import Rule, Rules
 from parity.weights.tables import TWINS
 
 
@@ -104,9 +105,22 @@ def torch_blanks(rules: Rules, leaves: Leaves) -> Leaves:
     return {
         name: blank(link.torch_shape(shapes), leaves[link.flax[0]].dtype)
         for rule in rules.rules
-        for link in rule.links(leaves, "flax")
+        for link in rule.links(leaves, "flax", _stacked(rule, leaves))
         for name in link.torch
     }
+
+
+def _stacked(rule: Rule, leaves: Leaves) -> list[str]:
+    """Return the tensors that a rule makes of stacked Flax leaves, along whose first axis they lie.
+
+    Without a torch model, nothing else tells how many there are.
+    """
+    return [
+        re.sub(r"\[\w+\]", str(number), name)
+        for link in rule.links(leaves, "flax")
+        for name in link.torch
+        for number in range(leaves[link.flax[0]].shape[0] if "[" in name else 0)
+    ]
 
 
 def twin_blanks(config: GPTConfig) -> Leaves:

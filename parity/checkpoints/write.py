@@ -50,7 +50,9 @@ def save(
         ValueError: when the family has no such models, or the folder is in use.
     """
     table = FAMILIES[family]
-    document = ids_of(source) | write_config(table, config, config.dtype)
+    # The library has ids of its own where these are missing, and refuses those beyond a vocabulary.
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | ids_of(source)
+    document = ids | write_config(table, config, config.dtype)
     rules = table.rules(config)
     weight_map = resolve(rules, torch_blanks(rules, leaves), leaves)
     tensors = dataclasses.replace(weight_map, ties=()).to_torch(leaves)

@@ -20,13 +20,14 @@ def convert(
     torch: str | None = None,
     flax: str | None = None,
     rules: str = "auto",
+    adapter: Path | None = None,
 ) -> None:
     """Convert a checkpoint: into the names of a twin, back into a folder of transformers, or a file
     of weights from your module to its port.
 
-    Families: gpt2, llama, mistral, qwen2, qwen3 and bloom. Every tensor goes to one place, bit for
-    bit unless --dtype rounds it (types that differ go into the widest), and the tokenizer's files
-    go along. A pickle is never opened. The new folder appears whole or not at all.
+    Families: docs/checkpoints.md lists them. Every tensor goes to one place, bit for bit unless
+    --dtype rounds it (types that differ go into the widest), and the tokenizer's files go along. A
+    pickle is never opened. The new folder appears whole or not at all.
 
     Options:
         source: A folder of transformers (config.json and safetensors), one that this command
@@ -37,12 +38,14 @@ def convert(
         torch: For a file of weights: your PyTorch module, net.py:build.
         flax: And your Flax NNX module.
         rules: Which weight is which: a rules file, or auto to go by names.
+        adapter: A folder of peft whose products (LoRA) are added to the weights.
 
     Exit codes: 0 written, 2 bad input.
 
     Examples:
         parity convert ./llama --to flax ./llama-flax
         parity convert ./llama-flax --to hf ./llama-again --dtype bfloat16
+        parity convert ./llama ./llama-merged --to hf --adapter ./lora
         parity convert net.safetensors port.safetensors --to flax --torch net.py:build --flax
             port.py:build
 
@@ -69,7 +72,7 @@ def convert(
             from parity.checkpoints import check_new, folder_of, open_checkpoint, save, write_twin
 
             check_new(out)
-            weights = open_checkpoint(folder_of(source), dtype)
+            weights = open_checkpoint(folder_of(source), dtype, adapter)
         for note in weights.notes:
             errors.print(note, style="yellow", highlight=False, soft_wrap=True)
         with errors.status("converting"):

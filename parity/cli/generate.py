@@ -31,6 +31,23 @@ class GenerateOptions:
     only: str | None
     cache: bool
     device: str
+    beams: int | None
+    draft: str | None
+    speculate: int | None
+
+    @property
+    def searches(self) -> bool:
+        """Whether the text is searched for or guessed, and not written token by token.
+
+        Raises:
+            ValueError: for options that exclude each other.
+        """
+        guesses = self.draft is not None or self.speculate is not None
+        if self.beams is not None and guesses:
+            raise ValueError("generate: --beams and --speculate. Each goes alone. Drop one.")
+        if (self.beams is not None or guesses) and not self.cache:
+            raise ValueError("generate: --no-cache. Beams and guesses are rows of a cache.")
+        return self.beams is not None or guesses
 
     @property
     def frameworks(self) -> tuple[str, ...]:
@@ -81,6 +98,18 @@ def generate(
         bool, typer.Option(help="Without the cache every token reads the whole text again.")
     ] = True,
     device: Device = "auto",
+    beams: Annotated[
+        int | None, typer.Option(min=1, help="Search with a beam of this width; nothing is drawn.")
+    ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="Where guesses come from: lookup (the text itself, default) or another model."
+        ),
+    ] = None,
+    speculate: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to guess and check in one call; 5 by --draft.")
+    ] = None,
 ) -> None:
     """Continue a prompt with both twins, which must write the same text from the same weights.
 
@@ -98,18 +127,24 @@ def generate(
     parity generate runs/a "The " --temperature 0 --only torch
 
     parity generate ./llama "Once upon a time" --tokens 50
+
+    parity generate ./llama "Once upon a time" --beams 4
+
+    parity generate ./llama "Once upon a time" --draft ./llama-small --speculate 5
     """
     options = GenerateOptions(**locals())
     errors = Console(stderr=True)
     with in_one_line(errors, interrupted="the text ends here"):
         _ = options.frameworks  # refused before anything heavy is loaded
-        write = _from_checkpoint if _is_checkpoint(source) else _from_run
+        write = _from_checkpoint if is_checkpoint(source) else _from_run
+        if options.searches:
+            from parity.cli.search import write
         failed, line, style = write(errors, options)
         errors.print(line, style=style, highlight=False, soft_wrap=True)
     raise typer.Exit(1 if failed else 0)
 
 
-def _is_checkpoint(source: str) -> bool:
+def is_checkpoint(source: str) -> bool:
     """Whether it is not a run: a folder of transformers or of `parity convert`, or a hub's name."""
     path = Path(source)
     if not path.is_dir():

@@ -5,6 +5,7 @@ import copy
 import inspect
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,10 +75,15 @@ def register(add: Callable[..., Any], command: Callable[..., None], **settings: 
 def in_one_line(errors: Console, interrupted: str = "nothing was written") -> Iterator[Console]:
     """Yield the error stream; end bad input with one line and code 2, an interrupt with 130.
 
-    `interrupted` describes what an interrupt leaves.
+    A reader of standard output that has seen enough ends it without a line, with 141. `interrupted`
+    describes what an interrupt leaves.
     """
     try:
         yield errors
+    except BrokenPipeError as error:
+        # Python, too, writes what is left at its end, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(128 + signal.SIGPIPE) from error
     except (ValueError, OSError) as error:
         text = f"parity: {error}"
         errors.print(text, style="red", markup=False, highlight=False, emoji=False, soft_wrap=True)

@@ -6,15 +6,16 @@ from typing import TypeAlias
 
 import numpy as np
 
-from parity.frameworks.capture import map_leaves
+from parity.frameworks.capture import leaves_of, map_leaves
 from parity.frameworks.leaves import cast_array, neighbours
 
 # An array of a call, a Python value that is fixed, or such in nested containers.
 Argument: TypeAlias = (
     "np.ndarray | bool | int | float | str | Sequence[Argument] | Mapping[str, Argument] | None"
 )
-# The path of each leaf of an output to its array; "" for an output that is one array. An array of
-# text stands for what cannot be compared, and is the name of its type.
+# The path of each leaf of an output to its array; "" for an output that is one array. A text is the
+# numbers of its characters. An array of text stands for what cannot be compared, and is the name of
+# its type.
 Outputs = dict[str, np.ndarray]
 
 
@@ -43,6 +44,33 @@ class Batch:
 
         inputs, keywords = map_leaves((self.inputs, dict(self.keywords)), moved)
         return Batch(inputs, self.real, keywords)
+
+    @property
+    def num_rows(self) -> int:
+        """The size of the first axis of all arrays; 0 where it is not one size."""
+        leaves = leaves_of((self.inputs, dict(self.keywords)))
+        sizes = {len(x) for x in leaves if isinstance(x, np.ndarray) and x.ndim}
+        return sizes.pop() if len(sizes) == 1 else 0
+
+    def resized(self) -> "Batch | None":
+        """Return the call with another number of rows; None where there is no such number.
+
+        Of three rows and more the last is left out; else there is one more.
+        """
+        size = self.num_rows
+        if not size or self.real is not None:
+            return None
+
+        def moved(value: object) -> object:
+            if not isinstance(value, np.ndarray) or not value.ndim:
+                return value
+            if size > 2:
+                return value[:-1]
+            row = value[:1] * value.dtype.type(0.75) if value.dtype.kind in "fc" else value[:1]
+            return np.concatenate([value, row])
+
+        inputs, keywords = map_leaves((self.inputs, dict(self.keywords)), moved)
+        return Batch(inputs, None, keywords)
 
     def select(self, outputs: Outputs) -> Outputs:
         """Return what counts of each output; all of it if it lacks the axes of `real`."""
@@ -90,7 +118,9 @@ def _children(value: object, path: str) -> list[tuple[str, object]]:
 
 
 def plain_array(leaf: object) -> np.ndarray:
-    """Return a number or a NumPy array of an output as it is compared; see `Outputs`."""
+    """Return a number, a text or a NumPy array of an output as it is compared; see `Outputs`."""
+    if isinstance(leaf, str):
+        return np.array([ord(x) for x in leaf], np.int32)
     array = np.asarray(
         leaf if isinstance(leaf, np.ndarray | np.generic | int | float | complex) else None
     )

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import TypeVar, cast
 
 import numpy as np
@@ -25,11 +25,13 @@ class Trace:
         path: of the module, "" for the model itself.
         inputs: the array arguments.
         output: the output, or the first array in it.
+        outputs: all arrays of a nested output, by their paths in it.
     """
 
     path: str
     inputs: tuple[np.ndarray, ...]
     output: np.ndarray
+    outputs: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,22 +116,35 @@ def emit(
 ) -> None:
     """Pass a module call to `on_trace` as a `Trace`, if its output contains an array."""
     arrays = [x for x in leaves_of(inputs) if isinstance(x, array_type)]
-    outputs = [x for x in leaves_of(output) if isinstance(x, array_type)]
+    outputs = {path: convert(x) for path, x in named_leaves(output) if isinstance(x, array_type)}
     if outputs:
-        on_trace(Trace(path, tuple(map(convert, arrays)), convert(outputs[0])))
+        on_trace(Trace(path, tuple(map(convert, arrays)), next(iter(outputs.values())), outputs))
 
 
 def leaves_of(value: object) -> Iterator[object]:
-    """Yield what nested tuples, lists and mappings hold; keys are taken in order."""
+    """Yield what nested tuples, lists, mappings and data classes hold.
+
+    Keys of mappings are taken in order, fields of data classes as they are declared.
+    """
+    for _, leaf in named_leaves(value):
+        yield leaf
+
+
+def named_leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
+    """Yield path and value of each of `leaves_of`."""
+    children: Iterable[tuple[object, object]]
     if isinstance(value, tuple | list):
-        children = value
+        children = enumerate(value)
     elif isinstance(value, Mapping):
-        children = [value[key] for key in sorted(value, key=str)]
+        children = [(key, value[key]) for key in sorted(value, key=str)]
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        children = [(x.name, getattr(value, x.name)) for x in fields]
     else:
-        yield value
+        yield path, value
         return
-    for child in children:
-        yield from leaves_of(child)
+    for key, child in children:
+        yield from named_leaves(child, f"{path}.{key}" if path else str(key))
 
 
 def map_leaves(value: ValueT, change: Callable[[object], object]) -> ValueT:

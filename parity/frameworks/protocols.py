@@ -12,6 +12,7 @@ import numpy as np
 from parity.frameworks.batch import Batch, Outputs
 from parity.frameworks.capture import Backward, OnTrace, Trace
 from parity.frameworks.leaves import Arrays, Leaves
+from parity.frameworks.plan import Plan, Readings
 from parity.frameworks.purity import Purity
 
 Module_co = TypeVar("Module_co", covariant=True)
@@ -69,6 +70,16 @@ class Decoder(Protocol):
 
         `sampling` holds settings such as temperature, by name.
         """
+
+
+class PlanDecoder(Decoder, Protocol):
+    """A decoder whose caches can be used in every way that plans have."""
+
+    def follow(self, plan: Plan) -> Readings:
+        """Return the logits (k, V) of each row of each read of a plan."""
+
+    def script(self, plan: Plan, row: int, index: int, history: Sequence[int]) -> str:
+        """Return a plan as Python that prints how far a token of its last read is off."""
 
 
 class Runner(Protocol):

@@ -9,9 +9,12 @@ import numpy as np
 
 from parity.frameworks.batch import Argument, Batch
 from parity.frameworks.default_call import Signature
+from parity.system.import_target import raised
 
 # Draws from a function of a random generator: one input may miss what another reaches.
 _DRAWS = 2
+# What the name of a call ends with whose number of rows is none that the user gave.
+OTHER_SIZE = ", another batch size"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +46,7 @@ def as_inputs(
     names = {name for signature in signatures for name in signature.defaults}
 
     def drawn(*path: int) -> dict[str, Batch]:
-        if not callable(given):
-            found = given
-        else:
-            found = given(np.random.default_rng((seed, *path))) if takes_generator else given()
+        found = _called(given, np.random.default_rng((seed, *path)) if takes_generator else None)
         is_argument = whole and isinstance(found, Mapping) and not _are_keywords(found, names)
         return _named((found,) if is_argument else found, names)
 
@@ -58,6 +58,20 @@ def as_inputs(
         return Inputs(probes, lambda step: next(iter(drawn(1, step).values())))
     batches = list(probes.values())
     return Inputs(probes, lambda step: batches[step % len(batches)])
+
+
+def _called(given: object, generator: np.random.Generator | None) -> object:
+    """Return inputs, or what a function returns for them."""
+    if not callable(given):
+        return given
+    try:
+        return given() if generator is None else given(generator)
+    except Exception as error:
+        name = getattr(given, "__name__", "the function")
+        raise ValueError(
+            f"inputs: {name} raised {raised(error)}. It gives what both modules are called with. "
+            "Mend it."
+        ) from error
 
 
 def _named(given: object, names: Set[str]) -> dict[str, Batch]:

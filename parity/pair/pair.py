@@ -13,6 +13,7 @@ import numpy as np
 
 from parity.frameworks.batch import Batch
 from parity.frameworks.leaves import Leaves
+from parity.frameworks.plan import Limits
 from parity.frameworks.spec import ModelSpec
 from parity.weights.rules import Rules
 
@@ -44,6 +45,9 @@ class Pair:
             one is not, float64 proves less, and the report says so.
         half: the type of 16 bits that the modules are in, if they are: bfloat16 or float16.
         frozen: torch's parameters that neither side trains.
+        companions: tiny pairs of the same code, by name, with the parts that this one lacks; what
+            decodes is checked on them too.
+        plans: what plans of cache operations are drawn from, by the name of the model.
     """
 
     flax: ModelSpec[nnx.Module, jax.Array]
@@ -61,3 +65,5 @@ class Pair:
     pure: bool = True
     half: str | None = None
     frozen: tuple[str, ...] = ()
+    companions: Mapping[str, Pair] = dataclasses.field(default_factory=dict)
+    plans: Mapping[str, Limits] = dataclasses.field(default_factory=dict)

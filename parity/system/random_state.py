@@ -21,3 +21,11 @@ def kept_random_state() -> Iterator[None]:
         np.random.set_state(numpy)
         if torch is not None:
             torch.set_rng_state(state)
+
+
+def random_state() -> tuple[object, ...]:
+    """Return where the generators of Python, NumPy and torch stand."""
+    kind, keys, *rest = np.random.get_state()
+    torch = sys.modules.get("torch")
+    of_torch = torch.get_rng_state().numpy().tobytes() if torch is not None else None
+    return random.getstate(), kind, np.asarray(keys).tobytes(), *rest, of_torch

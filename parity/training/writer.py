@@ -47,6 +47,10 @@ class Writer:
         devices: where the twins are.
         frameworks: the twins that write.
 
+    Attributes:
+        vocabulary: characters, each by its id.
+        twins: by framework.
+
     Raises:
         ValueError: for a run without a checkpoint.
     """
@@ -62,8 +66,8 @@ class Writer:
         leaves = leaves_under("parameters.", states[source])
         if source == "torch":
             leaves = flax_named(leaves)
-        self._vocabulary, self._dtype = run.config.vocabulary, run.config.model.dtype
-        self._twins = build_twins(run.config.model, devices, leaves.items, frameworks)
+        self.vocabulary, self._dtype = run.config.vocabulary, run.config.model.dtype
+        self.twins = build_twins(run.config.model, devices, leaves.items, frameworks)
 
     def write(
         self,
@@ -89,16 +93,16 @@ class Writer:
             ValueError: for characters that the run does not know, or more tokens than the context
                 holds.
         """
-        tokens = encode(self._vocabulary, prompt)[None, :]
+        tokens = encode(self.vocabulary, prompt)[None, :]
         settings, rows, margins = dataclasses.asdict(sampling), {}, {}
         with pinned_precision():
-            for name, twin in self._twins.items():
+            for name, twin in self.twins.items():
                 found = twin.write(
                     tokens, num_tokens, use_cache=use_cache, sampling=settings, seed=seed
                 )
                 rows[name], margins[name] = found.tokens_BG[0], found.margins_BG[0]
             verdict, note = self._compare(tokens[0], rows, margins, sampling.temperature)
-        texts = {name: decode(self._vocabulary, row) for name, row in rows.items()}
+        texts = {name: decode(self.vocabulary, row) for name, row in rows.items()}
         reference = next(iter(margins.values()))
         smallest = int(np.argmin(reference))
         return Written(texts, verdict, float(reference[smallest]), smallest + 1, note)
@@ -115,7 +119,7 @@ class Writer:
             return Verdict.PASS, ""
         place = int(np.flatnonzero(rows["flax"] != rows["torch"])[0])
         sequence = np.concatenate([prompt, rows["flax"][:place]])[None, :]
-        error = max_abs(*(twin.logits(sequence)[0, -1] for twin in self._twins.values()))
+        error = max_abs(*(twin.logits(sequence)[0, -1] for twin in self.twins.values()))
         margin = float(max(margins["flax"][place], margins["torch"][place]))
         verdict = ties.verdict_of_flip(
             margin, error, bounds.LOGITS.get(self._dtype, bounds.OUTPUT_FLOAT32), temperature

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,9 @@ from parity.twins.twin import Constants, Inputs, Twin, task_of
 
 if TYPE_CHECKING:
     from parity.twins.twin import Config
+
+
+Result = TypeVar("Result")
 
 
 class FlaxTwin(Twin):
@@ -120,6 +123,23 @@ class FlaxTwin(Twin):
     ) -> FlaxTrainer:
         """See `Twin`."""
         return FlaxTrainer(self, constants, task, seed)
+
+    ints_name = "jax.numpy.array"
+
+    def with_definition(self) -> FlaxTwin:
+        """See `Twin`."""
+        model = self.model.with_attend(self.package.attention.attend)
+        return FlaxTwin(model, self.package, self.compiled)
+
+    def call(
+        self,
+        decoder: flax_gpt.Decoder,
+        function: Callable[..., Result],
+        *operands: object,
+        static: tuple[object, ...] = (),
+    ) -> Result:
+        """See `Twin`."""
+        return decoder.run(function, *operands, static=static)
 
     def empty(self, num_rows: int, capacity: int) -> flax_gpt.KVCache:
         """See `Twin`."""

@@ -13,9 +13,11 @@ import flax_gpt
 import torch_gpt
 from parity.frameworks.batch import Batch
 from parity.frameworks.leaves import Leaves
+from parity.frameworks.plan import rows_of_pass
 from parity.frameworks.spec import ModelSpec
 from parity.pair.pair import Pair
 from parity.pair.text import Corpus
+from parity.twins.companions import COMPANIONS
 from parity.twins.flax import FlaxTwin
 from parity.twins.names import TASKS
 from parity.twins.torch import TorchTwin
@@ -93,7 +95,7 @@ def twins(
     flax_package: ModuleType = flax_gpt,
     torch_package: ModuleType = torch_gpt,
 ) -> Pair:
-    """Return the two GPTs as a pair, with probes cut from a text.
+    """Return the two GPTs as a pair, with probes cut from a text, and companions.
 
     Args:
         corpus: the text.
@@ -145,7 +147,38 @@ def twins(
         sequences=sequences,
         config=dataclasses.asdict(config) | {"data": corpus.source, "task": task},
         leaves=leaves,
+        companions=companions(flax_package, torch_package, seed) if decodes else {},
     )
+
+
+def companions(
+    flax_package: ModuleType = flax_gpt, torch_package: ModuleType = torch_gpt, seed: int = 0
+) -> dict[str, Pair]:
+    """Return the tiny pairs that are checked beside any other, by name.
+
+    Args:
+        flax_package: the Flax twin, or a changed copy of it.
+        torch_package: the PyTorch twin, or a changed copy of it.
+        seed: of the tokens of their probes.
+    """
+    found = {}
+    for number, (name, companion) in enumerate(COMPANIONS.items()):
+        config, rng = companion.config, np.random.default_rng((seed, 7, number))
+        # As many rows as a pass without a cache has, so that both are one program.
+        rows, width = rows_of_pass(config.context_length), config.context_length
+        tokens = rng.integers(0, config.vocab_size, (rows, width), np.int32)
+        counts = rng.integers(1, width + 1, rows).astype(np.int32)
+        counts[0] = width
+        found[name] = Pair(
+            flax=spec(FlaxTwin, config, package=flax_package),
+            torch=spec(TorchTwin, config, package=torch_package),
+            rules=TWINS,
+            probes={"ragged": Batch((tokens, counts), np.arange(width) < counts[:, None])},
+            training_batch=lambda step: Batch(()),
+            config=dataclasses.asdict(config),
+            plans={FlaxTwin.name: companion.flax, TorchTwin.name: companion.torch},
+        )
+    return found
 
 
 def spec(

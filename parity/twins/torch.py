@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,9 @@ from parity.weights.weight_map import links_of
 
 if TYPE_CHECKING:
     from parity.twins.twin import Config
+
+
+Result = TypeVar("Result")
 
 
 class TorchTwin(Twin):
@@ -108,6 +111,22 @@ class TorchTwin(Twin):
     ) -> TorchTrainer:
         """See `Twin`."""
         return TorchTrainer(self, constants, task, seed)
+
+    ints_name = "torch.tensor"
+
+    def with_definition(self) -> TorchTwin:
+        """See `Twin`."""
+        return TorchTwin(self.model.with_attend(self.package.attention.attend), self.package)
+
+    def call(
+        self,
+        decoder: torch_gpt.Decoder,
+        function: Callable[..., Result],
+        *operands: object,
+        static: tuple[object, ...] = (),
+    ) -> Result:
+        """See `Twin`."""
+        return function(decoder.model, *operands, *static)
 
     def empty(self, num_rows: int, capacity: int) -> torch_gpt.KVCache:
         """See `Twin`."""

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
 from parity.frameworks.leaves import Leaves, cast
+from parity.frameworks.plan import Plan, Readings
 from parity.frameworks.protocols import Calls, Trainer
+from parity.twins.follow import Follower, script
 
 if TYPE_CHECKING:
     import flax_gpt
@@ -145,6 +148,28 @@ class Twin(Protocol):
     def numpy(self, x: Array) -> np.ndarray:
         """Return an array of the framework on the host."""
 
+    @property
+    def ints_name(self) -> str:
+        """What makes an array of integers in the framework, by name."""
+
+    def with_definition(self) -> Self:
+        """Return the same model with the attention of `attention.py`."""
+
+    def call(
+        self, decoder: Any, function: Callable[..., Any], *operands: Array, static: tuple = ()
+    ) -> Any:
+        """Call one of the package's pure functions on a decoder's model, compiled where it can be.
+
+        Args:
+            decoder: of the package.
+            function: called with the model, the operands and the static arguments.
+            operands: arrays, caches or None; all stay as they were.
+            static: other arguments.
+
+        Returns:
+            The function's result.
+        """
+
     def forward(self, tokens_BT: Array, cache: Cache, counts_B: Array) -> tuple[Array, Cache]:
         """Return logits (B, T, V) and the longer cache; `cache` stays as it was."""
 
@@ -217,6 +242,18 @@ class Twin(Protocol):
             logits_BTV, cache = self.read(cache, tokens_BT, counts_B)
             found.append(logits_BTV)
         return found
+
+    def follow(self, plan: Plan) -> Readings:
+        """Return what the reads of a plan give; see `PlanDecoder`."""
+        return self._follower(plan)
+
+    def script(self, plan: Plan, row: int, index: int, history: Sequence[int]) -> str:
+        """Return a plan as Python; see `PlanDecoder`."""
+        return script(self, plan, row, index, history)
+
+    @functools.cached_property
+    def _follower(self) -> Follower:
+        return Follower(self)
 
     def write(
         self,

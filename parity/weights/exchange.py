@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Iterator, Sequence, Set
 
 from parity.weights.match import Pair
-from parity.weights.names import numbers, template
+from parity.weights.names import numbers, template, words
 from parity.weights.units import Fit, Unit, fits
 
 # The places of pairs, each with the place of the pair whose flax unit it gets.
@@ -18,6 +18,8 @@ _FEW = 4
 
 def moves(pairs: Sequence[Pair], fixed: Set[int] = frozenset()) -> list[Move]:
     """Return exchanges of modules and leaves of equal shapes, those of one parent first.
+
+    Those that take equal names apart come last.
 
     Args:
         pairs: of the map at hand.
@@ -40,7 +42,10 @@ def moves(pairs: Sequence[Pair], fixed: Set[int] = frozenset()) -> list[Move]:
     for move in (*_shortest_first(near), *_shortest_first(far)):
         if move and _is_alike(pairs, move):
             found.setdefault(tuple(sorted(move.items())), move)
-    return list(found.values())
+    return sorted(
+        found.values(),
+        key=lambda move: any(is_against_names(pairs[i], pairs[j].flax) for i, j in move.items()),
+    )
 
 
 def _shortest_first(found: list[Move]) -> list[Move]:
@@ -57,6 +62,29 @@ def moved(pairs: Sequence[Pair], move: Move) -> list[Pair] | None:
         found.sort(key=lambda fit: _as_before(fit, pairs[place], pairs[source]))
         made[place] = dataclasses.replace(pairs[place], flax=pairs[source].flax, fits=tuple(found))
     return made
+
+
+def is_against_names(pair: Pair, flax: Unit) -> bool:
+    """Whether a pair of equal names would get a flax unit of another name.
+
+    Weights that are moved by name lie as the names say. Names are equal in their last step, such as
+    `q_proj` and `wq`, or in all words, whatever the numbers.
+
+    Returns:
+        True if the pair's names are equal in one of these ways and those with `flax` are not.
+    """
+
+    def last(unit: Unit) -> str:
+        return unit.owner.rpartition(".")[2]
+
+    def named(unit: Unit) -> Iterator[object]:
+        name = last(unit)
+        yield "" if name.isdigit() else name
+        yield words(name)
+        yield words(unit.owner)
+
+    names = zip(named(pair.torch), named(pair.flax), named(flax), strict=True)
+    return any(ours and ours == theirs != other for ours, theirs, other in names)
 
 
 def _as_before(fit: Fit, *before: Pair) -> bool:

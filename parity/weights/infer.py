@@ -22,8 +22,8 @@ from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.torch.leaves import torch_leaves
 from parity.frameworks.uses import Uses
 from parity.weights.compress import as_rule, compress
-from parity.weights.exchange import moved, moves
-from parity.weights.known_layers import flax_leaf, torch_leaf
+from parity.weights.exchange import is_against_names, moved, moves
+from parity.weights.known_layers import flax_leaf, torch_leaf, torch_owner
 from parity.weights.layouts import Link
 from parity.weights.match import Matching, Pair, alias_of, exchanged, is_needed, match, orders_of
 from parity.weights.names import information, likeness, template, words
@@ -42,6 +42,8 @@ _CLEAR = 0.5
 _SECONDS, _MOST_TRIALS, _MOST_EXCHANGES = 20.0, 400, 24
 # The same, in seconds, against what names say clearly.
 _SECONDS_AGAINST_NAMES = 8.0
+# Layers of torch that add two biases with nothing in between. In a GRU a gate lies between.
+_TWO_BIASES = torch.nn.LSTM | torch.nn.RNN | torch.nn.LSTMCell | torch.nn.RNNCell
 
 
 class Experiment(Protocol):
@@ -128,14 +130,15 @@ class _Inference:
         given: Rules,
     ):
         self._torch, self._flax = torch_leaves(torch_module), flax_leaves(flax_module)
-        self._experiment, self._given = experiment, given
+        self._module, self._experiment, self._given = torch_module, experiment, given
         self._uses = experiment.uses() if experiment else (None, None)
         self._ties = tuple(dict.fromkeys((*given.ties, *_ties(torch_module))))
         self._flax_ties = list(given.flax_ties)
+        self._sums = list(given.sums)
         self._ignored: list[str] = []
         self._flax_ignored: list[str] = []
         self._notes: list[str] = []
-        aliases = {alias for alias, _ in self._ties}
+        aliases = {alias for alias, _ in (*self._ties, *given.sums)}
         self._links, self._open = self._of_given()
         taken = {x for link in (*self._links, *self._open) for x in (*link.torch, *link.flax)}
         ours = {
@@ -164,6 +167,8 @@ class _Inference:
     def rules(self) -> Rules:
         """Return the rules."""
         found = match(*self._models, self._torch, self._flax)
+        if any(map(is_needed, found.torch)):
+            found = self._summed(found)
         place = {name: number for number, name in enumerate(self._torch)}
         order = sorted(range(len(found.pairs)), key=lambda i: place[found.pairs[i].torch.name])
         pairs = [found.pairs[i] for i in order] + [self._pair_of(link) for link in self._open]
@@ -176,6 +181,26 @@ class _Inference:
         choices = list(self._choices(pairs, groups))
         return self._decided(pairs, choices)
 
+    def _summed(self, found: Matching) -> Matching:
+        """Return the match with one of the two biases of recurrent layers added to the other.
+
+        Their sum alone matters, and flax's cells have one bias.
+        """
+        sums = [
+            (name, name.replace("bias_ih", "bias_hh"))
+            for unit in self._models[0]
+            for name in unit.names
+            if "bias_ih" in name and isinstance(torch_owner(self._module, name)[0], _TWO_BIASES)
+        ]
+        added = {term for term, _ in sums}
+        ours = [unit for unit in self._models[0] if unit.name not in added]
+        again = match(ours, self._models[1], self._torch, self._flax)
+        if not sums or again.left >= found.left:
+            return found
+        self._sums += sums
+        self._notes += [f"flax has the sum of torch {term} and {other}" for term, other in sums]
+        return again
+
     def _base(self) -> Rules:
         """Return the rules without their rules."""
         given = self._given
@@ -186,6 +211,7 @@ class _Inference:
             tuple(self._flax_ties),
             (*given.flax_ignored, *self._flax_ignored),
             notes=tuple(self._notes),
+            sums=tuple(self._sums),
         )
 
     def _rules_of(self, pairs: Sequence[Pair], short: bool = True) -> Rules:
@@ -253,7 +279,9 @@ class _Inference:
                 if is_needed(unit):
                     self._notes.append(f"torch {unit.name}: no output needs it, and flax lacks it")
             else:
-                problems.append(_missing("torch", unit, found.flax))
+                problems.append(
+                    _missing("torch", unit, found.flax) + self._added(unit, found.pairs)
+                )
         owners: dict[str, str] = {}
         for unit in sorted(found.flax, key=lambda unit: -len(unit.shapes[0])):
             is_unused = uses[1] is not None and not any(name in uses[1] for name in unit.names)
@@ -272,6 +300,23 @@ class _Inference:
             else:
                 problems.append(_missing("flax", unit, found.torch))
         return problems
+
+    def _added(self, unit: Unit, pairs: Sequence[Pair]) -> str:
+        """Ask whether a bias without a counterpart is added to one that has one."""
+        if unit.operation != "term":
+            return ""
+        if isinstance(torch_owner(self._module, unit.name)[0], torch.nn.GRU | torch.nn.GRUCell):
+            return (
+                ". A third of it is multiplied by the reset gate; nnx.GRUCell has no such bias, so "
+                "the port needs a cell that has"
+            )
+        above = unit.owner.rpartition(".")[0]
+        others = (x.torch for x in pairs if x.torch.shapes == unit.shapes)
+        for other in others:
+            if other.operation == "term" and other.owner.rpartition(".")[0] == above:
+                line = f'sum = [{{term = "{unit.name}", original = "{other.name}"}}]'
+                return f", or is it added to {other.name}, as in {line} ?"
+        return ""
 
     def _alias(self, unit: Unit, pairs: Sequence[Pair], owners: dict[str, str]) -> Pair | None:
         known = information(self._flax)
@@ -295,8 +340,12 @@ class _Inference:
             answers = []
             for order in itertools.islice(orders, _MOST_EXCHANGES):
                 made = [exchanged([pairs[i] for i in group], order) for group in alike]
-                if all(x is not None for x in made):
-                    answers.append(tuple(pair for group in made for pair in group or ()))
+                found = [pair for group in made for pair in group or ()]
+                moved_places = zip((i for group in alike for i in group), found, strict=False)
+                if all(x is not None for x in made) and not any(
+                    is_against_names(pairs[i], pair.flax) for i, pair in moved_places
+                ):
+                    answers.append(tuple(found))
             if len(answers) > 1:
                 yield _Choice(tuple(i for group in alike for i in group), tuple(answers))
         by_kind: dict[tuple[object, ...], list[int]] = {}
@@ -375,8 +424,18 @@ class _Inference:
         if not places:
             return rules
         equal = "equal" if gap <= _SAME_OUTPUT else f"closest, {gap:.0e},"
-        note = f"outputs are {equal} with {self._lines(rules, found, places)}, not as names suggest"
-        return dataclasses.replace(rules, notes=(*rules.notes, note))
+        lines, exchange = self._lines(rules, found, places), ""
+        note = f"outputs are {equal} with {lines}, not as names suggest"
+        against = [i for i in places if is_against_names(pairs[i], found[i].flax)]
+        if against:
+            # Weights are moved by names where these are equal: what differs then is a difference.
+            kept = [pairs[i] if i in against else pair for i, pair in enumerate(found)]
+            is_whole = len({pair.flax.names for pair in kept}) == len(kept)
+            note += ", and equal names are kept"
+            lines = self._lines(rules, found, against)
+            rules = self._rules_of(kept if is_whole else pairs)
+            exchange = lines if gap <= _SAME_OUTPUT else ""
+        return dataclasses.replace(rules, notes=(*rules.notes, note), exchange=exchange)
 
     def _searched(
         self, pairs: list[Pair], choices: list[_Choice], gap: float
@@ -387,17 +446,25 @@ class _Inference:
         best, best_gap = pairs, gap
         total = math.prod(len(choice.answers) for choice in choices)
 
-        def answered(pairs: list[Pair], choice: _Choice, answer: tuple[Pair, ...]) -> list[Pair]:
+        def answered(
+            pairs: list[Pair] | None, choice: _Choice, answer: tuple[Pair, ...]
+        ) -> list[Pair] | None:
+            if pairs is None:
+                return None
             changed = list(pairs)
             for place, pair in zip(choice.places, answer, strict=True):
                 changed[place] = pair
-            return changed
+            names = [name for pair in changed for name in pair.flax.names]
+            # Two choices about one pair may not go together.
+            return changed if len(set(names)) == len(names) else None
 
         if total <= _MOST_TRIALS // 4:
             for answers in itertools.product(*(choice.answers for choice in choices)):
-                tried = pairs
+                tried: list[Pair] | None = pairs
                 for choice, answer in zip(choices, answers, strict=True):
                     tried = answered(tried, choice, answer)
+                if tried is None:
+                    continue
                 its_gap = self._experiment.gap(self._rules_of(tried, short=False))
                 if its_gap < best_gap:
                     best, best_gap = tried, its_gap
@@ -409,7 +476,8 @@ class _Inference:
         least = measure(self._rules_of(best)), best_gap
         for choice in (*order, *order):
             for answer in choice.answers[1:]:
-                tried = answered(best, choice, answer)
+                if (tried := answered(best, choice, answer)) is None:
+                    continue
                 rules, trials = self._rules_of(tried, short=False), trials + 1
                 found = measure(rules), self._experiment.gap(rules)
                 if found < least:

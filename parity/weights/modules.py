@@ -6,6 +6,8 @@ from flax import nnx
 from parity.frameworks.leaves import dotted
 from parity.weights.weight_map import WeightMap
 
+# Modules that share at least this many of all their weights may be counterparts.
+_SHARED = 0.6
 # They hold modules and are never called.
 _CONTAINERS = torch.nn.ModuleList | torch.nn.ModuleDict
 
@@ -17,11 +19,15 @@ def module_map(
 
     Two modules correspond when the same links of the weight map lie below them. Nested modules that
     hold the same weights are paired from the outside in, but those that own leaves with each other:
-    a linear layer is none with an activation around it. A module without weights is paired with one
-    of the same name in the same place.
+    a linear layer is none with an activation around it. Of those left, two correspond that share
+    most of their weights, as where one of them holds a table that the other is given; each must be
+    the best for the other. A module without weights is paired with one of the same name in the same
+    place.
     """
     torch_paths = [
-        path for path, part in torch_module.named_modules() if not isinstance(part, _CONTAINERS)
+        path
+        for path, part in torch_module.named_modules()
+        if not isinstance(part, _CONTAINERS) and "parametrizations" not in path.split(".")
     ]
     flax_paths = [
         dotted(path)
@@ -39,6 +45,10 @@ def module_map(
         while inner and outer and {inner[-1], outer[-1]} <= owners:
             found[inner.pop()] = outer.pop()
         found |= dict(zip(inner, outer, strict=False))
+    found |= _nearest(
+        {path: x for x, paths in theirs.items() for path in paths if path not in found},
+        {path: x for x, paths in ours.items() for path in paths if path not in found.values()},
+    )
     empty = set(ours.get(frozenset(), []))
     for path in sorted(theirs.get(frozenset(), []), key=_depth):
         parent, _, name = path.rpartition(".")
@@ -46,6 +56,18 @@ def module_map(
         if twin in empty:
             found[path] = twin
     return found
+
+
+def _nearest(flax: dict[str, frozenset[int]], torch: dict[str, frozenset[int]]) -> dict[str, str]:
+    """Pair modules by path that share most of their links, each the best for the other."""
+
+    def best(content: frozenset[int], others: dict[str, frozenset[int]]) -> str | None:
+        shares = {x: len(content & y) / len(content | y) for x, y in others.items() if content & y}
+        found = max(shares, key=lambda x: shares[x], default=None)
+        return found if found is not None and shares[found] >= _SHARED else None
+
+    pairs = {path: best(content, torch) for path, content in flax.items() if len(content) > 1}
+    return {a: b for a, b in pairs.items() if b is not None and best(torch[b], flax) == a}
 
 
 def _by_content(paths: list[str], links: list[tuple[str, ...]]) -> dict[frozenset[int], list[str]]:
@@ -62,8 +84,13 @@ def _by_content(paths: list[str], links: list[tuple[str, ...]]) -> dict[frozense
 
 
 def _ancestors(leaf: str) -> list[str]:
-    """Return the paths of the modules that a leaf lies in, the model among them."""
-    parts = leaf.split(".")[:-1]
+    """Return the paths of the modules that a leaf lies in, the model among them.
+
+    A leaf of torch's parametrizations, as of a weight norm, lies in the module that has them.
+    """
+    parts = leaf.partition(".parametrizations.")[0].split(".")
+    if ".parametrizations." not in leaf:
+        parts.pop()
     return [".".join(parts[:end]) for end in range(len(parts) + 1)]
 
 

@@ -23,6 +23,10 @@ layout. As a file:
     alias = "head.weight"
     original = "embedding.weight"
 
+    [[sum]]
+    term = "lstm.bias_ih_l0"
+    original = "lstm.bias_hh_l0"
+
 A rule may be one line of the table `map`, whose layout follows from both models if it is left out;
 `rest = "auto"` infers what the file does not say:
 
@@ -43,7 +47,8 @@ from parity.weights.layouts import Axes, Layout, Link
 _STACK = re.compile(r"\[(\w+)\]")
 _FIELDS = (
     f"[[rule]] with torch, flax and perhaps layout ({', '.join(Layout)} or axes), heads, optional; "
-    "map; [[tie]] and [[flax_tie]] with alias and original; ignored; flax_ignored; rest"
+    "map; [[tie]] and [[flax_tie]] with alias and original; [[sum]] with term and original; "
+    "ignored; flax_ignored; rest"
 )
 
 
@@ -98,6 +103,9 @@ class Rules:
         flax_ignored: patterns of flax leaves that torch lacks and no output needs.
         rest: "auto" to infer what is not said; empty where all is said.
         notes: what was decided without proof when the rules were inferred.
+        sums: pairs of torch names (term, original); flax has their sum for the original.
+        exchange: lines of other rules, which take equal names apart and make the outputs equal;
+            empty where there are none.
     """
 
     rules: tuple[Rule, ...]
@@ -107,6 +115,8 @@ class Rules:
     flax_ignored: tuple[str, ...] = ()
     rest: str = ""
     notes: tuple[str, ...] = dataclasses.field(default=(), compare=False)
+    sums: tuple[tuple[str, str], ...] = ()
+    exchange: str = dataclasses.field(default="", compare=False)
 
     def is_ignored(self, torch_name: str) -> bool:
         """Whether a torch leaf is left out on purpose."""
@@ -153,11 +163,12 @@ class Rules:
                 tuple((tie["alias"], tie["original"]) for tie in document.pop(kind, ()))
                 for kind in ("tie", "flax_tie")
             )
+            sums = tuple((x["term"], x["original"]) for x in document.pop("sum", ()))
             ignored = [_names(kind, document.pop(kind, [])) for kind in ("ignored", "flax_ignored")]
             rest = document.pop("rest", "")
             if rest not in ("", "auto"):
                 raise ValueError(f"rest = {rest!r}: it is auto, or left out")
-            return cls(rules, ties, ignored[0], flax_ties, ignored[1], rest, **document)
+            return cls(rules, ties, ignored[0], flax_ties, ignored[1], rest, sums=sums, **document)
         except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise ValueError(f"{error}. A file has {_FIELDS}.") from error
 
@@ -174,10 +185,11 @@ class Rules:
                 if (value := getattr(rule, field.name)) != field.default
             ]
             parts.append("\n".join(["[[rule]]", *lines]))
-        for kind, ties in (("tie", self.ties), ("flax_tie", self.flax_ties)):
-            for alias, original in ties:
-                tie = f"alias = {json.dumps(alias)}\noriginal = {json.dumps(original)}"
-                parts.append(f"[[{kind}]]\n{tie}")
+        pairs = (("tie", "alias", self.ties), ("flax_tie", "alias", self.flax_ties))
+        for kind, key, found in (*pairs, ("sum", "term", self.sums)):
+            for one, original in found:
+                lines = f"{key} = {json.dumps(one)}\noriginal = {json.dumps(original)}"
+                parts.append(f"[[{kind}]]\n{lines}")
         return "\n\n".join(parts) + "\n"
 
 

@@ -12,16 +12,32 @@ TWINS = Rules(
         Rule("*_embedding.weight", "*_embedding.embedding"),
         Rule("embedding_norm.weight", "embedding_norm.scale", optional=True),
         Rule("embedding_norm.bias", "embedding_norm.bias", optional=True),
-        Rule("blocks.*.norm_*.weight", "blocks.*.norm_*.scale"),
+        Rule("blocks.*.norm_*.weight", "blocks.*.norm_*.scale", optional=True),
         Rule("blocks.*.norm_*.bias", "blocks.*.norm_*.bias", optional=True),
+        Rule("blocks.*.after_*.weight", "blocks.*.after_*.scale", optional=True),
+        Rule("blocks.*.after_*.bias", "blocks.*.after_*.bias", optional=True),
+        Rule("blocks.*.attention.scores.weight", "blocks.*.attention.scores.weight", optional=True),
         Rule("blocks.*.attention.query.weight", "blocks.*.attention.query.kernel", _LINEAR),
         Rule("blocks.*.attention.key.weight", "blocks.*.attention.key.kernel", _LINEAR),
         Rule("blocks.*.attention.value.weight", "blocks.*.attention.value.kernel", _LINEAR),
         Rule("blocks.*.attention.out.weight", "blocks.*.attention.out.kernel", _LINEAR),
         Rule("blocks.*.attention.*.bias", "blocks.*.attention.*.bias", optional=True),
         Rule("blocks.*.attention.*_norm.weight", "blocks.*.attention.*_norm.scale", optional=True),
-        Rule("blocks.*.mlp.*.weight", "blocks.*.mlp.*.kernel", _LINEAR),
+        Rule("blocks.*.mlp.*.weight", "blocks.*.mlp.*.kernel", _LINEAR, optional=True),
         Rule("blocks.*.mlp.*.bias", "blocks.*.mlp.*.bias", optional=True),
+        *(
+            Rule(f"{x}.weight", f"{x}.kernel", _LINEAR, optional=True)
+            for x in ("blocks.*.mlp.*.*", "blocks.*.mlp.shared.*.*")
+        ),
+        *(
+            Rule(f"{x}.bias", f"{x}.bias", optional=True)
+            for x in ("blocks.*.mlp.*.*", "blocks.*.mlp.shared.*.*")
+        ),
+        *(
+            Rule(f"blocks.*.mlp.experts.{name}", f"blocks.*.mlp.experts.{name}", optional=True)
+            for name in ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+        ),
+        Rule("blocks.*.mlp.router.preference", "blocks.*.mlp.router.preference", optional=True),
         Rule("norm.weight", "norm.scale"),
         Rule("norm.bias", "norm.bias", optional=True),
         Rule("head.weight", "head.kernel", _LINEAR, optional=True),

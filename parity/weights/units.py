@@ -153,8 +153,9 @@ def families(found: Sequence[Unit], size: int) -> Iterator[Unit]:
         steps = unit.name.split(".")
         for place in {len(steps) - 1, len(steps) - 2} & set(range(len(steps))):
             key = (place, *steps[:place], *steps[place + 1 :], unit.stacks, unit.kind)
-            for shapes in ((), unit.shapes):  # a cell reads gates of the input and state by turns
-                groups.setdefault((*key, shapes), []).append(unit)
+            # A cell reads gates of the input and of the state by turns, such as ii, hi, if, hf.
+            for alike in ((), unit.shapes, steps[place].strip("_")[:-1]):
+                groups.setdefault((*key, alike), []).append(unit)
     for (place, *_), group in groups.items():
         group = sorted(_distinct(group), key=lambda unit: unit.order)
         for length in range(min(len(group), 8), 1, -1):
@@ -241,7 +242,13 @@ def fits(torch: Unit, flax: Unit) -> list[Fit]:
     is_turned = "transposed convolution" in (torch.leaf.kind, flax.leaf.kind)
     if is_turned and "weight" in (torch.leaf.role, flax.leaf.role):
         return _transposed_convolutions(torch, flax)
-    sides = Sides(torch.shapes[0], flax.shapes[0], torch.axes, flax.axes)
+    ours, theirs = torch.axes, flax.axes
+    # A table may first be multiplied with, as a codebook is, or a head that is tied to it.
+    if (torch.operation, flax.operation) == ("table", "product"):
+        ours = ours[::-1]
+    elif (torch.operation, flax.operation) == ("product", "table"):
+        theirs = theirs[::-1]
+    sides = Sides(torch.shapes[0], flax.shapes[0], ours, theirs)
     names = [("torch", f"[{x}]", size) for x, size in zip("nm", torch.stacks, strict=False)]
     names += [("flax", f"[{x}]", size) for x, size in zip("kl", flax.stacks, strict=False)]
     stacks = tuple((name, size) for _, name, size in names)

@@ -41,6 +41,7 @@ class WeightMap:
         flax_ignored: flax leaves that are left out.
         torch_integers: types of the integer leaves, which are of another width in flax.
         flax_integers: the same of flax.
+        sums: pairs of torch names (term, original) of which flax has the sum.
     """
 
     links: tuple[Link, ...]
@@ -52,6 +53,7 @@ class WeightMap:
     flax_ignored: tuple[str, ...] = ()
     torch_integers: Mapping[str, np.dtype] = dataclasses.field(default_factory=dict)
     flax_integers: Mapping[str, np.dtype] = dataclasses.field(default_factory=dict)
+    sums: tuple[tuple[str, str], ...] = ()
 
     def to_torch(self, leaves: Arrays) -> Leaves:
         """Return torch leaves for flax leaves: weights, or what is shaped like them, as gradients.
@@ -62,6 +64,9 @@ class WeightMap:
         for link in self.links:
             if all(name in leaves for name in link.flax):
                 moved |= _typed(link.to_torch(leaves, self.torch_shapes), self.torch_integers)
+        for term, original in self.sums:
+            if original in moved:  # halves add up to the last bit
+                moved[term] = moved[original] = moved[original] / moved[original].dtype.type(2)
         return moved | {a: moved[original] for a, original in self.ties if original in moved}
 
     def to_flax(self, leaves: Arrays) -> Leaves:
@@ -70,6 +75,8 @@ class WeightMap:
 
     def flax_leaves(self, leaves: Arrays) -> Iterator[tuple[str, np.ndarray]]:
         """Yield what `to_flax` returns, so that the leaves need not all exist at once."""
+        found = ((x, y) for x, y in self.sums if x in leaves and y in leaves)
+        leaves = {**leaves, **{y: leaves[x] + leaves[y] for x, y in found}} if self.sums else leaves
         aliases: dict[str, list[str]] = {}
         for alias, original in self.flax_ties:
             aliases.setdefault(original, []).append(alias)
@@ -78,6 +85,12 @@ class WeightMap:
                 made = _typed(link.to_flax(leaves, self.flax_shapes), self.flax_integers)
                 yield from made.items()
                 yield from ((x, made[name]) for name in made for x in aliases.get(name, ()))
+
+    def gradients_to_flax(self, gradients: Arrays) -> Leaves:
+        """Return flax gradients for torch gradients: that of a sum is that of either term."""
+        found = [(x, y) for x, y in self.sums if x in gradients and y in gradients]
+        halves = {name: gradients[name] / 2 for pair in found for name in pair}
+        return self.to_flax({**gradients, **halves})
 
     def mapped(self, leaves: Arrays) -> Leaves:
         """Return the flax leaves that torch has too."""
@@ -98,8 +111,16 @@ class WeightMap:
     @property
     def trained_apart(self) -> str:
         """Why the two models cannot be trained alike; empty where they can."""
-        ties = ", ".join(f"{alias} and {original}" for alias, original in self.flax_ties)
-        return f"flax trains {ties} apart, which are one tensor in torch" if ties else ""
+        found = (("flax", self.flax_ties, "torch"), ("torch", self.sums, "flax"))
+        listed = (
+            (side, ", ".join(f"{one} and {other}" for one, other in pairs), rest)
+            for side, pairs, rest in found
+        )
+        return "; ".join(
+            f"{side} trains {names} apart, which are one tensor in {rest}"
+            for side, names, rest in listed
+            if names
+        )
 
 
 def _typed(leaves: Leaves, types: Mapping[str, np.dtype]) -> Leaves:
@@ -135,8 +156,9 @@ def resolve(rules: Rules, torch_leaves: Arrays, flax_leaves: Arrays) -> WeightMa
         TransplantError: unless every leaf on both sides is used exactly once and fits.
     """
     aliases = {alias: original for alias, original in rules.ties if alias in torch_leaves}
+    terms = dict(rules.sums)
     ignored = tuple(name for name in torch_leaves if rules.is_ignored(name))
-    mapped = [name for name in torch_leaves if name not in aliases and name not in ignored]
+    mapped = [x for x in torch_leaves if x not in aliases and x not in terms and x not in ignored]
     flax_aliases = {alias: original for alias, original in rules.flax_ties if alias in flax_leaves}
     flax_ignored = tuple(name for name in flax_leaves if rules.is_flax_ignored(name))
     flax_mapped = [x for x in flax_leaves if x not in flax_aliases and x not in flax_ignored]
@@ -166,6 +188,14 @@ def resolve(rules: Rules, torch_leaves: Arrays, flax_leaves: Arrays) -> WeightMa
             problems.append(f"torch leaf {alias} is tied to {original}, which does not exist")
         elif not np.array_equal(torch_leaves[alias], torch_leaves[original], equal_nan=True):
             problems.append(f"torch leaf {alias} is not equal to {original}, its declared tie")
+    for term, original in terms.items():
+        missing = [x for x in (term, original) if x not in torch_leaves or x in aliases]
+        if missing:
+            names = f"torch leaf {term} is added to {original}"
+            problems.append(f"{names}: {missing[0]} does not exist{closest(missing[0], mapped)}")
+        elif torch_leaves[term].shape != torch_leaves[original].shape:
+            shapes = " and ".join(str(list(torch_leaves[x].shape)) for x in (term, original))
+            problems.append(f"torch leaf {term} has not the shape of {original}: {shapes}")
     for alias, original in flax_aliases.items():
         if original not in flax_mapped:
             problems.append(f"flax leaf {alias} is tied to {original}, which does not exist")
@@ -187,6 +217,7 @@ def resolve(rules: Rules, torch_leaves: Arrays, flax_leaves: Arrays) -> WeightMa
         flax_ignored,
         _integers(torch_leaves),
         _integers(flax_leaves),
+        tuple(terms.items()),
     )
 
 

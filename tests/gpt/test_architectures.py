@@ -27,7 +27,7 @@ POSITIONS = {
     "alibi": dict(norm="layer", activation="gelu_bloom", embedding_norm=True),
     "t5": dict(norm="rms_plus_one", activation="gelu", gated=True, t5_buckets=6, t5_max_distance=9,
                tied_head=False, mlp_bias=False),
-    "none": dict(norm="rms", qk_norm=True, out_bias=False, activation="silu"),
+    "none": dict(norm="rms", qk_norm="head", out_bias=False, activation="silu"),
 }  # fmt: skip
 KV_HEADS = {"MHA": 6, "GQA": 2, "MQA": 1}
 WINDOWS = {"no window": dict(), "window": dict(window=5, num_full_layers=1)}
@@ -38,6 +38,41 @@ ROPES = {
     "llama3": dict(scaling="llama3", factor=4.0, original_length=8, base=50.0, high_frequency=2.5),
     "dynamic": dict(scaling="dynamic", factor=2.0, original_length=8),
 }
+
+# Each part that is not among the above at least once, as models mix them.
+PARTS = {
+    "norms before and after, caps": dict(
+        norm="rms_plus_one", norm_place="both", score_cap=2.0, logit_cap=1.5, embedding_scale=3.0,
+        attention_scale=0.3, layers=[dict(window=5), dict(rotary=ROPES["linear"])], gated=True,
+    ),
+    "norms after, yarn": dict(
+        norm="rms", norm_place="after", qk_norm="width",
+        layers=[dict(window=5), dict(rotary=dict(
+            scaling="yarn", factor=4.0, original_length=8, high_frequency=2.0, low_frequency=0.3,
+            base=50.0, attention_factor=1.1, whole_pairs=False))],
+    ),
+    "no positions, factors": dict(
+        norm="rms", layers=[dict(), dict(positions="none")], residual_scale=0.5, logit_scale=0.2,
+        activation="relu_squared",
+    ),
+    "parallel, one norm": dict(
+        norm="layer_no_bias", residual="parallel_one_norm", activation="relu", logit_scale=3.0
+    ),
+    "experts": dict(
+        norm="rms", gated=True, activation="silu_clamped", layers=[dict(dense=True), dict()],
+        experts=dict(num_experts=5, num_chosen=2, width=7, router_bias=True),
+    ),
+    "experts, one shared": dict(
+        gated=True, activation="silu", mlp_bias=False, experts=dict(
+            num_experts=5, num_chosen=3, width=7, router="sigmoid", scale=1.7, shared_width=9,
+            shared_gate=True, renormalise=False),
+    ),
+    "parallel, sinks, longrope": dict(
+        residual="parallel", sinks=True, rotary=dict(
+            scaling="longrope", short_factors=[1.0, 2.0], long_factors=[3.0, 7.0],
+            original_length=9, attention_factor=1.2),
+    ),
+}  # fmt: skip
 
 
 def pair_of(twins, **changes):
@@ -113,6 +148,39 @@ def test_scaled_rotations_agree_and_a_cached_key_stays_right(twins, scaling):
     np.testing.assert_allclose(*whole, rtol=0, atol=BOUND)
     (gpt, plain), _ = pair_of(twins, **(config | dict(rotary=dict())))
     assert np.abs(gpt.numpy(plain(gpt.ints(tokens))[0]) - whole[0]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_agree_with_and_without_a_cache(twins, name):
+    tokens, whole, real = tokens_of(), [], np.arange(T) < COUNTS[:, None]
+    changes = dict(positions="rotary", num_kv_heads=2) | PARTS[name]
+    for gpt, model in pair_of(twins, **changes):
+        whole.append(gpt.numpy(model(gpt.ints(tokens))[0]))
+        found = in_pieces(gpt, model, tokens, 3)
+        np.testing.assert_allclose(found[real], whole[-1][real], rtol=0, atol=BOUND)
+        decoder = gpt.package.Decoder(model, B)
+        logits, cache = decoder.prefill(gpt.ints(tokens[:, :-1]))
+        logits, _ = decoder.advance(gpt.ints(tokens[:, -1]), cache)
+        np.testing.assert_allclose(gpt.numpy(logits), whole[-1][:, -1], rtol=0, atol=BOUND)
+    assert whole[0].std() > 0.1
+    np.testing.assert_allclose(*whole, rtol=0, atol=BOUND)
+
+
+@pytest.mark.parametrize("part, without", [
+    (dict(score_cap=2.0), dict()), (dict(logit_cap=1.5), dict()), (dict(sinks=True), dict()),
+    (dict(embedding_scale=3.0), dict()), (dict(residual_scale=0.5), dict()),
+    (dict(attention_scale=0.3), dict()), (dict(logit_scale=0.5), dict()),
+    (dict(norm_place="both", norm="rms"), dict(norm="rms")),
+    (dict(residual="parallel"), dict()), (dict(layers=[dict(), dict(window=3)]), dict()),
+    (dict(layers=[dict(), dict(positions="none")]), dict()),
+    (dict(norm="rms", qk_norm="width"), dict(norm="rms")),
+])  # fmt: skip
+def test_a_part_changes_what_a_model_computes(twins, part, without):
+    found = []
+    for changes in (part, without):
+        gpt, model = pair_of(twins, **(dict(positions="rotary", num_kv_heads=2) | changes))[1]
+        found.append(gpt.numpy(model(gpt.ints(tokens_of()))[0]))
+    assert np.abs(found[0] - found[1]).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", POSITIONS)

@@ -29,7 +29,7 @@ def test_a_part_that_a_model_does_not_have_is_the_identity(gpt):
     block = plain.blocks[0]
     absent = plain.embedding_norm, block.attention.query_norm, block.attention.key_norm
     assert all(part is identity for part in (*absent, block.mlp.gate))
-    full = gpt.model(num_layers=1, embedding_norm=True, qk_norm=True, gated=True)
+    full = gpt.model(num_layers=1, embedding_norm=True, qk_norm="head", gated=True)
     block = full.blocks[0]
     present = full.embedding_norm, block.attention.query_norm, block.attention.key_norm
     assert all(part is not identity for part in (*present, block.mlp.gate))

@@ -20,7 +20,7 @@ CALLS = (
 )  # tokens, and the real ones of each row
 KINDS = {
     "learned": dict(),
-    "rotary": dict(positions="rotary", head_dim=6, num_kv_heads=1, qk_norm=True),
+    "rotary": dict(positions="rotary", head_dim=6, num_kv_heads=1, qk_norm="head"),
     "alibi": dict(positions="alibi", window=200, num_full_layers=1),
     "t5": dict(positions="t5", num_kv_heads=3),
     "none": dict(positions="none", window=5),

@@ -5,6 +5,7 @@ import functools
 import io
 import re
 import sys
+import tempfile
 import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
@@ -275,7 +276,7 @@ def test_the_public_names_are_the_same():
 
 # --- shapes in names ---
 
-SUFFIX = re.compile(r"_(?!1$)([1BTSDNKQHEFVGRCPIO]+)$")  # norm_1 is a number, not an axis
+SUFFIX = re.compile(r"_(?!1$)([1BTSDNKQHEFVGRCPIOXU]+)$")  # norm_1 is a number, not an axis
 
 
 def letters(name: str) -> str | None:
@@ -321,7 +322,7 @@ def test_the_twins_write_the_same_einsums():
 
 # Sizes that all differ, so that no axis can stand in for another; T and S are what a call makes
 # them. The MLP has a width that no other test uses: jax runs no Python for a shape that it knows.
-SIZES = dict(B=2, N=12, K=3, Q=4, H=10, E=5, D=15, F=31, V=61, C=8)
+SIZES = dict(B=2, N=12, K=3, Q=4, H=10, E=5, D=15, F=31, V=61, C=8, X=23, U=14)
 T, S, G, R = 7, 19, 9, 6
 
 # Where an axis B may have another size, such as 1 for every row, and where the code says so.
@@ -391,9 +392,12 @@ def test_every_licence_of_the_audit_is_in_use():
     assert set(STACKED) <= set(definitions("flax", STEP))
 
 
-def audited(side: str, run: Callable[[], None]) -> tuple[set[tuple[str, str]], list[str]]:
+def audited(
+    side: str, run: Callable[[], None], known: dict[str, int] = SIZES
+) -> tuple[set[tuple[str, str]], list[str]]:
     """Runs code and looks at the locals of every function of a twin as it returns, and into those
-    and results that are a twin's own values.
+    and results that are a twin's own values. The sizes that are known are the same everywhere,
+    others within a function.
 
     Returns:
         Functions and classes with names whose arrays were looked at, and what is wrong with them.
@@ -412,7 +416,7 @@ def audited(side: str, run: Callable[[], None]) -> tuple[set[tuple[str, str]], l
                 check(type(value).__name__, {x.name: getattr(value, x.name) for x in fields(value)})
 
     def check(owner: str, arrays: dict[str, Any]) -> None:
-        sizes = dict(SIZES)
+        sizes = dict(known)
         for name, value in arrays.items():
             axes = letters(name)
             if axes is None or not hasattr(value, "shape"):
@@ -437,6 +441,23 @@ def audited(side: str, run: Callable[[], None]) -> tuple[set[tuple[str, str]], l
     return seen, problems
 
 
+def algebra(gpt, model) -> None:
+    """What is built of caches, in calls in which all sizes differ."""
+    package, tokens = gpt.package, gpt.ints(np.arange(SIZES["B"] * T).reshape(SIZES["B"], T))
+    counts, key, folder = gpt.ints((7, 3)), gpt.random.key(0), tempfile.TemporaryDirectory()
+    package.beam_search(model, tokens, R, G, counts, (5,))
+    for draft in (package.PromptLookup(4), package.DraftModel(model, 4)):
+        package.speculate(model, tokens, G, draft, counts, (5,))
+        package.speculate(model, tokens, G, draft, counts, (), package.Sampling(), key)
+    decoder = package.BatchInvariantDecoder(model, SIZES["B"])
+    package.speculate(decoder, tokens, G, package.DraftModel(model, 4), counts)
+    cache = package.KVCache.empty(model.config, SIZES["B"], S)
+    cache = package.prefill(model, tokens, cache)[1]
+    with folder as path:
+        package.save_cache(f"{path}/cache", model, cache, tokens)
+        package.load_cache(f"{path}/cache", model)
+
+
 def test_every_array_has_the_axes_in_its_name(gpt):
     package = gpt.package
     assert len({*SIZES.values(), T, S, G, R}) == len(SIZES) + 4
@@ -449,6 +470,13 @@ def test_every_array_has_the_axes_in_its_name(gpt):
     ]
     others += [gpt.model(**sizes, positions=x, window=3, gated=True) for x in ("alibi", "t5")]
     others.append(gpt.model(**sizes, positions="none", norm="rms_plus_one"))
+    others.append(gpt.model(**sizes, positions="rotary", sinks=True))
+    experts = dict(
+        num_experts=SIZES["X"], num_chosen=SIZES["U"], width=SIZES["F"], shared_width=SIZES["F"]
+    )
+    for router in ("softmax", "sigmoid"):
+        kind = experts | dict(router=router, shared_gate=router == "softmax")
+        others.append(gpt.model(**sizes, gated=True, experts=kind))
     key, counts = gpt.random.key(0), gpt.ints((7, 3))
     tokens = gpt.ints(np.random.default_rng(0).integers(0, SIZES["V"], (SIZES["B"], T)))
     state = package.TrainState.create(model, package.TrainConfig(), key)
@@ -473,6 +501,9 @@ def test_every_array_has_the_axes_in_its_name(gpt):
                 cache = package.KVCache.empty(other.config, SIZES["B"], S)
                 package.decode_step(other, tokens[:, 0], cache)
                 other(tokens, None, numbers)
+        mlp, row = others[-1].blocks[0].mlp, gpt.floats(np.zeros((SIZES["B"], T, SIZES["D"])))
+        mlp.router.margins(row)
+        mlp.experts.masked(row, *mlp.router(row))
         package.train_step(package.Batch(tokens, counts), state)
         for use_cache in (True, False):
             package.generate(model, tokens, G, counts, (5,), use_cache)
@@ -521,6 +552,11 @@ def test_every_array_has_the_axes_in_its_name(gpt):
 
     seen, problems = audited(gpt.name, run)
     assert not problems
+    # The rows of a model are beams here, and what stands on the host has no tracer.
+    free = {axis: size for axis, size in SIZES.items() if axis not in "BCP"}
+    others, problems = audited(gpt.name, lambda: algebra(gpt, model), free)
+    assert not problems
+    seen |= others
     assert seen >= expected_names(gpt.name)  # not one name was left out
     assert len(seen) > 80
 

@@ -285,6 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check real pairs, healthy and with faults.")
     parser.add_argument("names", nargs="*", help="pairs; all of them when none is named")
     parser.add_argument("--seeds", type=int, default=1, help="of healthy pairs")
+    parser.add_argument("--fault-seeds", type=int, default=1, help="of pairs with faults")
     parser.add_argument("--no-faults", action="store_true", help="healthy pairs alone")
     parser.add_argument("--levels", default=",".join(LEVELS), help="split by commas")
     parser.add_argument("--float64", action="store_true", help="leave float32 out")
@@ -296,17 +297,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for seed in range(given.seeds):
             healthy.append(run(name, seed=seed, **options))
             print(healthy[-1], flush=True)
-        for fault in [] if given.no_faults else faults_of(name):
-            planted.append(run(name, fault, **options))
+        faults = [] if given.no_faults else faults_of(name)
+        for fault, seed in itertools.product(faults, range(given.fault_seeds)):
+            planted.append(run(name, fault, seed, **options))
             print(planted[-1], flush=True)
     good = sum(row.healthy for row in healthy)
     counts = {
         word: sum(getattr(row, word) for row in planted)
         for word in ("detected", "placed", "explained", "misled")
     }
+    shares = ", ".join(
+        f"{100 * count / max(len(planted), 1):.1f} % {word}" for word, count in counts.items()
+    )
     print(
         f"\n{good} of {len(healthy)} checks of healthy pairs pass by float64; of {len(planted)} "
-        f"faults {', '.join(f'{count} {word}' for word, count in counts.items())}."
+        f"faults {shares}."
     )
     reached = (
         good == len(healthy)

@@ -28,6 +28,7 @@ from torch_gpt.decoding.kernels import (
     time_in_turns,
     usable,
 )
+from torch_gpt.layers import RMSNormOfHeads, identity
 from torch_gpt.metadata import AttentionMetadata
 from torch_gpt.model import GPT, Attention, Block, copied
 
@@ -92,6 +93,7 @@ class PackedAttention(Attention):
             self.extra_bytes = 0 if self.qkv.extra_bytes else matrix[0].nbytes
         self.out = out
         self.query_norm, self.key_norm = attention.query_norm, attention.key_norm
+        self.query_scale, self.scores = attention.query_scale, attention.scores
         self.positions, self.attend = attention.positions, attention.attend
         self._sizes = [len(weight_OI) for weight_OI, _ in _inside(attention)]
         self._head_width = attention.query.out_features // attention.num_heads
@@ -116,6 +118,7 @@ class PackedAttention(Attention):
     ) -> tuple[torch.Tensor, LayerCache | None]:
         """Compute `Attention`; in fewer operations for one token per row that sees all slots."""
         short = layer is not None and metadata.all_seen and metadata.bias_BKQTS is None
+        short = short and self.scores is identity and not isinstance(self.key_norm, RMSNormOfHeads)
         if not short or self.attend is not fast_attention.attend:
             return super().forward(x_BTD, metadata, layer, key)
         # The axis of one token can stand after the heads as well as before them.
@@ -123,7 +126,7 @@ class PackedAttention(Attention):
         queries, keys, values = self._parts(x_BTD)
         q_BKQH = queries.view(B, K, -1, self._head_width)
         k_BKTH, v_BKTH = keys.view(B, K, 1, -1), values.view(B, K, 1, -1)
-        q_BKQH = self.positions.rotate(self.query_norm(q_BKQH), metadata)
+        q_BKQH = self.positions.rotate(self.query_scale(self.query_norm(q_BKQH)), metadata)
         k_BKTH = self.positions.rotate(self.key_norm(k_BKTH), metadata)
         layer = layer.append(LayerCache(k_BKTH, v_BKTH), metadata)
         keys_BKSH = layer.keys_BKSH[:, :, : metadata.longest].to(q_BKQH.dtype)
@@ -157,7 +160,8 @@ class PackedGPT(GPT):
             out = packed(_matrix(block.attention.out))
             block.attention = PackedAttention(block.attention, product, chosen[product], out)
             for name, linear in list(block.mlp.named_children()):
-                setattr(block.mlp, name, packed(_matrix(linear)))
+                if isinstance(linear, nn.Linear):
+                    setattr(block.mlp, name, packed(_matrix(linear)))
         self.head = packed(_head(model), model.head is None)
 
     @property
@@ -274,7 +278,8 @@ def _all_matrices(model: GPT) -> Iterator[list[Matrix]]:
     for block in cast("list[Block]", model.blocks):
         yield _inside(block.attention)
         yield [_matrix(block.attention.out)]
-        yield from ([_matrix(linear)] for linear in block.mlp.children())
+        linears = (x for x in block.mlp.children() if isinstance(x, nn.Linear))
+        yield from ([_matrix(linear)] for linear in linears)
 
 
 def _inside(attention: Attention) -> list[Matrix]:

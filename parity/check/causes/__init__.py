@@ -1,9 +1,12 @@
 """Why two models differ: the change to one of them that makes it match the other, by name.
 
 forward.py      a module's output, with one operation changed
+program.py      likewise, in flax: its program with one operation changed
 backward.py     a loss or a gradient, likewise
 decode.py       a decode, likewise
 operations.py   alternatives to an operation
+numbers.py      other numbers in an operation, held or fitted
+values.py       values in each other's place
 weights.py      alternatives to the weights
 replay.py       a torch module run again, alone
 statistics.py   how batch norms keep their running statistics

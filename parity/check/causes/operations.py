@@ -76,6 +76,11 @@ def on_argument(place: int, operation: Operation, change: Operation) -> Operatio
     return lambda *a, **k: operation(*a[:place], change(a[place]), *a[place + 1 :], **k)
 
 
+def _a_tensor(*args: object, **kwargs: object) -> object:
+    """Return the first argument that is a tensor."""
+    return next(x for x in args if isinstance(x, torch.Tensor))
+
+
 def _integers(done: Done) -> Found:
     words = "numbers" if done.name == "arange" else "the result"
     for shift in (1, -1):
@@ -164,6 +169,9 @@ def _casts(done: Done) -> Found:
 
 def _norms(done: Done) -> Found:
     operation, args, kwargs = done.operation, done.args, done.kwargs
+    if done.name == "weight_norm":
+        yield from _weight_norms(done)
+        return
     # torch's own calls give epsilon by name, or last among the arguments.
     place = next((i for i, x in reversed(list(enumerate(args))) if isinstance(x, float)), None)
     now = kwargs.get("eps", args[place] if place is not None else None)
@@ -182,6 +190,24 @@ def _norms(done: Done) -> Found:
         yield "an unbiased variance", _layer_norm(unbiased=True, centred=True)
         yield "no mean subtracted", _layer_norm(unbiased=False, centred=False)
         yield "eps added to the deviation", _layer_norm(unbiased=False, centred=True, outside=True)
+
+
+def _weight_norms(done: Done) -> Found:
+    """Yield weights normed over other axes: torch norms over all but one."""
+    v, _, *rest = done.args
+    axis = rest[0] if rest else 0
+    over = [place for place in range(v.ndim) if place != axis % v.ndim]
+    for count in range(1, v.ndim + 1):
+        for axes in itertools.combinations(range(v.ndim), count):
+            if list(axes) != over:
+                words = ", ".join(map(str, axes))
+
+                def normed(v, g, *a, axes=axes, **k):
+                    return g * v / torch.linalg.vector_norm(v, dim=axes, keepdim=True)
+
+                yield f"the norm over {'axes' if count > 1 else 'axis'} {words} alone", normed
+    yield "no norm of the weight", left_out
+    yield "no scale of the weight", lambda v, g, *a, **k: done.operation(v, g * 0 + 1, *a, **k)
 
 
 def _layer_norm(unbiased: bool, centred: bool, outside: bool = False) -> Operation:
@@ -236,6 +262,21 @@ def _convolutions(done: Done) -> Found:
             return done.operation(functional.pad(x, pads), weight, bias, *unpadded)
 
         yield words, padded
+    # Other dilations, with as much padding less or more, in front alone or on both sides.
+    for gap in (1, 2, 4) if len(set(dilations)) == 1 else ():
+        if gap == dilations[0]:
+            continue
+        more = [(n - 1) * (gap - dilations[0]) for n in reversed(window)]
+        for one_sided in (True, False):
+            pads = [x for n in more for x in ((n, 0) if one_sided else (n // 2, n - n // 2))]
+            settings = strides, rest[1], (gap,) * len(space), rest[3]
+
+            def dilated(
+                x: torch.Tensor, *a: object, pads: list[int] = pads, own=settings, **k: object
+            ) -> object:
+                return done.operation(functional.pad(x, pads), weight, bias, *own)
+
+            yield f"a dilation of {gap}", dilated
     flipped = weight.flip(tuple(range(2, weight.ndim)))
     yield "the window back to front", lambda x, *a, **k: done.operation(x, flipped, bias, *rest)
     if bias is not None:
@@ -245,9 +286,12 @@ def _convolutions(done: Done) -> Found:
 def _softmax(done: Done, sizes: Collection[int]) -> Found:
     operation, ndim = done.operation, done.args[0].ndim
     axis = done.kwargs.get("dim", done.args[1] if len(done.args) > 1 else -1)
-    for other in range(-1, -ndim - 1, -1):
-        if other not in (axis, axis - ndim):
-            yield f"softmax over axis {other}", lambda x, *a, d=other, **k: operation(x, dim=d)
+    other = torch.log_softmax if done.name == "softmax" else torch.softmax
+    yield f"{other.__name__} in place of {done.name}", lambda x, *a, **k: other(x, dim=axis)
+    yield f"no {done.name}", left_out
+    for turned in range(-1, -ndim - 1, -1):
+        if turned not in (axis, axis - ndim):
+            yield f"softmax over axis {turned}", lambda x, *a, d=turned, **k: operation(x, dim=d)
     yield "softmax in float32", lambda x, *a, **k: operation(x.float(), dim=axis).to(x.dtype)
     for words, scale in _scales(sizes, 1.0):
         yield words, lambda x, *a, s=scale, **k: operation(x * s, dim=axis)
@@ -267,6 +311,14 @@ def _fused_attention(done: Done, sizes: Collection[int]) -> Found:
         ("queries and values swapped", (2, 1, 0)),
     ):
         yield words, lambda *a, o=order, **k: operation(*(a[place] for place in o), *a[3:], **k)
+
+
+def _products(done: Done) -> Found:
+    """Yield a product with square operands transposed."""
+    for place, side in enumerate(done.args[:2]):
+        if isinstance(side, torch.Tensor) and side.ndim >= 2 and side.shape[-1] == side.shape[-2]:
+            words = f"the {('left', 'right')[place]} operand transposed"
+            yield words, on_argument(place, done.operation, lambda x: x.mT)
 
 
 def _inside_attention(done: Done, sizes: Collection[int]) -> Found:
@@ -291,6 +343,10 @@ def _embedding(done: Done) -> Found:
     for shift in (1, -1, 2):
         shifted = on_argument(0, done.operation, lambda ids, s=shift: (ids + s).clamp(0, rows - 1))
         yield f"ids shifted by {shift:+d}", shifted
+    least = int(done.args[0].min()) if done.args[0].numel() else 0
+    if least > 2:
+        shifted = on_argument(0, done.operation, lambda ids, n=least: (ids - n).clamp(0))
+        yield f"ids shifted by {-least:+d}", shifted
     yield "all ids 0", on_argument(0, done.operation, lambda ids: ids * 0)
     yield f"times sqrt({width})", _then(done.operation, lambda x: x * width**0.5)
 
@@ -326,6 +382,80 @@ def _orders(done: Done) -> Found:
             reordered = _then(done.operation, lambda x, o=order: [x[place] for place in o])
             yield f"parts in the order {numbers}", reordered
 
+    for place in range(count) if count == 2 else ():
+        same = _then(done.operation, lambda x, p=place: [x[p], x[p]])
+        yield f"part {place + 1} in place of both", same
+
+
+def _joined(done: Done) -> Found:
+    """Yield parts that are joined in other orders."""
+    given = done.args[0] if done.args else ()
+    count = len(given) if isinstance(given, tuple | list) else 0
+    orders = itertools.permutations(range(count)) if count <= 4 else (tuple(range(count))[::-1],)
+    for order in sorted(orders, reverse=True):
+        if order != tuple(range(count)):
+            numbers = ", ".join(str(place + 1) for place in order)
+            back = order == tuple(range(count))[::-1]
+            words = "parts in reverse order" if back else f"parts in the order {numbers}"
+            reordered = on_argument(0, done.operation, lambda x, o=order: [x[place] for place in o])
+            yield words, reordered
+
+
+def _clamps(done: Done) -> Found:
+    """Yield bounds one less or more, and none."""
+    names = {"clamp_min": ("min",), "clamp_max": ("max",)}.get(done.name, ("min", "max"))
+    now = dict(zip(names, done.args[1:], strict=False)) | done.kwargs
+    for name, bound in now.items():
+        if not isinstance(bound, int | float):
+            continue
+        for step in (-1, 1) if isinstance(bound, int) else ():
+            changed = now | {name: bound + step}
+            words = f"{name}={bound + step} in {done.name}, not {bound}"
+            yield words, lambda x, *a, c=changed, **k: torch.clamp(x, **c)
+        kept = {key: value for key, value in now.items() if key != name}
+        yield (
+            f"no {name} in {done.name}",
+            lambda x, *a, c=kept, **k: torch.clamp(x, **c) if c else x,
+        )
+
+
+def _bags(done: Done) -> Found:
+    """Yield other ways to reduce a bag."""
+    now = done.kwargs.get("mode", done.args[5] if len(done.args) > 5 else "mean")
+    for mode in ("sum", "mean", "max"):
+        if mode != now:
+            changed = (
+                on_argument(5, done.operation, lambda _, m=mode: m)
+                if len(done.args) > 5
+                else _with(done.operation, mode=mode)
+            )
+            yield f"mode={mode} in {done.name}", changed
+
+
+def _reductions(done: Done) -> Found:
+    """Yield other reductions over the same axes, and one place of an axis alone."""
+    x, kwargs = done.args[0], done.kwargs
+    axis = kwargs.get("dim", kwargs.get("axis", done.args[1] if len(done.args) > 1 else None))
+    if not isinstance(x, torch.Tensor) or isinstance(axis, bool | torch.Tensor):
+        return
+    axes = tuple(range(x.ndim)) if axis is None else axis
+    kept = bool(kwargs.get("keepdim", done.args[2] if len(done.args) > 2 else False))
+    if isinstance(done.result, torch.Tensor) and x.is_floating_point():
+        words = {"sum": "a sum", "mean": "a mean", "amax": "the largest"}
+        own = "the largest" if done.name == "max" else f"the {done.name}"
+        for name, other in (("sum", torch.sum), ("mean", torch.mean), ("amax", torch.amax)):
+            if name != done.name:
+                yield (
+                    f"{words[name]} in place of {own}",
+                    lambda x, *a, f=other, **k: f(x, dim=axes, keepdim=kept),
+                )
+        if isinstance(axis, int) and not kept:
+            for name, place in (("first", 0), ("last", -1)):
+                yield (
+                    f"the {name} along axis {axis} in place of {own}",
+                    lambda x, *a, p=place, **k: x.select(axis, p),
+                )
+
 
 def _reshapes(done: Done) -> Found:
     """Interleave an axis that becomes two; order a channel axis that becomes flat as flax does."""
@@ -353,8 +483,15 @@ def _cross_entropy(done: Done) -> Found:
 
 
 def _slices(done: Done) -> Found:
-    """Leave out the last where a slice leaves out the first, and the other way round."""
+    """Take other places, or their mean; leave out the last where a slice leaves out the first."""
     index = done.args[1] if isinstance(done.args[1], tuple) else (done.args[1],)
+    yield from _places(done, index)
+    if any(isinstance(part, torch.Tensor) for part in index) and isinstance(
+        done.args[0], torch.Tensor
+    ):
+        for axis in range(done.result.ndim):
+            words = f"the places back to front along axis {axis}"
+            yield words, _then(done.operation, lambda x, a=axis: x.flip(a))
     first, last = ("[1:]", slice(1, None)), ("[:-1]", slice(None, -1))
     for place, part in enumerate(index):
         for (now, given), (words, other) in ((first, last), (last, first)):
@@ -366,15 +503,55 @@ def _slices(done: Done) -> Found:
                 )
 
 
+def _places(done: Done, index: tuple[object, ...]) -> Found:
+    """Yield other places along an axis than that of an index, and reductions over all of them."""
+    x, made = done.args[0], done.result
+    if not isinstance(x, torch.Tensor) or not isinstance(made, torch.Tensor):
+        return
+    # Several arrays of indices, of which one counts the rows, take one place of each row.
+    taken = [i for i, part in enumerate(index) if isinstance(part, torch.Tensor | int)]
+    arrays = [i for i in taken if isinstance(index[i], torch.Tensor)]
+    if any(part is ... for part in index):
+        return
+    if len(taken) == 1 and not arrays:
+        axis = taken[0]
+    elif len(taken) == 2 and len(arrays) == 2 and taken == [0, 1] and x.ndim >= 2:
+        axis = 1
+    else:
+        return
+    if x.shape[axis] < 2 or not x.is_floating_point():
+        return
+    for words, instead in (
+        ("the first", lambda x, *a, **k: x.select(axis, 0)),
+        ("the last", lambda x, *a, **k: x.select(axis, x.shape[axis] - 1)),
+        ("the mean", lambda x, *a, **k: x.mean(axis)),
+        ("the largest", lambda x, *a, **k: x.amax(axis)),
+        ("the sum", lambda x, *a, **k: x.sum(axis)),
+    ):
+        yield f"{words} along axis {axis} in place of one", _in_index(index, axis, instead)
+
+
+def _in_index(index: tuple[object, ...], axis: int, instead: Operation) -> Operation:
+    """Apply the slices of an index around the axis that another operation takes away."""
+    around = tuple(
+        slice(None) if place == axis or not isinstance(part, slice) else part
+        for place, part in enumerate(index)
+    )
+    return lambda x, *a, **k: instead(x[around])
+
+
 def _arithmetic(done: Done, sizes: Collection[int]) -> Found:
     operation, name, args = done.operation, done.name, done.args
     tensors = [x for x in args[:2] if isinstance(x, torch.Tensor) and x.is_floating_point()]
-    number = next((x for x in args[:2] if isinstance(x, float)), None)
+    numbers = (x for x in args[:2] if isinstance(x, float | int) and not isinstance(x, bool))
+    number = next(numbers, None)
     if number is not None and tensors:
-        if name.endswith(("mul", "div")):
+        if name.endswith(("mul", "div")) and number:
             factor = number if "mul" in name else 1 / number
             for words, scale in _scales(sizes, factor):
                 yield words, _then(operation, lambda x, s=scale: x * s)
+        if name.endswith(("add", "sub")) and number:
+            yield f"x in place of x {'+' if 'add' in name else '-'} {abs(number):g}", _a_tensor
         if name.endswith("add") and 0 < number < 1e-2:
             for epsilon in _EPSILONS:
                 if epsilon != number:
@@ -447,6 +624,11 @@ _PLAIN: dict[str, Callable[[Done], Found]] = {
         ("embedding", _embedding),
         ("masked_fill where", _masked),
         ("chunk split unbind tensor_split", _orders),
+        ("cat concat concatenate stack", _joined),
+        ("clamp clip clamp_min clamp_max", _clamps),
+        ("embedding_bag", _bags),
+        ("matmul bmm baddbmm", _products),
+        ("mean sum amax amin max", _reductions),
         ("view reshape unflatten flatten", _reshapes),
         ("cross_entropy", _cross_entropy),
         ("getitem", _slices),
@@ -457,14 +639,11 @@ _PLAIN: dict[str, Callable[[Done], Found]] = {
 _FIXED: dict[str, tuple[str, Operation]] = {
     "argmax": ("argmin in place of argmax", torch.argmin),
     "argmin": ("argmax in place of argmin", torch.argmax),
-    "cat": ("parts in reverse order", lambda parts, *a, **k: torch.cat(parts[::-1], *a, **k)),
     "flip": ("no flip", left_out),
-    "mean": ("a sum in place of the mean", torch.sum),
     "neg": ("no change of sign", left_out),
     "repeat_interleave": (
         "repeats tiled, not next to each other",
         lambda x, n, dim=None, **k: torch.cat([x] * n, dim=dim or 0),
     ),
     "roll": ("no roll", left_out),
-    "sum": ("a mean in place of the sum", torch.mean),
 }

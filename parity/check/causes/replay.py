@@ -17,7 +17,7 @@ import torch
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
-from parity.frameworks.capture import leaves_of
+from parity.frameworks.capture import named_leaves
 from parity.frameworks.torch.leaves import to_numpy
 
 Operation = Callable[..., Any]
@@ -29,12 +29,21 @@ Exchange = Callable[[str, torch.nn.Module, tuple, dict, object], object]
 
 @dataclasses.dataclass(frozen=True)
 class Changed:
-    """What is changed while a module is run again, and its description."""
+    """What is changed while a module is run again, and its description.
+
+    Attributes:
+        words: the description.
+        change: of operations.
+        exchange: of calls of modules.
+        weights: in place of those of the module, by name.
+        inside: the innermost module in which an operation is changed; None for the module itself.
+    """
 
     words: str
     change: Change = lambda place, operation: None
     exchange: Exchange = lambda path, module, args, kwargs, output: None
     weights: Mapping[str, torch.Tensor] = dataclasses.field(default_factory=dict)
+    inside: torch.nn.Module | None = None
 
 
 _SILENT = {"__get__", "__set__", "_set_grad_enabled"}
@@ -52,6 +61,7 @@ class Done:
     kwargs: dict[str, Any]
     line: str  # file and line of the call; "" inside of torch
     result: Any
+    inside: torch.nn.Module | None = None  # the innermost module that is running
 
     @property
     def name(self) -> str:
@@ -62,7 +72,8 @@ class Done:
 class Replay:
     """One call of a module that can be repeated, up to the first output of an observed one in it.
 
-    Agreeing modules, by path, are inside it, and their operations are not its own.
+    Agreeing modules, by path, are inside it, and their operations are not its own. Of a nested
+    output, the array at the path `leaf` counts; the first if it has none there.
     """
 
     def __init__(
@@ -72,21 +83,31 @@ class Replay:
         kwargs: Mapping[str, object],
         agreeing: Mapping[str, torch.nn.Module],
         observed: torch.nn.Module | None = None,
+        leaf: str = "",
     ):
-        self.module, self.agreeing, self._observed = module, agreeing, observed
+        self.module, self.agreeing, self._observed, self._leaf = module, agreeing, observed, leaf
         self._call = args, dict(kwargs)
 
+    def leaf_of(self, arrays: Mapping[str, np.ndarray]) -> np.ndarray | None:
+        """Return the array that counts among those of an output."""
+        return arrays.get(self._leaf, next(iter(arrays.values()), None))
+
     def output(self, changed: Changed | None = None) -> np.ndarray | None:
-        """Return the output's first array with this changed; None if the module raises."""
-        arrays = [x for x in leaves_of(self.run(changed)) if isinstance(x, torch.Tensor)]
-        return to_numpy(arrays[0]) if arrays else None
+        """Return the output's array with this changed; None if the module raises."""
+        return self.leaf_of(self.outputs(changed))
+
+    def outputs(self, changed: Changed | None = None) -> dict[str, np.ndarray]:
+        """Return the output's arrays by path with this changed; none if the module raises."""
+        leaves = named_leaves(self.run(changed))
+        return {path: to_numpy(x) for path, x in leaves if isinstance(x, torch.Tensor)}
 
     def run(self, changed: Changed | None = None) -> object:
         """Return the output with this changed; None if the module raises."""
         made = changed or Changed("nothing")
         with torch.no_grad(), Watch(made.change) as watch, self._hooked(watch, made.exchange):
             try:
-                return functional_call(self.module, dict(made.weights), *self._call)
+                with _flat_weights(self.module, made.weights):
+                    return functional_call(self.module, dict(made.weights), *self._call)
             except _Observed as seen:
                 return seen.output
             except Exception:  # shapes that do not fit, say: then it was not that
@@ -95,17 +116,25 @@ class Replay:
     def operations(self) -> list[Done]:
         """Return the module's own operations, in order."""
         seen: list[Done] = []
+        running: list[torch.nn.Module] = []
 
         def look(_: int, operation: Operation) -> Operation:
             line = place_of_caller()[1]
 
             def watched(*args: object, **kwargs: object) -> object:
-                seen.append(Done(operation, args, kwargs, line, operation(*args, **kwargs)))
-                return seen[-1].result
+                inside = running[-1] if running else None
+                result = operation(*args, **kwargs)
+                seen.append(Done(operation, args, kwargs, line, result, inside))
+                return result
 
             return watched
 
-        self.run(Changed("nothing", look))
+        with contextlib.ExitStack() as hooks:
+            enter = torch.nn.modules.module.register_module_forward_pre_hook
+            leave = torch.nn.modules.module.register_module_forward_hook
+            hooks.enter_context(enter(lambda module, _: running.append(module)))
+            hooks.enter_context(leave(lambda *_: running.pop() and None, always_call=True))
+            self.run(Changed("nothing", look))
         return seen
 
     def submodule_calls(self) -> list[tuple[str, tuple, object]]:
@@ -142,6 +171,22 @@ class Replay:
             if self._observed is not None:
                 hooks.enter_context(self._observed.register_forward_hook(observe))
             yield
+
+
+@contextlib.contextmanager
+def _flat_weights(module: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Give recurrent layers other weights, of which they keep a list of their own."""
+    layers = [(x, m) for x, m in module.named_modules() if isinstance(m, torch.nn.RNNBase)]
+    kept = [(layer, layer._flat_weights) for _, layer in layers if weights]
+    for path, layer in layers if weights else ():
+        names = (f"{path}.{name}" if path else name for name in layer._flat_weights_names)
+        pairs = zip(names, layer._flat_weights, strict=True)
+        layer._flat_weights = [weights.get(name, held) for name, held in pairs]
+    try:
+        yield
+    finally:
+        for layer, held in kept:
+            layer._flat_weights = held
 
 
 class _Observed(BaseException):

@@ -25,7 +25,15 @@ def readings(
             yield f"{name} left out", {name: torch.zeros_like(weight)}
     yield from _exchanged(own)
     yield from _paired_otherwise(own)
-    yield from _reordered(own)
+    tables = {
+        f"{path}.weight".lstrip(".")
+        for path, part in module.named_modules()
+        if isinstance(part, torch.nn.Embedding | torch.nn.EmbeddingBag)
+    }
+    # The rows of a table are no fused parts.
+    yield from _reordered({name: x for name, x in own.items() if name not in tables})
+    yield from _with_one_added(own)
+    yield from _rolled(own)
     for name, weight in own.items():
         if weight.ndim == 1 and name.endswith("weight"):
             yield f"{name} as 1 + w", {name: 1 + weight}
@@ -89,7 +97,12 @@ def _reordered(own: Weights) -> Iterator[tuple[str, Weights]]:
         widths = {name: x.shape[axis] for name, x in own.items() if x.ndim}
         fused = {x: own[x] for x, n in widths.items() if n % count == 0 and n >= 2 * count}
         groups = [[x for x in fused if widths[x] == n] for n in {widths[x] for x in fused}]
-        # All that have such parts together, and each alone.
+        # All that have such parts together, those of a word such as "ih", and each alone.
+        groups += [
+            [name for name in group if word in _words(name)]
+            for group in groups
+            for word in sorted({word for name in group for word in _words(name)})
+        ]
         for names in dict.fromkeys(map(tuple, [*groups, *([name] for name in fused)])):
             words = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
             for order in itertools.permutations(range(count)):
@@ -104,6 +117,28 @@ def _reordered(own: Weights) -> Iterator[tuple[str, Weights]]:
                 for shape in ((count, heads, -1), (heads, count, -1)):
                     changed = {name: _swapped(fused[name], axis, shape) for name in names}
                     yield f"{count} fused parts of {words} alternating over {heads} heads", changed
+
+
+def _words(name: str) -> set[str]:
+    return set(name.replace("_", ".").split("."))
+
+
+def _with_one_added(own: Weights) -> Iterator[tuple[str, Weights]]:
+    """Add one to a gate's bias, as some cells do to forget less."""
+    for name, x in own.items():
+        if x.ndim == 1 and "bias" in name and len(x) % 4 == 0:
+            for place in range(4):
+                one = torch.zeros_like(x).reshape(4, -1)
+                one[place] = 1
+                yield f"1 added to part {place + 1} of 4 of {name}", {name: x + one.flatten()}
+
+
+def _rolled(own: Weights) -> Iterator[tuple[str, Weights]]:
+    """Shift the rows of a table of positions, or of another array, by one."""
+    for name, x in own.items():
+        for axis in range(x.ndim - 1) if x.ndim >= 2 else ():
+            for by in (-1, 1) if x.shape[axis] > 2 else ():
+                yield f"{name} shifted by {by:+d} along axis {axis}", {name: x.roll(by, axis)}
 
 
 def _swapped(x: torch.Tensor, axis: int, shape: tuple[int, int, int]) -> torch.Tensor:

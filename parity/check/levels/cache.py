@@ -7,6 +7,7 @@ import numpy as np
 from parity.check import bounds
 from parity.check.causes import explain
 from parity.check.causes.decode import explain_chunks
+from parity.check.levels import plans
 from parity.check.locate import first_divergence, float64_gap
 from parity.check.metrics import max_abs
 from parity.check.pair_session import PairSession
@@ -40,7 +41,9 @@ def records(session: PairSession) -> Iterator[Record]:
             cached.append(pieces[real])
         gap = max_abs(*cached)
         yield judge("cached across frameworks", dtype, "max_abs", gap, bound, cached[0].size)
-        session.progress((number + 1) / len(session.dtypes))
+        session.progress((number + 1) / (len(session.dtypes) + 1))
+    yield from plans.records(session)
+    session.progress(1.0)
 
 
 def ragged_calls(
@@ -78,6 +81,8 @@ def assemble(calls: Calls, outputs: Sequence[np.ndarray], shape: tuple[int, ...]
 
 def locate(session: PairSession, records: list[Record]) -> Divergence | None:
     """Return the first module whose output through the cache is not that without it."""
+    if (found := plans.locate(session, records)) is not None:
+        return found
     bad = first_failed(records)
     run = next((r for r in session.runs("float64") if bad.name.startswith(r.name)), None)
     found = Divergence(bad.name, "decode", 0, bad.gap)

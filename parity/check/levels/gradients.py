@@ -29,7 +29,7 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
     def noise(number: int) -> dict[str, float]:
         flax, torch = (run.gradients(session.gradient_probe) for run in session.moved_runs[number])
         if number:
-            to_flax = session.weight_map.to_flax
+            to_flax = session.weight_map.gradients_to_flax
             flax, torch = ((loss, to_flax(gradients)) for loss, gradients in (flax, torch))
         return {x.name: x.gap for x in _compared(session, "float64", flax, torch)}
 
@@ -39,6 +39,8 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
             made = excused(made, lambda x=made: rounding(x.dtype).get(x.name, 0.0))
             yield session.decided(made, lambda number, name=made.name: noise(number)[name])
         session.progress((number + 1) / len(session.dtypes))
+    if not any(gradient_norm(gradient) for _, gradient in session.gradients("float64")):
+        yield abstain("gradients", "all are zero: no weight moves an output of either model")
     yield from session.proof_of_float64("gradient")
 
 

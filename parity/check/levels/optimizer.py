@@ -128,7 +128,8 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
         for made in _all_compared(session, dtype, flax_steps, torch_steps, exact):
             if made.verdict is Verdict.FAIL and dtype == "float32" and not session.pair.pure:
                 sides = flax_steps, torch_steps, exact
-                made = _past_rounding(made, sides, perturbed(), session.null_in_training)
+                unit = session.loss_unit(exact[made.step - 1].loss)
+                made = _past_rounding(made, sides, perturbed(), session.null_in_training, unit)
             yield session.decided(made, lambda number, name=made.name: noise(number)[name])
         session.progress((number + 1) / len(session.dtypes))
 
@@ -167,7 +168,8 @@ def _compared(
         gap, limit = gaps[leaf] / session.pair.learning_rate, bounds.SINGLE_UPDATE[dtype]
         name = "largest gap of a single update"
         yield judge(name, dtype, "learning_rates", gap, limit, size).at(leaf)
-    yield judge("loss", dtype, "max_abs", abs(flax.loss - torch.loss), bound, 1).at(_LOSS)
+    gap = abs(flax.loss - torch.loss) / session.loss_unit(truth.loss)
+    yield judge("loss", dtype, "max_abs", gap, bound, 1).at(_LOSS)
     if flax.count is not None and torch.count is not None:
         yield judge("count", dtype, "difference", abs(flax.count - torch.count), 0, 1)
 
@@ -177,6 +179,7 @@ def _past_rounding(
     sides: tuple[Sequence[_Step], Sequence[_Step], Sequence[_Step]],
     perturbed: Sequence[Sequence[_Step]],
     excluded: tuple[str, ...],
+    unit: float,
 ) -> Record:
     """Return a failure of float32 as a pass where perturbed runs err as much; see `noise`.
 
@@ -185,12 +188,14 @@ def _past_rounding(
         sides: steps of flax and torch, and the true ones.
         perturbed: steps of torch from weights some roundings away.
         excluded: leaves that are not compared.
+        unit: of the loss.
     """
     at, quantity = record.step - 1, record.name.partition(f"step {record.step} ")[2]
     flax, torch, truth = (side[at] for side in sides)
     moved = [steps[at] for steps in perturbed]
     if quantity == "loss":
-        return excused(record, lambda: max((abs(x.loss - torch.loss) for x in moved), default=0.0))
+        gaps = [abs(x.loss - torch.loss) / unit for x in moved]
+        return excused(record, lambda: max(gaps, default=0.0))
     if record.metric != "error_ratio" or not moved:
         return record
     leaves = truth.quantities(excluded)[quantity]

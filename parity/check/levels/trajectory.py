@@ -8,7 +8,7 @@ import numpy as np
 
 from parity.check import bounds
 from parity.check.causes import explain
-from parity.check.metrics import largest, max_abs
+from parity.check.metrics import largest, max_abs, size_of
 from parity.check.noise import training_noise
 from parity.check.session import Session
 from parity.frameworks.batch import Batch
@@ -44,7 +44,8 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
         convert = session.weight_map.to_flax if number else session.weight_map.mapped
         (ours, start), (theirs, final) = sides
         gaps = _final_parameters(session, convert(start), convert(final), dict)
-        return {"loss": max_abs(ours, theirs)} | {made.name: made.gap for made in gaps}
+        unit = session.loss_unit(size_of(theirs))
+        return {"loss": max_abs(ours, theirs) / unit} | {made.name: made.gap for made in gaps}
 
     for number, dtype in enumerate(session.dtypes):
         (flax, flax_final), (torch, torch_final) = (
@@ -57,13 +58,17 @@ def records(session: Session[Runner, Runner]) -> Iterator[Record]:
         rounding = functools.cache(
             functools.partial(training_noise, session, dtype, trained, train)
         )
-        gaps, name, steps = np.abs(flax - torch), f"loss over {session.steps} steps", session.steps
+        unit, name = session.loss_unit(size_of(torch)), f"loss over {session.steps} steps"
+        gaps, steps = np.abs(flax - torch) / unit, session.steps
         past = ~(gaps <= bound)
-        if np.any(past) and not np.any(past := ~(gaps <= bounds.CHANCE * rounding()[0]) & past):
-            bound = max(bound, bounds.CHANCE * float(rounding()[0][-1]))
+        if np.any(past):
+            chance = bounds.CHANCE * rounding()[0] / unit
+            if not np.any(past := ~(gaps <= chance) & past):
+                bound = max(bound, float(chance[-1]))
         first = int(np.argmax(past)) + 1 if np.any(past) else 0
         note = f"first past the bound at step {first} of {steps}" if first else None
-        noise, gap = None if exact is None else max_abs(torch, exact), max_abs(flax, torch)
+        noise = None if exact is None else max_abs(torch, exact) / unit
+        gap = max_abs(flax, torch) / unit
         made = judge(name, dtype, "max_abs", gap, bound, steps, noise=noise, note=note)
         made = session.decided(made, lambda number: moved(number)["loss"])
         yield made.at(step=0 if made.verdict is Verdict.PASS else first)
@@ -106,12 +111,13 @@ def _final_parameters(
                 drifting.append(f"{np.count_nonzero(chance)} numbers of {name}")
     null = {name: gaps.pop(name) for name in session.null.leaves}
     drifting += [name for name in session.null_in_training if gaps.pop(name, None) is not None]
-    leaf, size = largest(gaps), sum(flax[name].size for name in gaps)
     words = f"moved by rounding in training, not compared: {', '.join(drifting)}"
     note = words if drifting else None
     name, metric, bound = "final parameters", "max_abs_parameters", bounds.PARAMETERS
-    made = judge(name, "float64", metric, gaps[leaf], bound, size, note=note)
-    yield made.at(leaf, session.steps)
+    if gaps:
+        leaf, size = largest(gaps), sum(flax[name].size for name in gaps)
+        made = judge(name, "float64", metric, gaps[leaf], bound, size, note=note)
+        yield made.at(leaf, session.steps)
     if null:
         leaf, size = largest(null), sum(flax[name].size for name in null)
         gap = null[leaf] / session.pair.learning_rate

@@ -44,6 +44,7 @@ class Fault:
         changes: of the twins' config.
         task: of the twins.
         float32: whether it shows in float32 alone.
+        companion: of all pairs that a check has beside its own, the one that must show it, if any.
     """
 
     title: str
@@ -56,6 +57,7 @@ class Fault:
     changes: Changes = dataclasses.field(default_factory=Changes)
     task: str = "next-token"
     float32: bool = False
+    companion: str = ""
 
     @property
     def kind(self) -> str:
@@ -63,6 +65,8 @@ class Fault:
         return "mapping" if self.edits[0].file == RULES else _KINDS[self.level]
 
 
+# Those of the cache and the decoder, which plans must see; most have no cause to hold.
+PLAN_FAULTS = read_catalogue(Path(__file__).with_name("plan_faults.toml"), Fault)
 FAULTS = tuple(
     fault
     for name in ("pair_faults.toml", "twin_faults.toml")

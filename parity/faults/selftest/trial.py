@@ -12,7 +12,7 @@ from types import ModuleType
 import flax_gpt
 import torch_gpt
 from parity.check.check import check
-from parity.check.levels.names import HORIZON
+from parity.check.levels.names import HORIZON, LEVELS
 from parity.check.modules import pair_of
 from parity.faults.edit import Edit, mutated, mutated_text
 from parity.faults.selftest.fault import RULES, Changes, Fault
@@ -89,12 +89,14 @@ def trial(fault: Fault, corpus: Corpus) -> Outcome:
                 task=fault.task,
                 flax_package=packages["flax_gpt"],
                 torch_package=packages["torch_gpt"],
+                companions=(fault.companion,) if fault.companion else (),
             )
         else:
             module = copies.enter_context(pair_module(fault.subject, fault.edits))
             rules = mutated_text(RULES, right_rules(fault.subject).to_toml(), fault.edits)
             pair = port(module, Rules.parse(rules))
-        return Outcome(fault, check(pair, dtypes=dtypes, steps=steps))
+        levels = (fault.level,) if fault.companion else LEVELS  # the others are of its own pair
+        return Outcome(fault, check(pair, levels=levels, dtypes=dtypes, steps=steps))
 
 
 def small_twins(
@@ -105,6 +107,7 @@ def small_twins(
     seed: int = 0,
     flax_package: ModuleType = flax_gpt,
     torch_package: ModuleType = torch_gpt,
+    companions: Sequence[str] = (),
 ) -> Pair:
     """Make a pair of twins that compile fast.
 
@@ -115,13 +118,14 @@ def small_twins(
         seed: of the probes.
         flax_package: the Flax twin, or a mutated copy of it.
         torch_package: the PyTorch twin, or a mutated copy of it.
+        companions: those that are checked beside it, by name; a user's check has all.
 
     Returns:
         The two twins as a pair.
     """
     sizes = dict(context_length=48, embed_dim=20, num_layers=2, num_heads=4, mlp_dim=28)
     config = flax_gpt.GPTConfig(vocab_size=len(corpus.vocabulary), **sizes)
-    return twins(
+    pair = twins(
         corpus,
         dataclasses.replace(config, **(changes or {})),
         task=task,
@@ -130,6 +134,8 @@ def small_twins(
         flax_package=flax_package,
         torch_package=torch_package,
     )
+    kept = {name: pair.companions[name] for name in companions}
+    return dataclasses.replace(pair, companions=kept)
 
 
 def port(module: ModuleType, rules: Rules | str = "auto", seed: int = 0) -> Pair:

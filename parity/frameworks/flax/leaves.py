@@ -15,12 +15,18 @@ from parity.frameworks.leaves import Arrays, Leaves, cast_array, dotted, require
 
 # How deep in a config types are looked for.
 _DEEP = 3
+# An epsilon that float32 does not see: that of nnx.WeightNorm, which torch's weight norm lacks.
+_UNSEEN = 1e-12
 # Casts of what modules hold beside their leaves, such as configs, by identity and dtype: all copies
 # of a module share them, for a program is compiled again where they are not the same.
 StaticCasts = dict[tuple[int, str], object]
 
 
 Array = np.ndarray | np.generic | jax.Array
+_SHORT: dict[np.dtype, np.dtype] = {
+    np.dtype(np.int64): np.dtype(np.int32),
+    np.dtype(np.uint64): np.dtype(np.uint32),
+}
 _PYTHON_TYPES = {bool: np.bool_, int: np.int32, float: np.float32, complex: np.complex64}
 
 
@@ -76,18 +82,28 @@ def load_flax(module: nnx.Module, leaves: Arrays) -> None:
         # As it was placed: an array that is tied to its device would tie what is computed from it,
         # and a program is compiled again for each mixture of tied and free arguments.
         place = array.sharding if isinstance(array, jax.Array) and array.committed else None
-        leaf = leaves[name].astype(present[name].dtype, copy=False)
-        return jax.device_put(leaf, place)
+        dtype = present[name].dtype
+        if not isinstance(array, jax.Array):  # jax takes NumPy's integers in 32 bits
+            dtype = _SHORT.get(dtype, dtype)
+        return jax.device_put(leaves[name].astype(dtype, copy=False), place)
 
     with jax.enable_x64(wide or jnp.result_type(float) == jnp.float64):
         _assign(module, slots, {name: placed(name, slot.array) for name, slot in slots.items()})
 
 
 def cast_flax(module: nnx.Module, dtype: str, casts: StaticCasts | None = None) -> nnx.Module:
-    """Copy a module into a float type: its arrays, and the compute dtypes of layers and configs."""
+    """Copy a module into a float type: its arrays, and the compute dtypes of layers and configs.
+
+    In float64 it has no epsilon that float32 does not see, for there it would be a difference.
+
+    Returns:
+        The copy.
+    """
     casts = {} if casts is None else casts
     copied = nnx.clone(module)
     for _, submodule in nnx.iter_modules(copied):
+        if dtype == "float64" and isinstance(submodule, nnx.WeightNorm):
+            submodule.epsilon = submodule.epsilon if submodule.epsilon > _UNSEEN else 0.0
         for name, held in list(vars(submodule).items()):
             if name.startswith("_pytree__") or isinstance(held, nnx.Variable | nnx.Module):
                 continue

@@ -282,7 +282,8 @@ def _lift_call(original: Callable[..., tuple]) -> Function:
     """Widen what a jitted function is given."""
 
     def call(program: object, given: list[object], *others: object) -> tuple[object, ...]:
-        wide = [_widened(x) for x in given]
+        # A NumPy array could reach the program in the type in which another scope met it.
+        wide = [jnp.asarray(x) if type(x) is np.ndarray else x for x in map(_widened, given)]
         found = original(program, wide, *others)
         same = all(x is y for x, y in zip(wide, given, strict=True))
         return found if same else (*found[:3], _Widened(found[3]), *found[4:])

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Protocol, Self, TypeVar, cast
 
 import jax
@@ -17,6 +17,7 @@ from parity.frameworks.flax.calls import Arguments, arguments, returning_leaves
 from parity.frameworks.flax.capture import backward_flax, capture_flax
 from parity.frameworks.flax.leaves import flax_leaves, load_flax, state_leaves
 from parity.frameworks.flax.lift import Log, is_narrow, line_of_error
+from parity.frameworks.flax.program import Program
 from parity.frameworks.flax.purity import flax_purity
 from parity.frameworks.flax.scope import jax_scope, lowered
 from parity.frameworks.flax.uses import flax_uses
@@ -182,6 +183,13 @@ class FlaxRunner:
             call, forward = self._arguments(batch), returning_leaves(self._spec.forward)
             return flax_uses(self.module, lambda x: forward(x, *call.inputs, **call.keywords))
 
+    @contextlib.contextmanager
+    def program(self, batch: Batch) -> Iterator[Program]:
+        """Yield a forward pass as a program that can be changed."""
+        with self._scope(), jax.default_matmul_precision("highest"):
+            call, forward = self._arguments(batch), self._spec.forward
+            yield Program(self.module, lambda x: forward(x, *call.inputs, **call.keywords))
+
     def backward(self, batch: Batch) -> list[Backward]:
         """Return the gradients of the loss at every module's calls, last call first."""
         with self._scope(), jax.default_matmul_precision("highest"):
@@ -217,6 +225,9 @@ class FlaxRunner:
             log = Log()
             self._held(log)
             found.lifted.update(log)
+            parts = (part for _, part in nnx.iter_modules(self.module))
+            if any(isinstance(x, nnx.WeightNorm) and not x.epsilon for x in parts):
+                found.lifted["nnx.WeightNorm without its epsilon, which torch lacks"] = 1
         return found
 
     def _held(self, log: Log) -> Leaves:

@@ -107,8 +107,10 @@ class _Reader:
             out, into, *window = equation.params["dimension_numbers"].rhs_spec
             by_axis = {out: "o", into: "i"} | {x: f"w{i}" for i, x in enumerate(window)}
             operation, labels = "product", tuple(by_axis[x] for x in range(len(view.axes)))
-        elif name in ("gather", "take") and place == 0:
-            operation, labels = "table", ("i", *("o",) * (len(view.axes) - 1))
+        elif name == "gather" and place == 0:
+            looked_up = equation.params["dimension_numbers"].start_index_map
+            operation = "table"
+            labels = tuple("i" if x in looked_up else "o" for x in range(len(view.axes)))
         axes = dict(zip(view.axes, labels, strict=True))
         num = self._num_axes[view.leaf]
         self.found[view.leaf] = Use(

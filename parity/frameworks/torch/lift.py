@@ -53,6 +53,10 @@ _INSIDE = os.path.dirname(torch.__file__) + os.sep, os.path.abspath(__file__)
 Operation = Callable[..., object]
 ValueT = TypeVar("ValueT")
 
+# Functions that autocast runs in a type of 16 bits.
+_AUTOCAST = {"linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum"}
+_AUTOCAST |= {"conv1d", "conv2d", "conv3d", "scaled_dot_product_attention"}
+
 
 class Held:
     """The narrow constants that a program meets, each with its float64 copy.
@@ -193,6 +197,9 @@ class _Lift:
         args, kwargs = self._map(args, self._tensor), self._map(kwargs, self._tensor)
         if name in _CONSTANTS:
             return self._constant(func, args, kwargs)
+        if name in _AUTOCAST and torch.is_autocast_enabled("cpu"):  # it casts float32 alone
+            dtype = torch.get_autocast_dtype("cpu")
+            self.log.lifted[_described(dtype, "autocast")] += 1
         if name in ("grad", "backward") and getattr(func, "__module__", "").startswith("torch."):
             return self._backward(func, args, kwargs)
         if name == "grouped_mm" and _is_wide(args[0]):

@@ -92,10 +92,25 @@ def _use(
     if name == "einsum":
         return "product", einsum_axes(str(args[0]), place - 1)
     if name in ("embedding", "__getitem__", "index_select", "gather"):
-        return "table", ("i", *("o",) * (tensor.ndim - 1))
+        axes = _looked_up(name, args, tensor.ndim)
+        return "table", tuple("i" if x in axes else "o" for x in range(tensor.ndim))
     if name.endswith("_norm") or name in _FACTORS:
         return "term" if is_bias or (name.endswith("_norm") and place == 3) else "factor", ()
     return "term" if name in _TERMS else "other", ()
+
+
+def _looked_up(name: str, args: tuple, num_axes: int) -> set[int]:
+    """Return the axes of a table that are indexed."""
+    if name == "__getitem__" and isinstance(args[1], tuple) and None not in map(_kind, args[1]):
+        return {place for place, x in enumerate(args[1]) if not isinstance(x, slice)}
+    if name in ("index_select", "gather") and len(args) > 1 and isinstance(args[1], int):
+        return {args[1] % num_axes}
+    return {0}
+
+
+def _kind(index: object) -> type | None:
+    """Return the type of an index; None for one that stands for any number of axes."""
+    return None if index is None or index is Ellipsis else type(index)
 
 
 def _memory(tensor: torch.Tensor) -> int:

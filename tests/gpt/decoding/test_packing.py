@@ -96,7 +96,7 @@ SHORT = {"_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_att
         (dict(window=T + 2, num_full_layers=0), 1, None, 2),
         (dict(window=T, num_full_layers=1), 1, None, 1),
         (dict(positions="alibi"), 1, None, 0),
-        (dict(positions="rotary", head_dim=6, num_kv_heads=1, qk_norm=True), 1, None, 2),
+        (dict(positions="rotary", head_dim=6, num_kv_heads=1, qk_norm="head"), 1, None, 2),
     ],
 )
 def test_a_step_that_sees_all_takes_the_short_way(twins, changes, rows, counts, short):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx, struct
+from jax.lax import stop_gradient
 
 from parity import ModuleUse, check_pair
 from parity.check.outputs import paired
@@ -80,8 +81,12 @@ TREES = {
         lambda h, n: {"b": h, 1: -h, (2, "c"): h},
         lambda h, n: {1: -h, "b": h, (2, "c"): h},
     ),
-    "sets and numbers": (lambda h, n: (h, {1, 2}, 3.0), lambda h, n: (h, {2, 1}, h.size / 10)),
+    "sets and numbers": (
+        lambda h, n: (h, {1, 2}, h.numel() / 10),
+        lambda h, n: (h, {2, 1}, h.size / 10),
+    ),
     "NumPy": (lambda h, n: (h, h.detach().numpy()), lambda h, n: (h, h)),
+    "texts": both(lambda h, n: (h, "logits", {"b", "a"})),
     "None": both(lambda h, n: {"a": h, "b": None}),
     "complex": (lambda h, n: torch.fft.fft(h), lambda h, n: jnp.fft.fft(h)),
     "integers and booleans": both(lambda h, n: (h, h.argmax(-1), h > 0)),
@@ -106,6 +111,7 @@ FAULTS = {
     "1.0": (lambda h, n: (h, {1, 2}), lambda h, n: (h, {0, 2})),
     "x.y": (lambda h, n: {"x": {"y": h > 0}}, lambda h, n: {"x": {"y": h > 1}}),
     "2": (lambda h, n: (h, h, h[:, :1]), lambda h, n: (h, h, h[:, 0])),
+    "name": (lambda h, n: {"h": h, "name": "a"}, lambda h, n: {"h": h, "name": "b"}),
     "nan": (lambda h, n: {"nan": n.where(h > 1, n.nan, h)}, lambda h, n: {"nan": h}),
     "small": (lambda h, n: {"small": 1e-9 * h}, lambda h, n: {"small": 1.00001e-9 * h}),
     "large": (lambda h, n: {"large": 1e6 * h}, lambda h, n: {"large": 1e6 * h + 0.01}),
@@ -193,3 +199,42 @@ def test_a_gradient_is_taken_of_leaves_that_both_sides_derive():
 def test_leaves_are_paired_by_path_and_positions_by_order(flax, torch, paths):
     sides = ({path: np.zeros(2) for path in side} for side in (flax, torch))
     assert [(leaf.flax_path, leaf.torch_path) for leaf in paired(*sides)] == paths
+
+
+def test_a_batch_of_another_size_is_tried_where_both_modules_take_it():
+    name = "inputs, another batch size"
+    for output, is_tried in ((lambda h, n: h, True), (lambda h, n: h.reshape(6, 5), False)):
+        report = compare(*both(output))
+        assert report.ok and (name in {x.name for x in report.levels[0].records}) is is_tried
+    report = compare(lambda h, n: h, lambda h, n: h[:5] if len(h) != 6 else h)
+    assert report.ok and report.levels[0].verdict == "PASS"
+    report = compare(lambda h, n: h, lambda h, n: h[:3] if len(h) != 6 else h)
+    assert report.ok and "a number of rows is fixed" in str(report)
+    report = compare(lambda h, n: h, lambda h, n: h * (1.0 if len(h) == len(X) else 1.001))
+    failed = [x for x in report.levels[0].records if x.verdict is Verdict.FAIL]
+    assert report.exit_code == 1 and failed[0].name == name
+    assert report.divergence.where == "Net"
+
+
+def test_outputs_that_no_weight_moves_are_not_compared_in_silence():
+    report = compare(*both(lambda h, n: 0.0 * h), levels=("gradients", "trajectory"))
+    gradients, _ = report.levels
+    assert gradients.verdict == "ABSTAIN" and "no weight moves an output" in str(report)
+    report = compare(lambda h, n: h, lambda h, n: stop_gradient(h), levels=("gradients",))
+    assert report.exit_code == 1 and "no weight moves" not in str(report)
+
+
+def test_losses_of_large_outputs_are_judged_by_their_size():
+    report = compare(*both(lambda h, n: 1e6 * h), levels=("optimizer", "trajectory"))
+    assert report.ok, report
+
+
+def test_what_computes_in_16_bits_in_places_is_decided_by_float64():
+    def net(h, n):
+        with torch.autocast("cpu", torch.bfloat16):
+            return (h @ torch.eye(5)).float()
+
+    report = compare(net, lambda h, n: h, levels=("logits", "gradients"))
+    assert report.ok and "computed in bfloat16 in places" in str(report.to_json())
+    report = compare(net, lambda h, n: 1.0001 * h)
+    assert report.exit_code == 1

@@ -1,13 +1,11 @@
 """Checkpoint folders: what transformers writes both twins read, and what we write it reads."""
 
-import contextlib
 import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub
 import jax
@@ -18,7 +16,6 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from torch.overrides import TorchFunctionMode
 from typer.testing import CliRunner
 
 import flax_gpt
@@ -39,76 +36,9 @@ from parity.checkpoints.write import new_folder
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.torch.leaves import torch_leaves
 from parity.report.record import Verdict
+from tests.parity.checkpoints.library import LLAMA, Wide, both, prompts, theirs
 
 BOUND = 1e-12
-B, T, G = 6, 11, 9
-IDS = dict(bos_token_id=None, eos_token_id=None, pad_token_id=0)
-# Odd sizes, all different: 3 layers, 6 heads of 20 in a stream that is not their product.
-LLAMA = IDS | dict(
-    vocab_size=97, hidden_size=42, num_hidden_layers=3, num_attention_heads=6,
-    num_key_value_heads=2, intermediate_size=34, max_position_embeddings=40, head_dim=20,
-)  # fmt: skip
-MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
-    "gpt2": (transformers.GPT2LMHeadModel, transformers.GPT2Config, IDS | dict(
-        vocab_size=97, n_embd=100, n_layer=3, n_head=5, n_inner=34, n_positions=40)),
-    "llama": (transformers.LlamaForCausalLM, transformers.LlamaConfig, LLAMA | dict(
-        rope_parameters=dict(rope_type="llama3", rope_theta=300.0, factor=4.0, low_freq_factor=1.0,
-                             high_freq_factor=4.0, original_max_position_embeddings=16),
-        attention_bias=True, mlp_bias=True)),
-    "mistral": (transformers.MistralForCausalLM, transformers.MistralConfig, LLAMA | dict(
-        sliding_window=5, rope_parameters=dict(rope_type="linear", rope_theta=200.0, factor=2.0))),
-    "qwen2": (transformers.Qwen2ForCausalLM, transformers.Qwen2Config, {
-        name: value for name, value in LLAMA.items() if name != "head_dim"} | dict(
-        hidden_size=120, use_sliding_window=True, sliding_window=6, max_window_layers=1,
-        tie_word_embeddings=True)),
-    "qwen3": (transformers.Qwen3ForCausalLM, transformers.Qwen3Config, LLAMA),
-    "bloom": (transformers.BloomForCausalLM, transformers.BloomConfig, IDS | dict(
-        vocab_size=97, hidden_size=100, n_layer=3, n_head=5, seq_length=40)),
-}  # fmt: skip
-
-
-class Wide(TorchFunctionMode):
-    """float64 wherever a library asks for float32, as it does in norms, angles and softmax."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        wide = {torch.float32: torch.float64}
-        kwargs = {
-            name: wide.get(x, x) if isinstance(x, torch.dtype) else x
-            for name, x in (kwargs or {}).items()
-        }
-        args = tuple(wide.get(x, x) if isinstance(x, torch.dtype) else x for x in args)
-        if function is torch.Tensor.float:
-            function = torch.Tensor.double
-        return function(*args, **kwargs)
-
-    def __enter__(self):
-        torch.set_default_dtype(torch.float64)
-        return super().__enter__()
-
-    def __exit__(self, *error):
-        torch.set_default_dtype(torch.float32)
-        return super().__exit__(*error)
-
-
-@functools.cache
-def theirs(family: str, loud: float = 3.0) -> Any:
-    """A model of transformers with random numbers in every leaf, in float64 throughout.
-
-    Loud blocks write many different tokens, though a head that is the embedding favours the last.
-    """
-    model, config, sizes = MODELS[family]
-    with Wide():
-        torch.manual_seed(0)
-        model = model(config(**sizes, attn_implementation="eager")).double().eval()
-    rng = np.random.default_rng(4)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            centre, spread = float(name.endswith("weight")), 0.3
-            if parameter.ndim > 1:
-                size = 1.0 if "embed" in name or "wte" in name else loud
-                centre, spread = 0.0, size * min(parameter.shape) ** -0.5
-            parameter.copy_(torch.from_numpy(rng.normal(centre, spread, parameter.shape)))
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -122,68 +52,6 @@ def folder_of(tmp_path_factory) -> Callable[[str], Path]:
         return path
 
     return made
-
-
-@contextlib.contextmanager
-def both(checkpoint: Checkpoint) -> Iterator[list]:
-    """Both twins of a checkpoint, as functions of arrays."""
-    with jax.enable_x64(True), torch.no_grad():
-        flax, torch_twin = flax_model(checkpoint), torch_model(checkpoint)
-        yield [
-            (flax_gpt, flax, lambda x: jax.numpy.asarray(np.asarray(x)), np.asarray),
-            (torch_gpt, torch_twin, lambda x: torch.from_numpy(np.array(x)), lambda x: x.numpy()),
-        ]
-
-
-def prompts() -> np.ndarray:
-    return np.random.default_rng(1).integers(0, 97, (B, T))
-
-
-@pytest.mark.parametrize("family", MODELS)
-def test_both_twins_compute_what_transformers_does(family, folder_of):
-    checkpoint = Checkpoint.open(folder_of(family))
-    assert checkpoint.config.dtype == "float64" and checkpoint.notes == ()
-    with Wide(), torch.no_grad():
-        expected = theirs(family)(torch.from_numpy(prompts())).logits.numpy()
-    assert expected.dtype == np.float64 and expected.std() > 0.3
-    with both(checkpoint) as twins:
-        for _, model, array, numpy in twins:
-            found = numpy(model(array(prompts()))[0])
-            np.testing.assert_allclose(found, expected, rtol=0, atol=BOUND)
-
-
-@pytest.mark.parametrize("family", MODELS)
-def test_both_twins_write_what_transformers_does_behind_padding_on_the_left(family, folder_of):
-    counts = np.array((T, 6, 2, 9, 1, T))
-    tokens, mask = prompts(), np.arange(T) >= T - counts[:, None]
-    with Wide(), torch.no_grad():
-        written = theirs(family).generate(
-            torch.from_numpy(np.where(mask, tokens, 0)),
-            attention_mask=torch.from_numpy(mask.astype(np.int64)), max_new_tokens=G,
-            do_sample=False,
-        )  # fmt: skip
-    expected = written[:, T:].numpy()
-    assert len(np.unique(expected)) > 5
-    with both(Checkpoint.open(folder_of(family))) as twins:
-        for package, model, array, numpy in twins:
-            padded, lengths = package.right_pad(array(tokens), array(mask.astype(np.int64)))
-            generation = package.generate(model, padded, G, lengths)
-            np.testing.assert_array_equal(numpy(generation.tokens_BG), expected)
-
-
-@pytest.mark.parametrize("family", MODELS)
-def test_a_folder_that_we_write_is_the_same_model_to_transformers(family, folder_of, tmp_path):
-    checkpoint = Checkpoint.open(folder_of(family))
-    save(tmp_path / "out", family, checkpoint.config, dict(checkpoint.leaves()))
-    with Wide(), torch.no_grad():
-        again = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path / "out", dtype=torch.float64, attn_implementation="eager"
-        )
-        pairs = [model(torch.from_numpy(prompts())).logits for model in (theirs(family), again)]
-    names = theirs(family).state_dict()
-    assert all(torch.equal(x, names[name]) for name, x in again.state_dict().items())
-    assert torch.dist(*pairs, p=float("inf")) <= BOUND  # memory that is aligned otherwise
-    assert Checkpoint.open(tmp_path / "out").config == checkpoint.config
 
 
 def test_a_sharded_folder_in_half_precision_without_a_prefix_is_read(folder_of, tmp_path):
@@ -339,13 +207,13 @@ def corrupted(folder: Path, how: str) -> None:
         case "unknown architecture":
             config.write_text(json.dumps(document | {"model_type": "mamba"}))
         case "unknown activation":
-            config.write_text(json.dumps(document | {"hidden_act": "relu2"}))
+            config.write_text(json.dumps(document | {"hidden_act": "xielu"}))
         case "unknown rope":
-            document["rope_parameters"]["rope_type"] = "yarn"
+            document["rope_parameters"]["rope_type"] = "proportional"
             config.write_text(json.dumps(document))
         case "several problems":
             del document["hidden_size"]
-            config.write_text(json.dumps(document | {"hidden_act": "relu2"}))
+            config.write_text(json.dumps(document | {"hidden_act": "xielu"}))
         case "sizes of strings":
             config.write_text(json.dumps(document | {"hidden_size": "42"}))
         case "part of a head":
@@ -382,9 +250,9 @@ BAD = {
     "broken config": r"config\.json: cannot be read",
     "list config": r"config\.json: a list, not an object",
     "unknown architecture": r"model_type 'mamba' is not among gpt2, llama",
-    "unknown activation": r"hidden_act is 'relu2'",
-    "unknown rope": r"rope type is 'yarn', there are default, linear, dynamic, llama3",
-    "several problems": r"hidden_size is missing; hidden_act is 'relu2'",
+    "unknown activation": r"hidden_act is 'xielu'",
+    "unknown rope": r"rope type is 'proportional', there are default, linear, dynamic, llama3",
+    "several problems": r"hidden_size is missing; hidden_act is 'xielu'",
     "sizes of strings": r"embed_dim is '42', it must be an integer",
     "part of a head": r"partial_rotary_factor is 0\.5, these families turn whole heads",
     "no factor": r"rope type llama3 has no factor",
@@ -411,7 +279,7 @@ def test_a_corrupt_folder_is_refused_in_one_line_and_nothing_runs(
 def test_what_a_family_cannot_be_is_not_written(folder_of, tmp_path):
     checkpoint = Checkpoint.open(folder_of("qwen3"))
     leaves = dict(checkpoint.leaves())
-    with pytest.raises(ValueError, match=r"convert to llama: .*qk_norm is True"):
+    with pytest.raises(ValueError, match=r"convert to llama: .*qk_norm is 'head'"):
         save(tmp_path / "out", "llama", checkpoint.config, leaves)
     with pytest.raises(ValueError, match=r"convert to gpt2: .*positions is 'rotary'"):
         save(tmp_path / "out", "gpt2", checkpoint.config, leaves)
@@ -446,7 +314,10 @@ def quiet_folder_of(tmp_path_factory) -> Callable[[str], Path]:
     return made
 
 
-@pytest.mark.parametrize("family", MODELS)
+SIX = "gpt2", "llama", "mistral", "qwen2", "qwen3", "bloom"
+
+
+@pytest.mark.parametrize("family", SIX)
 def test_a_checkpoint_passes_the_check(family, quiet_folder_of, corpus):
     pair = pair_of(open_checkpoint(quiet_folder_of(family)), corpus, max_new_tokens=8)
     report = check(pair, levels=LEVELS, dtypes=("float64",))
@@ -522,6 +393,21 @@ def test_the_commands_convert_and_write_text(quiet_folder_of, tmp_path):
     assert uncached.stdout in written
     ours, again = (load_file(x / "model.safetensors") for x in (source, tmp_path / "hf"))
     assert all(np.array_equal(ours[name], again[name]) for name in ours) and set(ours) == set(again)
+
+
+def test_the_commands_search_and_guess(quiet_folder_of, tmp_path):
+    source = with_tokenizer(Path(shutil.copytree(quiet_folder_of("llama"), tmp_path / "llama")))
+    asked = "generate", source, "abcab", "--tokens", "8", "--temperature", "0"
+    plain = parity(*asked, "--only", "torch")
+    for options in (("--speculate", "3"), ("--draft", source), ("--beams", "1")):
+        found = parity(*asked, *options, "--only", "torch")
+        assert (found.exit_code, found.stdout) == (0, plain.stdout), found.output
+    assert "guesses that were right, by place" in parity(*asked, "--draft", "lookup").stderr
+    both = parity(*asked, "--beams", "3")
+    assert both.exit_code == 0 and "the same from flax_gpt and torch_gpt" in both.stderr
+    assert both.stderr.count("beam ") == 3
+    bad = parity(*asked, "--beams", "3", "--speculate", "2")
+    assert bad.exit_code == 2 and "Each goes alone" in bad.stderr
 
 
 @pytest.mark.parametrize("options", [("0",), ("0.8", "--top-k", "1")], ids=["greedy", "one left"])
@@ -663,7 +549,7 @@ def test_a_model_of_our_own_is_the_same_to_the_library(tmp_path):
                  activation="silu", tied_head=False, norm_epsilon=1e-6, mlp_bias=False)  # fmt: skip
     kinds = {
         "mistral": dict(qkv_bias=False, out_bias=False),
-        "qwen3": dict(qk_norm=True, qkv_bias=False, out_bias=False),
+        "qwen3": dict(qk_norm="head", qkv_bias=False, out_bias=False),
     }
     for family, changes in kinds.items():
         config = flax_gpt.GPTConfig(**(sizes | changes))

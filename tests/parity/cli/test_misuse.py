@@ -56,6 +56,8 @@ class Dropping(Port):
 number = 3
 def make(rng): return rng.normal(size=(2, 4))
 def wide(rng): return rng.normal(size=(2, 5))
+def rarely(): return Net(lambda x: x + 1e-3 if torch.rand(()) < 1e-3 else x)
+def refuse_inputs(rng): raise RuntimeError("no data")
 """
 RULES = """
 [[rule]]
@@ -67,6 +69,7 @@ layout = "transposed"
 torch = "fc.bias"
 flax = "fc.bias"
 """
+SUM = 'rest = "auto"\nsum = [{term = "fc.bais", original = "fc.bias"}]'
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("misuse")
     (folder / "models.py").write_text(MODELS)
     (folder / "rules.toml").write_text(RULES)
+    (folder / "sum.toml").write_text(SUM)
     return folder
 
 
@@ -96,6 +100,11 @@ CASES = [
     ("no such inputs", "Net", "Port", "mke", [], ("models.py has no mke", "make")),
     ("a typo in the rules", "Net", "Port", "make", ["--rules", "rules.toml"],
      ("fc.wieght", "matches nothing, but there is fc.weight")),
+    ("a net that draws one time in many", "rarely", "Port", "make", [], ("torch: Net", "random")),
+    ("inputs that raise", "Net", "Port", "refuse_inputs", [],
+     ("RuntimeError at models.py:47: no data",)),
+    ("a term that is not there", "Net", "Port", "make", ["--rules", "sum.toml"],
+     ("fc.bais does not exist, but there is fc.bias",)),
     ("two of one framework", "Net", "Net", "make", [], ("--flax", "Net", "flax module")),
 ]  # fmt: skip
 

@@ -1,5 +1,7 @@
 """The help of commands and of their options comes from docstrings."""
 
+import subprocess
+import sys
 from typing import Annotated
 
 import pytest
@@ -55,3 +57,27 @@ def test_a_docstring_describes_the_command_its_options_and_examples():
     assert " greet you" in shown and " greet them --loud" in shown and "--no-loud" not in shown
     assert RUNNER.invoke(tool, ["you", "--loud"]).output == "you 3 True\n"
     assert RUNNER.invoke(tool, ["you", "--much", "1"]).exit_code == 2
+
+
+_WRITES_ON = """
+import typer
+from rich.console import Console
+from parity.cli.options import in_one_line
+
+def write():
+    with in_one_line(Console(stderr=True)):
+        while True:
+            typer.echo("to be or not to be")
+
+typer.run(write)
+"""
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly():
+    command = [sys.executable, "-c", _WRITES_ON]
+    writer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert writer.stdout.readline() == "to be or not to be\n"
+    writer.stdout.close()
+    assert writer.stderr.read() == ""
+    writer.stderr.close()
+    assert writer.wait(60) == 141

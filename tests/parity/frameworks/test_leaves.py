@@ -205,3 +205,38 @@ def test_complex_weights_have_torchs_gradients_and_updates(tmp_path):
     assert check_pair(Turning(), TurningPort(), x, **settings).ok
     wrong = check_pair(Turning(), TurningPort(-1j), x, levels=["logits"], **settings)
     assert wrong.divergence is not None and wrong.divergence.phase == "forward"
+
+
+class Normed(nnx.Module):
+    def __init__(self, epsilon):
+        rngs = nnx.Rngs(0)
+        self.linear = nnx.WeightNorm(nnx.Linear(2, 3, rngs=rngs), epsilon=epsilon, rngs=rngs)
+
+
+def test_an_epsilon_that_float32_does_not_see_is_none_in_float64():
+    port = Normed(1e-12)
+    assert cast_flax(port, "float64").linear.epsilon == 0.0
+    assert cast_flax(port, "float32").linear.epsilon == port.linear.epsilon == 1e-12
+    assert cast_flax(Normed(1e-8), "float64").linear.epsilon == 1e-8
+
+
+class Table(nnx.Module):
+    def __init__(self):
+        self.order, self.linear = np.array([2, 0, 1]), nnx.Linear(6, 3, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.linear(x)[:, self.order]
+
+
+class TorchTable(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.linear(x)[:, [2, 0, 1]]
+
+
+def test_long_integers_of_numpy_that_a_module_holds_are_trained_beside():
+    levels = ("logits", "optimizer")
+    assert check_pair(TorchTable(), Table(), BATCH.inputs, levels=levels).ok

@@ -1,4 +1,4 @@
-"""Names that mislead: a right port passes by another map, and a fault elsewhere is placed."""
+"""Names that mislead: a right port passes by another map, unless it takes equal names apart."""
 
 import jax
 import pytest
@@ -9,6 +9,7 @@ from torch.nn import functional
 from parity import check_pair
 from parity.check.experiment import PairExperiment
 from parity.check.modules import pair_of
+from parity.weights.rules import Rules
 
 WIDTH, HIDDEN, BLOCKS = 6, 10, 2
 SETTINGS = dict(levels=("weights", "logits"), dtypes=("float64",))
@@ -49,11 +50,10 @@ class PortBlock(nnx.Module):
         rngs = nnx.Rngs(0)
         for name in list(names.values())[4:]:
             setattr(self, name, nnx.LayerNorm(WIDTH, epsilon=1e-5, rngs=rngs))
-        sizes = {"q": (WIDTH, WIDTH), "k": (WIDTH, WIDTH), "v": (WIDTH, WIDTH),
-                 "o": (WIDTH, WIDTH), "gate": (WIDTH, HIDDEN), "up": (WIDTH, HIDDEN),
-                 "down": (HIDDEN, WIDTH)}  # fmt: skip
-        for name, size in sizes.items():
-            setattr(self, name, nnx.Linear(*size, use_bias=False, rngs=rngs))
+        hidden = {"gate": (WIDTH, HIDDEN), "up": (WIDTH, HIDDEN), "down": (HIDDEN, WIDTH)}
+        for name in ("q", "k", "v", "o", "gate", "up", "down"):
+            size, own = hidden.get(name, (WIDTH, WIDTH)), names.get(name, name)
+            setattr(self, own, nnx.Linear(*size, use_bias=False, rngs=rngs))
         self.names, self.act = nnx.static(names), jax.nn.gelu if has_fault else jax.nn.silu
 
     def __call__(self, x):
@@ -89,7 +89,12 @@ class Port(nnx.Module):
 
 NAMES = {
     "norms": RIGHT,
+    "query and key": RIGHT | {"q": "key_first", "k": "query_second"},
+    "gate and up": RIGHT | {"gate": "up_first", "up": "gate_second"},
+}
+EXCHANGED = {
     "query and key": RIGHT | {"q": "k", "k": "q"},
+    "query and key by other words": RIGHT | {"q": "wk", "k": "wq"},
     "gate and up": RIGHT | {"gate": "up", "up": "gate"},
 }
 
@@ -100,8 +105,25 @@ def test_a_right_port_with_misleading_names_passes(names, rng):
     assert PairExperiment(pair).gap(pair.rules) < 1e-12
     flax = {rule.torch.removeprefix("blocks.*."): rule.flax for rule in pair.rules.rules}
     assert all(names[x] in flax[f"{x}.weight"].split(".") for x in names)
-    swapped = names["q"] != "q" or names["gate"] != "gate"
-    assert any("not as names suggest" in note for note in pair.rules.notes) is swapped
+    mislead = names != RIGHT
+    assert any("not as names suggest" in note for note in pair.rules.notes) is mislead
+    assert not pair.rules.exchange
+
+
+@pytest.mark.parametrize("names", EXCHANGED.values(), ids=EXCHANGED)
+def test_a_port_that_exchanges_weights_of_equal_names_fails_with_that_cause(names, rng):
+    # Weights that are moved by name would give another function.
+    report = check_pair(Net(), Port(names), rng.normal(size=(2, 4, WIDTH)), **SETTINGS)
+    assert report.exit_code == 1
+    moved = [x for x in names if names[x] != RIGHT[x]]
+    lines = [f'map."blocks.*.{x}.weight" = "layers.*.{names[x]}.kernel: transposed"' for x in moved]
+    assert all(line in report.divergence.cause for line in lines), report.divergence
+    pair = pair_of(Net(), Port(names), rng.normal(size=(2, 4, WIDTH)), rules=rules_of(lines))
+    assert PairExperiment(pair).gap(pair.rules) < 1e-12
+
+
+def rules_of(lines):
+    return Rules.parse("\n".join(['rest = "auto"', *lines]))
 
 
 def test_a_fault_elsewhere_keeps_the_likely_map_and_fails(rng):

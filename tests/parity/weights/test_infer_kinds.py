@@ -13,7 +13,7 @@ from parity.check.experiment import PairExperiment
 from parity.check.modules import pair_of
 from parity.frameworks.flax.leaves import flax_leaves
 from parity.frameworks.torch.leaves import torch_leaves
-from parity.weights.infer import OpenRules
+from parity.weights.infer import OpenRules, infer_rules
 from parity.weights.layouts import Layout
 from parity.weights.rules import Rule, Rules
 from parity.weights.weight_map import resolve
@@ -380,3 +380,116 @@ def test_a_random_chain_is_found_under_random_names(seed):
 
     rules, gap = found(Net(), Port(), rng.normal(size=(3, int(widths[0]))))
     assert gap < 1e-12 and not rules.notes
+
+
+class Recurrent(torch.nn.Module):
+    """An LSTM both ways, then cells as wide as their inputs, whose weights are of one shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.rnn = torch.nn.LSTM(5, 3, batch_first=True, bidirectional=True)
+        self.cell = torch.nn.LSTMCell(6, 6)
+
+    def forward(self, x):
+        y, _ = self.rnn(x)
+        h = c = torch.zeros_like(y[:, 0])
+        for step in y.unbind(1):
+            h, c = self.cell(step, (h, c))
+        return h
+
+
+class RecurrentPort(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        forward, backward = (nnx.OptimizedLSTMCell(5, 3, rngs=rngs) for _ in range(2))
+        self.rnn = nnx.Bidirectional(nnx.RNN(forward), nnx.RNN(backward))
+        self.cell = nnx.LSTMCell(6, 6, rngs=rngs)
+
+    def __call__(self, x):
+        y = self.rnn(x)
+        carry = jnp.zeros_like(y[:, 0]), jnp.zeros_like(y[:, 0])
+        for step in range(y.shape[1]):
+            carry, h = self.cell(carry, y[:, step])
+        return h
+
+
+def test_the_sum_of_two_biases_is_found_in_one(rng):
+    net, port, x = Recurrent(), RecurrentPort(), rng.normal(size=(2, 4, 5))
+    rules, gap = found(net, port, x)
+    assert gap < 1e-12
+    assert {y for x, y in rules.sums} == {
+        "rnn.bias_hh_l0", "rnn.bias_hh_l0_reverse", "cell.bias_hh"}  # fmt: skip
+    report = check_pair(net, port, x, rules=rules, dtypes=("float64",),
+                        levels=("weights", "gradients", "optimizer"))  # fmt: skip
+    _, gradients, optimizer = report.levels
+    assert report.ok and gradients.verdict == "PASS"
+    assert optimizer.verdict == "ABSTAIN" and "trains rnn.bias_ih_l0 and" in str(report)
+
+
+class HandCell(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.x2h, self.h2h = torch.nn.Linear(4, 6), torch.nn.Linear(6, 6)
+
+
+class HandCellPort(nnx.Module):
+    def __init__(self):
+        self.x2h = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+        self.h2h = nnx.Linear(6, 6, use_bias=False, rngs=nnx.Rngs(1))
+
+
+class Gated(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn = torch.nn.GRU(4, 6, batch_first=True)
+
+    def forward(self, x):
+        return self.rnn(x)[0]
+
+
+class GatedPort(nnx.Module):
+    def __init__(self):
+        self.rnn = nnx.RNN(nnx.GRUCell(4, 6, rngs=nnx.Rngs(0)))
+
+    def __call__(self, x):
+        return self.rnn(x)
+
+
+def test_a_bias_without_a_counterpart_is_asked_for_as_a_term():
+    line = 'sum = [{term = "h2h.bias", original = "x2h.bias"}]'
+    with pytest.raises(OpenRules) as caught:
+        infer_rules(HandCell(), HandCellPort())
+    assert line in str(caught.value)
+    rules = infer_rules(HandCell(), HandCellPort(), given=Rules.parse(f'rest = "auto"\n{line}'))
+    assert rules.sums == (("h2h.bias", "x2h.bias"),)
+    with pytest.raises(OpenRules, match="reset gate; nnx"):
+        infer_rules(Gated(), GatedPort())
+
+
+class Tables(torch.nn.Module):
+    """A codebook that is first looked up, and a table of biases with the buckets in front."""
+
+    def __init__(self):
+        super().__init__()
+        self.codebook, self.bias = torch.nn.Embedding(7, 3), torch.nn.Embedding(5, 2)
+
+    def forward(self, x, ids):
+        y = self.codebook(ids)
+        return y + x @ self.codebook.weight.T[:, :3], self.bias(ids % 5)
+
+
+class TablesPort(nnx.Module):
+    def __init__(self):
+        self.codebook, self.bias = drawn(7, 3), drawn(2, 5)
+
+    def __call__(self, x, ids):
+        scores = x @ self.codebook[...].T
+        return scores[:, :3] + self.codebook[...][ids], self.bias[...][:, ids % 5].T
+
+
+def test_tables_are_found_whatever_reads_them_first(rng):
+    inputs = rng.normal(size=(6, 3)), rng.integers(0, 7, 6)
+    rules, gap = found(Tables(), TablesPort(), inputs)
+    assert gap < 1e-12
+    assert {x.torch: x.layout for x in rules.rules} == {
+        "codebook.weight": Layout.SAME, "bias.weight": Layout.TRANSPOSED}  # fmt: skip

@@ -110,7 +110,7 @@ FAULTS = [
         "jnp.where(attention_mask == 1, 0.0, -1e9)",
         "jnp.where(attention_mask == 1, 0.0, 0.0)",
         "Bert",
-        None,
+        "x in place of x + y",
     ),
     ("GELU of jax", ", approximate=False", "", "Bert", "gelu"),
     ("epsilon 1e-5", "epsilon=1e-12", "epsilon=1e-5", "ln0|embeddings.LayerNorm", "1e-05"),

@@ -81,7 +81,7 @@ FAULTS = [
         "self.positions(position)",
         "self.positions(jnp.arange(t))",
         "Decoder|positions|wpe",
-        "result|numbers|ids shifted",
+        "ids -4|ids shifted by -4|from zero",
     ),
     ("epsilon 1e-6", "epsilon=1e-5", "epsilon=1e-6", "norm1|ln_1", "1e-06"),
     (
@@ -89,6 +89,6 @@ FAULTS = [
         "jnp.concatenate([past_key, k], 2)",
         "jnp.concatenate([k, past_key], 2)",
         "Decoder",
-        None,
+        "reverse order (cat",
     ),
 ]

@@ -88,6 +88,6 @@ FAULTS = [
         "x + self.layer_scale[...] * self.down(y)",
         "x + self.down(y) + 0 * self.layer_scale[...]",
         "blocks.0|stages.0",
-        "gamma|no scale|left out|1",
+        "y in place of x * y",
     ),
 ]

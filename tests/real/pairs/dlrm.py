@@ -77,14 +77,14 @@ FAULTS = [
         "(ids[:, n]).sum(axis=1)",
         "(ids[:, n]).mean(axis=1)",
         "DLRM|emb_l.0|top|top_l",
-        None,
+        "mode=mean",
     ),
     (
         "upper triangle",
         "products[:, rows, columns]",
         "products[:, columns[::-1], rows[::-1]]",
         "DLRM|top|top_l",
-        None,
+        "back to front (getitem|back to front along axis 1",
     ),
     (
         "no sigmoid",

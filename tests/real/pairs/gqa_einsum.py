@@ -81,7 +81,7 @@ FAULTS = [
         "q = q.reshape(b, t, K, N // K, H)",
         "q = q.reshape(b, t, N // K, K, H).swapaxes(2, 3)",
         "Attention|attention|attn|Net",
-        "repeats tiled",
+        "repeats tiled|query.weight and 1 more in the order 1, 3, 2, 4",
     ),
     ("epsilon of Flax", "epsilon=1e-5, ", "", "ln|norm", "1e-06"),
     (

@@ -56,7 +56,7 @@ FAULTS = [
         "x = jax.nn.relu(linen.Conv(6, kernel_size=(3,), padding=1)(x))",
         "x = linen.Conv(6, kernel_size=(3,), padding=1)(x)",
         "Features_0|features|Net",
-        "no activation|left out|features.1|1",
+        "no activation",
     ),
     ("epsilon of linen", "epsilon=1e-5", "", "LayerNorm_0|norm", "1e-06"),
     (

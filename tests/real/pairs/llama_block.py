@@ -131,5 +131,5 @@ FAULTS = [
         "1e-05",
     ),
     ("relu gate", "jax.nn.silu", "jax.nn.relu", "blocks.0|layers.0", "relu"),
-    ("scale by D", "* H**-0.5", "* D**-0.5", "blocks.0|layers.0", "12|scale"),
+    ("scale by D", "* H**-0.5", "* D**-0.5", "blocks.0|layers.0", "a scale of 12**-0.5"),
 ]

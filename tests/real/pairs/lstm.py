@@ -65,5 +65,11 @@ FAULTS = [
         "cell|lstm|Net",
         "order",
     ),
-    ("forget bias of one", "nnx.sigmoid(f) * c", "nnx.sigmoid(f + 1.0) * c", "cell|lstm|Net", None),
+    (
+        "forget bias of one",
+        "nnx.sigmoid(f) * c",
+        "nnx.sigmoid(f + 1.0) * c",
+        "cell|lstm|Net",
+        "1 added to part 2 of 4",
+    ),
 ]

@@ -101,10 +101,10 @@ FAULTS = [
     ),
     ("epsilon 1e-3", "epsilon=1e-5", "epsilon=1e-3", "norm|bn1", "0.001"),
     (
-        "shortcut before the second norm",
+        "second norm twice",
         "relu(y + self",
         "relu(self.norm2(y) + self",
         "blocks.0|layer1",
-        None,
+        "bn2 twice",
     ),
 ]

@@ -65,6 +65,6 @@ FAULTS = [
         "apply_rotary(q, 500.0), apply_rotary(k, 500.0)",
         "apply_rotary(q, 500.0), k",
         "Net",
-        None,
+        "reshape (rotary_complex.py:20) in place of view_as_real",
     ),
 ]

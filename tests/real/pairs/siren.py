@@ -78,6 +78,6 @@ FAULTS = [
         "jnp.sin(angles), jnp.cos(angles)]",
         "jnp.cos(angles), jnp.sin(angles)]",
         "Siren",
-        None,
+        "parts in the order 1, 3, 2",
     ),
 ]

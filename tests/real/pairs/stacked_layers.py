@@ -79,7 +79,7 @@ FAULTS = [
         "x * self.alpha[...]",
         "x + 0 * self.alpha[...]",
         "layers|h.0|Net|layers.0",
-        None,
+        "x in place of x * y",
     ),
     ("gelu", "jax.nn.silu", "jax.nn.gelu", "layers|h.0|Net|layers.0", "gelu with tanh"),
 ]

@@ -146,14 +146,14 @@ FAULTS = [
         'jnp.einsum("btnh,bsnh->bnts", q, k) + bias',
         'jnp.einsum("btnh,bsnh->bnts", q, k) / 2 + bias',
         "enc.self_attn|encoder.attentions.0|attentions.0",
-        "0.5|scale|2",
+        "a scale of",
     ),
     (
         "one bucket less",
         "jnp.minimum(jnp.abs(d), 3)",
         "jnp.minimum(jnp.abs(d), 2)",
         "enc|encoder",
-        None,
+        "max=2 in clamp",
     ),
-    ("tied head not scaled", "x / math.sqrt(D)", "x", "T5", None),
+    ("tied head not scaled", "x / math.sqrt(D)", "x", "T5", "a scale of 1 "),
 ]

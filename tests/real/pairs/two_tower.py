@@ -74,7 +74,7 @@ FAULTS = [
         "jnp.argmax(text, axis=-1)",
         "jnp.full((len(text),), T - 1)",
         "CLIP|text_model",
-        None,
+        "the last along axis 1",
     ),
     ("GELU of jax", ", approximate=False", "", "CLIP|visual", "gelu"),
     (

@@ -105,7 +105,7 @@ FAULTS = [
         "[jnp.cos(angle), jnp.sin(angle)]",
         "[jnp.sin(angle), jnp.cos(angle)]",
         "UNet|time_embed|temb0",
-        None,
+        "reverse order (cat",
     ),
     (
         "epsilon of Flax",

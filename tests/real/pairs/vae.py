@@ -66,20 +66,20 @@ FAULTS = [
         "jnp.sqrt(jnp.exp(logvar))",
         "jnp.exp(logvar)",
         "VAE|dec1|decoder",
-        None,
+        "a scale of 1 (mul",
     ),
     (
         "outputs swapped",
         "self.dec1(z)))), mean, logvar",
         "self.dec1(z)))), logvar, mean",
         "VAE",
-        None,
+        "outputs 1 and 2 exchanged",
     ),
     (
         "output without sigmoid",
         "jax.nn.sigmoid(self",
         "(self",
         "VAE|decoder|decoder.3",
-        "no activation|left out|3",
+        "no activation|left out",
     ),
 ]

@@ -62,5 +62,11 @@ def make(rng):
 FAULTS = [
     ("GELU of jax", ", approximate=False", "", "ViT|mlp|mlp.1", "gelu"),
     ("epsilon 1e-6", "epsilon=1e-5", "epsilon=1e-6", "ln1|norm1", "1e-06"),
-    ("mean in place of the token", "self.ln3(x)[:, 0]", "self.ln3(x).mean(1)", "ViT", None),
+    (
+        "mean in place of the token",
+        "self.ln3(x)[:, 0]",
+        "self.ln3(x).mean(1)",
+        "ViT",
+        "the mean along axis 1",
+    ),
 ]

@@ -89,13 +89,13 @@ FAULTS = [
         "WNConv(2**n, rngs)",
         "WNConv(1, rngs)",
         "convs.1|layers.1.dilated",
-        None,
+        "a dilation of 1",
     ),
     (
         "norm of an axis alone",
         "axis=(0, 1), keepdims",
         "axis=1, keepdims",
         "convs.0|layers.0.dilated",
-        None,
+        "the norm over axis 1 alone",
     ),
 ]

@@ -123,7 +123,7 @@ FAULTS = [
         "q, k) + bias",
         "q, k) * H**-0.5 + bias",
         "encoder.block.0.layer.0.SelfAttention",
-        "scale|0.447|sqrt|5",
+        "a scale of 5**-0.5|= 5**-0.5",
     ),
     (
         "gelu",
@@ -132,5 +132,5 @@ FAULTS = [
         "encoder|encoder.block.0|encoder.block.0.layer.1.DenseReluDense",
         "gelu with tanh",
     ),
-    ("logits not scaled", "x * D**-0.5", "x", "T5ForConditionalGeneration", None),
+    ("logits not scaled", "x * D**-0.5", "x", "T5ForConditionalGeneration", "a scale of 1 "),
 ]

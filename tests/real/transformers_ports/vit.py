@@ -74,6 +74,6 @@ FAULTS = [
         "        x = x + self.pos_embedding[...]\n",
         "        x = x + jnp.roll(self.pos_embedding[...], -1, axis=1)\n",
         "ViTForImageClassification|vit.embeddings",
-        None,
+        "shifted by -1 along axis 1",
     ),
 ]

@@ -19,6 +19,7 @@ from parity.check.causes.optimizer.step import Step
 _SECONDS = 20.0  # of the processor, to look for the form of one side
 _MOST = 256  # elements to fit
 _ROUNDED = 1e-9  # error of a setting at least, of itself
+_EPSILON = 1e-4  # what Adagrad is given as epsilon at most
 _FAR = 1e30  # in units of rounding: where a form has no number
 
 Settings = Mapping[str, float]
@@ -88,12 +89,16 @@ def _differences(sides: Mapping[str, Fit]) -> Iterator[str]:
     for setting in dict.fromkeys((*ours.settings, *theirs.settings)):
         a, b = (fit.settings.get(setting, Number(0.0, np.inf)) for fit in (ours, theirs))
         if a.differs(b):
-            words = f"{setting} is {_text(a)} in {name} and {_text(b)} in {other}"
-            yield words + (f" ({_REMEDIES[setting]})" if setting in _REMEDIES else "")
+            digits = 6 if _text(a) != _text(b) else 12
+            words = f"{setting} is {_text(a, digits)} in {name} and {_text(b, digits)} in {other}"
+            remedy = _REMEDIES.get(setting)
+            if setting == _FIRST_SUM and not a.is_zero and abs(a.value - b.value) < _EPSILON:
+                remedy = f"as {_INSIDE} makes it: {_TORCH_INSIDE['Adagrad']}"
+            yield words + (f" ({remedy})" if remedy else "")
 
 
-def _text(x: Number) -> str:
-    return "0" if x.is_zero else f"{x.value:.6g}"
+def _text(x: Number, digits: int = 6) -> str:
+    return "0" if x.is_zero else f"{x.value:.{digits}g}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +263,7 @@ def _rmsprop(inside: bool, centered: bool) -> Direction:
 def _adagrad(inside: bool) -> Direction:
     def direction(s: Settings, g: np.ndarray, p: np.ndarray) -> np.ndarray:
         d = g + s["weight decay"] * p
-        squares = _running(d * d, 1.0, 1.0, s.get("the first sum of squares", 0.0))
+        squares = _running(d * d, 1.0, 1.0, s.get(_FIRST_SUM, 0.0))
         rates = 1.0 / (1.0 + np.arange(len(d)) * s.get("decay of the rate", 0.0))
         return rates[:, None] * d / _divisor(squares, s.get("epsilon", 0.0), inside)
 
@@ -337,7 +342,7 @@ def _lion(s: Settings, g: np.ndarray, p: np.ndarray) -> np.ndarray:
     return np.sign(s["beta1"] * before + (1.0 - s["beta1"]) * g) + s["weight decay"] * p
 
 
-_INSIDE = "epsilon is inside the root"
+_INSIDE, _FIRST_SUM = "epsilon is inside the root", "the first sum of squares"
 _CENTERED = "the second moment is centered"
 _NESTEROV = "momentum is that of Nesterov"
 _LATE = "weight decay is added after the momentum"
@@ -346,7 +351,7 @@ _TORCH_INSIDE = {
     "Adagrad": "torch divides by sqrt(sum) + eps, optax.adagrad by sqrt(sum + eps)",
 }
 _REMEDIES = {
-    "the first sum of squares": "initial_accumulator_value, 0 in torch and 0.1 in optax by default",
+    _FIRST_SUM: "initial_accumulator_value, 0 in torch and 0.1 in optax by default",
     "the first second moment": "initial_scale of optax.rmsprop; torch starts at 0",
     "dampening": "optax has none: use dampening=0",
     "alpha": "decay in optax: 0.9 by default, alpha in torch: 0.99",
@@ -381,10 +386,10 @@ def _forms() -> Iterator[Form]:
         yield Form("RMSprop", traits, _rmsprop(inside, centered), rmsprop, {"epsilon": 10.0})
     # Inside the root, epsilon acts as a first sum.
     inside = {"epsilon": (1e-10, 1e-7), "weight decay": (0.0,)}
-    traits, limits = {_INSIDE: _TORCH_INSIDE["Adagrad"]}, {"epsilon": 1e-4}
+    traits, limits = {_INSIDE: _TORCH_INSIDE["Adagrad"]}, {"epsilon": _EPSILON}
     yield Form("Adagrad", traits, _adagrad(True), inside, limits)
     adagrad = {
-        "the first sum of squares": (0.0, 0.1),
+        _FIRST_SUM: (0.0, 0.1),
         "weight decay": (0.0,),
         "decay of the rate": (0.0,),
     }
