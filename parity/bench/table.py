@@ -70,7 +70,6 @@ _DECODING: _Columns = {
     "tokens /s": ("tokens_per_s", "{:,.1f}".format),
     "GB/s": ("bytes_per_s", lambda x: f"{x / 1e9:.1f}"),
     "share": ("share_of_bandwidth", _percent),
-    "x tf": ("speed_over_transformers", "{:.2f}x".format),
     "x best": ("speed_over_best_peer", "{:.2f}x".format),
     "mem. GB": ("memory_bytes", lambda x: f"{x / 1e9:.2f}"),
 }
@@ -109,8 +108,8 @@ def tables(bench: DecodeBench | TrainBench) -> list[Table]:
         about = (
             f"{bench.preset}; {machine}, {environment['threads']} torch threads. {medians}; share: "
             "weights and valid cache read once per step, over the best read bandwidth of the same "
-            "round; x tf: speed against transformers, round by round, and x best: against the "
-            "fastest peer of the cell; handle and large cache: "
+            "round; x best: speed against the fastest peer of the cell, round by round; handle and "
+            "large cache: "
             "medians of single steps in turns; mem.: growth while it was set up and ran first, the "
             "twins' own weights left out."
         )

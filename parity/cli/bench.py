@@ -63,10 +63,10 @@ def decode(
     How to read the table: a token needs every weight and the valid part of the cache once, so its
     time is compared with the time that this machine takes to read as many bytes, measured in the
     same round. The time of a token is the median, its spread that from the fastest to the slowest
-    round; x tf is the speed against transformers, round by round, x best that against the fastest
-    peer; build is compiling, which is in no round. Below the cells come ratios, two of them from
-    single steps in turns (torch's handle against none, a large cache against a small one), and how
-    time grows with the context.
+    round; x best is the speed against the fastest peer of the cell, round by round; build is
+    compiling, which is in no round. Below the cells come ratios, two of them from single steps in
+    turns (torch's handle against none, a large cache against a small one), and how time grows with
+    the context.
 
     Close what else computes; the load average is printed. Torch's threads that spin while they
     wait are fastest on idle cores and stall each other on busy ones, so this command sets

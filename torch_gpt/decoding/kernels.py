@@ -22,7 +22,7 @@ Clock = Callable[[], float]
 
 TIMED_BYTES = 1 << 24  # of the matrices of one shape; all shapes together are more than caches hold
 _SECONDS = 0.4  # for all rounds; copies are made before
-_MIN_ROUNDS, _MAX_ROUNDS = 3, 9
+_MIN_ROUNDS, _MAX_ROUNDS = 5, 9
 _TIE = 0.03  # what is faster by less is as fast
 
 

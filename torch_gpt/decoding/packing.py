@@ -274,9 +274,9 @@ def _product(group: Sequence[Matrix], batch_size: int, tied: bool = False) -> Pr
 
 
 def _all_matrices(model: GPT) -> Iterator[list[Matrix]]:
-    """Yield the matrices of every block, those together that read the same inputs."""
+    """Yield the matrices of every block."""
     for block in cast("list[Block]", model.blocks):
-        yield _inside(block.attention)
+        yield _inside(block.attention)  # together, for they read the same inputs
         yield [_matrix(block.attention.out)]
         linears = (x for x in block.mlp.children() if isinstance(x, nn.Linear))
         yield from ([_matrix(linear)] for linear in linears)

@@ -577,8 +577,10 @@ def test_bad_input_exits_2_with_one_line(arguments, message):
 def test_the_command_times_draws_and_writes_json_and_markdown(monkeypatch, times, tmp_path):
     asked = []
 
-    def stand_in(options, devices, progress):
+    def stand_in(options, devices, progress, on_cell):
         asked.append(options)
+        for cell in times.cells:
+            on_cell(cell)
         return times
 
     monkeypatch.setattr(parity.bench.decode, "bench_decode", stand_in)
@@ -598,6 +600,13 @@ def test_the_command_times_draws_and_writes_json_and_markdown(monkeypatch, times
     assert done.exit_code == 0 and "torch in place" in done.stdout
     assert json.loads(files[0].read_text())["schema"] == 1
     assert "| flax step |" in files[1].read_text()
+    # Each cell once: as it is measured, and not with the rest again.
+    assert done.stdout.count("bandwidth in GB/s") == len(times.cells)
+    assert invoke("--quick").exit_code == 0
+    quick = asked[-1]
+    assert quick.contexts == (128,) and quick.rounds == 3 and not quick.large_cache
+    assert {"flax step", "torch step", "transformers"} <= set(quick.names)
+    assert not any("uncached" in name for name in quick.names)
 
 
 def test_the_tables_fit_80_columns(times):
