@@ -118,7 +118,7 @@ def _over_slots(
     mask_BTS: jax.Array,
     scores: tuple[jax.Array | None, jax.Array | None],
 ) -> jax.Array:
-    """Attend to the first slots of the cache and to the new tokens; `scores` are bias and sinks."""
+    """Attend to the first slots of the cache and to the new tokens."""
     bias_BKQTS, sinks_KQ = scores
     num_tokens = new.keys_BKSH.shape[2]
     mask_BTS, bias_BKQTS = jax.tree.map(

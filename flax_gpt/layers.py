@@ -8,7 +8,7 @@ Dimension key: B batch, T new tokens, D embed dim, F mlp dim.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,10 @@ from flax import nnx
 from flax_gpt import random
 from flax_gpt.config import GPTConfig
 
+T = TypeVar("T")
 
-def identity(x: jax.Array) -> jax.Array:
+
+def identity(x: T) -> T:
     """Return the argument, in place of a part that a model does not have."""
     return x
 

@@ -8,7 +8,7 @@ Dimension key: B batch, T new tokens, D embed dim, F mlp dim.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -18,8 +18,10 @@ from torch.nn.utils import skip_init
 from torch_gpt import random
 from torch_gpt.config import GPTConfig
 
+T = TypeVar("T")
 
-def identity(x: torch.Tensor) -> torch.Tensor:
+
+def identity(x: T) -> T:
     """Return the argument, in place of a part that a model does not have."""
     return x
 

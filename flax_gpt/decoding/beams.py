@@ -78,7 +78,7 @@ def beam_search(
     tokens_BT = np.asarray(tokens_BT)[:, : model.config.context_length]  # beyond is padding
     capacity = capacity_for(int(counts_B.max()) + max_new_tokens - 1, model.config)
     logits, cache = decoder.prefill(tokens_BT, counts_B, capacity)
-    logits, cache = logits[rows], cache.select(rows)
+    logits, cache = logits[rows], cache.select(jnp.asarray(rows))
     live = finished = _no_beams(logits, (len(counts_B), beams, max_new_tokens))
     # All rows of a prompt are equal so far, so one stands for them.
     first_1R = jnp.arange(beams)[None, :] == 0

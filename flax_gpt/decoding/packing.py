@@ -205,7 +205,7 @@ def _all_matrices(model: GPT) -> Iterator[Matrix]:
 
 
 def _head(model: GPT) -> Matrix:
-    """Return the matrix of the head; a tied one is the embedding, which lies by its outputs."""
+    """Return the matrix of the head, which is the embedding where it is tied."""
     if model.head is None:
         return model.token_embedding.embedding[...], None
     return _matrix(model.head)

@@ -14,7 +14,6 @@ V vocab.
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,7 @@ from flax_gpt.decoding.generate import NO_TOKEN, check_prompts
 from flax_gpt.decoding.sampling import GREEDY, Sampling, filter_logits, widened
 from flax_gpt.model import GPT
 
-Cache = TypeVar("Cache", KVCache, BatchInvariantCache)
+Cache = KVCache | BatchInvariantCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -351,21 +350,23 @@ def _extend(
     decoder: Decoder, chunk_BT: np.ndarray, counts_B: np.ndarray, cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """Return the logits after every token of a call, and the cache that holds them all."""
-    chunk_BT, counts_B = jnp.asarray(chunk_BT), jnp.asarray(counts_B, jnp.int32)
+    tokens_BT, counts = jnp.asarray(chunk_BT), jnp.asarray(counts_B, jnp.int32)
     # twin: jax gives the memory of the cache away; in torch the newest handle writes into it.
     if isinstance(cache, KVCache):
-        return decoder.run(_logits, chunk_BT, counts_B, state=cache)
-    steps = range(1, chunk_BT.shape[1] + 1)
-    ends = [jnp.minimum(counts_B, step) for step in steps]
-    found = [decoder.run(_step, chunk_BT, cache, x) for x in ends]
+        return decoder.run(_logits, tokens_BT, counts, state=cache)
+    steps = range(1, tokens_BT.shape[1] + 1)
+    ends = [jnp.minimum(counts, step) for step in steps]
+    found = [decoder.run(_step, tokens_BT, cache, x) for x in ends]
     return jnp.stack([logits_BV for logits_BV, _ in found], axis=1), found[-1][1]
 
 
 def _logits(
     model: GPT, chunk_BT: jax.Array, counts_B: jax.Array, cache: KVCache
-) -> tuple[jax.Array, KVCache | None]:
+) -> tuple[jax.Array, KVCache]:
     """Call the model."""
-    return model(chunk_BT, cache, counts_B)
+    logits_BTV, longer = model(chunk_BT, cache, counts_B)
+    assert longer is not None  # it was given a cache
+    return logits_BTV, longer
 
 
 def _step(
@@ -382,6 +383,7 @@ def _kept(
     if isinstance(longer, KVCache):
         return _cut(longer, np.minimum(lengths_B - 1, np.asarray(longer.lengths_B)))
     # The old handle is still there, so nothing has to be undone. A row that has ended stays.
+    assert isinstance(cache, BatchInvariantCache)
     new_B = jnp.asarray(lengths_B, jnp.int32) - 1 - cache.lengths_B
     longer = decoder.run(_step, jnp.asarray(chunk_BT), cache, jnp.maximum(new_B, 1))[1]
     lengths = jnp.where(new_B > 0, longer.blocks.lengths_B, cache.blocks.lengths_B)

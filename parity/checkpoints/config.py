@@ -191,7 +191,7 @@ def _read_experts(
     entries: ExpertEntries, document: Mapping[str, Any], fields: dict[str, Any]
 ) -> None:
     """Add experts to fields of GPTConfig."""
-    constants = dict(entries.fixed)
+    constants: dict[str, Any] = dict(entries.fixed)
     if "num_local_experts" in document:  # the library's own name, under which it saves others
         document = {entries.num[0]: document["num_local_experts"]} | dict(document)
     for name, (entry, default) in (

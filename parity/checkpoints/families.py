@@ -380,7 +380,15 @@ _LLAMA: dict[str, Any] = dict(
     activation=("hidden_act", "silu"),
     rotary=True,
 )
-_GEMMA: dict[str, Any] = _LLAMA | dict(
+
+
+def _with(shared: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Return what some families share, with changes."""
+    return shared | changes
+
+
+_GEMMA = _with(
+    _LLAMA,
     activation=("hidden_activation", "gelu_pytorch_tanh"),
     derived={"embedding_scale": lambda fields: fields["embed_dim"] ** 0.5},
 )
@@ -469,7 +477,7 @@ FAMILIES = {
             fixed=_LLAMA_FIXED | dict(qk_norm="head", mlp_bias=False),
             accepted={},
             kinds=Kinds(switch="use_sliding_window", number="max_window_layers"),
-            **(_LLAMA | dict(rules=_rules(_LLAMA_NAMES | _BEFORE | _QK_NORMS))),
+            **_with(_LLAMA, rules=_rules(_LLAMA_NAMES | _BEFORE | _QK_NORMS)),
         ),
         Family(
             name="bloom",
@@ -513,13 +521,11 @@ FAMILIES = {
             entries=(*_llama_entries(16, 256, length=8192), *_BIASES, _TIED),
             fixed=_GEMMA_FIXED,
             accepted=_CAUSAL,
-            **(
-                _GEMMA
-                | dict(
-                    activation=("hidden_act", "gelu_pytorch_tanh"),
-                    # The exact function was never meant; the library reads it so, too.
-                    activations={"gelu": "gelu_tanh"},
-                )
+            **_with(
+                _GEMMA,
+                activation=("hidden_act", "gelu_pytorch_tanh"),
+                # The exact function was never meant; the library reads it so, too.
+                activations={"gelu": "gelu_tanh"},
             ),
         ),
         Family(
@@ -536,7 +542,7 @@ FAMILIES = {
             fixed=_GEMMA_FIXED | dict(norm_place="both"),
             accepted=_CAUSAL,
             kinds=Kinds(rest="every", every=2),
-            **(_GEMMA | dict(rules=_rules(_LLAMA_NAMES | _BOTH))),
+            **_with(_GEMMA, rules=_rules(_LLAMA_NAMES | _BOTH)),
         ),
         Family(
             name="gemma3_text",
@@ -559,7 +565,7 @@ FAMILIES = {
             ),
             base=1_000_000.0,
             local_base=10_000.0,
-            **(_GEMMA | dict(rules=_rules(_LLAMA_NAMES | _BOTH | _QK_NORMS))),
+            **_with(_GEMMA, rules=_rules(_LLAMA_NAMES | _BOTH | _QK_NORMS)),
         ),
         Family(
             name="olmo2",
@@ -567,7 +573,7 @@ FAMILIES = {
             entries=(*_llama_entries(None, epsilon=1e-5), *_BIASES, _UNTIED),
             fixed=_LLAMA_FIXED | dict(norm_place="after", qk_norm="width", mlp_bias=False),
             accepted={},
-            **(_LLAMA | dict(rules=_rules(_LLAMA_NAMES | _AFTER | _QK_NORMS))),
+            **_with(_LLAMA, rules=_rules(_LLAMA_NAMES | _AFTER | _QK_NORMS)),
         ),
         Family(
             name="olmo3",
@@ -578,7 +584,7 @@ FAMILIES = {
             kinds=Kinds(rest="every", every=4),
             base=500_000.0,
             local_base=500_000.0,
-            **(_LLAMA | dict(rules=_rules(_LLAMA_NAMES | _AFTER | _QK_NORMS))),
+            **_with(_LLAMA, rules=_rules(_LLAMA_NAMES | _AFTER | _QK_NORMS)),
         ),
         Family(
             name="glm4",
@@ -591,21 +597,19 @@ FAMILIES = {
             fixed=_LLAMA_FIXED | dict(norm_place="both", out_bias=False, mlp_bias=False),
             accepted={},
             fraction=0.5,
-            **(
-                _LLAMA
-                | dict(
-                    rules=_rules(
-                        _ATTENTION
-                        | _FUSED_MLP
-                        | {
-                            "input_layernorm": "norm_1",
-                            "post_self_attn_layernorm": "after_1",
-                            "post_attention_layernorm": "norm_2",
-                            "post_mlp_layernorm": "after_2",
-                        },
-                        neighbours=True,
-                    )
-                )
+            **_with(
+                _LLAMA,
+                rules=_rules(
+                    _ATTENTION
+                    | _FUSED_MLP
+                    | {
+                        "input_layernorm": "norm_1",
+                        "post_self_attn_layernorm": "after_1",
+                        "post_attention_layernorm": "norm_2",
+                        "post_mlp_layernorm": "after_2",
+                    },
+                    neighbours=True,
+                ),
             ),
         ),
         Family(
@@ -652,18 +656,16 @@ FAMILIES = {
             kinds=Kinds(default=None),
             fraction=1.0,
             outer_length=True,
-            **(
-                _LLAMA
-                | dict(
-                    rules=_rules(
-                        {
-                            "self_attn.qkv_proj": _FUSED_BY_HEAD,
-                            "self_attn.o_proj": "attention.out",
-                        }
-                        | _FUSED_MLP
-                        | _BEFORE
-                    )
-                )
+            **_with(
+                _LLAMA,
+                rules=_rules(
+                    {
+                        "self_attn.qkv_proj": _FUSED_BY_HEAD,
+                        "self_attn.o_proj": "attention.out",
+                    }
+                    | _FUSED_MLP
+                    | _BEFORE
+                ),
             ),
         ),
         Family(
@@ -677,14 +679,12 @@ FAMILIES = {
             fixed=dict(positions="rotary"),
             accepted={},
             kinds=Kinds(default=None),
-            **(
-                _LLAMA
-                | dict(
-                    activation=("hidden_act", "gelu_pytorch_tanh"),
-                    rules=_rules(
-                        _ATTENTION | {"mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"} | _BEFORE
-                    ),
-                )
+            **_with(
+                _LLAMA,
+                activation=("hidden_act", "gelu_pytorch_tanh"),
+                rules=_rules(
+                    _ATTENTION | {"mlp.c_fc": "mlp.up", "mlp.c_proj": "mlp.down"} | _BEFORE
+                ),
             ),
         ),
         Family(
@@ -766,9 +766,8 @@ FAMILIES = {
             ),
             accepted={"use_qk_norm": (False,)},
             base=500_000.0,
-            **(
-                _LLAMA
-                | dict(rules=_rules(_LLAMA_NAMES | {"input_layernorm": "norm_1"}, neighbours=True))
+            **_with(
+                _LLAMA, rules=_rules(_LLAMA_NAMES | {"input_layernorm": "norm_1"}, neighbours=True)
             ),
         ),
         Family(
@@ -778,7 +777,7 @@ FAMILIES = {
             fixed=_LLAMA_FIXED | _NO_BIASES | dict(norm_place="after", qk_norm="head"),
             accepted={},
             kinds=Kinds(rest="every", number="sliding_window_pattern", every=4, unturned="full"),
-            **(_LLAMA | dict(rules=_rules(_LLAMA_NAMES | _AFTER | _QK_NORMS))),
+            **_with(_LLAMA, rules=_rules(_LLAMA_NAMES | _AFTER | _QK_NORMS)),
         ),
         Family(
             name="falcon",
@@ -824,16 +823,14 @@ FAMILIES = {
             experts=ExpertEntries(
                 ("num_local_experts", 8), ("num_experts_per_tok", 2), ("intermediate_size", 14336)
             ),
-            **(
-                _LLAMA
-                | dict(
-                    rules=_rules(
-                        _ATTENTION | _BEFORE | {"block_sparse_moe.gate": "mlp.router.linear"},
-                        stacked=lambda config: _experts_apart(
-                            "block_sparse_moe.experts", "w1", "w3", "w2"
-                        ),
-                    )
-                )
+            **_with(
+                _LLAMA,
+                rules=_rules(
+                    _ATTENTION | _BEFORE | {"block_sparse_moe.gate": "mlp.router.linear"},
+                    stacked=lambda config: _experts_apart(
+                        "block_sparse_moe.experts", "w1", "w3", "w2"
+                    ),
+                ),
             ),
         ),
         Family(
@@ -856,7 +853,7 @@ FAMILIES = {
                 fixed=dict(shared_gate=True),
                 dense=True,
             ),
-            **(_LLAMA | dict(rules=_rules(_QWEN_EXPERTS, stacked=_qwen_experts))),
+            **_with(_LLAMA, rules=_rules(_QWEN_EXPERTS, stacked=_qwen_experts)),
         ),
         Family(
             name="qwen3_moe",
@@ -872,7 +869,7 @@ FAMILIES = {
                 renormalise="norm_topk_prob",
                 dense=True,
             ),
-            **(_LLAMA | dict(rules=_rules(_QWEN_EXPERTS | _QK_NORMS, stacked=_qwen_experts))),
+            **_with(_LLAMA, rules=_rules(_QWEN_EXPERTS | _QK_NORMS, stacked=_qwen_experts)),
         ),
         Family(
             name="olmoe",
@@ -886,14 +883,12 @@ FAMILIES = {
                 ("intermediate_size", 2048),
                 renormalise="norm_topk_prob",
             ),
-            **(
-                _LLAMA
-                | dict(
-                    rules=_rules(
-                        _ATTENTION | _BEFORE | _QK_NORMS | {"mlp.gate": "mlp.router.linear"},
-                        stacked=_qwen_experts,
-                    )
-                )
+            **_with(
+                _LLAMA,
+                rules=_rules(
+                    _ATTENTION | _BEFORE | _QK_NORMS | {"mlp.gate": "mlp.router.linear"},
+                    stacked=_qwen_experts,
+                ),
             ),
         ),
         Family(
@@ -905,16 +900,12 @@ FAMILIES = {
             experts=ExpertEntries(
                 ("num_local_experts", 8), ("num_experts_per_tok", 2), ("intermediate_size", 11008)
             ),
-            **(
-                _LLAMA
-                | dict(
-                    rules=_rules(
-                        _ATTENTION
-                        | _BEFORE
-                        | {"block_sparse_moe.router.layer": "mlp.router.linear"},
-                        stacked=_experts_stacked,
-                    )
-                )
+            **_with(
+                _LLAMA,
+                rules=_rules(
+                    _ATTENTION | _BEFORE | {"block_sparse_moe.router.layer": "mlp.router.linear"},
+                    stacked=_experts_stacked,
+                ),
             ),
         ),
         Family(
@@ -943,15 +934,13 @@ FAMILIES = {
                 ("intermediate_size", 2880),
                 fixed=dict(router_bias=True),
             ),
-            **(
-                _LLAMA
-                | dict(
-                    activation=None,
-                    rules=_rules(
-                        _ATTENTION | _BEFORE | {"mlp.router": "mlp.router.linear"},
-                        stacked=_experts_by_turns,
-                    ),
-                )
+            **_with(
+                _LLAMA,
+                activation=None,
+                rules=_rules(
+                    _ATTENTION | _BEFORE | {"mlp.router": "mlp.router.linear"},
+                    stacked=_experts_by_turns,
+                ),
             ),
         ),
     )

@@ -72,7 +72,7 @@ def write(family: Family, config: GPTConfig, document: dict[str, Any]) -> list[s
     """
     problems = []
     blocks, kinds = config.blocks, family.kinds
-    sizes = {block.window for block in blocks} - {None}
+    sizes = {block.window for block in blocks if block.window is not None}
     local = [block.rotary for block in blocks if block.window is not None]
     if family.rotary:
         full = [block.rotary for block in blocks if block.window is None] or [config.rotary]
@@ -174,11 +174,12 @@ def _read_kinds(
     narrow = [x and window is not None for x in narrow]
     if kinds.unturned == "full" and window is not None:
         turning = narrow
+    own = None if local is None or local == fields["rotary"] else Rotary(**local)
     layers = [
         Layer(
             window=window if small else None,
             positions=None if turns else "none",
-            rotary=None if local is None or not small or local == fields["rotary"] else local,
+            rotary=own if small else None,
         )
         for small, turns in zip(narrow, turning, strict=True)
     ]

@@ -14,7 +14,7 @@ from parity.check import bounds
 from parity.check.metrics import max_abs
 from parity.check.ties import verdict_of_flip
 from parity.checkpoints import Tokens, folder_of, open_checkpoint
-from parity.cli.generate import GenerateOptions, is_checkpoint
+from parity.cli.generate_options import GenerateOptions, is_checkpoint
 from parity.pair.text import decode, encode
 from parity.report.record import Verdict
 from parity.system.devices import Devices, choose_devices, pinned_precision

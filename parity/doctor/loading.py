@@ -1,7 +1,7 @@
 """Turn `my_pkg.net:build` into a language model under examination."""
 
 import copy
-from typing import Unpack
+from typing import Unpack, cast
 
 import torch
 from flax import nnx
@@ -58,7 +58,7 @@ def as_model(model: object, target: str, **options: Unpack[Options]) -> Language
         found = copy.copy(model)
         found.trained = options.get("trained") or model.trained
     elif isinstance(model, nn.Module):
-        model = getattr(model, "_orig_mod", model)  # of torch.compile
+        model = cast(nn.Module, getattr(model, "_orig_mod", model))  # of torch.compile
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ValueError(
                 f"{target}: {type(model).__name__} has an encoder, which sees a whole text. The "

@@ -107,7 +107,8 @@ class TransformersModel(TorchModel):
         from transformers import DynamicCache
 
         # With the config, so that layers that keep a state or a window have their own kind.
-        return DynamicCache(config=self.module.config.get_text_config(decoder=True))
+        config = cast(Any, self.module.config)
+        return DynamicCache(config=config.get_text_config(decoder=True))
 
     @torch.no_grad()
     def read(self, cache: Cache, tokens_BT: Array, counts_B: None = None) -> tuple[Array, Cache]:

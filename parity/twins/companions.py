@@ -7,12 +7,15 @@ that no number of cores divides, and a row that is longer than the first read of
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from flax_gpt.config import GPTConfig, Rotary
 from parity.frameworks.plan import Limits, Way
 
 # Few shapes of weights among all of them, because jax compiles what makes each of these.
-_SIZES = dict(vocab_size=11, context_length=24, embed_dim=9, num_layers=1, num_heads=3, mlp_dim=7)
+_SIZES: dict[str, Any] = dict(
+    vocab_size=11, context_length=24, embed_dim=9, num_layers=1, num_heads=3, mlp_dim=7
+)
 
 _WHOLE = Way("GPT")
 _STEP = Way("decode_step")
@@ -42,11 +45,11 @@ class Companion:
     torch: Limits
 
 
-def _companion(ways: tuple[Way, ...], changes: dict, **limits: object) -> Companion:
+def _companion(ways: tuple[Way, ...], changes: dict[str, Any], **limits: Any) -> Companion:
     config = GPTConfig(**(_SIZES | changes))
     sizes = config.vocab_size, config.context_length
-    limits = {"capacities": sizes[1:], "width": 9} | limits
-    flax = Limits(*sizes, ways, counted=True, donates=True, **limits)
+    given: dict[str, Any] = {"capacities": sizes[1:], "width": 9} | limits
+    flax = Limits(*sizes, ways, counted=True, donates=True, **given)
     rows = tuple(sorted({1, 2, *flax.rows}))
     capacities = tuple(sorted({*flax.capacities, config.context_length - 5, config.context_length}))
     torch = dataclasses.replace(

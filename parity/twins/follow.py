@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -111,7 +111,7 @@ class Follower:
             logits_BV, longer = result
             return [x[None] for x in twin.numpy(logits_BV)], longer
 
-    def _make_decoder(self, rows: int, packed: bool, invariant: bool) -> object:
+    def _make_decoder(self, rows: int, packed: bool, invariant: bool) -> Any:
         kind = self._package.BatchInvariantDecoder if invariant else self._package.Decoder
         return kind(self._twin.model, rows, packed)
 

@@ -119,7 +119,7 @@ class PackedAttention(Attention):
         """Compute `Attention`; in fewer operations for one token per row that sees all slots."""
         short = layer is not None and metadata.all_seen and metadata.bias_BKQTS is None
         short = short and self.scores is identity and not isinstance(self.key_norm, RMSNormOfHeads)
-        if not short or self.attend is not fast_attention.attend:
+        if layer is None or not short or self.attend is not fast_attention.attend:
             return super().forward(x_BTD, metadata, layer, key)
         # The axis of one token can stand after the heads as well as before them.
         B, K = x_BTD.shape[0], self.num_kv_heads
@@ -287,7 +287,7 @@ def _inside(attention: Attention) -> list[Matrix]:
 
 
 def _head(model: GPT) -> Matrix:
-    """Return the matrix of the head; a tied one reads the embedding, which lies as it should."""
+    """Return the matrix of the head, which is the embedding where it is tied."""
     return (
         (model.token_embedding.weight.detach(), None) if model.head is None else _matrix(model.head)
     )

@@ -13,7 +13,6 @@ V vocab.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from torch_gpt.decoding.generate import NO_TOKEN, check_prompts
 from torch_gpt.decoding.sampling import GREEDY, Sampling, filter_logits, widened
 from torch_gpt.model import GPT
 
-Cache = TypeVar("Cache", KVCache, BatchInvariantCache)
+Cache = KVCache | BatchInvariantCache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -383,9 +382,11 @@ def _extend(
 @torch.no_grad()
 def _logits(
     model: GPT, chunk_BT: torch.Tensor, counts_B: torch.Tensor, cache: KVCache
-) -> tuple[torch.Tensor, KVCache | None]:
+) -> tuple[torch.Tensor, KVCache]:
     """Call the model."""
-    return model(chunk_BT, cache, counts_B)
+    logits_BTV, longer = model(chunk_BT, cache, counts_B)
+    assert longer is not None  # it was given a cache
+    return logits_BTV, longer
 
 
 def _step(
@@ -402,6 +403,7 @@ def _kept(
     if isinstance(longer, KVCache):
         return _cut(longer, np.minimum(lengths_B - 1, longer.lengths_B.cpu().numpy()))
     # The old handle is still there, so nothing has to be undone. A row that has ended stays.
+    assert isinstance(cache, BatchInvariantCache)
     device = cache.lengths_B.device
     new_B = torch.as_tensor(lengths_B, device=device).long() - 1 - cache.lengths_B
     tokens_BT = torch.as_tensor(chunk_BT, device=device).long()

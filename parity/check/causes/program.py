@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from parity.frameworks.flax.program import Change, Instead, Site, grouped
 from parity.report import Divergence
 
 _SECONDS = 20.0  # spent at most
+Arrays = tuple[Sequence[jax.Array], Sequence[jax.Array]]  # operands and results
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "exact gelu": lambda x: jax.nn.gelu(x, approximate=False),
     "gelu with tanh": jax.nn.gelu,
@@ -76,7 +78,7 @@ def _sources(session: PairSession, where: str) -> list[tuple[str, range]]:
     for flax_path, torch_path in session.modules.items():
         if torch_path == path:
             for name in filter(None, flax_path.split(".")):
-                port = port[int(name)] if name.isdecimal() else getattr(port, name)
+                port = cast(Any, port)[int(name)] if name.isdecimal() else getattr(port, name)
             break
     found = []
     for kind in type(port).__mro__:
@@ -105,7 +107,7 @@ def _change(group: Sequence[Site], number: int) -> Change:
 
 def _alternatives(site: Site) -> Iterator[tuple[str, Instead]]:
     """Yield other things to do in place of an operation, with descriptions."""
-    name, operands, results = site.name, site.operands, site.results
+    name, operands, results = site.name, *cast(Arrays, (site.operands, site.results))
     if len(results) != 1 or not operands:
         return
     shape, dtype = np.shape(results[0]), getattr(results[0], "dtype", None)
@@ -144,9 +146,10 @@ def _alternatives(site: Site) -> Iterator[tuple[str, Instead]]:
 
 def _counts(site: Site) -> Iterator[tuple[str, Instead]]:
     """Move a constant integer by one."""
-    for place, x in enumerate(site.operands):
+    operands, results = cast(Arrays, (site.operands, site.results))
+    for place, x in enumerate(operands):
         is_count = np.ndim(x) == 0 and np.issubdtype(np.asarray(x).dtype, np.integer)
-        for by in (1, -1) if is_count and np.ndim(site.results[0]) else ():
+        for by in (1, -1) if is_count and np.ndim(results[0]) else ():
             words = f"{int(x) + by} in place of {int(x)}"
             operation = {"max": jnp.maximum, "min": jnp.minimum, "add": jnp.add}.get(site.name)
             if operation is not None:

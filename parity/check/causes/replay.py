@@ -129,11 +129,14 @@ class Replay:
 
             return watched
 
+        def left(*_: object) -> None:
+            running.pop()
+
         with contextlib.ExitStack() as hooks:
             enter = torch.nn.modules.module.register_module_forward_pre_hook
             leave = torch.nn.modules.module.register_module_forward_hook
             hooks.enter_context(enter(lambda module, _: running.append(module)))
-            hooks.enter_context(leave(lambda *_: running.pop() and None, always_call=True))
+            hooks.enter_context(leave(left, always_call=True))
             self.run(Changed("nothing", look))
         return seen
 

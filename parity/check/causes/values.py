@@ -4,6 +4,7 @@ What comes between them is left out so too, such as a rotation that was forgotte
 """
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 
@@ -39,13 +40,13 @@ class _Taken:
 
     def __init__(self, source: tuple[int, int | None, int, torch.Tensor, str], place: int):
         self._from, self._operand, self._part, *_ = source
-        self._place, self._kept = place, None
+        self._place, self._kept = place, cast(object, None)
 
     def __call__(self, at: int, operation: Operation) -> Operation | None:
         if at == self._place and at != self._from:
             return lambda *args, **kwargs: self._kept
         if at == self._place:
-            return lambda *args, **kwargs: args[self._operand]
+            return lambda *args, **kwargs: args[cast(int, self._operand)]
         if at != self._from:
             return None
 

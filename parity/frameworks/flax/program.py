@@ -4,6 +4,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.extend
@@ -16,6 +17,7 @@ from parity.frameworks.batch import Outputs, output_leaves
 
 Jaxpr = jax.extend.core.Jaxpr
 Literal = jax.extend.core.Literal
+Variable = jax.extend.core.Var
 Equation = jax.extend.core.JaxprEqn
 # Values of an equation's operands to those of its results.
 Instead = Callable[..., Sequence[object]]
@@ -98,7 +100,7 @@ class _Run:
         values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *given], strict=True))
 
         def read(x: object) -> object:
-            return x.val if isinstance(x, Literal) else values[x]
+            return x.val if isinstance(x, Literal) else values[cast(Variable, x)]
 
         for number, equation in enumerate(jaxpr.eqns):
             key, operands = (*within, number), [read(x) for x in equation.invars]
@@ -121,6 +123,7 @@ class _Run:
         body = next((params[x] for x in _BODIES if x in params), None)
         if name in _CALLED or name.startswith(("custom_jvp_call", "custom_vjp_call")):
             inner, consts = getattr(body, "jaxpr", body), getattr(body, "consts", ())
+            assert inner is not None, f"{name} has no body"
             return self.results(inner, consts, operands, key, caller)
         if name == "scan" and params["length"] <= _LONGEST_LOOP:
             return self._loop(params, operands, key, caller)
@@ -132,7 +135,8 @@ class _Run:
     ) -> list[object]:
         body, start = params["jaxpr"], params["num_consts"]
         end = start + params["num_carry"]
-        fixed, state, rows = operands[:start], operands[start:end], operands[end:]
+        fixed, state = operands[:start], operands[start:end]
+        rows = [cast(jax.Array, x) for x in operands[end:]]
         steps = range(params["length"])
         collected: list[list[object]] = []
         for step in reversed(steps) if params["reverse"] else steps:
