@@ -1,12 +1,11 @@
 """config.json in both directions; all problems are in one message."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from flax_gpt import Experts, GPTConfig, Layer
 from parity.checkpoints import rotary
 from parity.checkpoints.families import ACTIVATIONS, FAMILIES, REQUIRED, ExpertEntries, Family
+from parity.checkpoints.files import Json, JsonMapping
 
 # Entries that do not change what a model computes: names, ids, dropout in training, how the library
 # itself runs, and what old versions wrote beside an entry that counts.
@@ -24,9 +23,7 @@ _INERT = frozenset(
 )
 
 
-def read_config(
-    document: Mapping[str, Any], where: str
-) -> tuple[Family, dict[str, Any], list[str], list[str]]:
+def read_config(document: JsonMapping, where: str) -> tuple[Family, Json, list[str], list[str]]:
     """Read a config.json as fields of GPTConfig.
 
     Args:
@@ -55,14 +52,14 @@ def read_config(
         ) from error
 
 
-def write_config(family: Family, config: GPTConfig, dtype: str) -> dict[str, Any]:
+def write_config(family: Family, config: GPTConfig, dtype: str) -> Json:
     """Return the config.json of a model.
 
     Raises:
         ValueError: when the family has no such models, all reasons in one message.
     """
     theirs = {activation: name for name, activation in reversed(ACTIVATIONS.items())}
-    document: dict[str, Any] = {
+    document: Json = {
         "architectures": [family.architecture],
         "model_type": family.name,
         "dtype": dtype,
@@ -123,11 +120,11 @@ def write_config(family: Family, config: GPTConfig, dtype: str) -> dict[str, Any
 
 
 def _read(
-    family: Family, document: Mapping[str, Any], where: str
-) -> tuple[Family, dict[str, Any], list[str], list[str]]:
+    family: Family, document: JsonMapping, where: str
+) -> tuple[Family, Json, list[str], list[str]]:
     problems: list[str] = []
     notes: list[str] = []
-    fields: dict[str, Any] = dict(family.fixed)
+    fields: Json = dict(family.fixed)
     for entry in family.entries:
         given = [document[name] for name in entry.names if name in document]
         value = next((x for x in given if x is not None), None)
@@ -187,11 +184,9 @@ def _expert_entries(entries: ExpertEntries) -> set[str]:
     return (named | {entries.renormalise, entries.shared, *_DENSE}) - {""}
 
 
-def _read_experts(
-    entries: ExpertEntries, document: Mapping[str, Any], fields: dict[str, Any]
-) -> None:
+def _read_experts(entries: ExpertEntries, document: JsonMapping, fields: Json) -> None:
     """Add experts to fields of GPTConfig."""
-    constants: dict[str, Any] = dict(entries.fixed)
+    constants: Json = dict(entries.fixed)
     if "num_local_experts" in document:  # the library's own name, under which it saves others
         document = {entries.num[0]: document["num_local_experts"]} | dict(document)
     for name, (entry, default) in (
@@ -209,9 +204,7 @@ def _read_experts(
         fields["layers"] = tuple(Layer(dense=x) for x in plain)
 
 
-def _write_experts(
-    entries: ExpertEntries, config: GPTConfig, document: dict[str, Any]
-) -> list[str]:
+def _write_experts(entries: ExpertEntries, config: GPTConfig, document: Json) -> list[str]:
     """Add experts to a config.json, and return what it has no entries for."""
     experts = config.experts
     if experts is None:

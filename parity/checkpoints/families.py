@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from flax_gpt import GPTConfig
+from parity.checkpoints.files import Json, JsonMapping
 from parity.weights.layouts import Layout
 from parity.weights.rules import Rule, Rules
 from parity.weights.tables import HF_GPT2
@@ -141,9 +142,7 @@ class Family:
     rules: Callable[[GPTConfig], Rules]
     activation: tuple[str, str] | None = None
     activations: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    derived: Mapping[str, Callable[[Mapping[str, Any]], object]] = dataclasses.field(
-        default_factory=dict
-    )
+    derived: Mapping[str, Callable[[JsonMapping], object]] = dataclasses.field(default_factory=dict)
     switched: "tuple[Switch, ...]" = ()
     one_kv_head: tuple[str, str] | None = None
     rotary: bool = False
@@ -374,7 +373,7 @@ _BIASES = (
 _LLAMA_FIXED = dict(positions="rotary", norm="rms", gated=True)
 _NO_BIASES = dict(qkv_bias=False, out_bias=False, mlp_bias=False)
 _LLAMA_NAMES = _ATTENTION | _MLP
-_LLAMA: dict[str, Any] = dict(
+_LLAMA: Json = dict(
     prefix="model.",
     rules=_rules(_LLAMA_NAMES | _BEFORE),
     activation=("hidden_act", "silu"),
@@ -382,7 +381,7 @@ _LLAMA: dict[str, Any] = dict(
 )
 
 
-def _with(shared: dict[str, Any], **changes: Any) -> dict[str, Any]:
+def _with(shared: Json, **changes: Any) -> Json:
     """Return what some families share, with changes."""
     return shared | changes
 

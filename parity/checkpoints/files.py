@@ -4,13 +4,14 @@ import contextlib
 import dataclasses
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+Json, JsonMapping = dict[str, Any], Mapping[str, Any]  # objects of a JSON file
 CONFIG, SINGLE = "config.json", "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 
@@ -34,7 +35,7 @@ class Header:
             return opened.get_tensor(self.name)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Json:
     """Return the JSON object in a file.
 
     Raises:

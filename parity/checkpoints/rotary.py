@@ -1,11 +1,10 @@
 """Rotary positions, windows and kinds of blocks in a config.json, in both directions."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from flax_gpt import GPTConfig, Layer, Rotary
 from parity.checkpoints.families import Family, Kinds
+from parity.checkpoints.files import Json, JsonMapping
 
 _TYPES = {
     "default": "none",
@@ -30,7 +29,7 @@ def entries(family: Family) -> frozenset[str]:
 
 
 def read(
-    family: Family, document: Mapping[str, Any], fields: dict[str, Any], where: str
+    family: Family, document: JsonMapping, fields: Json, where: str
 ) -> tuple[list[str], list[str]]:
     """Add rotary positions and kinds of blocks to fields of GPTConfig.
 
@@ -45,7 +44,7 @@ def read(
     """
     problems: list[str] = []
     notes: list[str] = []
-    local: dict[str, Any] | None = None
+    local: Json | None = None
     if family.rotary:
         given = _by_kind(family, document) if family.local_base else {_FULL: _given(document)}
         notes += _two_spellings(document, where)
@@ -64,7 +63,7 @@ def read(
     return problems, notes
 
 
-def write(family: Family, config: GPTConfig, document: dict[str, Any]) -> list[str]:
+def write(family: Family, config: GPTConfig, document: Json) -> list[str]:
     """Add rotary positions and kinds of blocks to a config.json.
 
     Returns:
@@ -133,9 +132,9 @@ def write(family: Family, config: GPTConfig, document: dict[str, Any]) -> list[s
 
 def _read_kinds(
     kinds: Kinds,
-    document: Mapping[str, Any],
-    fields: dict[str, Any],
-    local: dict[str, Any] | None,
+    document: JsonMapping,
+    fields: Json,
+    local: Json | None,
     problems: list[str],
 ) -> None:
     """Read which blocks have a window and which turn."""
@@ -191,7 +190,7 @@ def _read_kinds(
         fields["layers"] = tuple(layers)
 
 
-def _given(document: Mapping[str, Any]) -> dict[str, Any]:
+def _given(document: JsonMapping) -> Json:
     """Return rotary positions of the old spelling or the new one.
 
     Where both are given, the old one counts alone, as in `convert_rope_params_to_dict` of
@@ -200,7 +199,7 @@ def _given(document: Mapping[str, Any]) -> dict[str, Any]:
     return dict(document.get("rope_scaling") or document.get("rope_parameters") or {})
 
 
-def _by_kind(family: Family, document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _by_kind(family: Family, document: JsonMapping) -> dict[str, Json]:
     """Return rotary positions of blocks without a window and with one.
 
     The old spelling scales the first alone.
@@ -213,16 +212,14 @@ def _by_kind(family: Family, document: Mapping[str, Any]) -> dict[str, dict[str,
     return {_FULL: full, _NARROW: local}
 
 
-def _rotary(
-    family: Family, document: Mapping[str, Any], given: Mapping[str, Any]
-) -> tuple[dict[str, Any], list[str]]:
+def _rotary(family: Family, document: JsonMapping, given: JsonMapping) -> tuple[Json, list[str]]:
     kind = given.get("rope_type", given.get("type", "default"))
     # Old names of longrope.
     kind = "longrope" if family.outer_length and kind in ("su", "yarn") else kind
     if kind not in _TYPES:
         return {}, [f"rope type is {kind!r}, there are {', '.join(_TYPES)}"]
     base = given.get("rope_theta") or document.get("rope_theta")
-    rotary: dict[str, Any] = {
+    rotary: Json = {
         "base": float(base or document.get("rotary_emb_base") or family.base),
         "scaling": _TYPES[kind],
     }
@@ -270,7 +267,7 @@ def _rotary(
     return rotary, []
 
 
-def _yarn_factor(given: Mapping[str, Any], factor: float) -> float:
+def _yarn_factor(given: JsonMapping, factor: float) -> float:
     """Return what yarn multiplies turned numbers by, so that scores keep their spread."""
 
     def size(share: float) -> float:
@@ -283,7 +280,7 @@ def _yarn_factor(given: Mapping[str, Any], factor: float) -> float:
     return size(1.0)
 
 
-def _two_spellings(document: Mapping[str, Any], where: str) -> list[str]:
+def _two_spellings(document: JsonMapping, where: str) -> list[str]:
     """Return a note when rotary positions are given twice and differ."""
     new, old = document.get("rope_parameters"), document.get("rope_scaling")
     if not new or not old or new == old:
@@ -293,10 +290,10 @@ def _two_spellings(document: Mapping[str, Any], where: str) -> list[str]:
     ]
 
 
-def _parameters(rotary: Rotary, config: GPTConfig) -> dict[str, Any]:
+def _parameters(rotary: Rotary, config: GPTConfig) -> Json:
     """Return rotary positions in the new spelling."""
     kind = next(name for name, scaling in _TYPES.items() if scaling == rotary.scaling)
-    found: dict[str, Any] = {"rope_theta": rotary.base, "rope_type": kind}
+    found: Json = {"rope_theta": rotary.base, "rope_type": kind}
     if rotary.fraction != 1.0:
         found["partial_rotary_factor"] = rotary.fraction
     if kind in ("linear", "dynamic", "llama3", "yarn"):

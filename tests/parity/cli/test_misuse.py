@@ -69,7 +69,7 @@ layout = "transposed"
 torch = "fc.bias"
 flax = "fc.bias"
 """
-SUM = 'rest = "auto"\nsum = [{term = "fc.bais", original = "fc.bias"}]'
+SUM = 'rest = "auto"\nsum = [{term = "fc.biax", original = "fc.bias"}]'
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ CASES = [
     ("inputs that raise", "Net", "Port", "refuse_inputs", [],
      ("RuntimeError at models.py:47: no data",)),
     ("a term that is not there", "Net", "Port", "make", ["--rules", "sum.toml"],
-     ("fc.bais does not exist, but there is fc.bias",)),
+     ("fc.biax does not exist, but there is fc.bias",)),
     ("two of one framework", "Net", "Net", "make", [], ("--flax", "Net", "flax module")),
 ]  # fmt: skip
 
