@@ -350,13 +350,13 @@ def _extend(
     decoder: Decoder, chunk_BT: np.ndarray, counts_B: np.ndarray, cache: Cache
 ) -> tuple[jax.Array, Cache]:
     """Return the logits after every token of a call, and the cache that holds them all."""
-    tokens_BT, counts = jnp.asarray(chunk_BT), jnp.asarray(counts_B, jnp.int32)
+    tokens, counts = jnp.asarray(chunk_BT), jnp.asarray(counts_B, jnp.int32)
     # twin: jax gives the memory of the cache away; in torch the newest handle writes into it.
     if isinstance(cache, KVCache):
-        return decoder.run(_logits, tokens_BT, counts, state=cache)
-    steps = range(1, tokens_BT.shape[1] + 1)
+        return decoder.run(_logits, tokens, counts, state=cache)
+    steps = range(1, tokens.shape[1] + 1)
     ends = [jnp.minimum(counts, step) for step in steps]
-    found = [decoder.run(_step, tokens_BT, cache, x) for x in ends]
+    found = [decoder.run(_step, tokens, cache, x) for x in ends]
     return jnp.stack([logits_BV for logits_BV, _ in found], axis=1), found[-1][1]
 
 
@@ -364,9 +364,9 @@ def _logits(
     model: GPT, chunk_BT: jax.Array, counts_B: jax.Array, cache: KVCache
 ) -> tuple[jax.Array, KVCache]:
     """Call the model."""
-    logits_BTV, longer = model(chunk_BT, cache, counts_B)
+    found, longer = model(chunk_BT, cache, counts_B)
     assert longer is not None  # it was given a cache
-    return logits_BTV, longer
+    return found, longer
 
 
 def _step(

@@ -384,9 +384,9 @@ def _logits(
     model: GPT, chunk_BT: torch.Tensor, counts_B: torch.Tensor, cache: KVCache
 ) -> tuple[torch.Tensor, KVCache]:
     """Call the model."""
-    logits_BTV, longer = model(chunk_BT, cache, counts_B)
+    found, longer = model(chunk_BT, cache, counts_B)
     assert longer is not None  # it was given a cache
-    return logits_BTV, longer
+    return found, longer
 
 
 def _step(

@@ -37,7 +37,7 @@ class Port(nnx.Module):
 
         def step(x, _):
             x = jnp.sin(x * 1.5)
-            return (x + self.inside * jnp.arange(6) if self.inside else x), None
+            return (x + self.inside * jnp.arange(6)[None, :] if self.inside else x), None
 
         return self.outer(jax.lax.scan(step, x, length=3)[0])
 
