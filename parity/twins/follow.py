@@ -112,8 +112,12 @@ class Follower:
             return [x[None] for x in twin.numpy(logits_BV)], longer
 
     def _make_decoder(self, rows: int, packed: bool, invariant: bool) -> Any:
-        kind = self._package.BatchInvariantDecoder if invariant else self._package.Decoder
-        return kind(self._twin.model, rows, packed)
+        if invariant:
+            return self._package.BatchInvariantDecoder(self._twin.model, rows, packed)
+        # Of matrices so small a measurement is noise, so each number of rows takes another kernel.
+        kernels = [name for name in self._package.KERNELS if name != "plain"]
+        kernel = kernels[(rows + 1) % len(kernels)] if packed else None
+        return self._package.Decoder(self._twin.model, rows, packed, kernels=kernel)
 
     def _empty(self, operation: Empty) -> Cache:
         twin, sizes = self._twin, (operation.rows, operation.capacity)
