@@ -126,6 +126,8 @@ def _joined(traces: list[Trace], calls: Calls, real: np.ndarray) -> list[Trace]:
         if len(group) == len(calls) and per_token(outputs):
             inputs = zip(*(trace.inputs for trace in group), strict=True)
             # A mask has as many columns as its call has slots.
-            kept = tuple(join(x) for x in inputs if per_token(x) and len({y.shape[2:] for y in x}) == 1)
+            kept = tuple(
+                join(x) for x in inputs if per_token(x) and len({y.shape[2:] for y in x}) == 1
+            )
             joined.append(Trace(path, kept, join(outputs)))
     return joined
