@@ -116,7 +116,8 @@ class Follower:
             return self._package.BatchInvariantDecoder(self._twin.model, rows, packed)
         # Of matrices so small a measurement is noise, so each number of rows takes another kernel.
         kernels = [name for name in self._package.KERNELS if name != "plain"]
-        kernel = kernels[(rows + 1) % len(kernels)] if packed else None
+        place = (len(kernels) // 2 + rows - 2) % len(kernels)  # one that can take one row first
+        kernel = kernels[place] if packed else None
         return self._package.Decoder(self._twin.model, rows, packed, kernels=kernel)
 
     def _empty(self, operation: Empty) -> Cache:
