@@ -17,7 +17,7 @@ from parity.check.locate import aligned, float64_gap
 from parity.check.metrics import size_of
 from parity.check.pair_session import PairSession
 from parity.frameworks.batch import Batch, Outputs
-from parity.frameworks.flax.program import Change, Instead, Site, grouped
+from parity.frameworks.flax.program import Instead, Program, Site, grouped
 from parity.report import Divergence
 
 _SECONDS = 20.0  # spent at most
@@ -36,28 +36,55 @@ _OTHER_SIGN = {"add": jnp.subtract, "sub": jnp.add, "mul": jnp.divide, "div": jn
 
 
 def explain_by_program(session: PairSession, batch: Batch, found: Divergence) -> Divergence:
-    """Return the divergence of a forward pass with its cause, if one change in flax closes it."""
+    """Return the divergence of a forward pass with its cause, if one change in flax closes it.
+
+    The change must close it for another batch too.
+    """
     flax, torch = session.runs("float64")
     wanted, start = torch.outputs(batch), time.perf_counter()
     with flax.program(batch) as program:
         if _is_met(program.outputs(), wanted):
             return found
-        sites = program.sites()
-        own = [site for site in sites if _is_own(site, _sources(session, found.where))]
+        sites, sources = program.sites(), _sources(session, found.where)
+        own = [site for site in sites if _is_own(site, sources)]
         for group in grouped(own or sites):
             for number, (words, _) in enumerate(_alternatives(group[0])):
                 if time.perf_counter() - start > _SECONDS:
                     return found
-                try:
-                    outputs = program.outputs(_change(group, number))
-                except Exception:  # shapes that do not fit, say: then it was not that
+                outputs = _changed(program, group, number)
+                if outputs is None or not _is_met(outputs, wanted):
                     continue
-                if _is_met(outputs, wanted):
+                if _holds(session, group, number):
                     left = max(size_of(y - aligned(x, y)) for x, y in _pairs(outputs, wanted))
-                    where = f"{group[0].name}{', ' if group[0].line else ''}{group[0].line}"
+                    where = ", ".join(filter(None, (group[0].name, group[0].line)))
                     cause = f"flax matches to {left:.0e} with {words} ({where})"
                     return dataclasses.replace(found, cause=cause)
     return found
+
+
+def _changed(program: Program, group: Sequence[Site], number: int) -> Outputs | None:
+    """Return the outputs with one alternative at all sites of a group; None if that raises."""
+    by_key: dict[tuple[int, ...], Instead] = {}
+    for site in group:
+        found = [instead for _, instead in _alternatives(site)]
+        if number < len(found):
+            by_key[site.key] = found[number]
+    try:
+        return program.outputs(by_key.get)
+    except Exception:  # shapes that do not fit, say: then it was not that
+        return None
+
+
+def _holds(session: PairSession, group: Sequence[Site], number: int) -> bool:
+    """Whether a change makes outputs right for another batch too."""
+    flax, torch = session.runs("float64")
+    batch, keys = session.pair.training_batch(1), {site.key for site in group}
+    with flax.program(batch) as program:
+        there = [site for site in program.sites() if site.key in keys]
+        if [(x.key, x.name) for x in there] != [(x.key, x.name) for x in group]:
+            return True  # the program of another length is another one
+        outputs = _changed(program, there, number)
+    return outputs is not None and _is_met(outputs, torch.outputs(batch))
 
 
 def _pairs(a: Outputs, b: Outputs) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -93,16 +120,6 @@ def _sources(session: PairSession, where: str) -> list[tuple[str, range]]:
 
 def _is_own(site: Site, sources: Sequence[tuple[str, range]]) -> bool:
     return any(file == f and line in lines for file, line in site.frames for f, lines in sources)
-
-
-def _change(group: Sequence[Site], number: int) -> Change:
-    """Make one alternative at all sites of a group."""
-    by_key = {}
-    for site in group:
-        found = [instead for _, instead in _alternatives(site)]
-        if number < len(found):
-            by_key[site.key] = found[number]
-    return by_key.get
 
 
 def _alternatives(site: Site) -> Iterator[tuple[str, Instead]]:

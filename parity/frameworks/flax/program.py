@@ -150,7 +150,7 @@ class _Run:
 
 
 def _lines(equation: Equation) -> tuple[str, tuple[tuple[str, int], ...]]:
-    """Return the user's line that asked for an equation, and all of his frames."""
+    """Return the user's line that asked for an equation, and all frames of the user's code."""
     found = source_info_util.user_frames(equation.source_info.traceback)
     frames = tuple((x.file_name, x.start_line) for x in found if _is_users(x.file_name))
     line = f"{frames[0][0].rpartition('/')[2]}:{frames[0][1]}" if frames else ""
