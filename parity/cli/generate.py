@@ -2,7 +2,7 @@
 
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -10,9 +10,6 @@ from rich.markup import escape
 
 from parity.cli.generate_options import GenerateOptions, is_checkpoint
 from parity.cli.options import Device, Only, in_one_line
-
-if TYPE_CHECKING:
-    pass
 
 
 def generate(
