@@ -128,7 +128,7 @@ def _choose(
     logprobs_BRV = jax.nn.log_softmax(widened(logits), axis=-1).reshape(B, R, -1)
     V = logprobs_BRV.shape[2]
     totals = (live.scores_BR[:, :, None] + logprobs_BRV).reshape(B, R * V)
-    # As many as are sure to hold R that do not stop, if there are so many.
+    # As many as are sure to hold R that do not stop, or all there are.
     totals_BP, chosen_BP = _best(totals, min((1 + max(len(stop_ids), 1)) * R, R * V))
     parents_BP, ids_BP = chosen_BP // V, chosen_BP % V
     chosen = jnp.take_along_axis(logprobs_BRV.reshape(B, R * V), chosen_BP, axis=1)
