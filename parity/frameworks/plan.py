@@ -466,7 +466,7 @@ def _without_row(plan: Plan, row: int) -> Iterator[Plan]:
 
 
 def alternatives(plan: Plan) -> Iterator[tuple[str, Plan]]:
-    """Yield plans that must give the same with one operation done in another way, each with a description."""
+    """Yield plans that must give the same, one operation done in another way, with descriptions."""
     for number in reversed(range(len(plan))):
         operation = plan[number]
         if isinstance(operation, Read):
