@@ -122,29 +122,32 @@ def emit(
 
 
 def leaves_of(value: object) -> Iterator[object]:
-    """Yield what nested tuples, lists, mappings and data classes hold.
-
-    Keys of mappings are taken in order, fields of data classes as they are declared.
-    """
-    for _, leaf in named_leaves(value):
+    """Yield what nested tuples, lists and mappings hold; keys are taken in order."""
+    for _, leaf in named_leaves(value, data_classes=False):
         yield leaf
 
 
-def named_leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    """Yield path and value of each of `leaves_of`."""
+def named_leaves(
+    value: object, path: str = "", data_classes: bool = True
+) -> Iterator[tuple[str, object]]:
+    """Yield path and value of each leaf, of data classes too, whose fields are taken as declared.
+
+    Those among the inputs stay closed: what one model passes on as an object, as a mask with its
+    positions, the other one computes where it needs it.
+    """
     children: Iterable[tuple[object, object]]
     if isinstance(value, tuple | list):
         children = enumerate(value)
     elif isinstance(value, Mapping):
         children = [(key, value[key]) for key in sorted(value, key=str)]
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+    elif data_classes and dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = dataclasses.fields(value)
         children = [(x.name, getattr(value, x.name)) for x in fields]
     else:
         yield path, value
         return
     for key, child in children:
-        yield from named_leaves(child, f"{path}.{key}" if path else str(key))
+        yield from named_leaves(child, f"{path}.{key}" if path else str(key), data_classes)
 
 
 def map_leaves(value: ValueT, change: Callable[[object], object]) -> ValueT:

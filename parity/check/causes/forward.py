@@ -111,8 +111,9 @@ def explain_output(session: PairSession, batch: Batch, found: Divergence) -> Div
     cause, inside = match
     names = (name for name, module in modules.items() if module is inside)
     where = next(names, "").partition(".parametrizations.")[0]
-    if where and inside is not None and not [*inside.children()] and [*inside.parameters(False)]:
-        return dataclasses.replace(found, where=where, cause=cause)
+    if where and where not in session.modules.values() and inside is not None:
+        if not [*inside.children()] and [*inside.parameters(False)]:
+            return dataclasses.replace(found, where=where, cause=cause)
     return dataclasses.replace(found, cause=cause)
 
 
