@@ -25,6 +25,7 @@ import flax_gpt
 import flax_gpt.random
 import torch_gpt
 import torch_gpt.random
+from parity.frameworks.flax.scope import drop_programs_if_many
 
 # Programs run here for milliseconds, so compiling fast matters more than fast code. CI's
 # `parity check`, and the test of the README's numbers, compile as users do. Level 0 rounds normals
@@ -82,6 +83,13 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Return two workers, or none for a single file, which one worker would run whole."""
     paths = {config.invocation_params.dir / arg.partition("::")[0] for arg in config.args}
     return 0 if len(paths) == 1 and all(map(Path.is_file, paths)) else 2
+
+
+@pytest.fixture(autouse=True, scope="module")
+def memory_maps_are_left() -> Iterator[None]:
+    """Forget compiled programs before a worker has as many memory maps as the kernel allows."""
+    yield
+    drop_programs_if_many()
 
 
 @dataclasses.dataclass(frozen=True)

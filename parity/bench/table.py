@@ -36,7 +36,9 @@ class Table:
         found = rich_table.Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
         for number, head in enumerate(self.heads):
             side = "left" if number in self.left else "right"
-            found.add_column(head.replace(" ", "\n"), justify=side, no_wrap=True)
+            # Numbers stay whole; what stands on the left may take a second line.
+            whole = side == "right"
+            found.add_column(head.replace(" ", "\n"), justify=side, no_wrap=whole, overflow="fold")
         for row in self.rows:
             found.add_row(*map(Text, row))
         notes = (Text(note, style="dim") for note in self.notes)
